@@ -1,0 +1,284 @@
+"""Every option of polar_jax, its default, and the values it may take.
+
+The dataclasses below are the single statement of an option: `default_config()` turns them into the ConfigDict that config
+files and the command line edit, and `parse()` turns the edited ConfigDict back into validated, frozen dataclasses. Below
+`parse` nothing in the package ever sees a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate')
+REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
+ATTENTION_BACKENDS = ('auto', 'reference')
+DTYPES = ('float32', 'bfloat16')
+
+
+class ConfigError(ValueError):
+  """A setting is unknown, of the wrong type, or outside its allowed values. The message is one line for the user."""
+
+
+def _field(default: Any, *, choices: tuple | None = None, low: float | None = None, high: float | None = None, open_low: bool = False):
+  """A dataclass field with the bounds that `parse` enforces (`open_low`: `low` itself is not allowed)."""
+  return dataclasses.field(default=default, metadata={'choices': choices, 'low': low, 'high': high, 'open_low': open_low})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of the decoder shared by the language model and the reward model. The vocabulary comes from the tokenizer."""
+
+  vocab_size: int | None = _field(None, low=1)  # None: the tokenizer's
+  num_layers: int = _field(4, low=1)
+  d_model: int = _field(128, low=1)
+  d_ff: int = _field(384, low=1)
+  num_heads: int = _field(4, low=1)
+  num_kv_heads: int = _field(2, low=1)
+  head_dim: int = _field(32, low=2)
+  rope_theta: float = _field(10_000.0, low=0, open_low=True)
+  norm_eps: float = _field(1e-5, low=0, open_low=True)
+  init_std: float = _field(0.02, low=0, open_low=True)  # normal, for embeddings and linear layers
+  v_head_init: str = _field('zero', choices=('zero', 'normal'))  # zero: the first loss is exactly ln 2, as in XTuner
+  tie_embeddings: bool = False  # language model head shares the embedding table
+  compute_dtype: str = _field('float32', choices=DTYPES)  # activations and matmuls; master weights are always float32
+  remat: str = _field('none', choices=REMAT_POLICIES)
+  scan_unroll: int = _field(1, low=1)  # layers per iteration of the layer scan; small models on CPU like all of them
+  attention: str = _field('auto', choices=ATTENTION_BACKENDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Which tokenizer reads text. `trained`: the small BPE that the synthesize stage writes to the workdir."""
+
+  kind: str = _field('trained', choices=('trained', 'byte', 'file'))
+  path: str | None = None  # kind 'file': a tokenizer.json or a SentencePiece tokenizer.model
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateConfig:
+  """The text template of POLAR (section 4.1 of the paper) and its truncation."""
+
+  max_length: int = _field(16_384, low=16)  # tokens of one (prompt, reference, prompt, candidate) sequence
+  max_response_length: int = _field(4_096, low=1)  # tokens of a reference or candidate
+  separator: str = '<|reward|>'
+  separator_id: int | None = _field(None, low=0)  # None: the tokenizer's id of `separator`
+  reward_token: str = '[UNUSED_TOKEN_130]'
+  reward_token_id: int | None = _field(None, low=0)  # None: the tokenizer's id of `reward_token`
+  rule: str = _field('trainer', choices=('trainer', 'client'))  # where the official trainer and client disagree
+  use_reference: bool = True  # False: a classic reward model, `prompt, candidate` (ablation)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What the training stages read. None: what the synthesize stage wrote to the workdir."""
+
+  triplets: str | None = None  # TFDS folder, .jsonl, .jsonl.gz or .parquet
+  preferences: str | None = None
+  evaluation: str | None = None  # rows for validation; None: the `validation` split beside the training rows
+  text: str | None = None  # folder or file of .txt for pretrain_lm
+  on_bad_row: str = _field('raise', choices=('raise', 'skip'))
+  row_length: int | None = _field(None, low=8)  # tokens of a training row; None: the longest row of the data, rounded up
+  read_threads: int = _field(2, low=0)
+  prefetch: int = _field(4, low=1)  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthesisConfig:
+  """The policy pool and what is sampled from it."""
+
+  vocab_size: int = _field(1_024, low=300)  # of the BPE trained on the spot
+  policies: int = _field(256, low=8)
+  unseen_policies: int = _field(48, low=2)  # of `policies`, kept for evaluation only
+  max_order: int = _field(4, low=1, high=5)
+  prefix_min_tokens: int = _field(4, low=1)
+  prefix_max_tokens: int = _field(12, low=1)
+  max_tokens: int = _field(32, low=4)  # of a trajectory
+  temperature: float = _field(1.0, low=0, open_low=True)  # multiplies the policy's own
+  top_p: float = _field(1.0, low=0, high=1, open_low=True)  # the smaller of this and the policy's own applies
+  top_k: int | None = _field(None, low=1)
+  train_rows: int = _field(60_000, low=1)
+  evaluation_rows: int = _field(2_000, low=1)  # each of validation, unseen_prompts, unseen_policies
+  preference_rows: int = _field(8_000, low=1)
+  preference_evaluation_rows: int = _field(2_000, low=1)  # each of the same splits
+  workers: int = _field(2, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One training run: `lm` (next token), `train` (contrastive pre-training) and `finetune` each have one."""
+
+  steps: int | None = _field(None, low=1)  # None: one epoch
+  batch_size: int = _field(64, low=1)  # rows of the global batch: triplets, or text windows for `lm`
+  accumulation: int = _field(1, low=1)  # micro-batches per step; the result does not depend on it
+  sequence_length: int = _field(128, low=8)  # tokens of a text window (`lm` only)
+  start_from: str = 'lm'  # 'scratch', 'lm', 'pretrain' (a stage of this workdir) or the workdir of another run
+  learning_rate: float = _field(1e-3, low=0, open_low=True)
+  warmup_ratio: float = _field(0.03, low=0, high=1)
+  final_lr_ratio: float = _field(0.1, low=0, high=1)  # of learning_rate, at the end of the cosine
+  b1: float = _field(0.9, low=0, high=1)
+  b2: float = _field(0.95, low=0, high=1)
+  eps: float = _field(1e-8, low=0, open_low=True)
+  weight_decay: float = _field(0.0, low=0)
+  clip_norm: float | None = _field(1.0, low=0, open_low=True)
+  log_every: int = _field(10, low=1)  # plain progress lines; metrics.jsonl has every step
+  evaluate_every: int | None = _field(None, low=1)  # validation during training; None: only at the end
+  evaluate_rows: int = _field(512, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointingConfig:
+  every_steps: int = _field(200, low=1)
+  keep: int = _field(2, low=1)  # newest checkpoints
+  keep_best: int = _field(1, low=0)  # by validation accuracy (loss for `lm`), beside the newest
+  asynchronous: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis; exactly one may be -1, which takes what the others leave."""
+
+  data: int = _field(1, low=-1)
+  fsdp: int = _field(-1, low=-1)
+  tensor: int = _field(1, low=-1)
+  context: int = _field(1, low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  batch_size: int = _field(64, low=1)
+  bootstrap: int = _field(2_000, low=100)  # resamples for the 95% intervals
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run. `checkpoint`, `input` and `output` belong to the stages that convert and score."""
+
+  stage: str = _field('all', choices=STAGES)
+  seed: int = _field(0, low=0, high=2**31 - 1)
+  checkpoint: str | None = None
+  input: str | None = None
+  output: str | None = None
+  model: ModelConfig = ModelConfig()
+  tokenizer: TokenizerConfig = TokenizerConfig()
+  template: TemplateConfig = TemplateConfig()
+  data: DataConfig = DataConfig()
+  synthesis: SynthesisConfig = SynthesisConfig()
+  lm: TrainConfig = TrainConfig(start_from='scratch')
+  train: TrainConfig = TrainConfig()
+  finetune: TrainConfig = TrainConfig(start_from='pretrain')
+  ablations: bool = False  # also fine-tune without pre-training, and without the reference (Table 7 of the paper)
+  checkpointing: CheckpointingConfig = CheckpointingConfig()
+  mesh: MeshConfig = MeshConfig()
+  evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def _plain_type(hint: Any) -> tuple[type, bool]:
+  """(type, may it be None) of an annotation such as `int` or `int | None`."""
+  args = [a for a in typing.get_args(hint) if a is not types.NoneType]
+  return (args[0], True) if isinstance(hint, types.UnionType) else (hint, False)
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The defaults of every option, unlocked, for a config file to edit and return."""
+
+  def build(section: Any) -> ml_collections.ConfigDict:
+    out = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+      value = getattr(section, f.name)
+      if dataclasses.is_dataclass(value):
+        out[f.name] = build(value)
+      else:
+        kind, optional = _plain_type(hints[f.name])
+        out[f.name] = config_dict.placeholder(kind) if optional and value is None else value
+    return out
+
+  return build(Config())
+
+
+def parse(raw: ml_collections.ConfigDict) -> Config:
+  """Turns an edited ConfigDict into a frozen `Config`.
+
+  Raises:
+    ConfigError: naming the option, what was given and what is allowed.
+  """
+  config = _parse_section(raw, Config, '')
+  _check_together(config)
+  return config
+
+
+def _parse_section(raw: Any, cls: type, prefix: str) -> Any:
+  names = {f.name for f in dataclasses.fields(cls)}
+  for key in raw:
+    if key not in names:
+      raise ConfigError(f'unknown setting {prefix}{key}; {prefix[:-1] or "the config"} has: {", ".join(sorted(names))}')
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for f in dataclasses.fields(cls):
+    if f.name not in raw:
+      continue
+    hint, value, name = hints[f.name], raw[f.name], f'{prefix}{f.name}'
+    if dataclasses.is_dataclass(hint):
+      if not hasattr(value, 'keys'):
+        raise ConfigError(f'{name} is a section with settings of its own, not {value!r}')
+      values[f.name] = _parse_section(value, hint, f'{name}.')
+    else:
+      values[f.name] = _check_value(name, value, hint, f.metadata)
+  return cls(**values)
+
+
+def _check_value(name: str, value: Any, hint: Any, bounds: Any) -> Any:
+  kind, optional = _plain_type(hint)
+  if value is None:
+    if optional:
+      return None
+    raise ConfigError(f'{name} must be a {kind.__name__}, not None')
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ConfigError(f'{name} must be a {kind.__name__}{" or None" if optional else ""}, not {value!r}')
+  choices, low, high = bounds.get('choices'), bounds.get('low'), bounds.get('high')
+  if choices and value not in choices:
+    raise ConfigError(f'{name} is {value!r}; it must be one of: {", ".join(map(str, choices))}')
+  if kind in (int, float):
+    if not math.isfinite(value):
+      raise ConfigError(f'{name} is {value!r}; it must be finite')
+    if low is not None and (value < low or (bounds.get('open_low') and value == low)):
+      raise ConfigError(f'{name} is {value!r}; it must be {">" if bounds.get("open_low") else ">="} {low}')
+    if high is not None and value > high:
+      raise ConfigError(f'{name} is {value!r}; it must be <= {high}')
+  return value
+
+
+def _check_together(c: Config) -> None:
+  """Rules that involve more than one setting."""
+  m, s = c.model, c.synthesis
+  if m.num_heads % m.num_kv_heads:
+    raise ConfigError(f'model.num_heads ({m.num_heads}) must be a multiple of model.num_kv_heads ({m.num_kv_heads})')
+  if m.head_dim % 2:
+    raise ConfigError(f'model.head_dim is {m.head_dim}; rotary embeddings need it even')
+  if c.tokenizer.kind == 'file' and c.tokenizer.path is None:
+    raise ConfigError("tokenizer.path must name a tokenizer.json or tokenizer.model when tokenizer.kind is 'file'")
+  if s.prefix_min_tokens > s.prefix_max_tokens:
+    raise ConfigError(f'synthesis.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesis.prefix_max_tokens ({s.prefix_max_tokens})')
+  if s.unseen_policies > s.policies - 2:
+    raise ConfigError(f'synthesis.unseen_policies ({s.unseen_policies}) must leave two of synthesis.policies ({s.policies}) to train on')
+  sizes = dataclasses.astuple(c.mesh)
+  if 0 in sizes or sizes.count(-1) > 1:
+    raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes are positive, and at most one is -1')
+  for section in ('lm', 'train', 'finetune'):
+    t = getattr(c, section)
+    if t.batch_size % t.accumulation:
+      raise ConfigError(f'{section}.batch_size ({t.batch_size}) must be a multiple of {section}.accumulation ({t.accumulation})')
+
+
+def replace(config: Any, **changes: Any) -> Any:
+  """`dataclasses.replace`, for frozen configs."""
+  return dataclasses.replace(config, **changes)

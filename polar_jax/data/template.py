@@ -1,0 +1,186 @@
+"""POLAR's text template: `prompt nl reference <|reward|> prompt nl candidate [reward]` (paper, section 4.1).
+
+One implementation for training, evaluation, PPO and serving. It reproduces the official trainer's rules (XTuner's reward data
+set) token for token, and those of the official serving client under the name 'client':
+
+                          trainer                                client
+  prompt is cut for       all candidates alike (smallest room)   each candidate on its own
+  empty answer, 'sft'     no newline                             newline all the same
+  reward token            appended as an id                      appended as text
+
+Both keep the head of an answer and the tail of a prompt. Lengths are those of the separately encoded pieces, BOS included; the cut
+pieces are decoded without special tokens, joined as text and encoded again. The final length may therefore differ from the budget
+by a few tokens either way, and it exceeds `max_length` when two answers of `max_response_length` alone do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from polar_jax.config import TemplateConfig
+from polar_jax.data.tokenizer import SpecialStrings, Tokenizer
+from polar_jax.types import Text, Triplet
+
+WRAPPERS = ('sft', 'pretrain')
+_RESERVED = 4  # separator, reward token and two newlines; the final BOS is not counted (official rule)
+
+
+class TemplateError(ValueError):
+  """A text, a wrapper or a token of the template cannot be used. The message is one line for the user."""
+
+
+def join_messages(text: Any, field: str) -> str:
+  """A string as it is; messages as their contents joined by newlines, roles dropped (no chat template: official rule).
+
+  Raises:
+    TemplateError: naming `field` and the message that has no text.
+  """
+  if isinstance(text, str):
+    return text
+  if not isinstance(text, list):
+    raise TemplateError(f'{field} must be a string or a list of messages, not {_kind(text)}')
+  if not text:
+    raise TemplateError(f"{field} is an empty list of messages; for an empty text give ''")
+  for i, message in enumerate(text):
+    if not isinstance(message, dict):
+      raise TemplateError(f'{field}[{i}] must be a message with a content, not {_kind(message)}')
+    if 'content' not in message:
+      raise TemplateError(f'{field}[{i}] is a message without content')
+    if not isinstance(message['content'], str):
+      raise TemplateError(f'{field}[{i}].content must be a string, not {_kind(message["content"])}')
+  return '\n'.join(message['content'] for message in text)
+
+
+def _kind(value: Any) -> str:
+  return 'null' if value is None else type(value).__name__
+
+
+def check_wrapper(wrapper: Any) -> None:
+  """Raises TemplateError unless `wrapper` is one of WRAPPERS. (The official code takes any other word for 'sft'.)"""
+  if wrapper not in WRAPPERS:
+    raise TemplateError(f'wrapper is {wrapper!r}; it must be one of: {", ".join(WRAPPERS)}')
+
+
+class Template:
+  """Turns triplets and candidates into token ids. Holds no state but its settings; can be pickled and shared by threads.
+
+  An id given in the configuration wins over the tokenizer's. If the tokenizer does not turn the string into that id by itself,
+  the template treats the string as a special token of that id: text left and right of it is tokenised separately, as a tokenizer
+  with that added token does (no merge ever crosses it), and content that happens to contain it loses it in the decode step.
+
+  Attributes:
+    separator_id: None when the separator is tokenised as ordinary text.
+    reward_token_id: id at which the reward is read.
+  """
+
+  def __init__(self, config: TemplateConfig, tokenizer: Tokenizer):
+    self.config = config
+    self.tokenizer = tokenizer
+    own_separator, own_reward = tokenizer.special_id(config.separator), tokenizer.special_id(config.reward_token)
+    reward_token_id = own_reward if config.reward_token_id is None else config.reward_token_id
+    if reward_token_id is None:
+      raise TemplateError(
+        f'template.reward_token {config.reward_token!r} is no token of this tokenizer; set template.reward_token_id to its id, '
+        'or template.reward_token to a token that the tokenizer has'
+      )
+    self.reward_token_id: int = reward_token_id
+    self.separator_id = own_separator if config.separator_id is None else config.separator_id
+    added = {}
+    if self.separator_id is None:
+      warnings.warn(
+        f'template.separator {config.separator!r} is no token of this tokenizer and is tokenised as ordinary text; '
+        'set template.separator_id if the model was trained with a single token',
+        stacklevel=2,
+      )
+    elif self.separator_id != own_separator:
+      added[config.separator] = self.separator_id
+    if reward_token_id != own_reward:
+      added[config.reward_token] = reward_token_id
+    self._added = SpecialStrings(added)
+    self._added_ids = frozenset(added.values())
+
+  def encode(self, triplet: Triplet) -> tuple[list[int], list[int]]:
+    """Token ids of (prompt, reference, prompt, candidate) for the chosen and the rejected candidate.
+
+    Raises:
+      TemplateError: a field is no text, or the wrapper is unknown.
+    """
+    candidates = [join_messages(triplet.chosen, 'chosen'), join_messages(triplet.rejected, 'rejected')]
+    chosen, rejected = self._sequences(triplet.prompt, triplet.reference, candidates, triplet.wrapper)
+    return chosen, rejected
+
+  def encode_candidates(self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft') -> list[list[int]]:
+    """One sequence per candidate. With the trainer's rule the prompt is cut alike for all, so that they share their prefix.
+
+    Raises:
+      TemplateError: a text is no text, or the wrapper is unknown.
+    """
+    texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
+    return self._sequences(prompt, reference, texts, wrapper)
+
+  def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str) -> list[list[int]]:
+    check_wrapper(wrapper)
+    if not candidates:
+      return []
+    c = self.config
+    texts = [join_messages(prompt, 'prompt')]
+    if c.use_reference:
+      texts.append(join_messages(reference, 'reference'))
+    texts += candidates
+    prompts, answers = ([texts[0]] * len(candidates), texts[1:]) if self._certainly_uncut(texts) else self._cut(texts)
+    out = []
+    for prompt_text, candidate in zip(prompts, answers[-len(candidates) :], strict=True):
+      text = self._join(prompt_text, candidate, wrapper)
+      if c.use_reference:
+        text = self._join(prompt_text, answers[0], wrapper) + c.separator + text
+      out.append(text + c.reward_token if c.rule == 'client' else text)
+    sequences = self._encode_texts(out)
+    return sequences if c.rule == 'client' else [[*ids, self.reward_token_id] for ids in sequences]
+
+  def _cut(self, texts: list[str]) -> tuple[list[str], list[str]]:
+    """Prompt, (reference,) candidates as text -> a cut prompt for each candidate, and the cut (reference and) candidates."""
+    prompt, *answers = self._encode_texts(texts)
+    answers = [ids[: self.config.max_response_length] for ids in answers]
+    rooms = self._prompt_rooms([len(ids) for ids in answers])
+    prompts = {room: self._decode(_last(prompt, room)) for room in set(rooms)}
+    return [prompts[room] for room in rooms], [self._decode(ids) for ids in answers]
+
+  def _certainly_uncut(self, texts: list[str]) -> bool:
+    """Whether the pieces are sure to come back from `_cut` as they are, without tokenising them: a third of the work saved."""
+    if not all(self.tokenizer.is_exact(text) and not self._added.occur_in(text) for text in texts):
+      return False
+    prompt, *answers = (1 + (len(text) if text.isascii() else 4 * len(text)) for text in texts)  # BOS + the most bytes there can be
+    return max(answers) <= self.config.max_response_length and prompt <= min(self._prompt_rooms(answers))
+
+  def _prompt_rooms(self, lengths: list[int]) -> list[int]:
+    """Tokens of the prompt that each candidate leaves room for. Without a reference the prompt stands once, not twice.
+
+    Args:
+      lengths: of (the reference and) the candidates, in tokens.
+    """
+    reference, copies, candidates = (lengths[0], 2, lengths[1:]) if self.config.use_reference else (0, 1, lengths)
+    rooms = [(self.config.max_length - _RESERVED - reference - length) // copies for length in candidates]
+    return rooms if self.config.rule == 'client' else [min(rooms)] * len(rooms)
+
+  def _join(self, prompt: str, answer: str, wrapper: str) -> str:
+    if wrapper == 'pretrain' or (answer == '' and self.config.rule == 'trainer'):
+      return prompt + answer
+    return f'{prompt}\n{answer}'
+
+  def _encode_texts(self, texts: list[str]) -> list[list[int]]:
+    if not any(map(self._added.occur_in, texts)):
+      return self.tokenizer.encode_batch(texts, add_bos=True)
+    bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+    return [bos + self._added.encode(text, self.tokenizer.encode) for text in texts]
+
+  def _decode(self, ids: list[int]) -> str:
+    if self._added_ids:
+      ids = [i for i in ids if i not in self._added_ids]
+    return self.tokenizer.decode(ids, skip_special=True)
+
+
+def _last(ids: list[int], count: int) -> list[int]:
+  """The last `count` ids, none when there is no room (where the official slice `ids[-0:]` keeps all of them)."""
+  return ids[max(len(ids) - count, 0) :]

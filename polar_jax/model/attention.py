@@ -1,0 +1,45 @@
+"""The one attention interface: every query sees one interval of keys.
+
+Causal, padded, packed and shared-prefix rows all fit it (see `polar_jax.data.rows`), so a mask is two integers per query and
+never an array of T x S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+AttentionFn = Callable[..., jax.Array]
+
+
+def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
+  """Softmax attention over the keys [start, end) of each query, with materialised logits. Softmax in float32.
+
+  A query with an empty interval (padding) gets zeros.
+  """
+  batch, length, heads, head_dim = q_BTNH.shape
+  kv_heads = k_BSKH.shape[2]
+  q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+  logits_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  key_S = jnp.arange(k_BSKH.shape[1])
+  seen_BTS = (key_S >= start_BT[:, :, None]) & (key_S < end_BT[:, :, None])
+  seen_B11TS = seen_BTS[:, None, None]
+  # A finite floor keeps rows without any key finite; the mask is applied again after the exponential so that they sum to zero.
+  logits_BKGTS = jnp.where(seen_B11TS, logits_BKGTS, -1e30)
+  peak_BKGT1 = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
+  weights_BKGTS = jnp.where(seen_B11TS, jnp.exp(logits_BKGTS - peak_BKGT1), 0.0)
+  total_BKGT = jnp.sum(weights_BKGTS, axis=-1)
+  out_BTKGH = jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32)
+  # Dividing after the sum over keys costs H operations a query instead of S.
+  scale_BTKG = 1.0 / jnp.maximum(jnp.transpose(total_BKGT, (0, 3, 1, 2)), 1e-30)
+  return (out_BTKGH * scale_BTKG[..., None]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+_BACKENDS: dict[str, AttentionFn] = {'reference': reference_attention}
+
+
+def attention_backend(name: str) -> AttentionFn:
+  """The implementation for `config.model.attention`; 'auto' picks the best one for the default backend."""
+  return _BACKENDS['reference' if name == 'auto' else name]

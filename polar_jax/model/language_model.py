@@ -1,0 +1,25 @@
+"""The language model that reward models start from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.transformer import Decoder, param
+
+
+class LanguageModel(nnx.Module):
+  """A decoder with a vocabulary projection; `tie_embeddings` reuses the embedding table."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.decoder = Decoder(config, rngs=rngs)
+    if not config.tie_embeddings:
+      self.lm_head = param(rngs, (config.vocab_size, config.d_model), ('vocab', 'embed'), config.init_std)
+
+  def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
+    """Next-token logits (B, T, V) in float32."""
+    hidden_BTD = self.decoder(tokens_BT, positions_BT, start_BT, end_BT)
+    head = self.decoder.embedding if self.decoder.config.tie_embeddings else self.lm_head
+    return jnp.einsum('BTD,VD->BTV', hidden_BTD, head[...].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)

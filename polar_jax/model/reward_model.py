@@ -1,0 +1,26 @@
+"""The reward model: one bias-free scalar read at the reward token (section 4.1 of the paper)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.transformer import Decoder, param
+from polar_jax.types import PairBatch
+
+
+class RewardModel(nnx.Module):
+  """A decoder with `v_head`. It has no vocabulary projection and never builds logits."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.decoder = Decoder(config, rngs=rngs)
+    self.v_head = param(rngs, (config.d_model,), ('act_embed',), 0 if config.v_head_init == 'zero' else config.init_std)
+
+  def __call__(self, batch: PairBatch) -> jax.Array:
+    """Rewards (B, P, C) in float32; those of padding pairs are meaningless."""
+    shape = batch.reward_index_BPC.shape
+    index_BQ = batch.reward_index_BPC.reshape(shape[0], -1)
+    hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT, index_BQ)
+    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...]).reshape(shape)

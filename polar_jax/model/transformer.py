@@ -1,0 +1,147 @@
+"""One decoder for every model of the package: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
+
+Layers are stored stacked along a leading axis and applied with `lax.scan`, so compile time does not grow with depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.attention import AttentionFn, attention_backend
+from polar_jax.sharding import constrain
+
+_REMAT = {
+  'full': None,  # keep nothing but the layer's input
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
+  """A float32 parameter with named axes: normal(0, std), zeros for std 0, ones for std None (norm scales)."""
+  if std is None:
+    value = jnp.ones(shape, jnp.float32)
+  elif std == 0:
+    value = jnp.zeros(shape, jnp.float32)
+  else:
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value, axes=axes)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
+  return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
+  inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h
+  return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
+  """Rotates the first half of each head against the second half (rotate-half, as in NeoX and InternLM2)."""
+  cos, sin = (t[:, :, None, :].astype(x_BTNH.dtype) for t in (cos_BTh, sin_BTh))
+  first, second = jnp.split(x_BTNH, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Rows:
+  """What the decoder must know of a batch beside its tokens: rotary tables and intervals."""
+
+  def __init__(self, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array, config: ModelConfig):
+    self.cos_BTh, self.sin_BTh = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    self.start_BT, self.end_BT = start_BT, end_BT
+
+  def at(self, index_BQ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(cos, sin, start, end) of the tokens at `index_BQ`."""
+    pick = lambda a: jnp.take_along_axis(a, index_BQ.reshape(index_BQ.shape + (1,) * (a.ndim - 2)), axis=1)
+    return pick(self.cos_BTh), pick(self.sin_BTh), pick(self.start_BT), pick(self.end_BT)
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and feed-forward. Created with `num_layers` stacked layers; `lax.scan` hands out one at a time."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    c, layers, std = config, config.num_layers, config.init_std
+    self.config = config
+    self.attention_norm = param(rngs, (layers, c.d_model), ('layers', 'act_embed'), None)
+    self.wq = param(rngs, (layers, c.d_model, c.num_heads, c.head_dim), ('layers', 'embed', 'heads', 'head_dim'), std)
+    self.wk = param(rngs, (layers, c.d_model, c.num_kv_heads, c.head_dim), ('layers', 'embed', 'kv_heads', 'head_dim'), std)
+    self.wv = param(rngs, (layers, c.d_model, c.num_kv_heads, c.head_dim), ('layers', 'embed', 'kv_heads', 'head_dim'), std)
+    self.wo = param(rngs, (layers, c.num_heads, c.head_dim, c.d_model), ('layers', 'heads', 'head_dim', 'embed'), std)
+    self.mlp_norm = param(rngs, (layers, c.d_model), ('layers', 'act_embed'), None)
+    self.w_gate = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
+    self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
+    self.w_down = param(rngs, (layers, c.d_ff, c.d_model), ('layers', 'mlp', 'embed'), std)
+
+  def __call__(self, x_BTD: jax.Array, rows: Rows, attend: AttentionFn, index_BQ: jax.Array | None = None) -> jax.Array:
+    """The block's output at every token, or only at the tokens `index_BQ`: then (B, Q, D)."""
+    c, dtype = self.config, x_BTD.dtype
+    h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.norm_eps)
+    k_BSKH = jnp.einsum('BSD,DKH->BSKH', h_BTD, self.wk[...].astype(dtype))
+    v_BSKH = jnp.einsum('BSD,DKH->BSKH', h_BTD, self.wv[...].astype(dtype))
+    k_BSKH = apply_rope(k_BSKH, rows.cos_BTh, rows.sin_BTh)
+    cos, sin, start, end = rows.cos_BTh, rows.sin_BTh, rows.start_BT, rows.end_BT
+    if index_BQ is not None:
+      cos, sin, start, end = rows.at(index_BQ)
+      x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
+    q_BTNH = apply_rope(jnp.einsum('BTD,DNH->BTNH', h_BTD, self.wq[...].astype(dtype)), cos, sin)
+    q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
+    mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, start, end)
+    x_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', mixed_BTNH, self.wo[...].astype(dtype))
+    x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
+    h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.norm_eps)
+    gate_BTF = jnp.einsum('BTD,DF->BTF', h_BTD, self.w_gate[...].astype(dtype))
+    up_BTF = jnp.einsum('BTD,DF->BTF', h_BTD, self.w_up[...].astype(dtype))
+    x_BTD = x_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
+    return constrain(x_BTD, 'batch', 'length', 'act_embed')
+
+
+class Decoder(nnx.Module):
+  """Embedding, stacked blocks and final norm: hidden states, never logits."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    if config.vocab_size is None:
+      raise ValueError('ModelConfig.vocab_size must be set (it comes from the tokenizer)')
+    self.config = config
+    self.embedding = param(rngs, (config.vocab_size, config.d_model), ('vocab', 'embed'), config.init_std)
+    self.layers = Block(config, rngs=rngs)
+    self.norm = param(rngs, (config.d_model,), ('act_embed',), None)
+
+  def __call__(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array, index_BQ: jax.Array | None = None
+  ) -> jax.Array:
+    """Normed hidden states (B, T, D), or (B, Q, D) at the tokens `index_BQ` only.
+
+    With `index_BQ` the last block computes queries, output projection and feed-forward at those tokens alone: nothing else of
+    the last layer reaches them but its keys and values.
+    """
+    c = self.config
+    attend, rows = attention_backend(c.attention), Rows(positions_BT, start_BT, end_BT, c)
+    x_BTD = jnp.take(self.embedding[...].astype(c.compute_dtype), tokens_BT, axis=0)
+    x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
+    body = _remat(lambda x, block: block(x, rows, attend), c.remat)
+    scanned = self.layers if index_BQ is None else jax.tree.map(lambda p: p[:-1], self.layers)
+    x_BTD, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x_BTD, scanned, unroll=c.scan_unroll)
+    if index_BQ is not None:
+      last = jax.tree.map(lambda p: p[-1], self.layers)
+      x_BTD = _remat(lambda x, block: block(x, rows, attend, index_BQ), c.remat)(x_BTD, last)
+    return rms_norm(x_BTD, self.norm[...], c.norm_eps)
+
+
+def _remat(layer: Callable, policy: str) -> Callable:
+  return layer if policy == 'none' else jax.checkpoint(layer, policy=_REMAT[policy])
+
+
+def num_parameters(model: nnx.Module) -> int:
+  """Parameters of a model, abstract (`nnx.eval_shape`) or real."""
+  return sum(p.size for p in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))

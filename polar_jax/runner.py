@@ -1,0 +1,119 @@
+"""Runs the stages of a config in order, once each, in one workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from polar_jax import sharding
+from polar_jax.config import Config, ConfigError
+from polar_jax.data.sources import SourceError
+from polar_jax.data.template import TemplateError
+from polar_jax.data.tokenizer import TokenizerError
+from polar_jax.evaluate import report
+from polar_jax.evaluate import stage as evaluation
+from polar_jax.synthesis import engine
+from polar_jax.train import stages
+from polar_jax.train.loop import NonFiniteError, Preempted
+
+# Errors whose message is written for the user: shown without a traceback.
+_EXPLAINED = (ConfigError, SourceError, TemplateError, TokenizerError, NonFiniteError, report.ReportError)
+
+
+def run(config: Config, workdir: pathlib.Path) -> int:
+  """Runs `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
+  started = time.perf_counter()
+  try:
+    mesh = sharding.make_mesh(config.mesh)
+    _announce(config, workdir, mesh)
+    _write_config(config, workdir)
+    context = stages.Context(config, workdir, mesh, _say)
+    for name in _stage_names(config):
+      _timed(context, name, _STAGES[name])
+    _finish(workdir, time.perf_counter() - started)
+    return 0
+  except Preempted as stop:
+    _say(str(stop))
+    return 0
+  except _EXPLAINED as error:
+    print(f'polar_jax: {error}', file=sys.stderr, flush=True)
+    return 1
+
+
+def _say(message: str) -> None:
+  if jax.process_index() == 0:
+    print(message, flush=True)
+
+
+def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+  devices = jax.devices()
+  axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
+  _say(f'polar_jax: stage {config.stage}, workdir {workdir}')
+  _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
+  _say(f'precision: float32 parameters, {config.model.compute_dtype} compute')
+
+
+def _write_config(config: Config, workdir: pathlib.Path) -> None:
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / 'config.json.tmp'
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+    os.replace(temporary, workdir / 'config.json')
+
+
+def _stage_names(config: Config) -> list[str]:
+  if config.stage != 'all':
+    return [config.stage]
+  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate']
+
+
+def _timed(context: stages.Context, name: str, stage: Callable[[stages.Context], dict[str, Any] | None]) -> None:
+  """Runs a stage and keeps its results and its time. A stage that was complete already keeps the time it took then."""
+  _say(f'== {name}')
+  started = time.perf_counter()
+  results = stage(context)
+  seconds = time.perf_counter() - started
+  if jax.process_index() != 0:
+    return
+  for section, values in (results or {}).items():
+    report.update_results(context.workdir, section, values)
+  known = report.load_results(context.workdir).get('timing', {})
+  report.update_results(context.workdir, 'timing', {name: max(seconds, known.get(name, 0.0))})
+  _say(f'== {name} done in {seconds:.1f} s')
+
+
+def _finish(workdir: pathlib.Path, seconds: float) -> None:
+  if jax.process_index() != 0:
+    return
+  report.update_results(workdir, 'environment', report.environment())
+  report.write_report(workdir, report.load_results(workdir))
+  _say(f'report: {workdir / "report.md"} ({seconds:.0f} s in all)')
+
+
+def _synthesize(context: stages.Context) -> dict[str, Any]:
+  result = engine.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)
+  return {'synthesize': result.summary()}
+
+
+def _finetune(context: stages.Context) -> dict[str, Any]:
+  runs = {'finetune': stages.finetune(context)}
+  if context.config.ablations:
+    runs |= {'finetune_only': stages.finetune_only(context), 'finetune_no_reference': stages.finetune_no_reference(context)}
+  return {'finetune': {'runs': runs}}
+
+
+_STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
+  'synthesize': _synthesize,
+  'pretrain_lm': lambda context: {'pretrain_lm': stages.pretrain_lm(context)},
+  'pretrain': lambda context: {'pretrain': stages.pretrain(context)},
+  'finetune': _finetune,
+  'evaluate': evaluation.evaluate,
+}

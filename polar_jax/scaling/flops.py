@@ -1,0 +1,80 @@
+"""Model FLOPs, counted from a config and from what a batch really holds.
+
+The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens it is really applied to, attention
+for the query-key pairs inside the intervals, and a training step counts three times the forward pass. Padding,
+rematerialisation, the embedding lookup, norms and the optimizer count for nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polar_jax.config import ModelConfig
+
+MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
+
+# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of jax.Device.device_kind.
+_PEAKS = {
+  'v6 lite': 918e12,
+  'v5p': 459e12,
+  'v5 lite': 197e12,
+  'v4': 275e12,
+  'h200': 989e12,
+  'h100': 989e12,
+  'a100': 312e12,
+}
+
+
+def _layer_weights(c: ModelConfig) -> tuple[int, int]:
+  """(key and value projection weights, all other matmul weights) of one layer."""
+  key_value = 2 * c.d_model * c.num_kv_heads * c.head_dim
+  rest = 2 * c.d_model * c.num_heads * c.head_dim + 3 * c.d_model * c.d_ff
+  return key_value, rest
+
+
+def language_model_flops(c: ModelConfig, batch: Any) -> float:
+  """Forward FLOPs of a TextBatch (host arrays)."""
+  tokens, seen = _tokens_and_pairs(batch)
+  per_token = c.num_layers * sum(_layer_weights(c)) + c.d_model * (c.vocab_size or 0)
+  return 2.0 * tokens * per_token + 4.0 * c.num_layers * c.num_heads * c.head_dim * seen
+
+
+def reward_model_flops(c: ModelConfig, batch: Any) -> float:
+  """Forward FLOPs of a PairBatch (host arrays): the last layer works at the reward tokens, and at keys and values."""
+  tokens, seen = _tokens_and_pairs(batch)
+  key_value, rest = _layer_weights(c)
+  index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
+  span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1)
+  rewards = float((span > 0).sum())
+  weights = tokens * ((c.num_layers - 1) * (key_value + rest) + key_value) + rewards * (rest + c.d_model)
+  pairs = (c.num_layers - 1) * seen + float(span.sum())
+  return 2.0 * weights + 4.0 * c.num_heads * c.head_dim * pairs
+
+
+def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
+  span = batch.end_BT - batch.start_BT
+  return float((span > 0).sum()), float(span.sum())
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+  """(FLOP/s of one device, where the figure comes from). A CPU's is measured: the best of a few float32 matmuls."""
+  kind = device.device_kind.lower()
+  for name, peak in _PEAKS.items():
+    if name in kind:
+      return peak, f'{device.device_kind} data sheet, dense bfloat16'
+  n = 1024
+  a = jnp.ones((n, n), jnp.float32)
+  matmul = jax.jit(lambda x: x @ x)
+  matmul(a).block_until_ready()
+  best = float('inf')
+  for _ in range(8):
+    start = time.perf_counter()
+    matmul(a).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  # Fake devices share one CPU: what was measured is divided among them.
+  return 2.0 * n**3 / best / jax.local_device_count(), f'{device.device_kind} measured on a {n} x {n} float32 matmul'

@@ -1,0 +1,105 @@
+"""The mesh, and the one table that says which logical axis lies on which mesh axis.
+
+Parameters name their axes where they are created (`model.transformer.param`), activations where they are constrained; nothing
+else in the package mentions a mesh axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from polar_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ('data', 'fsdp', 'tensor', 'context')
+
+# Logical axis -> mesh axes. Axes that are never split are listed with (), so that a misspelt name is an error.
+RULES: dict[str, tuple[str, ...]] = {
+  # parameters
+  'layers': (),
+  'embed': ('fsdp',),
+  'heads': ('tensor',),
+  'kv_heads': ('tensor',),
+  'head_dim': (),
+  'mlp': ('tensor',),
+  'vocab': ('tensor',),
+  # activations
+  'batch': ('data', 'fsdp'),
+  'length': (),
+  'act_embed': (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices; a size of -1 takes the devices that the other axes leave.
+
+  Raises:
+    ConfigError: when the sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [getattr(config, axis) for axis in MESH_AXES]
+  known = math.prod(size for size in sizes if size > 0)
+  if -1 in sizes and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    shown = ', '.join(f'{axis}={getattr(config, axis)}' for axis in MESH_AXES)
+    raise ConfigError(f'mesh ({shown}) does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}')
+  # Auto: the partitioner places what is not constrained. The default axis type became Explicit in JAX 0.9.
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+  """The PartitionSpec of an array with these logical axes.
+
+  Raises:
+    ValueError: for an unknown axis, or when two dimensions would lie on one mesh axis.
+  """
+  used: dict[str, str] = {}
+  parts: list[Any] = []
+  for axis in axes:
+    if axis is not None and axis not in RULES:
+      raise ValueError(f'unknown logical axis {axis!r}; known: {", ".join(RULES)}')
+    mesh_axes = () if axis is None else RULES[axis]
+    for mesh_axis in mesh_axes:
+      if mesh_axis in used:
+        raise ValueError(f'axes {used[mesh_axis]!r} and {axis!r} of {axes} both lie on mesh axis {mesh_axis!r}')
+      used[mesh_axis] = str(axis)
+    parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes)
+  return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """States the layout of an activation. Active whenever a mesh is set, on CPU too."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
+  """The PartitionSpec of every parameter, as a pure dict of the model's tree."""
+  state = nnx.state(abstract_model, nnx.Param)
+  return nnx.to_pure_dict(jax.tree.map(lambda p: p.replace(spec(*p.get_metadata()['axes'])), state, is_leaf=lambda p: isinstance(p, nnx.Variable)))
+
+
+def fit(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+  """`sharding` on `mesh`, with a dimension left whole where its mesh axes do not divide it (8 kv heads on 16 devices)."""
+  parts = []
+  for size, part in zip(shape, tuple(sharding) + (None,) * (len(shape) - len(sharding)), strict=True):
+    axes = () if part is None else (part,) if isinstance(part, str) else part
+    parts.append(part if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
+  return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over every data-parallel device."""
+  return NamedSharding(mesh, spec('batch'))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Devices that the rows of a batch are divided over."""
+  return math.prod(mesh.shape[axis] for axis in RULES['batch'])

@@ -1,0 +1,116 @@
+"""Orbax checkpoints: one atomic step holds parameters, optimizer, iterator and the config that made them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from polar_jax.config import CheckpointingConfig, ConfigError
+from polar_jax.train.step import TrainState
+
+FOLDER = 'checkpoints'
+
+
+class Checkpointer:
+  """The checkpoints of one run. The newest `keep` and the `keep_best` best by validation are kept."""
+
+  def __init__(self, folder: pathlib.Path, config: CheckpointingConfig, best_metric: str, best_is_lower: bool):
+    policies = ocp.checkpoint_managers.preservation_policy
+    kept = [policies.LatestN(config.keep)]
+    if config.keep_best:
+      # Ascending order, the last n are kept; steps that were not validated compete with nobody.
+      sign = -1.0 if best_is_lower else 1.0
+      kept.append(
+        policies.BestN(get_metric_fn=lambda m: sign * m[best_metric], n=config.keep_best, keep_checkpoints_without_metrics=False)
+      )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      enable_async_checkpointing=config.asynchronous,
+      # A process killed while saving leaves a temporary folder behind; the next start removes it.
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(folder.absolute() / FOLDER, options=options)
+
+  @property
+  def latest(self) -> int | None:
+    """The newest complete step."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]):
+    """Starts saving; returns once the state may be overwritten. `metrics` (empty: none) decide which checkpoint is the best."""
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state._asdict()),
+      data=ocp.args.JsonSave(iterator_state),
+      config=ocp.args.JsonSave(fingerprint),
+    )
+    if step != self._manager.latest_step():
+      self._manager.save(step, args=args, metrics=metrics or None)
+
+  def restore(self, abstract: TrainState, fingerprint: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+    """(state, iterator state) of the newest step, laid out as `abstract` says.
+
+    Raises:
+      ConfigError: when the checkpoint was made with other settings, naming the first that differ.
+    """
+    step = self.latest
+    saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+    _check_same_settings(saved, fingerprint, step)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())
+    restored = self._manager.restore(step, args=args)
+    return TrainState(**restored['state']), restored['data']
+
+  def wait(self) -> None:
+    """Returns once everything saved is complete on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: int | None) -> None:
+  current = json.loads(json.dumps(current))  # as it would read back
+  different = [f'{k} was {saved.get(k)!r}, is {current.get(k)!r}' for k in sorted(saved.keys() | current.keys()) if saved.get(k) != current.get(k)]
+  if different:
+    raise ConfigError(f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir')
+
+
+def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective: str) -> dict[str, Any]:
+  """Parameters of the newest checkpoint of another run, laid out as `abstract_params` says.
+
+  From a run with the same objective all of them; from another (a reward model that starts from a language model) the decoder.
+
+  Raises:
+    ConfigError: when there is no checkpoint, or its parameters have other names or shapes.
+  """
+  root = folder.absolute() / FOLDER
+  missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
+  if not root.exists():
+    raise missing
+  handlers = {'state': ocp.PyTreeCheckpointHandler(), 'config': ocp.JsonCheckpointHandler(), 'data': ocp.JsonCheckpointHandler()}
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+  with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise missing
+    saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+    if saved['objective'] != objective:
+      abstract_params = {'decoder': abstract_params['decoder']}
+    stored = manager.item_metadata(step)['state']['params']
+    _check_same_shapes(stored, abstract_params, folder)
+    target = {'params': abstract_params}
+    args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=args))['state']['params']
+
+
+def _check_same_shapes(stored: Any, wanted: Any, folder: pathlib.Path) -> None:
+  def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path, simple=True, separator='.'): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+  have = shapes(stored)
+  for name, shape in shapes(wanted).items():
+    if have.get(name) != shape:
+      raise ConfigError(f'{folder} cannot be started from: {name} is {have.get(name, "missing")} there and {shape} in this model')

@@ -1,0 +1,256 @@
+"""The one trainer: resumes by itself, saves atomically, stops cleanly, and never waits for a metric it can fetch later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from polar_jax import sharding
+from polar_jax.config import CheckpointingConfig, ModelConfig, TrainConfig
+from polar_jax.data import pipeline
+from polar_jax.scaling import flops
+from polar_jax.train import step as step_lib
+from polar_jax.train.checkpoint import Checkpointer, load_params
+from polar_jax.train.metrics import MetricsLog, Progress, read_metrics, reward_histogram
+from polar_jax.train.objectives import NEXT_TOKEN, Objective
+from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer
+
+
+class NonFiniteError(RuntimeError):
+  """The loss or the gradient norm stopped being a number. Nothing was saved since."""
+
+
+class Preempted(Exception):
+  """SIGTERM arrived; the run was saved and can go on from there."""
+
+  def __init__(self, name: str, step: int):
+    super().__init__(f'{name}: stopped by SIGTERM, saved at step {step}. The same command resumes from there.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run: what, on which data, where to."""
+
+  name: str
+  folder: pathlib.Path
+  objective: Objective
+  model: ModelConfig
+  train: TrainConfig
+  checkpointing: CheckpointingConfig
+  mesh: Mesh
+  seed: int
+  num_rows: int  # of one epoch
+  batches: Callable[[pipeline.BatchPlan, int], grain.MapDataset]  # (plan, steps) -> batches of the training order
+  validation: Callable[[pipeline.BatchPlan], grain.MapDataset] | None  # one pass over the validation rows
+  start_from: pathlib.Path | None  # folder of the run that the parameters start from
+  fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
+  threads: int
+  prefetch: int
+  log: Callable[[str], None]
+
+  @property
+  def steps(self) -> int:
+    return self.train.steps or max(self.num_rows // self.train.batch_size, 1)
+
+
+def train(run: Run) -> dict[str, Any]:
+  """Trains to the last step, resuming from the newest checkpoint. Returns the summary written to `summary.json`.
+
+  Raises:
+    NonFiniteError: naming the step and the rows of its batch that gave a non-finite reward.
+    Preempted: after SIGTERM, once the state is saved.
+  """
+  with jax.set_mesh(run.mesh):
+    trainer = _Trainer(run)
+    try:
+      return trainer.run_to_end()
+    finally:
+      trainer.close()
+
+
+class _SigtermFlag:
+  """Set by SIGTERM while in scope. Signals reach the main thread only; elsewhere (a notebook's worker) nothing changes."""
+
+  def __enter__(self) -> threading.Event:
+    self._event = threading.Event()
+    self._main = threading.current_thread() is threading.main_thread()
+    if self._main:
+      self._old = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
+    return self._event
+
+  def __exit__(self, *_: Any) -> None:
+    if self._main:
+      signal.signal(signal.SIGTERM, self._old)
+
+
+class _Trainer:
+  def __init__(self, run: Run):
+    self.run, config = run, run.train
+    shards = sharding.batch_shards(run.mesh)
+    padded = pipeline.plan_batch(config.batch_size, shards * config.accumulation).padded
+    self.plan = pipeline.plan_batch(config.batch_size, shards * config.accumulation, step_lib.local_rows(run.mesh, padded))
+    self.schedule = learning_rate_schedule(config, run.steps)
+    self.functions = step_lib.build(run.objective, run.model, make_optimizer(config, run.steps), run.mesh, config.accumulation)
+    lm = run.objective is NEXT_TOKEN
+    self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
+    self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
+    self.checkpointer = Checkpointer(run.folder, run.checkpointing, self.best_metric, best_is_lower=lm)
+    iterator = pipeline.iterate(run.batches(self.plan, run.steps), threads=run.threads, prefetch=run.prefetch)
+    self.tokens, self.step, self.validated, self.validated_step = 0, 0, {}, -1
+    if self.checkpointer.latest is None:
+      self.state = self.functions.init(jax.random.key(run.seed), self._start_params())
+    else:
+      self.state, saved = self.checkpointer.restore(self.functions.abstract, run.fingerprint)
+      iterator.set_state(saved['iterator'])
+      self.tokens, self.step, self.validated = saved['tokens'], saved['step'], saved['validated']
+      run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
+    self.iterator = iterator
+    self.metrics = MetricsLog(run.folder, self.step)
+    self.progress = Progress(run.name, run.steps, self.step, config.log_every)
+    self.pending: tuple[int, Any, dict[str, Any]] | None = None
+    self.peak, self.peak_source = flops.peak_flops(jax.devices()[0])
+    self.fetched_at = time.perf_counter()
+
+  def _start_params(self) -> dict[str, Any] | None:
+    if self.run.start_from is None:
+      return None
+    self.run.log(f'{self.run.name}: starts from the parameters in {self.run.start_from}')
+    return load_params(self.run.start_from, self.functions.abstract.params, self.run.objective.name)
+
+  def run_to_end(self) -> dict[str, Any]:
+    run, started, first = self.run, time.perf_counter(), self.step
+    with _SigtermFlag() as stop:
+      while self.step < run.steps:
+        host_batch = next(self.iterator)
+        batch = step_lib.to_device(host_batch, run.mesh, self.plan.padded)
+        self.state, out = self.functions.train(self.state, batch)
+        self.step += 1
+        self._finish_pending()
+        self.pending = (self.step, out, self._host_facts(host_batch))
+        self._maybe_validate()
+        if self.step < run.steps and (self.step % run.checkpointing.every_steps == 0 or self.validated_step == self.step):
+          self._save()
+        if stop.is_set() and self.step < run.steps:
+          self._save()
+          self.checkpointer.wait()
+          raise Preempted(run.name, self.step)
+      if first < run.steps:
+        self._save()
+      self.checkpointer.wait()
+    return self._summary(time.perf_counter() - started, self.step - first)
+
+  def _host_facts(self, batch: Any) -> dict[str, Any]:
+    """What the host knows of a batch without asking the device. On several hosts, this host's share is scaled up."""
+    share = self.plan.padded / max(self.plan.high - self.plan.low, 1)
+    tokens = int(np.sum(batch.end_BT > batch.start_BT) * share)
+    self.tokens += tokens
+    index = batch.index_BP if hasattr(batch, 'index_BP') else batch.index_B
+    return {'tokens': tokens, 'total_tokens': self.tokens, 'flops': 3.0 * self.count_flops(self.run.model, batch) * share, 'index': index}
+
+  def _finish_pending(self) -> None:
+    """Fetches and writes the metrics of the step before, while the device works on the next."""
+    if self.pending is None:
+      return
+    (step, out, facts), self.pending = self.pending, None
+    out = jax.device_get(out)
+    now = time.perf_counter()
+    seconds, self.fetched_at = now - self.fetched_at, now
+    row: dict[str, Any] = {'stage': self.run.name, 'step': step, **{k: float(v) for k, v in out['scalars'].items()}}
+    if not (math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])):
+      raise NonFiniteError(self._non_finite_message(step, row, out['rows'], facts['index']))
+    row |= {
+      'learning_rate': float(self.schedule(step - 1)),
+      'epoch': step * self.run.train.batch_size / self.run.num_rows,
+      'tokens': facts['total_tokens'],
+      'step_seconds': seconds,
+      'tokens_per_second': facts['tokens'] / seconds,
+      'mfu': facts['flops'] / seconds / (self.peak * jax.device_count()),
+    }
+    if 'rewards_BPC' in out['rows']:
+      rewards_NC = out['rows']['rewards_BPC'].reshape(-1, 2)
+      real = np.arange(len(rewards_NC)) < self.plan.rows
+      row['reward_histogram'] = reward_histogram(rewards_NC[real])
+      if step % self.run.train.log_every == 0:
+        self.metrics.histogram(step, 'rewards/chosen', rewards_NC[real, 0])
+        self.metrics.histogram(step, 'rewards/rejected', rewards_NC[real, 1])
+    self.metrics.write(row)
+    self.progress.update(row)
+
+  def _non_finite_message(self, step: int, row: dict[str, Any], rows: dict[str, np.ndarray], index: np.ndarray) -> str:
+    values = next(iter(rows.values())).reshape(self.plan.padded, -1)[self.plan.low : self.plan.high]
+    bad = ~np.isfinite(values).all(axis=1)
+    index = index.reshape(len(values), -1)[:, 0]
+    named = sorted({int(i) for i in index[bad] if i >= 0})
+    where = f'rows {named}' if named else f'no single row; the batch held rows {sorted({int(i) for i in index if i >= 0})}'
+    return f'{self.run.name}: step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}; non-finite outputs: {where}'
+
+  def _maybe_validate(self) -> None:
+    every = self.run.train.evaluate_every
+    due = self.step == self.run.steps or (every is not None and self.step % every == 0)
+    if not due or self.run.validation is None:
+      return
+    self._finish_pending()
+    means = evaluate(self.functions, self.state.params, self.run.validation(self.plan), self.run.mesh, self.plan.padded)
+    self.validated, self.validated_step = {f'validation_{name}': value for name, value in means.items()}, self.step
+    row = {'stage': self.run.name, 'step': self.step, **self.validated}
+    self.metrics.write(row)
+    self.progress.update(row)
+    self.fetched_at = time.perf_counter()
+
+  def _save(self) -> None:
+    # A checkpoint promises that its steps are good and logged, so their metrics are checked and on disk first.
+    self._finish_pending()
+    self.metrics.flush()
+    data = {'iterator': self.iterator.get_state(), 'tokens': self.tokens, 'step': self.step, 'validated': self.validated}
+    metrics = self.validated if self.validated_step == self.step else {}
+    self.checkpointer.save(self.step, self.state, data, self.run.fingerprint, metrics)
+
+  def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
+    path = self.run.folder / 'summary.json'
+    if steps == 0 and path.exists():
+      return json.loads(path.read_text())
+    rows = [r for r in read_metrics(self.run.folder) if 'loss' in r]
+    last = rows[-max(len(rows) // 20, 1) :]
+    summary = {
+      'steps': self.step,
+      'tokens': self.tokens,
+      'rows': self.step * self.run.train.batch_size,
+      'loss': float(np.mean([r['loss'] for r in last])),  # over the last twentieth: one batch is noise
+      'accuracy': float(np.mean([r['accuracy'] for r in last])),
+      'seconds': seconds,
+      'tokens_per_second': float(np.median([r['tokens_per_second'] for r in rows])),
+      'mfu': float(np.median([r['mfu'] for r in rows])),
+      'mfu_rule': f'{flops.MFU_RULE}; peak {self.peak:.3g} FLOP/s per device, {self.peak_source}',
+      **self.validated,
+    }
+    if jax.process_index() == 0:
+      path.write_text(json.dumps(summary, indent=2) + '\n')
+    return summary
+
+  def close(self) -> None:
+    self.progress.close()
+    self.metrics.close()
+    self.checkpointer.close()
+
+
+def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh, padded: int) -> dict[str, float]:
+  """Means of the loss and metrics over one pass. Sums are added in float64 on the host."""
+  count, totals = 0.0, {}
+  for batch in batches:
+    out = jax.device_get(functions.evaluate(params, step_lib.to_device(batch, mesh, padded)))
+    count += float(out['count'])
+    for name, value in out['sums'].items():
+      totals[name] = totals.get(name, 0.0) + float(value)
+  return {name: value / count for name, value in totals.items()}

@@ -1,0 +1,106 @@
+"""Metrics of a run: metrics.jsonl (every step once), TensorBoard, and what a person watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+FILE = 'metrics.jsonl'
+
+
+def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a run's metrics.jsonl, without a last line torn by a kill."""
+  path = folder / FILE
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class MetricsLog:
+  """Appends rows; on a resume drops those after the restored step, which the run will write again."""
+
+  def __init__(self, folder: pathlib.Path, resume_step: int):
+    self._file: TextIO | None = None
+    self._tensorboard: Any = None
+    if jax.process_index() != 0:
+      return
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in read_metrics(folder) if row['step'] <= resume_step]
+    temporary = folder / (FILE + '.tmp')
+    temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+    os.replace(temporary, folder / FILE)
+    self._file = (folder / FILE).open('a')
+    from tensorboardX import SummaryWriter  # takes 0.2 s to import, and only the first process needs it
+
+    self._tensorboard = SummaryWriter(str(folder / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """One line of metrics.jsonl; numbers go to TensorBoard too."""
+    if self._file is None:
+      return
+    self._file.write(json.dumps(row) + '\n')
+    for name, value in row.items():
+      if isinstance(value, (int, float)) and name != 'step':
+        self._tensorboard.add_scalar(name, value, row['step'])
+
+  def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+    if self._tensorboard is not None:
+      self._tensorboard.add_histogram(name, values, step)
+
+  def flush(self) -> None:
+    """Everything written so far is on disk afterwards: called before a checkpoint may say that these steps are done."""
+    if self._file is not None:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if self._file is not None:
+      self.flush()
+      self._file.close()
+      self._tensorboard.close()
+
+
+def reward_histogram(rewards_NC: np.ndarray, bins: int = 12) -> dict[str, Any]:
+  """Counts of chosen and rejected rewards over common, equal bins between the smallest and the largest."""
+  low, high = float(rewards_NC.min()), float(rewards_NC.max())
+  high = high if high > low else low + 1e-6
+  chosen, rejected = (np.histogram(rewards_NC[:, c], bins, (low, high))[0].tolist() for c in (0, 1))
+  return {'low': low, 'high': high, 'chosen': chosen, 'rejected': rejected}
+
+
+class Progress:
+  """A bar in a terminal, a plain line every `every` steps elsewhere. Only the first process speaks."""
+
+  def __init__(self, name: str, total: int, initial: int, every: int):
+    self._name, self._total, self._every, self._bar = name, total, every, None
+    self._silent = jax.process_index() != 0
+    if not self._silent and sys.stderr.isatty():
+      from tqdm import tqdm
+
+      self._bar = tqdm(total=total, initial=initial, desc=name, unit='step', dynamic_ncols=True)
+
+  def update(self, row: dict[str, Any]) -> None:
+    if self._silent:
+      return
+    shown = {k: row[k] for k in ('loss', 'accuracy', 'validation_loss', 'validation_accuracy') if k in row}
+    if self._bar is not None:
+      self._bar.update(row['step'] - self._bar.n)
+      self._bar.set_postfix({k: f'{v:.3f}' for k, v in shown.items()})
+    elif row['step'] % self._every == 0 or row['step'] == self._total or 'validation_loss' in row:
+      rate = f'  {row["tokens_per_second"]:,.0f} tokens/s' if 'tokens_per_second' in row else ''
+      values = '  '.join(f'{k} {v:.4f}' for k, v in shown.items())
+      print(f'{self._name}  step {row["step"]}/{self._total}  {values}{rate}', flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()

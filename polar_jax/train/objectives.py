@@ -1,0 +1,45 @@
+"""What a training run optimises: next-token prediction, or ranking pairs by reward. The trainer is the same for both."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.train import losses
+
+# (model, batch) -> (sum of the loss, sums of metrics, arrays per row for diagnosis)
+LossSums = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A model family with its loss. `count` is what the loss of the global batch is divided by."""
+
+  name: str
+  make_model: Callable[[ModelConfig, nnx.Rngs], nnx.Module]
+  loss_sums: LossSums
+  count: Callable[[Any], jax.Array]
+
+
+def _pair_loss(model: RewardModel, batch: Any):
+  rewards_BPC = model(batch)
+  loss, sums = losses.pair_sums(rewards_BPC, batch.pair_mask_BP)
+  return loss, sums, {'rewards_BPC': rewards_BPC}
+
+
+def _text_loss(model: LanguageModel, batch: Any):
+  logits_BTV = model(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT)
+  loss, sums = losses.next_token_sums(logits_BTV, batch.target_BT, batch.target_mask_BT)
+  return loss, sums, {'largest_logit_B': jnp.max(jnp.abs(logits_BTV), axis=(1, 2))}
+
+
+RANKING = Objective('ranking', lambda c, rngs: RewardModel(c, rngs=rngs), _pair_loss, lambda b: jnp.sum(b.pair_mask_BP))
+NEXT_TOKEN = Objective('next_token', lambda c, rngs: LanguageModel(c, rngs=rngs), _text_loss, lambda b: jnp.sum(b.target_mask_BT))

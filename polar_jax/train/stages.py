@@ -1,0 +1,233 @@
+"""The training stages: what each reads, where it starts from, and where it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
+from polar_jax.data import pipeline
+from polar_jax.data.sources import open_source
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
+from polar_jax.train import loop
+from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.types import Triplet
+
+# Folder names of the runs inside a workdir.
+LM, PRETRAIN, FINETUNE = 'pretrain_lm', 'pretrain', 'finetune'
+FINETUNE_ONLY, FINETUNE_NO_REFERENCE = 'finetune_only', 'finetune_no_reference'
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every stage is given."""
+
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  log: Callable[[str], None]
+
+  @property
+  def data(self) -> pathlib.Path:
+    """Where the synthesize stage writes."""
+    return self.workdir / 'data'
+
+  def tokenizer(self) -> Tokenizer:
+    return load_tokenizer(self.config.tokenizer, self.data / 'tokenizer.json')
+
+  def template(self, use_reference: bool = True) -> Template:
+    settings = self.config.template
+    return Template(dataclasses.replace(settings, use_reference=settings.use_reference and use_reference), self.tokenizer())
+
+  def model_config(self) -> ModelConfig:
+    """The model's shape with the tokenizer's vocabulary.
+
+    Raises:
+      ConfigError: when the model's vocabulary is too small for the tokenizer.
+    """
+    model, size = self.config.model, self.tokenizer().vocab_size
+    if model.vocab_size is not None and model.vocab_size < size:
+      raise ConfigError(f'model.vocab_size ({model.vocab_size}) is smaller than the tokenizer ({size})')
+    return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=size)
+
+  def triplets(self, split: str) -> Sequence[Triplet]:
+    return self._rows('data.triplets', self.config.data.triplets, 'triplets', split)
+
+  def preferences(self, split: str) -> Sequence[Triplet]:
+    return self._rows('data.preferences', self.config.data.preferences, 'preferences', split)
+
+  def _rows(self, setting: str, given: str | None, made: str, split: str) -> Sequence[Triplet]:
+    path = pathlib.Path(given) if given else self.data / made
+    if not path.exists():
+      raise ConfigError(f'{setting}: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
+    rows = open_source(path, split, self.config.data.on_bad_row)
+    skipped = getattr(rows, 'skipped', [])
+    if skipped:
+      named = '; '.join(f'row {row}: {reason}' for row, reason in skipped[:20])
+      self.log(f'{path}: skipped {len(skipped)} bad rows of {len(rows) + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})')
+    return rows
+
+
+def pretrain_lm(context: Context) -> dict[str, Any]:
+  """Next-token pre-training of the language model that the reward model starts from."""
+  config, data = context.config, context.config.data
+  train_ids, validation_ids = text_tokens(context)
+  length = config.lm.sequence_length
+  windows = pipeline.TextWindows(train_ids, length, config.seed)
+  held_out = pipeline.TextWindows(validation_ids, length, config.seed)
+  run = loop.Run(
+    name=LM,
+    folder=context.workdir / LM,
+    objective=NEXT_TOKEN,
+    model=context.model_config(),
+    train=config.lm,
+    checkpointing=config.checkpointing,
+    mesh=context.mesh,
+    seed=config.seed,
+    num_rows=len(windows),
+    batches=lambda plan, steps: pipeline.text_batches(windows, plan, steps=steps, seed=config.seed),
+    validation=lambda plan: _text_validation(held_out, plan, config.lm.evaluate_rows),
+    start_from=_start_folder(context, config.lm),
+    fingerprint=_fingerprint(context, config.lm, NEXT_TOKEN.name, {'data.text': data.text}),
+    threads=data.read_threads,
+    prefetch=data.prefetch,
+    log=context.log,
+  )
+  return loop.train(run)
+
+
+def pretrain(context: Context) -> dict[str, Any]:
+  """Contrastive pre-training on triplets of policies (equation 7)."""
+  return _rank(context, PRETRAIN, context.config.train, context.triplets, start=None, use_reference=True)
+
+
+def finetune(context: Context) -> dict[str, Any]:
+  """Fine-tuning on ranked data (equation 8)."""
+  return _rank(context, FINETUNE, context.config.finetune, context.preferences, start=None, use_reference=True)
+
+
+def finetune_only(context: Context) -> dict[str, Any]:
+  """The arm without pre-training: the same ranked data on the plain language model."""
+  return _rank(context, FINETUNE_ONLY, context.config.finetune, context.preferences, start=LM, use_reference=True)
+
+
+def finetune_no_reference(context: Context) -> dict[str, Any]:
+  """The arm without pre-training and without the reference: a classic reward model."""
+  return _rank(context, FINETUNE_NO_REFERENCE, context.config.finetune, context.preferences, start=LM, use_reference=False)
+
+
+def _rank(
+  context: Context,
+  name: str,
+  train: TrainConfig,
+  rows: Callable[[str], Sequence[Triplet]],
+  start: str | None,
+  use_reference: bool,
+) -> dict[str, Any]:
+  config, data = context.config, context.config.data
+  train = train if start is None else dataclasses.replace(train, start_from='lm')
+  template = context.template(use_reference)
+  tokens = pipeline.PairTokens(rows('train'), template)
+  held_out = pipeline.PairTokens(_validation_rows(context, rows), template)
+  row_length = data.row_length or max(pipeline.longest_row(tokens), pipeline.longest_row(held_out))
+  run = loop.Run(
+    name=name,
+    folder=context.workdir / name,
+    objective=RANKING,
+    model=context.model_config(),
+    train=train,
+    checkpointing=config.checkpointing,
+    mesh=context.mesh,
+    seed=config.seed,
+    num_rows=len(tokens),
+    batches=lambda plan, steps: pipeline.pair_batches(tokens, plan, row_length, steps=steps, seed=config.seed),
+    validation=lambda plan: pair_validation(held_out, plan, row_length, train.evaluate_rows),
+    start_from=_start_folder(context, train),
+    fingerprint=_fingerprint(
+      context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': len(tokens)}
+    ),
+    threads=data.read_threads,
+    prefetch=data.prefetch,
+    log=context.log,
+  )
+  return loop.train(run)
+
+
+def _validation_rows(context: Context, rows: Callable[[str], Sequence[Triplet]]) -> Sequence[Triplet]:
+  given = context.config.data.evaluation
+  return open_source(pathlib.Path(given), 'validation', context.config.data.on_bad_row) if given else rows('validation')
+
+
+def pair_validation(tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int, most: int | None = None):
+  """One pass over the first `most` rows in file order."""
+  size = min(len(tokens), most or len(tokens))
+  first = pipeline.PairTokens(_Head(tokens.source, size), tokens.template)
+  return pipeline.pair_batches(first, plan, row_length, steps=-(-size // plan.rows), seed=None, once=True)
+
+
+def _text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, most: int):
+  steps = -(-min(len(windows), most) // plan.rows)
+  return pipeline.text_batches(windows, plan, steps=steps, seed=None, once=True)
+
+
+class _Head(Sequence[Triplet]):
+  """The first `size` rows of a sequence, read only when asked for."""
+
+  def __init__(self, rows: Sequence[Triplet], size: int):
+    self._rows, self._size = rows, size
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index):
+    return self._rows[index]
+
+
+def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:
+  """(training, validation) token ids of the language model's text.
+
+  Raises:
+    ConfigError: when there is no text.
+  """
+  given = context.config.data.text
+  if given is None:
+    path = context.data / 'text.npz'
+    if not path.exists():
+      raise ConfigError(f'data.text: no text at {path}; name a .txt file or folder there, or run the synthesize stage in this workdir first')
+    with np.load(path) as arrays:
+      return arrays['train'], arrays['validation']
+  path = pathlib.Path(given)
+  files = sorted(path.glob('**/*.txt')) if path.is_dir() else [path]
+  if not files or not all(f.exists() for f in files):
+    raise ConfigError(f'data.text: no .txt file at {path}')
+  tokenizer = context.tokenizer()
+  end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+  ids = np.concatenate([np.asarray(tokenizer.encode(f.read_text(encoding='utf-8')) + end, np.int32) for f in files])
+  cut = int(len(ids) * 0.95)
+  return ids[:cut], ids[cut:]
+
+
+def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
+  """Where a run's parameters come from; None is from scratch. A resumed run ignores it."""
+  names = {'lm': LM, 'pretrain': PRETRAIN}
+  if train.start_from == 'scratch':
+    return None
+  if train.start_from in names:
+    return context.workdir / names[train.start_from]
+  return pathlib.Path(train.start_from)
+
+
+def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dict[str, Any]) -> dict[str, Any]:
+  """Settings that must not change while a workdir is resumed: they decide what the run computes."""
+  free = {'log_every', 'evaluate_every', 'evaluate_rows'}
+  same_maths = {'attention', 'remat', 'scan_unroll'}
+  model = {f'model.{k}': v for k, v in dataclasses.asdict(context.model_config()).items() if k not in same_maths}
+  template = {f'template.{k}': v for k, v in dataclasses.asdict(context.config.template).items()}
+  settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in free}
+  return {'objective': objective, 'seed': context.config.seed, **model, **template, **settings, **more}

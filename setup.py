@@ -1,0 +1,53 @@
+"""Packaging of polar_jax. Why each dependency is there, and why an odd pin is odd, stands beside it."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'polar_jax' / '__init__.py').read_text()).group(1)
+
+CORE = [
+  'jax>=0.10.2,<0.13',  # 0.10.2 is the last for Python 3.11
+  'flax>=0.12.8,<0.13',  # NNX; never move jax or flax alone: flax 0.12.8 breaks on jax 0.11.1 and later
+  'optax>=0.2.8,<0.3',
+  'orbax-checkpoint>=0.12.8,<0.13',  # preservation policies (keep newest and best)
+  'grain>=0.2.18,<0.3',
+  'tensorflow-datasets>=4.9.10',  # writes and reads ArrayRecord without TensorFlow
+  'array-record>=0.8.6',  # the file format, which tensorflow-datasets leaves optional
+  'ml-collections>=1.1',
+  'numpy>=2.0',
+  'absl-py>=2.1',  # flags and app, which ml-collections' config_flags builds on
+  'tokenizers>=0.21',  # trains the small BPE, reads tokenizer.json
+  'sentencepiece>=0.2',  # reads POLAR's tokenizer.model
+  'safetensors>=0.5',  # checkpoint exchange without torch
+  'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
+  'matplotlib>=3.9',  # figures of the report
+  'tqdm>=4.66',  # progress bars
+]
+
+PARQUET = ['pyarrow>=17']
+
+EXTRAS = {
+  'parquet': PARQUET,  # user data in .parquet
+  'tpu': ['jax[tpu]>=0.10.2,<0.13'],
+  'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
+  'test': ['pytest>=8.3', 'hypothesis>=6.100', *PARQUET],
+  'lint': ['ruff==0.17.6', 'mypy==2.4.1'],  # exact: another version formats and judges differently
+}
+
+setuptools.setup(
+  name='polar_jax',
+  version=VERSION,
+  description='POLAR reward models in JAX: policy-discriminative pre-training, fine-tuning and evaluation',
+  long_description=(HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['polar_jax', 'polar_jax.*']),
+  install_requires=CORE,
+  extras_require=EXTRAS,
+  entry_points={'console_scripts': ['polar_jax=polar_jax.main:console']},
+)

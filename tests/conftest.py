@@ -1,0 +1,55 @@
+"""Fixtures of all tests, and what must be set before JAX starts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+# Tests of sharding need devices: eight fake ones share the CPU. Subprocess tests set their own.
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = pathlib.Path(os.environ.get('POLAR_TEST_DATA', ROOT / '../shared/data')).resolve()
+
+jax.config.update('jax_numpy_rank_promotion', 'warn')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Leaves out what cannot or should not run, with a count: slow tests unless asked for, data tests without the data."""
+  dropped = {'slow': [], 'data': []}
+  kept = []
+  for item in items:
+    if item.get_closest_marker('slow') and 'slow' not in config.option.markexpr:
+      dropped['slow'].append(item)
+    elif item.get_closest_marker('data') and not DATA.is_dir():
+      dropped['data'].append(item)
+    else:
+      kept.append(item)
+  if dropped['data'] and os.environ.get('CI'):
+    raise pytest.UsageError(f'{len(dropped["data"])} tests need the data folder {DATA}, which does not exist: set POLAR_TEST_DATA')
+  items[:] = kept
+  left_out = [item for some in dropped.values() for item in some]
+  if left_out:
+    config.hook.pytest_deselected(items=left_out)
+  config.stash[_DROPPED] = {name: len(some) for name, some in dropped.items()}
+
+
+_DROPPED = pytest.StashKey[dict]()
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+  counts = config.stash.get(_DROPPED, {})
+  if counts.get('data'):
+    terminalreporter.write_line(f'left out: {counts["data"]} tests that need the data folder {DATA} (set POLAR_TEST_DATA)')
+  if counts.get('slow'):
+    terminalreporter.write_line(f'left out: {counts["slow"]} slow tests (run them with: pytest -m slow)')
+
+
+@pytest.fixture(scope='session')
+def data_folder() -> pathlib.Path:
+  """The folder of real data; tests that use it carry the marker `data`."""
+  return DATA

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import pickle
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from polar_jax.config import TokenizerConfig
+from polar_jax.data import tokenizer as tokenizer_lib
+
+TEXTS = ['', ' a  b\n\tc ', 'naïve 日本語 🦊 e\u0301', 'x<|reward|>y[UNUSED_TOKEN_130]', '<s>hello</s>', '<|rew', '\x00\r\n']
+
+
+@pytest.fixture(scope='module')
+def bpe_path(tmp_path_factory):
+  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=400,
+    special_tokens=list(tokenizer_lib.SPECIAL_TOKENS),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(['the quick brown fox jumps over the lazy dog and the cat'] * 20, trainer)
+  bpe.post_processor = processors.TemplateProcessing(single='<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 2)])
+  bpe.enable_truncation(4)  # must not survive loading
+  bpe.enable_padding(length=4)
+  path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
+  bpe.save(str(path))
+  return path
+
+
+@pytest.fixture
+def bpe(bpe_path):
+  return tokenizer_lib.BpeTokenizer(bpe_path)
+
+
+@pytest.fixture
+def piece(data_folder):
+  return tokenizer_lib.SentencePieceTokenizer(data_folder / 'tokenizers/internlm2/tokenizer.model')
+
+
+def check_interface(tokenizer):
+  assert isinstance(tokenizer, tokenizer_lib.Tokenizer)
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode(text, add_bos=True) == [tokenizer.bos_id, *ids]
+    assert tokenizer.decode(ids, skip_special=False) == text
+    if tokenizer.is_exact(text):
+      assert tokenizer.decode(ids) == text
+      assert len(ids) <= len(text.encode())
+  for add_bos in (False, True):
+    assert tokenizer.encode_batch(TEXTS, add_bos=add_bos) == [tokenizer.encode(text, add_bos) for text in TEXTS]
+  assert tokenizer.encode_batch([]) == []
+  assert tokenizer.decode([]) == ''
+  assert tokenizer.decode(tokenizer.encode('<s>hello</s>')) == 'hello'
+  assert tokenizer.special_id('<s>') == tokenizer.bos_id
+  assert tokenizer.special_id('</s>') == tokenizer.eos_id
+  assert tokenizer.special_id('no such token') is None
+  assert tokenizer.encode('a[UNUSED_TOKEN_130]b')[1:-1] == [tokenizer.special_id('[UNUSED_TOKEN_130]')]
+
+
+def test_of_two_special_strings_the_longer_wins():
+  specials = tokenizer_lib.SpecialStrings({'<a': 1, '<a>': 2})
+  assert specials.encode('x<a><a', lambda part: part.encode()) == [120, 2, 1]
+  assert tokenizer_lib.SpecialStrings({}).encode('<a', lambda part: part.encode()) == [60, 97]
+
+
+def test_bytes():
+  tokenizer = tokenizer_lib.ByteTokenizer()
+  check_interface(tokenizer)
+  assert tokenizer.vocab_size == 261
+  assert tokenizer.encode('é<pad>', add_bos=True) == [257, 0xC3, 0xA9, 256]
+  assert tokenizer.encode('x<|reward|>y[UNUSED_TOKEN_130]') == [120, 259, 121, 260]
+  assert tokenizer.decode([0xC3, 257, 65]) == '\ufffdA'
+  assert tokenizer.decode([259, 65]) == 'A'
+  assert tokenizer.is_exact('é')
+  assert not tokenizer.is_exact('a</s>')
+
+
+def test_bpe(bpe):
+  check_interface(bpe)
+  assert (bpe.pad_id, bpe.bos_id, bpe.eos_id) == (0, 1, 2)
+  assert bpe.special_id('<|reward|>') == 3
+  assert bpe.special_id('the') is None  # a merge, not a special token
+  assert len(bpe.encode('the quick brown fox jumps over')) > 4  # the file's truncation is off
+  assert bpe.decode(bpe.encode('a<|reward|>b')) == 'ab'
+  assert bpe.is_exact('the 🦊')
+  assert not bpe.is_exact('the <s>')
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'normalizer': {'type': 'NFC'}},
+    {'decoder': None},
+    {'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}},
+    {'pre_tokenizer': {'type': 'Whitespace'}},
+    {'pre_tokenizer': None},
+  ],
+)
+def test_a_tokenizer_that_may_change_text_is_not_exact(bpe_path, tmp_path, change):
+  spec = {**json.loads(bpe_path.read_text()), **change}
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
+  assert not tokenizer_lib.BpeTokenizer(tmp_path / 'tokenizer.json').is_exact('the')
+
+
+def test_a_tokenizer_without_all_bytes_is_not_exact(bpe_path, tmp_path):
+  spec = json.loads(bpe_path.read_text())
+  del spec['model']['vocab']['ñ']
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
+  assert not tokenizer_lib.BpeTokenizer(tmp_path / 'tokenizer.json').is_exact('the')
+
+
+def test_bpe_takes_special_tokens_from_the_config_beside_it(bpe_path, tmp_path):
+  copy = tmp_path / 'tokenizer.json'
+  copy.write_bytes(bpe_path.read_bytes())
+  settings = {'bos_token': None, 'eos_token': {'content': '<|reward|>'}, 'pad_token': '<s>'}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+  tokenizer = tokenizer_lib.BpeTokenizer(copy)
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 3, 1)
+  assert tokenizer.encode('cat', add_bos=True) == tokenizer.encode('cat')
+  assert tokenizer.encode_batch(['cat'], add_bos=True) == [tokenizer.encode('cat')]
+
+
+@pytest.mark.data
+def test_qwen(data_folder):
+  tokenizer = tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(data_folder / 'tokenizers/qwen3/tokenizer.json')), None)
+  assert tokenizer.bos_id is None
+  assert tokenizer.special_id('<|im_start|>') == 151644
+  ids = tokenizer.encode('<|im_start|>hello', add_bos=True)
+  assert ids[0] == 151644
+  assert tokenizer.decode(ids) == 'hello'
+  assert not tokenizer.is_exact('e')  # NFC
+
+
+@pytest.mark.data
+def test_sentencepiece(piece):
+  check_interface(piece)
+  assert (piece.vocab_size, piece.bos_id, piece.eos_id, piece.pad_id) == (92544, 1, 2, None)
+  assert piece.special_id('[UNUSED_TOKEN_130]') == 92527
+  assert piece.special_id('<|reward|>') is None
+  assert piece.encode('a<s>b') == [*piece.encode('a'), 1, *piece.encode('b')]
+
+
+@pytest.mark.data
+def test_sentencepiece_added_tokens(data_folder, tmp_path):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'<|reward|>': 92528, '<|plain|>': 92600}))
+  added = {'92601': {'content': '<|x|>', 'special': True}}
+  settings = {'pad_token': '</s>', 'additional_special_tokens': ['<|reward|>'], 'added_tokens_decoder': added}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+  tokenizer = tokenizer_lib.SentencePieceTokenizer(path)
+  assert tokenizer.pad_id == 2
+  assert tokenizer.vocab_size == 92602
+  ids = tokenizer.encode('a<|reward|>b<|plain|>c<|x|>')
+  assert ids[1::2] == [92528, 92600, 92601]
+  assert tokenizer.decode(ids) == 'ab<|plain|>c'
+  assert tokenizer.decode(ids, skip_special=False) == 'a<|reward|>b<|plain|>c<|x|>'
+
+
+def test_pickle_is_a_path_and_first_use_is_thread_safe(bpe, bpe_path):
+  bpe.encode('warm')
+  blob = pickle.dumps(bpe)
+  assert len(blob) < 500
+  words = ['the', 'quick', 'brown', 'fox', 'lazy', 'dog', 'cat']
+  texts = [' '.join(random.Random(i).choices(words, k=20)) for i in range(200)]
+  fresh = pickle.loads(blob)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    assert list(pool.map(fresh.encode, texts)) == [bpe.encode(text) for text in texts]
+
+
+def test_load_tokenizer(bpe_path, tmp_path):
+  assert isinstance(tokenizer_lib.load_tokenizer(TokenizerConfig('byte'), None), tokenizer_lib.ByteTokenizer)
+  assert tokenizer_lib.load_tokenizer(TokenizerConfig('trained'), bpe_path).special_id('<|reward|>') == 3
+  assert tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(bpe_path)), None).path == bpe_path
+  with pytest.raises(tokenizer_lib.TokenizerError, match='synthesize stage'):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('trained'), None)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r'gone\.json.*synthesize stage'):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('trained'), tmp_path / 'gone.json')
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r'gone\.model: no such'):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / 'gone.model')), None)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r"unknown suffix '\.txt'"):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('file', 'vocab.txt'), None)
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model'])
+def test_damaged_file_is_named(tmp_path, name):
+  (tmp_path / name).write_bytes(b'{"not": "a tokenizer"')
+  tokenizer = tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / name)), None)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=name):
+    tokenizer.encode('a')
