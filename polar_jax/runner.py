@@ -100,7 +100,8 @@ def _finish(workdir: pathlib.Path, seconds: float) -> None:
 
 def _synthesize(context: stages.Context) -> dict[str, Any]:
   result = engine.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)
-  return {'synthesize': result.summary()}
+  facts = dataclasses.asdict(result)
+  return {'synthesize': {name: facts[name] for name in ('rows', 'rows_per_minute', 'fingerprints', 'seconds')}}
 
 
 def _finetune(context: stages.Context) -> dict[str, Any]:

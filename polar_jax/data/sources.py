@@ -183,7 +183,10 @@ def open_source(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise')
   if any(any(path.glob(pattern)) for pattern in _TFDS_FILES):
     from polar_jax.data import triplet_dataset
 
-    splits = triplet_dataset.open_triplets(path)
+    try:
+      splits = triplet_dataset.open_triplets(path)
+    except FileNotFoundError as error:  # more than one data set
+      raise SourceError(str(error)) from error
     if split not in splits:
       raise SourceError(f'{path}: no split {split!r}; its splits are: {", ".join(sorted(splits)) or "none"}')
     return splits[split]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +87,10 @@ def write_triplets(
   builder_class = type(''.join(w.title() for w in name.split('_')), (_TripletBuilder,), {'name': name}, skip_registration=True)
   builder = builder_class(splits, description, metadata, data_dir=str(folder), file_format='array_record')
   config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
-  builder.download_and_prepare(download_dir=str(pathlib.Path(folder) / name / 'downloads'), download_config=config)
+  downloads = target.parent / 'downloads'  # TFDS wants such a folder though nothing is downloaded, and announces its work on stdout
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(download_dir=str(downloads), download_config=config)
+  shutil.rmtree(downloads, ignore_errors=True)
   return target
 
 

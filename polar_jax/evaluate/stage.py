@@ -9,6 +9,7 @@ import numpy as np
 
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.scoring import Scorer
+from polar_jax.synthesis import engine, pool
 from polar_jax.train import stages
 from polar_jax.train.checkpoint import FOLDER
 from polar_jax.types import Triplet
@@ -59,7 +60,7 @@ def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
     correct = _correct(scorer, rows)
     by_split[split] = statistics.accuracy_interval(correct, resamples=resamples).asdict()
     margins[split] = baselines.margin_over_best_rule(correct, rules, resamples=resamples)
-    for name, values in (rules | ceiling(rows)).items():
+    for name, values in (rules | ceiling(rows, split)).items():
       by_baseline.setdefault(name, {})[split] = statistics.accuracy_interval(values, resamples=resamples).asdict()
     best = margins[split]
     context.log(f'{split}: {_shown(by_split[split])}; best rule {best["baseline"]} {_shown(by_baseline[best["baseline"]][split])}')
@@ -90,17 +91,17 @@ class _Ceiling:
   """The Bayes discriminator of the workdir's own pool; nothing for data that came from elsewhere."""
 
   def __init__(self, context: stages.Context):
-    from polar_jax.synthesis import engine, pool
+    self._workers = context.config.synthesis.workers
+    self._pool = [] if context.config.data.triplets else engine.load_pool(context.workdir)
 
-    self._pool_lib, self._workers = pool, context.config.synthesis.workers
-    self._pool = None if context.config.data.triplets else engine.load_pool(context.workdir)
-
-  def __call__(self, rows: Sequence[Triplet]) -> dict[str, np.ndarray]:
-    if self._pool is None:
+  def __call__(self, rows: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:
+    """{'bayes': correct}, under the policies that the split is drawn from: knowing more of them could only confuse it."""
+    drawn = [p for p in self._pool if p.params.held_out == (split == 'unseen_policies')]
+    if not drawn:
       return {}
     prefixes = [row.metadata['prompt_ids'] for row in rows]
     logp = [
-      self._pool_lib.pool_logprobs(self._pool, prefixes, [row.metadata[f'{name}_ids'] for row in rows], self._workers)
+      pool.pool_logprobs(drawn, prefixes, [row.metadata[f'{name}_ids'] for row in rows], self._workers)
       for name in ('reference', 'chosen', 'rejected')
     ]
     return {'bayes': baselines.bayes_correct(*logp)}

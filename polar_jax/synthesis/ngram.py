@@ -16,6 +16,7 @@ import numpy as np
 
 from polar_jax.synthesis import cleanup, ngram_index, vocabulary
 
+MIN_TEMPERATURE = 0.1  # of sampling
 _NEVER_SAMPLED = [i for i in range(vocabulary.NUM_SPECIAL) if i != vocabulary.EOS_ID]
 _CHUNK = 256  # contexts whose distributions are expanded at a time: about 1 MB, which stays in cache
 _GROUP = 32  # tokens summed together for the first step of inversion
@@ -175,7 +176,10 @@ class NgramPolicy:
       ids int32 (R, T) padded with `<pad>`, lengths int64 (R,), and bool (R,): the policy ended the document.
     """
     rows, width = uniforms.shape
-    sampler = _Sampler(self, self._fit(), 1 / (self.params.temperature * temperature), top_p, top_k)
+    effective = self.params.temperature * temperature
+    if effective < MIN_TEMPERATURE:
+      raise ValueError(f'policy {self.name} at temperature {effective:.3g}: below {MIN_TEMPERATURE} single-precision sampling underflows')
+    sampler = _Sampler(self, self._fit(), 1 / effective, top_p, top_k)
     ids = np.full((rows, width), vocabulary.PAD_ID, np.int32)
     lengths, ended = np.full(rows, width), np.zeros(rows, bool)
     active = np.arange(rows)

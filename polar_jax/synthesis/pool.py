@@ -119,10 +119,13 @@ def pool_logprobs(
 
 
 def bayes_scores(reference_logprobs: np.ndarray, candidate_logprobs: np.ndarray) -> np.ndarray:
-  """log of the sum over policies of p(reference) p(candidate), each (policies, rows) -> (rows,): the ideal score under a uniform prior."""
-  joint = reference_logprobs + candidate_logprobs
-  peak = joint.max(axis=0)
-  return peak + np.log(np.exp(joint - peak).sum(axis=0))
+  """The ideal discriminator's score (rows,) under a uniform prior, from log-probabilities (policies, rows) of references and candidates.
+
+  log sum_a p_a(reference) p_a(candidate) - log sum_b p_b(candidate): how much the reference raises the odds of the candidate. Without
+  the second term short and commonplace candidates would win whoever wrote them. The candidate with the higher score is the more
+  probable sample of the reference's policy (up to the rejected one's being known to come from another).
+  """
+  return np.logaddexp.reduce(reference_logprobs + candidate_logprobs, axis=0) - np.logaddexp.reduce(candidate_logprobs, axis=0)
 
 
 def kl_matrix(

@@ -15,6 +15,7 @@ from polar_jax.data import pipeline
 from polar_jax.data.sources import open_source
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
+from polar_jax.synthesis import engine
 from polar_jax.train import loop
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.types import Triplet
@@ -200,8 +201,9 @@ def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:
     path = context.data / 'text.npz'
     if not path.exists():
       raise ConfigError(f'data.text: no text at {path}; name a .txt file or folder there, or run the synthesize stage in this workdir first')
-    with np.load(path) as arrays:
-      return arrays['train'], arrays['validation']
+    streams = engine.load_text(path)
+    train, validation = (np.concatenate(list(streams[part].values())) for part in ('train', 'validation'))
+    return train, validation
   path = pathlib.Path(given)
   files = sorted(path.glob('**/*.txt')) if path.is_dir() else [path]
   if not files or not all(f.exists() for f in files):

@@ -186,6 +186,14 @@ def test_open_source_of_a_tfds_folder(tmp_path, monkeypatch):
     sources.open_source(tmp_path, 'test', 'raise')
 
 
+def test_open_source_of_two_tfds_folders(tmp_path):
+  for version in ('1.0.0', '2.0.0'):
+    (tmp_path / version).mkdir()
+    (tmp_path / version / 'dataset_info.json').write_text('{}')
+  with pytest.raises(sources.SourceError, match=r'1\.0\.0.*2\.0\.0'):
+    sources.open_source(tmp_path, 'train')
+
+
 @pytest.mark.data
 def test_real_preferences_read_cleanly(data_folder):
   files = sorted((data_folder / 'preferences').glob('*.jsonl.gz'))
