@@ -209,12 +209,13 @@ def parse(raw: ml_collections.ConfigDict) -> Config:
   Raises:
     ConfigError: naming the option, what was given and what is allowed.
   """
-  config = _parse_section(raw, Config, '')
+  config = _parse_section(raw, Config(), '')
   _check_together(config)
   return config
 
 
-def _parse_section(raw: Any, cls: type, prefix: str) -> Any:
+def _parse_section(raw: Any, default: Any, prefix: str) -> Any:
+  cls = type(default)  # what `raw` leaves out keeps the value of `default`: sections of one type differ in their defaults
   names = {f.name for f in dataclasses.fields(cls)}
   for key in raw:
     if key not in names:
@@ -228,10 +229,10 @@ def _parse_section(raw: Any, cls: type, prefix: str) -> Any:
     if dataclasses.is_dataclass(hint):
       if not hasattr(value, 'keys'):
         raise ConfigError(f'{name} is a section with settings of its own, not {value!r}')
-      values[f.name] = _parse_section(value, hint, f'{name}.')
+      values[f.name] = _parse_section(value, getattr(default, f.name), f'{name}.')
     else:
       values[f.name] = _check_value(name, value, hint, f.metadata)
-  return cls(**values)
+  return dataclasses.replace(default, **values)
 
 
 def _check_value(name: str, value: Any, hint: Any, bounds: Any) -> Any:

@@ -33,7 +33,7 @@ class _TripletBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-    features = {name: tfds.features.Text() for name in (*_TEXTS, *_LABELS, 'metadata')} | {name: ids for name in _IDS}
+    features = {name: tfds.features.Text() for name in (*_TEXTS, *_LABELS, 'metadata')} | dict.fromkeys(_IDS, ids)
     return tfds.core.DatasetInfo(
       builder=self,
       description=self._text,

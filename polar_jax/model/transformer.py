@@ -127,7 +127,9 @@ class Decoder(nnx.Module):
     """
     c = self.config
     attend, rows = attention_backend(c.attention), Rows(positions_BT, start_BT, end_BT, c)
-    x_BTD = jnp.take(self.embedding[...].astype(c.compute_dtype), tokens_BT, axis=0)
+    # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
+    table_VD = constrain(self.embedding[...].astype(c.compute_dtype), 'vocab', 'act_embed')
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     body = _remat(lambda x, block: block(x, rows, attend), c.remat)
     scanned = self.layers if index_BQ is None else jax.tree.map(lambda p: p[:-1], self.layers)

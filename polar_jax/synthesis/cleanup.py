@@ -35,7 +35,7 @@ def boundaries(pieces: np.ndarray) -> Boundaries:
 
 def cut_loops(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
   """New lengths (n,): a passage of 1..MAX_PERIOD tokens repeated back to back stops after LOOP_PERIODS copies."""
-  n, width = ids.shape
+  width = ids.shape[1]
   kept = lengths.copy()
   for period in range(1, min(MAX_PERIOD, (width - 1) // LOOP_PERIODS) + 1):
     same = ids[:, period:] == ids[:, :-period]
@@ -51,7 +51,7 @@ def cut_loops(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def trim_endings(ids: np.ndarray, lengths: np.ndarray, bounds: Boundaries) -> np.ndarray:
   """New lengths (n,): cut back to the last end of a sentence, else of a line, else of a word, if at least half of the tokens stay."""
-  n, width = ids.shape
+  width = ids.shape[1]
   if width < 2:
     return lengths
   inside = np.arange(1, width)[None, :] < lengths[:, None]  # a cut before token j, for j in 1..length-1

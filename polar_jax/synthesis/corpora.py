@@ -72,7 +72,7 @@ def load_corpora(max_characters: int = MAX_CHARACTERS) -> list[Corpus]:
 
 def _reference_topics() -> dict[str, list[str]]:
   if importlib.util.find_spec('pydoc_data') is None or importlib.util.find_spec('pydoc_data.topics') is None:
-    raise CorpusError('this Python lacks the package pydoc_data.topics, which holds the language reference; use a full CPython installation')
+    raise CorpusError('this Python lacks the package pydoc_data.topics (the language reference); use a full CPython installation')
   from pydoc_data import topics
 
   return {key: [textwrap.dedent(topics.topics[key])] for key in sorted(topics.topics)}
@@ -84,7 +84,7 @@ def _library_sources() -> list[tuple[str, str]]:
   paths = sorted(p for p in root.rglob('*.py') if not _EXCLUDED.intersection(p.relative_to(root).parts[:-1]))
   paths = [p for p in paths if not p.name.startswith('_sysconfigdata')]
   if not paths:
-    raise CorpusError(f'the standard library folder {root} holds no .py files (a zipped or stripped Python?); use a full CPython installation')
+    raise CorpusError(f'the standard library folder {root} holds no .py files; use a full CPython installation')
   taken: dict[str, int] = {}
   sources = []
   for path in paths:

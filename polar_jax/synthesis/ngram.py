@@ -96,7 +96,8 @@ class NgramPolicy:
       first_seen = np.concatenate([[0], np.cumsum(counts > 0)])[order.first]
       share = params.weights[k - 1] * sums / np.maximum(sums + params.strength * np.diff(first_seen), 1e-300)
       backoff = np.append(1 - share, 1.0)
-      tables.probability.append((share / np.maximum(sums, 1))[order.context] * counts + backoff[order.context] * tables.probability[-1][order.suffix])
+      observed = (share / np.maximum(sums, 1))[order.context] * counts
+      tables.probability.append(observed + backoff[order.context] * tables.probability[-1][order.suffix])
       tables.backoff.append(backoff)
       tables.seen.append(np.flatnonzero(counts))
       tables.first_seen.append(first_seen)

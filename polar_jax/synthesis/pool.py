@@ -51,6 +51,8 @@ def draw_pool_params(seed: int, policies: int, held_out: int, max_order: int, co
     is_twin_share_full = len(family) > 1 and len(chosen) >= held_out * 2 * TWIN_SHARE
     if len(chosen) + len(family) <= held_out and not is_twin_share_full:
       chosen.update(family)
+  if len(chosen) != held_out:
+    raise ValueError(f'cannot hold out {held_out} of {policies} policies without parting twins ({len(chosen)} fit); lower unseen_policies')
   return [dataclasses.replace(p, held_out=i in chosen) for i, p in enumerate(drawn)]
 
 

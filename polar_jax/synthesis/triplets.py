@@ -1,4 +1,4 @@
-"""Pre-training rows: one prefix, two different policies; the first gives reference and chosen, the second gives rejected (eq. 7 of the paper).
+"""Pre-training rows (eq. 7 of the paper): one prefix, two different policies; the first gives reference and chosen, the second rejected.
 
 Row i of a split is a function of (seed, split, i): its draws are row i of tables of uniforms, whoever computes them and however many
 rows are asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -21,13 +22,17 @@ class Checkpointer:
   def __init__(self, folder: pathlib.Path, config: CheckpointingConfig, best_metric: str, best_is_lower: bool):
     policies = ocp.checkpoint_managers.preservation_policy
     kept = [policies.LatestN(config.keep)]
+
+    def goodness(metrics: dict[str, float]) -> float:
+      value = metrics.get(best_metric)  # a step that was not validated is never the best
+      return -math.inf if value is None else -value if best_is_lower else value
+
     if config.keep_best:
-      # Ascending order, the last n are kept; steps that were not validated compete with nobody.
-      sign = -1.0 if best_is_lower else 1.0
-      kept.append(
-        policies.BestN(get_metric_fn=lambda m: sign * m[best_metric], n=config.keep_best, keep_checkpoints_without_metrics=False)
-      )
+      # Ascending order, the last n are kept.
+      kept.append(policies.BestN(get_metric_fn=goodness, n=config.keep_best, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
+      # Only with a best_fn does Orbax write metrics to disk, where a resumed run finds them. What is kept the policy decides.
+      best_fn=goodness,
       preservation_policy=policies.AnyPreservationPolicy(kept),
       enable_async_checkpointing=config.asynchronous,
       # A process killed while saving leaves a temporary folder behind; the next start removes it.
@@ -48,7 +53,7 @@ class Checkpointer:
       config=ocp.args.JsonSave(fingerprint),
     )
     if step != self._manager.latest_step():
-      self._manager.save(step, args=args, metrics=metrics or None)
+      self._manager.save(step, args=args, metrics=metrics)
 
   def restore(self, abstract: TrainState, fingerprint: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
     """(state, iterator state) of the newest step, laid out as `abstract` says.

@@ -149,7 +149,10 @@ class _Trainer:
       if first < run.steps:
         self._save()
       self.checkpointer.wait()
-    return self._summary(time.perf_counter() - started, self.step - first)
+      summary = self._summary(time.perf_counter() - started, self.step - first)
+      if stop.is_set():  # too late to cut this run short, but the next stage must not start
+        raise Preempted(run.name, self.step)
+    return summary
 
   def _host_facts(self, batch: Any) -> dict[str, Any]:
     """What the host knows of a batch without asking the device. On several hosts, this host's share is scaled up."""

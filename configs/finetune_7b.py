@@ -1,0 +1,13 @@
+"""Fine-tuning of POLAR-7B on ranked data with the paper's hyper-parameters.
+
+  python -m polar_jax.main --config=configs/finetune_7b.py --config.data.preferences=mine.jsonl --config.data.evaluation=held_out.jsonl
+
+Reads: data/preferences (rows of prompt, reference, chosen, rejected), checkpoints/polar_7b_base (the pre-trained reward
+model), checkpoints/internlm2_5/tokenizer.model. Paper: 150,000 rows, 16 H800 for half an hour. Not run at this size here.
+"""
+
+from polar_jax.recipes import finetuning
+
+
+def get_config():
+  return finetuning('polar_7b', start_from='checkpoints/polar_7b_base', learning_rate=2e-5)

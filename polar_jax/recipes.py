@@ -1,0 +1,50 @@
+"""What the configs of the published sizes share (docs/recipes.md says where each figure comes from)."""
+
+import ml_collections
+
+from polar_jax.config import default_config
+from polar_jax.model.presets import PRESETS
+
+# A pre-training row holds a prompt twice (1,024 tokens at most each time) and three trajectories of at most 4,096, plus
+# separators: 14,341 tokens. The rest is room for text that re-tokenises a little longer, up to a multiple of 128.
+PRETRAIN_ROW = 14_464
+# A fine-tuning row is two sequences of at most 16,384 tokens that share all but their candidates: 16,384 + 4,096, and room.
+FINETUNE_ROW = 20_608
+
+
+def base(preset: str) -> ml_collections.ConfigDict:
+  """Model, tokenizer and template of POLAR, bfloat16 compute with float32 master weights, parameters over all devices."""
+  config = default_config()
+  config.model.update(PRESETS[preset])
+  config.model.compute_dtype = 'bfloat16'
+  config.model.remat = 'full'
+  config.tokenizer.kind = 'file'
+  config.tokenizer.path = 'checkpoints/internlm2_5/tokenizer.model'
+  config.template.reward_token_id = 92_527  # [UNUSED_TOKEN_130]
+  config.mesh.fsdp = -1
+  config.checkpointing.every_steps = 500
+  return config
+
+
+def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_size: int) -> ml_collections.ConfigDict:
+  """One epoch of contrastive pre-training from a language model (section D.1.2 of the paper)."""
+  config = base(preset)
+  config.stage = 'pretrain'
+  config.data.triplets = 'data/polar_triplets'
+  config.data.row_length = PRETRAIN_ROW
+  config.train.start_from = start_from
+  config.train.learning_rate = learning_rate
+  config.train.batch_size = batch_size
+  return config
+
+
+def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_collections.ConfigDict:
+  """One epoch over ranked data, batch 320 (section D.2 of the paper; schedule and optimizer of the official configs)."""
+  config = base(preset)
+  config.stage = 'finetune'
+  config.data.preferences = 'data/preferences'
+  config.data.row_length = FINETUNE_ROW
+  config.finetune.start_from = start_from
+  config.finetune.learning_rate = learning_rate
+  config.finetune.batch_size = 320
+  return config

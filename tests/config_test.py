@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import typing
+
+import ml_collections
+import pytest
+
+from polar_jax import config as config_lib
+from polar_jax.config import Config, ConfigError, default_config, parse
+
+CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
+
+
+def _fields(section=Config, prefix=''):
+  """(name, type hint, metadata, default) of every option, sections opened."""
+  hints = typing.get_type_hints(section)
+  for f in dataclasses.fields(section):
+    if dataclasses.is_dataclass(hints[f.name]):
+      yield from _fields(hints[f.name], f'{prefix}{f.name}.')
+    else:
+      yield f'{prefix}{f.name}', hints[f.name], f.metadata, f.default
+
+
+FIELDS = {name: (hint, metadata, default) for name, hint, metadata, default in _fields()}
+
+
+def _with(**changes) -> ml_collections.ConfigDict:
+  """The defaults with dotted settings (written with `__`) changed, past ConfigDict's own type check and conversions."""
+  raw = default_config().to_dict()
+  for name, value in changes.items():
+    *sections, last = name.split('__')
+    section = raw
+    for part in sections:
+      section = section[part]
+    section[last] = value
+  return ml_collections.ConfigDict(raw)
+
+
+def _refused(name: str, value) -> str:
+  with pytest.raises(ConfigError) as error:
+    parse(_with(**{name.replace('.', '__'): value}))
+  message = str(error.value)
+  assert '\n' not in message
+  assert name in message
+  return message
+
+
+def test_defaults_round_trip():
+  assert parse(default_config()) == Config()
+
+
+def test_a_partial_config_keeps_each_sections_own_defaults():
+  raw = ml_collections.ConfigDict({'lm': {'steps': 3}, 'finetune': {'batch_size': 8}})
+  config = parse(raw)
+  assert config.lm == dataclasses.replace(Config().lm, steps=3)
+  assert config.finetune == dataclasses.replace(Config().finetune, batch_size=8)
+
+
+@pytest.mark.parametrize('path', CONFIG_FILES, ids=lambda p: p.stem)
+def test_every_config_file_parses(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert isinstance(parse(module.get_config()), Config)
+  assert module.__doc__
+
+
+def test_there_are_config_files():
+  assert CONFIG_FILES
+
+
+def test_parsed_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    parse(default_config()).model.d_model = 3
+
+
+@pytest.mark.parametrize('name', ['sead', 'model.depth', 'lm.steps_'])
+def test_unknown_setting_names_the_known_ones(name):
+  message = _refused(name, 1)
+  assert {'sead': 'seed', 'model.depth': 'num_layers', 'lm.steps_': 'steps'}[name] in message
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_wrong_type_is_refused_and_the_type_named(name):
+  hint = FIELDS[name][0]
+  kind = next(k for k in (bool, int, float, str) if hint in (k, k | None))
+  wrong = {bool: 1, int: 1.5, float: '1', str: 7}[kind]
+  assert kind.__name__ in _refused(name, wrong)
+  if kind in (int, float):
+    assert kind.__name__ in _refused(name, True)
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_none_only_where_allowed(name):
+  if FIELDS[name][0] in (bool, int, float, str):
+    assert FIELDS[name][0].__name__ in _refused(name, None)
+  else:
+    parse(_with(**{name.replace('.', '__'): None}))
+
+
+@pytest.mark.parametrize('name', [n for n, (_, m, _) in FIELDS.items() if m.get('choices')])
+def test_choices_are_named(name):
+  message = _refused(name, 'nonsense')
+  for choice in FIELDS[name][1]['choices']:
+    assert choice in message
+
+
+@pytest.mark.parametrize('name', [n for n, (_, m, _) in FIELDS.items() if m.get('low') is not None])
+def test_low_bound(name):
+  hint, bounds, _ = FIELDS[name]
+  low = bounds['low']
+  assert str(low) in _refused(name, low - 1 if hint in (int, int | None) else low - 1e-3)
+  if bounds['open_low']:
+    assert f'> {low}' in _refused(name, float(low))
+
+
+@pytest.mark.parametrize('name', [n for n, (_, m, _) in FIELDS.items() if m.get('high') is not None])
+def test_high_bound(name):
+  hint, bounds, _ = FIELDS[name]
+  high = bounds['high']
+  assert str(high) in _refused(name, high + 1 if hint in (int, int | None) else high + 1e-3)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+def test_floats_must_be_finite(value):
+  assert 'finite' in _refused('train.learning_rate', value)
+
+
+def test_int_is_accepted_for_float():
+  value = parse(_with(train__learning_rate=1)).train.learning_rate
+  assert (value, type(value)) == (1.0, float)
+
+
+def test_a_value_for_a_section_is_refused():
+  raw = default_config()
+  with raw.ignore_type():
+    raw.model = 3
+  with pytest.raises(ConfigError, match='model is a section'):
+    parse(raw)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'model__num_heads': 6, 'model__num_kv_heads': 4}, ['model.num_heads (6)', 'model.num_kv_heads (4)']),
+    ({'model__head_dim': 33}, ['model.head_dim', '33', 'even']),
+    ({'tokenizer__kind': 'file'}, ['tokenizer.path', 'tokenizer.json']),
+    ({'synthesis__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
+    ({'synthesis__policies': 50, 'synthesis__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
+    ({'mesh__data': 0}, ['mesh', '(0, -1, 1, 1)', 'data, fsdp, tensor, context']),
+    ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
+    ({'train__batch_size': 10, 'train__accumulation': 4}, ['train.batch_size (10)', 'train.accumulation (4)']),
+    ({'lm__batch_size': 10, 'lm__accumulation': 4}, ['lm.batch_size (10)']),
+    ({'finetune__batch_size': 10, 'finetune__accumulation': 4}, ['finetune.batch_size (10)']),
+  ],
+)
+def test_settings_that_do_not_go_together(changes, words):
+  with pytest.raises(ConfigError) as error:
+    parse(_with(**changes))
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_locked_config_refuses_new_keys():
+  raw = default_config().lock()
+  with pytest.raises(AttributeError):
+    raw.nonsense = 1
+  with pytest.raises(AttributeError):
+    raw.train.nonsense = 1
+  raw.train.steps = 5
+  raw.data.triplets = 'somewhere.jsonl'
+  assert parse(raw).train.steps == 5
+
+
+def test_placeholders_keep_their_type():
+  with pytest.raises(TypeError):
+    default_config().train.steps = 'many'
+
+
+def test_replace():
+  assert config_lib.replace(Config(), seed=3).seed == 3

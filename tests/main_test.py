@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOOD = """
+from polar_jax.config import default_config
+
+def get_config():
+  config = default_config()
+  config.tokenizer.kind = 'byte'
+  return config
+"""
+BAD_CONFIGS = {  # what the config file holds, and what the message must say
+  'def get_config():\n  return {}["absent"]\n': "bad.py, line 2: KeyError: 'absent'",
+  'def get_config():\n  return int("abc")\n': "bad.py, line 2: ValueError: invalid literal for int() with base 10: 'abc'",
+  'def get_config():\n  return open("/no/such/file")\n': 'bad.py, line 2: FileNotFoundError',
+  'import no_such_module\n': "bad.py, line 1: ModuleNotFoundError: No module named 'no_such_module'",
+  'def get_config(:\n': 'bad.py, line 1: invalid syntax',
+  'x = 1\n': 'get_config',
+  'def get_config():\n  return 3\n': 'bad.py: get_config() must return what default_config() made, not int',
+  GOOD.replace('tokenizer.kind', 'tokenizer.kindd'): 'unknown setting tokenizer.kindd; tokenizer has: kind, path',
+}
+
+
+@pytest.fixture
+def command(tmp_path):
+  (tmp_path / 'good.py').write_text(GOOD)
+
+  def run(*arguments, **environment):
+    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment
+    line = [sys.executable, '-m', 'polar_jax.main', *arguments]
+    return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+  return run
+
+
+def one_line(result, status=2):
+  """The message, which is the only line on stderr."""
+  assert 'Traceback' not in result.stderr + result.stdout
+  assert result.returncode == status, result.stderr
+  (line,) = result.stderr.splitlines()
+  return line.removeprefix('polar_jax: ')
+
+
+def test_config_is_required(command):
+  assert one_line(command()) == '--config=FILE is required, for example --config=configs/tiny.py'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'expected'),
+  [
+    (['--config=absent.py'], 'absent.py'),
+    (['--config=absent.py', '--config.stage=all'], 'absent.py'),
+    (['--config=good.py', '--config.train.stepz=5'], 'unknown setting train.stepz; train has: accumulation, b1'),
+    (['--config=good.py', '--config.train.steps=5', '--config.trian.steps=5'], 'unknown setting trian; the config has: ablations'),
+    (['--config=good.py', '--config.stage.x=5'], 'stage must be a str'),
+    (['--config=good.py', '--config.train.steps=abc'], '--config.train.steps=abc'),
+    (['--config=good.py', '--config.ablations=maybe'], '--config.ablations=maybe'),
+    (['--config=good.py', '--config.stage=foo'], "stage is 'foo'; it must be one of: all, synthesize, pretrain_lm, pretrain, finetune"),
+    (['--config=good.py', '--config.train.learning_rate=-1'], 'train.learning_rate is -1.0; it must be > 0'),
+    (['--config=good.py', '--config.train.batch_size=3', '--config.train.accumulation=2'], 'train.batch_size (3) must be a multiple'),
+    (['--config.train.steps=5', '--config=good.py'], '--config.train.steps=5 in argv before a value for --config'),
+    (['--config=good.py', '--stage=all'], "Unknown command line flag 'stage'"),
+    (['--config=good.py', 'stage=all'], "unexpected argument 'stage=all'"),
+  ],
+)
+def test_bad_command_line_is_one_line(command, arguments, expected):
+  assert expected in one_line(command(*arguments))
+
+
+@pytest.mark.parametrize(('content', 'expected'), BAD_CONFIGS.items(), ids=range(len(BAD_CONFIGS)))
+def test_bad_config_file_is_one_line(command, tmp_path, content, expected):
+  (tmp_path / 'bad.py').write_text(content)
+  assert expected in one_line(command('--config=bad.py'))
+
+
+def test_missing_data_is_one_line_after_the_banner(command, tmp_path):
+  result = command('--config=good.py', '--config.stage=pretrain', '--config.model.compute_dtype=bfloat16', '--workdir=run')
+  message = one_line(result, status=1)
+  assert message == 'data.triplets: no rows at run/data/triplets; name a data set there, or run the synthesize stage in this workdir first'
+  first, devices, precision, stage = result.stdout.splitlines()
+  assert first == 'polar_jax: stage pretrain, workdir run'
+  assert devices == 'devices: 1 x cpu (cpu), 1 process(es); mesh data=1 fsdp=1 tensor=1 context=1'
+  assert precision == 'precision: float32 parameters, bfloat16 compute'
+  assert stage == '== pretrain'
+  assert (tmp_path / 'run/config.json').exists()
+
+
+def test_mesh_that_does_not_fit_is_one_line(command):
+  result = command('--config=good.py', '--config.mesh.data=3', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  assert one_line(result, status=1).startswith('mesh (data=3, fsdp=-1, tensor=1, context=1) does not fit 8 devices')
+
+
+def test_workdir_is_named_after_the_config(command, tmp_path):
+  result = command('--config=good.py', '--config.stage=pretrain')
+  assert result.stdout.startswith('polar_jax: stage pretrain, workdir runs/good\n')
+  assert (tmp_path / 'runs/good/config.json').exists()

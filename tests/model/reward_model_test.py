@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.data.rows import pair_batch, pair_row
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.train.losses import pair_sums
+from polar_jax.types import PairBatch
+
+CONFIG = ModelConfig(
+  vocab_size=23, num_layers=3, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.3, v_head_init='normal'
+)
+REWARD = 22
+_RNG = np.random.default_rng(0)
+
+
+def _draw(n):
+  return _RNG.integers(2, REWARD, n).tolist()
+
+
+_P, _A, _B = [1, *_draw(6)], _draw(5), _draw(3)
+PAIRS = {
+  'ordinary': ([*_P, 3, *_A, REWARD], [*_P, 4, *_B, REWARD]),
+  'short and long': ([*_P, 3, REWARD], [*_P, 4, *_draw(9), REWARD]),
+  'identical answers': ([*_P, *_A, REWARD], [*_P, *_A, REWARD]),
+  'empty chosen': ([*_P, REWARD], [*_P, *_A, REWARD]),
+  'empty rejected': ([*_P, *_A, REWARD], [*_P, REWARD]),
+  'rejected continues chosen': ([*_P, *_B, REWARD], [*_P, *_B, *_A, REWARD]),
+  'nothing shared but BOS': ([1, 5, *_draw(4), REWARD], [1, 6, *_draw(7), REWARD]),
+  'nothing shared': ([3, *_draw(4), REWARD], [4, *_draw(2), REWARD]),
+}
+NAMES = list(PAIRS)
+CASES = [PAIRS[name] for name in NAMES]
+LENGTH = 24
+
+
+@pytest.fixture(scope='module')
+def model():
+  return nnx.split(RewardModel(CONFIG, rngs=nnx.Rngs(7)))
+
+
+def _plain_rows(sequences, length=LENGTH) -> PairBatch:
+  """Each sequence as a causal row of its own, padded on the right: (B, 1, 1) rewards."""
+  tokens, positions, start, end = np.zeros((4, len(sequences), length), np.int32)
+  for b, sequence in enumerate(sequences):
+    n = len(sequence)
+    tokens[b, :n], positions[b, :n], end[b, :n] = sequence, range(n), np.arange(n) + 1
+  last = np.array([len(s) - 1 for s in sequences], np.int32)[:, None, None]
+  ones = np.ones((len(sequences), 1))
+  return PairBatch(tokens, positions, start, end, last, ones.astype(np.float32), ones.astype(np.int32))
+
+
+def _loss(model, batch, weights):
+  """A weighted sum of the losses of pairs, so that each pair's gradient counts differently."""
+  graphdef, params = model
+
+  def loss(params):
+    rewards = nnx.merge(graphdef, params)(batch)
+    pairs = rewards.reshape(-1, 2)  # of a shared row its two candidates, of plain rows two rows after one another
+    return jnp.sum(jax.nn.softplus(pairs[:, 1] - pairs[:, 0]) * weights[: len(pairs)]), pairs
+
+  (value, pairs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params))
+  return value, pairs, gradients
+
+
+def _shared_rows(cases, length=LENGTH):
+  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), length)
+
+
+def _assert_same(one, other, atol=3e-6):
+  np.testing.assert_allclose(one[0], other[0], atol=atol)
+  np.testing.assert_allclose(one[1], other[1], atol=atol)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), one[2], other[2])
+
+
+@pytest.mark.parametrize('flip', [False, True], ids=['chosen first', 'rejected first'])
+def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
+  cases = [case[::-1] if flip else case for case in CASES]
+  weights = np.linspace(0.5, 1.5, len(cases)).astype(np.float32)
+  shared = _loss(model, _shared_rows(cases), weights)
+  separate = _loss(model, _plain_rows([s for case in cases for s in case]), weights)
+  assert np.abs(separate[1]).max() > 0.1
+  _assert_same(shared, separate)
+  identical = NAMES.index('identical answers')
+  assert shared[1][identical, 0] == shared[1][identical, 1]
+
+
+@pytest.mark.parametrize('name', ['ordinary', 'empty chosen', 'nothing shared but BOS'])
+def test_gradients_of_one_pair_alone(model, name):
+  """Nothing of one pair can hide behind another's gradient."""
+  weights = np.ones(1, np.float32)
+  _assert_same(_loss(model, _shared_rows([PAIRS[name]]), weights), _loss(model, _plain_rows(PAIRS[name]), weights))
+
+
+def test_padding_changes_nothing(model):
+  weights = np.ones(len(CASES), np.float32)
+  plain = _loss(model, _shared_rows(CASES), weights)
+  longer = _loss(model, _shared_rows(CASES, LENGTH + 16), weights)
+  _assert_same(plain, longer)
+  rows = [pair_row(*case) for case in CASES]
+  batch = pair_batch([*rows, None, None], [*range(len(rows)), -1, -1], LENGTH)
+  graphdef, params = model
+
+  def loss(params, batch):
+    return pair_sums(nnx.merge(graphdef, params)(batch), batch.pair_mask_BP)
+
+  padded = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params), batch)
+  np.testing.assert_allclose(padded[0][0], plain[0], atol=3e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), padded[1], plain[2])
+
+
+def test_what_stands_in_padding_slots_does_not_matter(model):
+  graphdef, params = model
+  batch = _shared_rows(CASES)
+  score = jax.jit(lambda batch: nnx.merge(graphdef, params)(batch))
+  rubbish = np.where(batch.end_BT == batch.start_BT, 9, batch.tokens_BT).astype(np.int32)
+  assert (rubbish != batch.tokens_BT).any()
+  np.testing.assert_array_equal(score(batch._replace(tokens_BT=rubbish)), score(batch))
+
+
+def test_a_zero_head_starts_at_ln_2_and_leaves_the_backbone_alone():
+  model = RewardModel(dataclasses.replace(CONFIG, v_head_init='zero'), rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  batch = _shared_rows(CASES)
+
+  def loss(params):
+    total, sums = pair_sums(nnx.merge(graphdef, params)(batch), batch.pair_mask_BP)
+    return total / len(CASES), sums
+
+  (value, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params))
+  assert value == np.float32(math.log(2))
+  assert sums['accuracy'] == len(CASES) / 2  # all ties
+  jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradients['decoder'])
+  assert np.abs(gradients['v_head']).max() > 1e-3
+
+
+def test_rewards_are_float32_and_read_before_nothing_else(model):
+  """A reward is v_head applied to the decoder's normed hidden state at the reward token."""
+  graphdef, params = model
+  merged = nnx.merge(graphdef, params)
+  batch = _shared_rows(CASES)
+  hidden = np.asarray(merged.decoder(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT), np.float64)
+  rewards = merged(batch)
+  assert (rewards.shape, rewards.dtype) == ((len(CASES), 1, 2), jnp.float32)
+  for b, index in enumerate(batch.reward_index_BPC[:, 0]):
+    np.testing.assert_allclose(rewards[b, 0], hidden[b, index] @ np.asarray(merged.v_head[...], np.float64), atol=3e-6)

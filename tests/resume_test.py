@@ -1,0 +1,170 @@
+"""Runs that are killed and started again end bit for bit where an uninterrupted run ends. Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from polar_jax.train.checkpoint import FOLDER
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 60
+CONFIG = f"""
+from polar_jax.config import default_config
+
+def get_config():
+  config = default_config()
+  config.stage = 'pretrain'
+  config.tokenizer.kind = 'byte'
+  config.data.triplets = 'rows.jsonl'
+  config.data.evaluation = 'rows.jsonl'
+  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
+    setattr(config.model, name, value)
+  for name, value in dict(steps={STEPS}, batch_size=4, start_from='scratch', learning_rate=3e-3, evaluate_every=25).items():
+    setattr(config.train, name, value)
+  config.train.evaluate_rows = 8
+  config.checkpointing.every_steps = 2
+  return config
+"""
+TIMED = ('step_seconds', 'tokens_per_second', 'mfu')
+
+
+class World:
+  """A folder with a config and rows, in which runs are started."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder, rng = folder, np.random.default_rng(0)
+    rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 9)).tolist()).decode() for name in NAMES} for _ in range(50)]
+    (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (folder / 'small.py').write_text(CONFIG)
+    # Compiled functions are shared by all starts: nearly all of a start is compiling.
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    self.environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | cache
+
+  def start(self, workdir: str) -> subprocess.Popen:
+    line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}']
+    return subprocess.Popen(
+      line, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+  def finish(self, workdir: str) -> str:
+    process = self.start(workdir)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+  def checkpoints(self, workdir: str) -> list[str]:
+    folder = self.folder / workdir / 'pretrain' / FOLDER
+    try:
+      return os.listdir(folder)
+    except FileNotFoundError:
+      return []
+
+  def newest(self, workdir: str) -> int:
+    return max((int(name) for name in self.checkpoints(workdir) if name.isdigit()), default=0)
+
+  def unfinished(self, workdir: str) -> list[int]:
+    """Steps that are being saved."""
+    return [int(name.split('.')[0]) for name in self.checkpoints(workdir) if 'checkpoint-tmp' in name]
+
+  def wait_until(self, process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+      assert process.poll() is None, f'ended before it was to be killed:\n{process.stdout.read()}'
+      assert time.monotonic() < deadline
+      time.sleep(0.0002)
+
+  def final_state(self, workdir: str):
+    path = self.folder / workdir / 'pretrain' / FOLDER / str(STEPS) / 'state'
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      item = checkpointer.metadata(path).item_metadata.tree
+      as_numpy = ocp.checkpoint_utils.construct_restore_args(item)
+      as_numpy = {k: _numpy_args(v) for k, v in as_numpy.items()}
+      return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+  def metrics(self, workdir: str) -> list[dict]:
+    lines = (self.folder / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+NAMES = ('prompt', 'reference', 'chosen', 'rejected')
+
+
+def _numpy_args(tree):
+  import jax
+
+  return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  made = World(tmp_path_factory.mktemp('resume'))
+  made.output = made.finish('oracle')
+  return made
+
+
+def assert_same_end(world, workdir):
+  import jax
+
+  state, expected = world.final_state(workdir), world.final_state('oracle')
+  assert jax.tree.structure(state) == jax.tree.structure(expected)
+  for (path, a), b in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+  assert world.metrics(workdir) == world.metrics('oracle')  # floats as they were written: bit for bit
+
+
+def test_uninterrupted_run_is_a_sound_oracle(world):
+  steps = [row['step'] for row in world.metrics('oracle') if 'loss' in row]
+  assert steps == list(range(1, STEPS + 1))
+  assert [row['step'] for row in world.metrics('oracle') if 'validation_loss' in row] == [25, 50, STEPS]
+  state = world.final_state('oracle')
+  assert state['step'] == STEPS and state['params']['v_head'].any()
+  assert sorted(world.checkpoints('oracle'), key=int)[-2:] == [str(STEPS - 2), str(STEPS)] and world.unfinished('oracle') == []
+  assert 'resumed' not in world.output
+
+
+def test_killed_at_any_point(world):
+  rng = np.random.default_rng(7)
+  inside = 0
+  places = sorted(rng.choice(np.arange(4, STEPS - 8), size=4, replace=False).tolist())
+  for kill, place in enumerate(places):
+    process = world.start('killed')
+    while_saving = kill % 2 == 0
+    if while_saving:  # a save of a step from `place` on has begun and is not complete
+      world.wait_until(process, lambda: any(step >= place for step in world.unfinished('killed')))
+    else:
+      world.wait_until(process, lambda: world.newest('killed') >= place)
+      time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (kill == 0) or 'pretrain: resumed from step' in output
+    inside += while_saving and bool(world.unfinished('killed'))
+  assert inside, 'no kill fell into a save'
+  saved = world.newest('killed')
+  assert f'pretrain: resumed from step {saved} of {STEPS}' in world.finish('killed')
+  assert_same_end(world, 'killed')
+  assert world.unfinished('killed') == []
+
+
+def test_sigterm_saves_and_says_how_to_go_on(world):
+  process = world.start('stopped')
+  world.wait_until(process, lambda: world.newest('stopped') >= 10)
+  process.terminate()
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0, output
+  saved = world.newest('stopped')
+  assert output.splitlines()[-1] == f'pretrain: stopped by SIGTERM, saved at step {saved}. The same command resumes from there.'
+  assert world.metrics('stopped')[-1]['step'] == saved < STEPS
+  assert f'pretrain: resumed from step {saved} of {STEPS}' in world.finish('stopped')
+  assert_same_end(world, 'stopped')

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from polar_jax.train.metrics import FILE, MetricsLog, Progress, read_metrics, reward_histogram
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def write_steps(folder, steps, resume_step=0):
+  log = MetricsLog(folder, resume_step)
+  for step in steps:
+    log.write({'stage': 's', 'step': step, 'loss': 1 / 3 + step})
+  log.close()
+
+
+def test_rows_read_back_bit_for_bit(tmp_path):
+  write_steps(tmp_path, [1, 2, 3])
+  assert read_metrics(tmp_path) == [{'stage': 's', 'step': s, 'loss': 1 / 3 + s} for s in (1, 2, 3)]
+
+
+def test_no_file_is_no_rows(tmp_path):
+  assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize('cut', [1, 2, 20, 30])
+def test_line_torn_by_a_kill_is_dropped(tmp_path, cut):
+  write_steps(tmp_path, [1, 2, 3])
+  path = tmp_path / FILE
+  path.write_bytes(path.read_bytes()[:-cut])
+  # Without its newline alone a line is still whole.
+  assert [row['step'] for row in read_metrics(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 2])
+  write_steps(tmp_path, [3, 4], resume_step=2)
+  assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_resume_drops_what_came_after_the_restored_step(tmp_path):
+  write_steps(tmp_path, [1, 2, 3, 4, 5])
+  write_steps(tmp_path, [4], resume_step=3)
+  assert [row['step'] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+  write_steps(tmp_path, [1], resume_step=0)
+  assert [row['step'] for row in read_metrics(tmp_path)] == [1]
+
+
+def test_flushed_rows_survive_without_close(tmp_path):
+  log = MetricsLog(tmp_path, 0)
+  log.write({'step': 1})
+  assert read_metrics(tmp_path) == []
+  log.flush()
+  assert read_metrics(tmp_path) == [{'step': 1}]
+  log.close()
+
+
+def test_tensorboard_holds_numbers_and_histograms(tmp_path):
+  log = MetricsLog(tmp_path, 0)
+  log.write({'stage': 's', 'step': 1, 'loss': 0.5})
+  log.histogram(1, 'rewards/chosen', np.arange(5.0))
+  log.close()
+  (event,) = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  content = event.read_bytes()
+  assert b'loss' in content and b'rewards/chosen' in content
+
+
+def slow_histogram(rewards, bins):
+  """Bins are half open but for the last one, which holds the largest."""
+  values = [v for pair in rewards for v in pair]
+  low, high = min(values), max(values)
+  counts = {0: [0] * bins, 1: [0] * bins}
+  for pair in rewards:
+    for c, value in enumerate(pair):
+      counts[c][min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+  return {'low': low, 'high': high, 'chosen': counts[0], 'rejected': counts[1]}
+
+
+@pytest.mark.parametrize('bins', [3, 12])
+def test_histogram_counts(bins):
+  rewards = np.random.default_rng(bins).normal(size=(50, 2)) + [0.7, 0]
+  assert reward_histogram(rewards, bins) == slow_histogram(rewards.tolist(), bins)
+
+
+def test_histogram_of_equal_rewards_counts_them_all():
+  found = reward_histogram(np.zeros((4, 2), np.float32))
+  assert sum(found['chosen']) == sum(found['rejected']) == 4
+  assert found['low'] == 0 < found['high']
+  assert json.loads(json.dumps(found)) == found
+
+
+def test_bar_in_a_terminal(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
+  progress = Progress('pretrain', total=20, initial=5, every=1)
+  for step in (6, 7, 20):
+    progress.update({'step': step, 'loss': 0.25, 'accuracy': 0.875, 'tokens_per_second': 10.0})
+  progress.close()
+  bar = terminal.getvalue()
+  assert '\r' in bar and 'pretrain' in bar and '20/20' in bar and 'loss=0.250' in bar and 'accuracy=0.875' in bar
+  assert capsys.readouterr().out == ''
+
+
+def test_plain_lines_elsewhere(capsys):
+  progress = Progress('pretrain', total=12, initial=0, every=5)
+  for step in range(1, 13):
+    progress.update({'step': step, 'loss': 0.25, 'accuracy': 0.875, 'tokens_per_second': 1234.5})
+  progress.update({'step': 7, 'validation_loss': 0.5, 'validation_accuracy': 0.75})
+  progress.close()
+  output = capsys.readouterr()
+  assert output.out.splitlines() == [
+    'pretrain  step 5/12  loss 0.2500  accuracy 0.8750  1,234 tokens/s',
+    'pretrain  step 10/12  loss 0.2500  accuracy 0.8750  1,234 tokens/s',
+    'pretrain  step 12/12  loss 0.2500  accuracy 0.8750  1,234 tokens/s',
+    'pretrain  step 7/12  validation_loss 0.5000  validation_accuracy 0.7500',
+  ]
+  assert output.err == ''

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from polar_jax import sharding
+from polar_jax.config import MeshConfig, ModelConfig, TrainConfig
+from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.train import step as step_lib
+from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.train.optimizer import make_optimizer
+
+CONFIG = ModelConfig(
+  vocab_size=40, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2, v_head_init='normal'
+)
+# A large eps: with the usual one, an entry whose gradient is rounding noise would still move by a whole learning rate.
+TRAIN = TrainConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3, weight_decay=0.1)
+MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
+PADDED, REAL, LENGTH = 16, 13, 24
+
+
+def _batch(seed=0, real=REAL):
+  """13 real pairs of ragged length on 16 rows; three of them, spread out, are masked too."""
+  rng = np.random.default_rng(seed)
+  rows = []
+  for _ in range(real):
+    prefix = rng.integers(1, 39, rng.integers(2, 8)).tolist()
+    rows.append(pair_row(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
+  batch = pair_batch([*rows, *[None] * (PADDED - real)], [*range(real), *[-1] * (PADDED - real)], LENGTH)
+  # Micro-batches of rows (a, a + A, ...) then hold different numbers of pairs for every A.
+  batch.pair_mask_BP[[0, 4, 6]] = 0
+  return batch
+
+
+def _mesh(config: MeshConfig | None):
+  return sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if config is None else sharding.make_mesh(config)
+
+
+def _optimizer():
+  """The run's optimizer behind a memory of the last gradients, so that a step shows them."""
+  return optax.chain(optax.trace(decay=0.0), make_optimizer(TRAIN, 10))
+
+
+def _steps(mesh_config, accumulation=1, steps=1, objective=RANKING, batches=None):
+  """(functions, state after `steps`, first metrics and gradients) of a run on a mesh."""
+  mesh = _mesh(mesh_config)
+  with jax.set_mesh(mesh):
+    functions = step_lib.build(objective, CONFIG, _optimizer(), mesh, accumulation)
+    state = functions.init(jax.random.key(3), None)
+    first = None
+    for s in range(steps):
+      batch = _batch(s) if batches is None else batches
+      state, out = functions.train(state, step_lib.to_device(batch, mesh, len(batch.tokens_BT)))
+      first = first or jax.device_get((out, state.opt_state[0].trace, state.params))
+  return functions, state, first
+
+
+@pytest.fixture(scope='module')
+def single():
+  return _steps(None)[2]
+
+
+def _assert_same(one, other, atol=1e-5):
+  (out, gradients, params), (expected, expected_gradients, expected_params) = one, other
+  assert 0.1 < np.abs(expected_gradients['v_head']).max() < 10
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), out['scalars'], expected['scalars'])
+  np.testing.assert_allclose(out['rows']['rewards_BPC'], expected['rows']['rewards_BPC'], atol=atol)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), gradients, expected_gradients)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), params, expected_params)
+
+
+def test_the_mean_is_over_real_pairs_only(single):
+  out, _, _ = single
+  batch = _batch()
+  real = batch.pair_mask_BP[:, 0] > 0
+  assert real.sum() == 10
+  rewards = out['rows']['rewards_BPC'][real, 0].astype(np.float64)
+  margin = rewards[:, 0] - rewards[:, 1]
+  scalars = out['scalars']
+  np.testing.assert_allclose(scalars['loss'], np.log1p(np.exp(-margin)).mean(), rtol=1e-5)
+  np.testing.assert_allclose(scalars['margin'], margin.mean(), rtol=1e-5)
+  np.testing.assert_allclose(scalars['accuracy'], ((margin > 0) + (margin == 0) / 2).mean(), rtol=1e-5)
+  np.testing.assert_allclose(scalars['chosen_reward'], rewards[:, 0].mean(), rtol=1e-4)
+
+
+def test_norms_are_those_of_gradients_and_new_parameters(single):
+  out, gradients, params = single
+  norm = lambda tree: np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree)))
+  np.testing.assert_allclose(out['scalars']['grad_norm'], norm(gradients), rtol=1e-5)
+  np.testing.assert_allclose(out['scalars']['parameter_norm'], norm(params), rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_sharded_equals_single_device(single, name, capfd):
+  functions, state, first = _steps(MESHES[name], steps=3)
+  _assert_same(first, single)
+  assert functions.train._cache_size() == 1
+  assert int(state.step) == 3
+  # XLA says so on stderr when it has to gather a whole array to change its layout.
+  assert 'rematerialization' not in capfd.readouterr().err
+  # Born sharded, and still so after three steps.
+  jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), state, functions.abstract)
+  with jax.set_mesh(_mesh(MESHES[name])):
+    born = functions.init(jax.random.key(0), None)
+  jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), born, functions.abstract)
+  fsdp, tensor = MESHES[name].fsdp, MESHES[name].tensor
+  layers = state.params['decoder']['layers']
+  assert layers['wq'].addressable_shards[0].data.shape == (2, 16 // fsdp, 4 // tensor, 8)
+  assert layers['w_down'].addressable_shards[0].data.shape == (2, 32 // tensor, 16 // fsdp)
+  moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu')]
+  assert len(moments) == 1
+  for moment in (moments[0].mu, moments[0].nu):
+    assert moment['decoder']['layers']['wq'].sharding.is_equivalent_to(layers['wq'].sharding, 4)
+
+
+def _assert_layout(x, expected):
+  assert x.sharding.is_equivalent_to(expected, x.ndim), (x.shape, x.sharding, expected)
+
+
+@pytest.mark.parametrize(('accumulation', 'mesh'), [(2, None), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))])
+def test_accumulation_changes_nothing(single, accumulation, mesh, capfd):
+  mask = _batch().pair_mask_BP[:, 0].reshape(-1, accumulation)
+  assert len(set(mask.sum(axis=0).tolist())) > 1  # micro-batches hold different numbers of pairs
+  _assert_same(_steps(mesh, accumulation)[2], single)
+  assert 'rematerialization' not in capfd.readouterr().err
+
+
+def test_a_batch_of_padding_only_is_finite():
+  batch = _batch()
+  batch.pair_mask_BP[:] = 0
+  out, gradients, params = _steps(None, batches=batch)[2]
+  assert out['scalars']['loss'] == 0
+  jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradients)
+  assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+def test_next_token_objective_is_trained_by_the_same_step():
+  rng = np.random.default_rng(0)
+  windows = [rng.integers(0, 40, 13) for _ in range(6)]
+  batch = text_batch([*windows, None, None], [*range(6), -1, -1], 12)
+  whole = _steps(None, objective=NEXT_TOKEN, batches=batch, steps=2)
+  parts = _steps(MeshConfig(data=2, fsdp=2, tensor=2), 2, objective=NEXT_TOKEN, batches=batch, steps=2)
+  for a, b in zip(parts[2][1:], whole[2][1:], strict=True):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+  np.testing.assert_allclose(parts[2][0]['scalars']['loss'], whole[2][0]['scalars']['loss'], atol=1e-5)
+  assert 3 < whole[2][0]['scalars']['loss'] < 6  # about ln 40
+
+
+def test_training_learns_one_batch():
+  batch = _batch()
+  mesh = _mesh(None)
+  with jax.set_mesh(mesh):
+    functions = step_lib.build(RANKING, CONFIG, make_optimizer(TrainConfig(learning_rate=0.01, warmup_ratio=0.0), 40), mesh)
+    state = functions.init(jax.random.key(0), None)
+    losses = []
+    for _ in range(40):
+      state, out = functions.train(state, step_lib.to_device(batch, mesh, PADDED))
+      losses.append(float(out['scalars']['loss']))
+    evaluated = jax.device_get(functions.evaluate(state.params, step_lib.to_device(batch, mesh, PADDED)))
+  assert losses[-1] < 0.05 < losses[0]
+  assert evaluated['count'] == 10
+  assert evaluated['sums']['accuracy'] == 10
+  assert evaluated['sums']['loss'] / 10 < losses[-1] + 0.01
+
+
+def test_a_start_replaces_what_it_holds_and_nothing_else():
+  mesh = _mesh(None)
+  with jax.set_mesh(mesh):
+    functions = step_lib.build(RANKING, CONFIG, _optimizer(), mesh)
+    fresh = functions.init(jax.random.key(1), None)
+    decoder = jax.tree.map(lambda p: p + 1, fresh.params['decoder'])
+    started = functions.init(jax.random.key(1), {'decoder': decoder})
+  jax.tree.map(np.testing.assert_array_equal, started.params['decoder'], decoder)
+  np.testing.assert_array_equal(started.params['v_head'], fresh.params['v_head'])
+
+
+def test_parameters_do_not_depend_on_the_mesh():
+  one, eight = (_born(mesh) for mesh in (None, MESHES['2x2x2']))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, eight)
+
+
+def _born(mesh_config):
+  mesh = _mesh(mesh_config)
+  with jax.set_mesh(mesh):
+    return jax.device_get(step_lib.build(RANKING, CONFIG, _optimizer(), mesh).init(jax.random.key(5), None).params)
+
+
+def test_local_rows_are_all_rows_on_one_process():
+  for name in MESHES:
+    assert step_lib.local_rows(_mesh(MESHES[name]), 16) == (0, 16)
+
+
+def test_to_device_lays_rows_over_data_and_fsdp():
+  mesh = _mesh(MESHES['2x2x2'])
+  batch = step_lib.to_device(_batch(), mesh, PADDED)
+  assert batch.tokens_BT.sharding.spec == P(('data', 'fsdp'))
+  assert batch.tokens_BT.addressable_shards[0].data.shape == (4, LENGTH)
+  np.testing.assert_array_equal(jnp.asarray(batch.tokens_BT), _batch().tokens_BT)
