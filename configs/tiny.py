@@ -1,6 +1,6 @@
 """POLAR in miniature on real English, from nothing but a Python installation.
 
-  python -m polar_jax.main --config=configs/tiny.py
+python -m polar_jax.main --config=configs/tiny.py
 """
 
 from polar_jax.config import default_config

@@ -248,7 +248,7 @@ def _check_value(name: str, value: Any, hint: Any, bounds: Any) -> Any:
   choices, low, high = bounds.get('choices'), bounds.get('low'), bounds.get('high')
   if choices and value not in choices:
     raise ConfigError(f'{name} is {value!r}; it must be one of: {", ".join(map(str, choices))}')
-  if kind in (int, float):
+  if isinstance(value, (int, float)):
     if not math.isfinite(value):
       raise ConfigError(f'{name} is {value!r}; it must be finite')
     if low is not None and (value < low or (bounds.get('open_low') and value == low)):

@@ -83,7 +83,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
   """The PartitionSpec of every parameter, as a pure dict of the model's tree."""
   state = nnx.state(abstract_model, nnx.Param)
-  return nnx.to_pure_dict(jax.tree.map(lambda p: p.replace(spec(*p.get_metadata()['axes'])), state, is_leaf=lambda p: isinstance(p, nnx.Variable)))
+  return nnx.to_pure_dict(
+    jax.tree.map(lambda p: p.replace(spec(*p.get_metadata()['axes'])), state, is_leaf=lambda p: isinstance(p, nnx.Variable))
+  )
 
 
 def fit(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:

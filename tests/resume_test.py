@@ -53,9 +53,7 @@ class World:
 
   def start(self, workdir: str) -> subprocess.Popen:
     line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}']
-    return subprocess.Popen(
-      line, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(line, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
   def finish(self, workdir: str) -> str:
     process = self.start(workdir)

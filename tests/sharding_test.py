@@ -84,7 +84,12 @@ def test_fit_leaves_undividable_dimensions_whole():
   assert fit(P('fsdp', 'tensor'), (4, 6)) == P('fsdp', 'tensor')
   assert fit(P('fsdp', 'tensor'), (3, 6)) == P(None, 'tensor')
   assert fit(P(('data', 'fsdp'), None), (8, 5)) == P(('data', 'fsdp'), None)
-  assert fit(P(('data', 'fsdp'),), (6, 5)) == P(None, None)
+  assert fit(
+    P(
+      ('data', 'fsdp'),
+    ),
+    (6, 5),
+  ) == P(None, None)
   assert fit(P(None, 'tensor'), (3, 2, 7)) == P(None, 'tensor', None)
 
 

@@ -22,7 +22,7 @@ _LABELS = ('wrapper', 'category')
 _IDS = tuple(f'{name}_ids' for name in _TEXTS)  # optional in a row: empty on disk where absent
 
 
-class _TripletBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _TripletBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
   """Writes rows in the order given; rows are shuffled when read, by the pipeline's own rule."""
 
   VERSION = tfds.core.Version(VERSION)
@@ -59,7 +59,7 @@ class TripletSequence(Sequence[types.Triplet]):
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> types.Triplet:
+  def __getitem__(self, index):  # a row; slices are not needed
     if not -len(self) <= index < len(self):
       raise IndexError(f'row {index} of a split of {len(self)} rows')
     return _from_example(self._source[int(index) % len(self)])

@@ -53,7 +53,8 @@ def _correct(scorer: Scorer, rows: Sequence[Triplet]) -> np.ndarray:
 def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
   scorer, resamples = _scorer(context, stages.PRETRAIN, True), context.config.evaluate.bootstrap
   ceiling = _Ceiling(context)
-  by_split, margins, by_baseline = {}, {}, {}
+  by_split, margins = {}, {}
+  by_baseline: dict[str, dict[str, Any]] = {}
   for split in SPLITS:
     rows = list(context.triplets(split))
     rules = baselines.rule_correct(rows)
@@ -63,7 +64,7 @@ def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
     for name, values in (rules | ceiling(rows, split)).items():
       by_baseline.setdefault(name, {})[split] = statistics.accuracy_interval(values, resamples=resamples).asdict()
     best = margins[split]
-    context.log(f'{split}: {_shown(by_split[split])}; best rule {best["baseline"]} {_shown(by_baseline[best["baseline"]][split])}')
+    context.log(f'{split}: {_shown(by_split[split])}; best rule {best["baseline"]} {_shown(by_baseline[str(best["baseline"])][split])}')
   return {'by_split': by_split, 'baselines': by_baseline, 'margin_over_best_baseline': margins}
 
 

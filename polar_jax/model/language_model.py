@@ -16,7 +16,7 @@ class LanguageModel(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.decoder = Decoder(config, rngs=rngs)
     if not config.tie_embeddings:
-      self.lm_head = param(rngs, (config.vocab_size, config.d_model), ('vocab', 'embed'), config.init_std)
+      self.lm_head = param(rngs, (config.vocab_size or 0, config.d_model), ('vocab', 'embed'), config.init_std)
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
     """Next-token logits (B, T, V) in float32."""

@@ -51,9 +51,7 @@ def config_fingerprint(config: config_lib.SynthesisConfig, seed: int, corpora: l
   return digest.hexdigest()
 
 
-def synthesize(
-  config: config_lib.SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]
-) -> SynthesisResult:
+def synthesize(config: config_lib.SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> SynthesisResult:
   """Makes the tiny world's data, or reuses a complete one of the same settings.
 
   Writes to workdir/data: tokenizer.json, text.npz (int32 streams `train_<corpus>` and `validation_<corpus>`), pool.json, and the TFDS
@@ -160,9 +158,7 @@ def load_text(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
   return out
 
 
-def _build_world(
-  config: config_lib.SynthesisConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path
-) -> triplets.World:
+def _build_world(config: config_lib.SynthesisConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path) -> triplets.World:
   """Tokenizer, streams and pool, written to `folder` as they are made."""
   tokenizer = vocabulary.train_tokenizer((d for c in corpora for d in c.part('train')), config.vocab_size)
   tokenizer.save(str(folder / 'tokenizer.json'))
@@ -170,7 +166,7 @@ def _build_world(
   streams = {part: vocabulary.part_streams(vocab, corpora, part) for part in corpora_lib.PARTS}
   text = {f'train_{name}': s for name, s in streams['train'].items()}
   text |= {f'validation_{name}': s for name, s in streams['prompts'].items()}
-  np.savez(folder / 'text.npz', **text)
+  np.savez(folder / 'text.npz', **text)  # type: ignore[arg-type]  # numpy's stub knows no ** of arrays
   params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, [c.name for c in corpora])
   _write_json(folder / 'pool.json', {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
   pool = pool_lib.build_pool(params, streams['train'], vocab.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def _order_law(max_order: int) -> np.ndarray:
 
 def _nudge(rng: np.random.Generator, original: ngram.NgramParams, name: str) -> ngram.NgramParams:
   """A copy with one parameter moved a little: the window, the temperature, the strength or the weights."""
-  changes: dict[str, object] = {}
+  changes: dict[str, Any] = {}
   match int(rng.integers(4)):
     case 0:
       shift = original.fraction * rng.uniform(-0.3, 0.3)

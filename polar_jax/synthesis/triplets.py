@@ -137,8 +137,8 @@ def assemble(
     for role, values, policy in zip(ROLES, sampled, policies[i], strict=True):
       metadata[f'{role}_ids'] = values
       metadata[f'{role}_policy'] = names[policy]
-    texts = (''.join(world.pieces[values]) for values in (prefix, *sampled))
-    out.append(types.Triplet(*texts, wrapper=wrapper, category=categories[i], metadata=metadata))
+    prompt, reference, chosen, rejected = (''.join(world.pieces[values]) for values in (prefix, *sampled))
+    out.append(types.Triplet(prompt, reference, chosen, rejected, wrapper, categories[i], metadata))
   return out
 
 

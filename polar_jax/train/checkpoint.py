@@ -78,9 +78,13 @@ class Checkpointer:
 
 def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: int | None) -> None:
   current = json.loads(json.dumps(current))  # as it would read back
-  different = [f'{k} was {saved.get(k)!r}, is {current.get(k)!r}' for k in sorted(saved.keys() | current.keys()) if saved.get(k) != current.get(k)]
+  different = [
+    f'{k} was {saved.get(k)!r}, is {current.get(k)!r}' for k in sorted(saved.keys() | current.keys()) if saved.get(k) != current.get(k)
+  ]
   if different:
-    raise ConfigError(f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir')
+    raise ConfigError(
+      f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir'
+    )
 
 
 def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective: str) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class _Trainer:
 
 def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh, padded: int) -> dict[str, float]:
   """Means of the loss and metrics over one pass. Sums are added in float64 on the host."""
-  count, totals = 0.0, {}
+  count, totals = 0.0, dict[str, float]()
   for batch in batches:
     out = jax.device_get(functions.evaluate(params, step_lib.to_device(batch, mesh, padded)))
     count += float(out['count'])

@@ -150,9 +150,7 @@ def _rank(
     batches=lambda plan, steps: pipeline.pair_batches(tokens, plan, row_length, steps=steps, seed=config.seed),
     validation=lambda plan: pair_validation(held_out, plan, row_length, train.evaluate_rows),
     start_from=_start_folder(context, train),
-    fingerprint=_fingerprint(
-      context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': len(tokens)}
-    ),
+    fingerprint=_fingerprint(context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': len(tokens)}),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
@@ -200,7 +198,9 @@ def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:
   if given is None:
     path = context.data / 'text.npz'
     if not path.exists():
-      raise ConfigError(f'data.text: no text at {path}; name a .txt file or folder there, or run the synthesize stage in this workdir first')
+      raise ConfigError(
+        f'data.text: no text at {path}; name a .txt file or folder there, or run the synthesize stage in this workdir first'
+      )
     streams = engine.load_text(path)
     train, validation = (np.concatenate(list(streams[part].values())) for part in ('train', 'validation'))
     return train, validation

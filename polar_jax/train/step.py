@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +49,7 @@ def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any
     (loss, (sums, rows)), grads = value_and_grad(params, batch)
   else:
     # Micro-batch a takes rows a, a + A, ...: rows stay on the device that holds them.
-    split = lambda x: sharding.constrain(
-      x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), None, 'batch', *(None,) * (x.ndim - 1)
-    )
+    split = lambda x: sharding.constrain(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), None, 'batch', *(None,) * (x.ndim - 1))
     micros = jax.tree.map(split, batch)
 
     def body(carry, micro):
@@ -98,10 +96,8 @@ def build(
   abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
   replicated = NamedSharding(mesh, PartitionSpec())
   param_shardings = jax.tree.map(lambda s, a: sharding.fit(s, a.shape, mesh), specs, abstract.params)
-  opt_shardings = optax.tree_map_params(
-    tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated
-  )
-  shardings = TrainState(param_shardings, opt_shardings, replicated)
+  opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
+  shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
   rows_sharding = sharding.batch_sharding(mesh)
   return StepFunctions(

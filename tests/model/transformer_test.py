@@ -91,7 +91,8 @@ def _oracle(c, params, tokens, positions, start, end):
 
 
 @pytest.mark.parametrize(
-  'changes', [{}, {'num_heads': 4, 'num_kv_heads': 4, 'num_layers': 1}, {'num_heads': 3, 'num_kv_heads': 1, 'rope_theta': 100.0, 'norm_eps': 0.1}]
+  'changes',
+  [{}, {'num_heads': 4, 'num_kv_heads': 4, 'num_layers': 1}, {'num_heads': 3, 'num_kv_heads': 1, 'rope_theta': 100.0, 'norm_eps': 0.1}],
 )
 def test_decoder_against_the_oracle(changes):
   config = dataclasses.replace(CONFIG, **changes)

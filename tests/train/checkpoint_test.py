@@ -69,7 +69,9 @@ def test_restores_bit_equal_on_every_mesh(open_checkpoints):
     assert data == {'step': step}
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     assert_bit_equal(state, kept)
-    jax.tree.map(lambda x, a: (x.dtype, x.sharding) == (a.dtype, a.sharding) or pytest.fail(f'{x.sharding}, not {a.sharding}'), state, abstract)
+    jax.tree.map(
+      lambda x, a: (x.dtype, x.sharding) == (a.dtype, a.sharding) or pytest.fail(f'{x.sharding}, not {a.sharding}'), state, abstract
+    )
 
 
 def test_asynchronous_save_keeps_the_state_it_was_given(open_checkpoints):

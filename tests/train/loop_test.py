@@ -287,9 +287,13 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
   summary = stages.pretrain(make_context(tmp_path, log))
   assert log == ['pretrain: resumed from step 6 of 12']
   assert_same_tree(parameters(tmp_path / 'pretrain', finished.context), parameters(finished.folder, finished.context))
-  rows, expected = ([{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(f)] for f in (tmp_path / 'pretrain', finished.folder))
+  rows, expected = (
+    [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(f)] for f in (tmp_path / 'pretrain', finished.folder)
+  )
   assert rows == expected
-  assert {k: summary[k] for k in ('loss', 'tokens', 'validation_loss')} == {k: finished.summary[k] for k in ('loss', 'tokens', 'validation_loss')}
+  assert {k: summary[k] for k in ('loss', 'tokens', 'validation_loss')} == {
+    k: finished.summary[k] for k in ('loss', 'tokens', 'validation_loss')
+  }
 
 
 TIMED = ('step_seconds', 'tokens_per_second', 'mfu')

@@ -27,7 +27,9 @@ def test_schedule(warmup_ratio, final, steps):
   schedule = optimizer.learning_rate_schedule(config, steps)
   warmup = round(warmup_ratio * steps)
   if warmup < steps:
-    np.testing.assert_allclose([schedule(s) for s in range(steps)], [_expected_rate(config, steps, s) for s in range(steps)], rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(
+      [schedule(s) for s in range(steps)], [_expected_rate(config, steps, s) for s in range(steps)], rtol=2e-5, atol=1e-9
+    )
     np.testing.assert_allclose(schedule(warmup), 2e-3, rtol=1e-6)
     np.testing.assert_allclose(schedule(steps), final * 2e-3, rtol=1e-5, atol=1e-9)
   if warmup:
@@ -47,7 +49,10 @@ def _tree(seed, scale=1.0):
 
 
 def _flat(tree):
-  return {jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(x, np.float64) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): np.asarray(x, np.float64)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 @pytest.mark.parametrize('clip_norm', [None, 0.5, 1e6])
