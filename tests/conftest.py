@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import pathlib
 
-# Tests of sharding need devices: eight fake ones share the CPU. Subprocess tests set their own.
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+# Tests of sharding need devices: eight fake ones share the CPU. Nearly all of a test's time is compiling tiny graphs, so the
+# compiler is told not to try hard. Subprocess tests set their own flags.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -35,6 +36,7 @@ def get_config():
   config.checkpointing.every_steps = 2
   return config
 """
+NAMES = ('prompt', 'reference', 'chosen', 'rejected')
 TIMED = ('step_seconds', 'tokens_per_second', 'mfu')
 
 
@@ -86,22 +88,12 @@ class World:
     path = self.folder / workdir / 'pretrain' / FOLDER / str(STEPS) / 'state'
     with ocp.PyTreeCheckpointer() as checkpointer:
       item = checkpointer.metadata(path).item_metadata.tree
-      as_numpy = ocp.checkpoint_utils.construct_restore_args(item)
-      as_numpy = {k: _numpy_args(v) for k, v in as_numpy.items()}
+      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
       return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
   def metrics(self, workdir: str) -> list[dict]:
     lines = (self.folder / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
-
-
-NAMES = ('prompt', 'reference', 'chosen', 'rejected')
-
-
-def _numpy_args(tree):
-  import jax
-
-  return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=lambda x: isinstance(x, ocp.RestoreArgs))
 
 
 @pytest.fixture(scope='module')
@@ -112,8 +104,6 @@ def world(tmp_path_factory):
 
 
 def assert_same_end(world, workdir):
-  import jax
-
   state, expected = world.final_state(workdir), world.final_state('oracle')
   assert jax.tree.structure(state) == jax.tree.structure(expected)
   for (path, a), b in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
@@ -139,9 +129,9 @@ def test_killed_at_any_point(world):
     process = world.start('killed')
     while_saving = kill % 2 == 0
     if while_saving:  # a save of a step from `place` on has begun and is not complete
-      world.wait_until(process, lambda: any(step >= place for step in world.unfinished('killed')))
+      world.wait_until(process, lambda place=place: any(step >= place for step in world.unfinished('killed')))
     else:
-      world.wait_until(process, lambda: world.newest('killed') >= place)
+      world.wait_until(process, lambda place=place: world.newest('killed') >= place)
       time.sleep(rng.uniform(0, 0.05))
     process.kill()
     output, _ = process.communicate()

@@ -162,7 +162,7 @@ def test_text_windows_never_read_past_the_end(size, length):
 
 
 def test_text_too_short_for_one_window():
-  with pytest.raises(ValueError, match='16 tokens.*at least 17'):
+  with pytest.raises(ValueError, match=r'16 tokens.*at least 17'):
     pipeline.TextWindows(np.arange(16), 8, 0)
 
 

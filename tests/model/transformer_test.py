@@ -67,24 +67,24 @@ def _oracle(c, params, tokens, positions, start, end):
   hidden = np.empty((*tokens.shape, c.d_model))
   for b in range(len(tokens)):
     x = np.stack([p['embedding'][t] for t in tokens[b]])
-    for l in range(c.num_layers):
-      h = np.stack([norm(row, layers['attention_norm'][l]) for row in x])
+    for layer in range(c.num_layers):
+      h = np.stack([norm(row, layers['attention_norm'][layer]) for row in x])
       keys, values = np.empty((2, len(x), c.num_kv_heads, c.head_dim))
       for s in range(len(x)):
         for n in range(c.num_kv_heads):
-          keys[s, n] = rotate(h[s] @ layers['wk'][l][:, n], positions[b, s])
-          values[s, n] = h[s] @ layers['wv'][l][:, n]
+          keys[s, n] = rotate(h[s] @ layers['wk'][layer][:, n], positions[b, s])
+          values[s, n] = h[s] @ layers['wv'][layer][:, n]
       y = x.copy()
       for t in range(len(x)):
         for n in range(c.num_heads):
           kv = n // (c.num_heads // c.num_kv_heads)
-          query = rotate(h[t] @ layers['wq'][l][:, n], positions[b, t])
+          query = rotate(h[t] @ layers['wq'][layer][:, n], positions[b, t])
           span = slice(start[b, t], end[b, t])
           weights = np.exp(keys[span, kv] @ query / np.sqrt(c.head_dim))
-          y[t] += (weights / weights.sum()) @ values[span, kv] @ layers['wo'][l][n]
-        m = norm(y[t], layers['mlp_norm'][l])
-        gate = m @ layers['w_gate'][l]
-        y[t] += (gate / (1 + np.exp(-gate)) * (m @ layers['w_up'][l])) @ layers['w_down'][l]
+          y[t] += (weights / weights.sum()) @ values[span, kv] @ layers['wo'][layer][n]
+        m = norm(y[t], layers['mlp_norm'][layer])
+        gate = m @ layers['w_gate'][layer]
+        y[t] += (gate / (1 + np.exp(-gate)) * (m @ layers['w_up'][layer])) @ layers['w_down'][layer]
       x = y
     hidden[b] = [norm(row, p['norm']) for row in x]
   return hidden

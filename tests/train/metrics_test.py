@@ -82,7 +82,7 @@ def slow_histogram(rewards, bins):
 
 @pytest.mark.parametrize('bins', [3, 12])
 def test_histogram_counts(bins):
-  rewards = np.random.default_rng(bins).normal(size=(50, 2)) + [0.7, 0]
+  rewards = np.random.default_rng(bins).normal([0.7, 0], size=(50, 2))
   assert reward_histogram(rewards, bins) == slow_histogram(rewards.tolist(), bins)
 
 
