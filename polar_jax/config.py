@@ -16,13 +16,15 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from polar_jax.types import UserError
+
 STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 ATTENTION_BACKENDS = ('auto', 'reference')
 DTYPES = ('float32', 'bfloat16')
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
   """A setting is unknown, of the wrong type, or outside its allowed values. The message is one line for the user."""
 
 

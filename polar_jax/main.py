@@ -89,7 +89,7 @@ def main(_: Sequence[str]) -> int:
   except ConfigError as error:
     _fail(str(error))
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')
-  logging.set_verbosity(logging.WARNING)  # Orbax narrates every save at INFO
+  logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
 
   # JAX starts its backend below; a bad setting has been reported before that.
   from polar_jax import runner

@@ -14,18 +14,16 @@ from typing import Any
 import jax
 
 from polar_jax import sharding
-from polar_jax.config import Config, ConfigError
-from polar_jax.data.sources import SourceError
-from polar_jax.data.template import TemplateError
-from polar_jax.data.tokenizer import TokenizerError
+from polar_jax.config import Config
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
 from polar_jax.synthesis import engine
 from polar_jax.train import stages
 from polar_jax.train.loop import NonFiniteError, Preempted
+from polar_jax.types import UserError
 
 # Errors whose message is written for the user: shown without a traceback.
-_EXPLAINED = (ConfigError, SourceError, TemplateError, TokenizerError, NonFiniteError, report.ReportError)
+_EXPLAINED = (UserError, NonFiniteError)
 
 
 def run(config: Config, workdir: pathlib.Path) -> int:

@@ -21,6 +21,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+
+class UserError(ValueError):
+  """Something the user gave (a setting, a file, a row) cannot be used. The message is one line that says what to do."""
+
+
 Text = str | list[dict[str, Any]]  # a string, or messages whose `content`s are joined by newlines
 
 

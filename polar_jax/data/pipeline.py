@@ -16,7 +16,7 @@ import numpy as np
 
 from polar_jax.data.rows import PairRow, pair_batch, pair_row, text_batch
 from polar_jax.data.template import Template
-from polar_jax.types import PairBatch, TextBatch, Triplet
+from polar_jax.types import PairBatch, TextBatch, Triplet, UserError
 
 
 class BatchPlan(NamedTuple):
@@ -53,7 +53,7 @@ class TextWindows:
 
   def __init__(self, token_ids: np.ndarray, length: int, seed: int):
     if len(token_ids) < 2 * length + 1:
-      raise ValueError(f'the text has {len(token_ids)} tokens; windows of {length} need at least {2 * length + 1}')
+      raise UserError(f'the text has {len(token_ids)} tokens; windows of {length} need at least {2 * length + 1}')
     self.token_ids, self.length, self.seed = token_ids, length, seed
 
   def __len__(self) -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from polar_jax.types import PairBatch, TextBatch
+from polar_jax.types import PairBatch, TextBatch, UserError
 
 
 class PairRow(NamedTuple):
@@ -41,7 +41,7 @@ def pair_row(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> PairRow:
   """Lays out two sequences, each ending in its reward token, as one row."""
   chosen, rejected = np.asarray(chosen_ids, np.int32), np.asarray(rejected_ids, np.int32)
   if not (len(chosen) and len(rejected)):
-    raise ValueError('a candidate sequence has no token: even an empty answer ends in the reward token')
+    raise UserError('a candidate sequence has no token: even an empty answer ends in the reward token')
   shared = shared_prefix_length(chosen, rejected)
   tail, total = len(chosen) - shared, len(chosen) + len(rejected) - shared
   index = np.arange(total, dtype=np.int32)
@@ -60,7 +60,7 @@ def pair_batch(rows: Sequence[PairRow | None], indices: Sequence[int], row_lengt
   """Stacks one triplet per row, padded to `row_length` on the right. None is a padding row, which counts for nothing.
 
   Raises:
-    ValueError: for a triplet longer than `row_length`, naming it.
+    UserError: for a triplet longer than `row_length`, naming it.
   """
   shape = (len(rows), row_length)
   tokens, positions, start, end = (np.zeros(shape, np.int32) for _ in range(4))
@@ -71,7 +71,7 @@ def pair_batch(rows: Sequence[PairRow | None], indices: Sequence[int], row_lengt
       continue
     n = len(row.tokens)
     if n > row_length:
-      raise ValueError(f'row {i} has {n} tokens, more than data.row_length ({row_length}); raise it, or lower template.max_length')
+      raise UserError(f'row {i} has {n} tokens, more than data.row_length ({row_length}); raise it, or lower template.max_length')
     tokens[b, :n], positions[b, :n], start[b, :n], end[b, :n] = row.tokens, row.positions, row.start, row.end
     reward_index[b, 0], mask[b], index[b] = row.reward_index, 1, i
   return PairBatch(tokens, positions, start, end, reward_index, mask, index)

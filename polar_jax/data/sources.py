@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
-from polar_jax.types import Triplet
+from polar_jax.types import Triplet, UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
 _TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # the folder itself, or name/version below it
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
   """Data that cannot be opened. The message is one line for the user."""
 
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from polar_jax.config import TemplateConfig
 from polar_jax.data.tokenizer import SpecialStrings, Tokenizer
-from polar_jax.types import Text, Triplet
+from polar_jax.types import Text, Triplet, UserError
 
 WRAPPERS = ('sft', 'pretrain')
 _RESERVED = 4  # separator, reward token and two newlines; the final BOS is not counted (official rule)
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
   """A text, a wrapper or a token of the template cannot be used. The message is one line for the user."""
 
 

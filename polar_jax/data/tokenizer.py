@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from polar_jax.config import TokenizerConfig
+from polar_jax.types import UserError
 
 PAD, BOS, EOS, SEPARATOR, REWARD = '<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]'
 SPECIAL_TOKENS = (PAD, BOS, EOS, SEPARATOR, REWARD)  # of the tokenizers made here (bytes, and the BPE trained on the spot)
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
   """A tokenizer file is missing, unreadable or of an unknown kind. The message is one line for the user."""
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from polar_jax.evaluate import baselines as baselines_lib
 from polar_jax.evaluate import plots
+from polar_jax.types import UserError
 
 JSON_NAME = 'report.json'
 MARKDOWN_NAME = 'report.md'
@@ -41,7 +42,7 @@ _ARM_MEANING = {
 }
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
   """A result cannot be written or read. The message is one line naming the file and the field."""
 
 

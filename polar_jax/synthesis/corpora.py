@@ -18,6 +18,8 @@ import sysconfig
 import textwrap
 import tokenize
 
+from polar_jax.types import UserError
+
 CORPUS_NAMES = ('reference', 'docstrings', 'comments', 'source')
 PARTS = ('train', 'prompts', 'unseen')
 MAX_CHARACTERS = 600_000  # of a corpus
@@ -28,7 +30,7 @@ _SECTION_CHARACTERS = 800  # documents are cut near this length so that the spli
 _MIN_CHARACTERS = {'reference': 80, 'docstrings': 40, 'comments': 40, 'source': 80}
 
 
-class CorpusError(RuntimeError):
+class CorpusError(UserError):
   """This Python lacks a file that the corpora are made of."""
 
 

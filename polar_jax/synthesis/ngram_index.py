@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from polar_jax.synthesis import vocabulary
+from polar_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CorpusIndex:
 
   def __init__(self, name: str, stream: np.ndarray, vocab_size: int, max_order: int):
     if len(stream) < 2 * max_order:
-      raise ValueError(f'corpus {name!r} has {len(stream)} training tokens; n-gram policies of order {max_order} need more text')
+      raise UserError(f'corpus {name!r} has {len(stream)} training tokens; n-gram policies of order {max_order} need more text')
     self.name = name
     self.stream = np.asarray(stream, np.int64)
     self.vocab_size = vocab_size

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from polar_jax.synthesis import ngram, ngram_index, vocabulary
+from polar_jax.types import UserError
 
 _In = TypeVar('_In')
 _Out = TypeVar('_Out')
 
 TWIN_SHARE = 1 / 8  # of the pool: copies of another policy with one thing nudged, the hardest to tell apart
-_SMALLEST_WINDOW = 0.03
+_SMALLEST_WINDOW = 0.15
 _KL_PREFIXES = 24  # Monte Carlo samples of each policy; at 32 tokens each the standard error of a KL is a few percent of it
 _STREAM_POOL, _STREAM_HELD_OUT, _STREAM_KL = 1, 2, 3  # independent random streams of one seed
 
@@ -52,13 +53,13 @@ def draw_pool_params(seed: int, policies: int, held_out: int, max_order: int, co
     if len(chosen) + len(family) <= held_out and not is_twin_share_full:
       chosen.update(family)
   if len(chosen) != held_out:
-    raise ValueError(f'cannot hold out {held_out} of {policies} policies without parting twins ({len(chosen)} fit); lower unseen_policies')
+    raise UserError(f'cannot hold out {held_out} of {policies} policies without parting twins ({len(chosen)} fit); lower unseen_policies')
   return [dataclasses.replace(p, held_out=i in chosen) for i, p in enumerate(drawn)]
 
 
 def _draw_params(rng: np.random.Generator, name: str, max_order: int, corpora: Sequence[str]) -> ngram.NgramParams:
   fraction = float(_SMALLEST_WINDOW ** rng.random())
-  order = 1 + int(rng.choice(max_order, p=_order_law(max_order)))
+  order = 1 + int(rng.integers(max_order))
   return ngram.NgramParams(
     name=name,
     corpus=corpora[int(rng.integers(len(corpora)))],
@@ -67,16 +68,9 @@ def _draw_params(rng: np.random.Generator, name: str, max_order: int, corpora: S
     order=order,
     weights=tuple(float(w) for w in 1 - 10 ** rng.uniform(-2.5, -0.5, order)),
     strength=float(10 ** rng.uniform(-2, 0.6)),
-    temperature=float(rng.uniform(0.5, 1.3)),
+    temperature=float(rng.uniform(0.7, 1.5)),
     top_p=1.0 if rng.random() < 0.25 else float(rng.uniform(0.8, 1.0)),
   )
-
-
-def _order_law(max_order: int) -> np.ndarray:
-  """Unigram policies are half as frequent as each other order."""
-  law = np.ones(max_order)
-  law[0] = 0.5 if max_order > 1 else 1
-  return law / law.sum()
 
 
 def _nudge(rng: np.random.Generator, original: ngram.NgramParams, name: str) -> ngram.NgramParams:
@@ -118,16 +112,6 @@ def pool_logprobs(
   indices = {id(p.index): p.index for p in pool}
   queries = dict(zip(indices, parallel_map(lambda x: x.queries(prefixes, trajectories), indices.values(), workers), strict=True))
   return np.array(parallel_map(lambda p: p.score(queries[id(p.index)]), pool, workers)).reshape(len(pool), len(trajectories))
-
-
-def bayes_scores(reference_logprobs: np.ndarray, candidate_logprobs: np.ndarray) -> np.ndarray:
-  """The ideal discriminator's score (rows,) under a uniform prior, from log-probabilities (policies, rows) of references and candidates.
-
-  log sum_a p_a(reference) p_a(candidate) - log sum_b p_b(candidate): how much the reference raises the odds of the candidate. Without
-  the second term short and commonplace candidates would win whoever wrote them. The candidate with the higher score is the more
-  probable sample of the reference's policy (up to the rejected one's being known to come from another).
-  """
-  return np.logaddexp.reduce(reference_logprobs + candidate_logprobs, axis=0) - np.logaddexp.reduce(candidate_logprobs, axis=0)
 
 
 def kl_matrix(

@@ -42,7 +42,9 @@ def choose_policies(kl: np.ndarray, members: np.ndarray, uniforms: np.ndarray) -
   """(target, near, far) of every row, int (R, 3), all among `members` and different; uniforms (R, 3) decide."""
   others = len(members) - 1
   if others < 2:
-    raise ValueError(f'preferences need three policies, this split has {others + 1}; raise synthesis.unseen_policies or synthesis.policies')
+    raise types.UserError(
+      f'preferences need three policies, this split has {others + 1}; raise synthesis.unseen_policies or synthesis.policies'
+    )
   among = kl[np.ix_(members, members)].copy()
   np.fill_diagonal(among, -np.inf)  # so that the target ranks first and is never drawn
   ranked = np.argsort(among, axis=1, kind='stable')

@@ -40,7 +40,7 @@ class PrefixSource:
       ahead = ends[np.searchsorted(ends, np.arange(len(stream)))] - np.arange(len(stream)) if len(ends) else np.zeros(0, int)
       starts = [np.flatnonzero(ahead >= length) for length in range(min_tokens, max_tokens + 1)]
       if not len(starts[-1]):
-        raise ValueError(f'corpus {name!r} has no held-out document of {max_tokens} tokens; lower synthesis.prefix_max_tokens')
+        raise types.UserError(f'corpus {name!r} has no held-out document of {max_tokens} tokens; lower synthesis.prefix_max_tokens')
       self._starts.append(starts)
 
   def draw(self, uniforms: np.ndarray) -> list[np.ndarray]:

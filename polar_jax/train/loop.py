@@ -171,7 +171,7 @@ class _Trainer:
     now = time.perf_counter()
     seconds, self.fetched_at = now - self.fetched_at, now
     row: dict[str, Any] = {'stage': self.run.name, 'step': step, **{k: float(v) for k, v in out['scalars'].items()}}
-    if not (math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])):
+    if not all(math.isfinite(row[name]) for name in ('loss', 'grad_norm', 'parameter_norm')):
       raise NonFiniteError(self._non_finite_message(step, row, out['rows'], facts['index']))
     row |= {
       'learning_rate': float(self.schedule(step - 1)),

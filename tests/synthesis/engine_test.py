@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from polar_jax.data import triplet_dataset
+from polar_jax.evaluate import baselines
 from polar_jax.synthesis import corpora, engine, pool, preferences, triplets, vocabulary
 
 
@@ -94,10 +95,10 @@ def test_the_ideal_discriminator_beats_chance(world):
   prefixes = [r.metadata['prompt_ids'] for r in rows]
   members = [world.pool[i] for i in world.members('validation')]
   logs = {role: pool.pool_logprobs(members, prefixes, [r.metadata[f'{role}_ids'] for r in rows]) for role in triplets.ROLES}
-  margin = pool.bayes_scores(logs['reference'], logs['chosen']) - pool.bayes_scores(logs['reference'], logs['rejected'])
+  margin = baselines.bayes_scores(logs['reference'], logs['chosen']) - baselines.bayes_scores(logs['reference'], logs['rejected'])
   assert (margin > 0).mean() > 0.9
   stranger = np.roll(logs['reference'], 1, axis=1)  # another row's reference tells nothing
-  shuffled = pool.bayes_scores(stranger, logs['chosen']) - pool.bayes_scores(stranger, logs['rejected'])
+  shuffled = baselines.bayes_scores(stranger, logs['chosen']) - baselines.bayes_scores(stranger, logs['rejected'])
   assert 0.35 < (shuffled > 0).mean() < 0.65
 
 
