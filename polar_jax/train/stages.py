@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -150,7 +151,9 @@ def _rank(
     batches=lambda plan, steps: pipeline.pair_batches(tokens, plan, row_length, steps=steps, seed=config.seed),
     validation=lambda plan: pair_validation(held_out, plan, row_length, train.evaluate_rows),
     start_from=_start_folder(context, train),
-    fingerprint=_fingerprint(context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': len(tokens)}),
+    fingerprint=_fingerprint(
+      context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': _rows_fingerprint(tokens.source)}
+    ),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
@@ -223,6 +226,13 @@ def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
   if train.start_from in names:
     return context.workdir / names[train.start_from]
   return pathlib.Path(train.start_from)
+
+
+def _rows_fingerprint(rows: Sequence[Triplet]) -> str:
+  """The number of rows and a digest of a few of them: enough to notice that a resumed run reads another file."""
+  size = len(rows)
+  texts = [(r.prompt, r.reference, r.chosen, r.rejected) for r in (rows[i] for i in sorted({0, size // 3, size // 2, size - 1}))]
+  return f'{size}:{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}'
 
 
 def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -117,7 +118,7 @@ def local_rows(mesh: Mesh, padded: int) -> tuple[int, int]:
   """
   slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((padded,)).values()
   ranges = sorted({index[0].indices(padded)[:2] for index in slices if index is not None})
-  if any(a[1] != b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
+  if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
     raise ValueError(f'this process holds rows {ranges} of the batch, which are not contiguous: order the devices by process')
   return ranges[0][0], ranges[-1][1]
 
