@@ -1,4 +1,4 @@
-"""What the configs of the published sizes share (docs/recipes.md says where each figure comes from)."""
+"""What config files share: the published sizes (docs/recipes.md says where each figure comes from) and the miniatures."""
 
 import ml_collections
 
@@ -47,4 +47,24 @@ def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_coll
   config.finetune.start_from = start_from
   config.finetune.learning_rate = learning_rate
   config.finetune.batch_size = 320
+  return config
+
+
+def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_collections.ConfigDict:
+  """The whole story on the tiny world, in one workdir: every stage, and the two ablations of fine-tuning."""
+  config = default_config()
+  config.stage = 'all'
+  config.ablations = True
+  config.synthesis.train_rows = train_rows
+  config.synthesis.preference_rows = preference_rows
+  config.model.update(PRESETS[preset])
+  config.data.row_length = 128
+  config.lm.batch_size = 16
+  config.lm.learning_rate = 1e-2
+  config.train.batch_size = 32
+  config.train.learning_rate = 2e-3
+  config.finetune.batch_size = 32
+  config.finetune.learning_rate = 5e-4
+  for run in (config.lm, config.train, config.finetune):
+    run.log_every = 100
   return config

@@ -19,7 +19,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(os.environ.get('POLAR_TEST_DATA', ROOT / '../shared/data')).resolve()
 
-jax.config.update('jax_numpy_rank_promotion', 'warn')
+# Silent broadcasting of arrays of different rank hides mistakes.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,8 +23,8 @@ def reference_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array,
   kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
   logits_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-  key_S = jnp.arange(k_BSKH.shape[1])
-  seen_BTS = (key_S >= start_BT[:, :, None]) & (key_S < end_BT[:, :, None])
+  key_11S = jnp.arange(k_BSKH.shape[1])[None, None]
+  seen_BTS = (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
   seen_B11TS = seen_BTS[:, None, None]
   # A finite floor keeps rows without any key finite; the mask is applied again after the exponential so that they sum to zero.
   logits_BKGTS = jnp.where(seen_B11TS, logits_BKGTS, -1e30)

@@ -1,4 +1,4 @@
-"""Published model shapes (InternLM2.5 series, section 4 of the paper's model card data)."""
+"""Model shapes: those of the published reward models (InternLM2.5 series), and those of the miniatures."""
 
 from __future__ import annotations
 
@@ -26,4 +26,28 @@ POLAR_7B = {
   'norm_eps': 1e-5,
 }
 
-PRESETS = {'polar_1_8b': POLAR_1_8B, 'polar_7b': POLAR_7B}
+# Short of triplets long before they are short of parameters. init_std is about 1 / sqrt(d_model); all layers are unrolled,
+# which a CPU likes.
+MINI_TINY = {
+  'num_layers': 3,
+  'd_model': 64,
+  'd_ff': 192,
+  'num_heads': 2,
+  'num_kv_heads': 1,
+  'head_dim': 32,
+  'init_std': 0.12,
+  'scan_unroll': 3,
+}
+
+MINI_SMALL = {
+  'num_layers': 4,
+  'd_model': 128,
+  'd_ff': 256,
+  'num_heads': 4,
+  'num_kv_heads': 2,
+  'head_dim': 32,
+  'init_std': 0.09,
+  'scan_unroll': 4,
+}
+
+PRESETS = {'polar_1_8b': POLAR_1_8B, 'polar_7b': POLAR_7B, 'mini_tiny': MINI_TINY, 'mini_small': MINI_SMALL}

@@ -37,13 +37,13 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
   x32_BTD = x_BTD.astype(jnp.float32)
   x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
-  return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+  return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)[None, None]
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
   inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h[None, None]
   return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
 
 

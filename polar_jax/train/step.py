@@ -87,7 +87,7 @@ def build(
     metrics, rows, grads = _loss_and_grads(graphdef, objective, state.params, batch, accumulation)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {'grad_norm': optax.global_norm(grads), 'parameter_norm': optax.global_norm(params)}
+    metrics |= {'grad_norm': optax.tree.norm(grads), 'parameter_norm': optax.tree.norm(params)}
     return TrainState(params, opt_state, state.step + 1), {'scalars': metrics, 'rows': rows}
 
   def evaluate(params: Any, batch: Any):

@@ -1,0 +1,17 @@
+"""The tiny world with a larger model and more triplets: how far the miniature goes in an hour.
+
+python -m polar_jax.main --config=configs/small.py
+"""
+
+from polar_jax.recipes import miniature
+
+
+def get_config():
+  config = miniature('mini_small', train_rows=250_000, preference_rows=12_000)
+  config.synthesis.policies = 384
+  config.synthesis.unseen_policies = 64
+  config.lm.steps = 1_500
+  config.train.learning_rate = 1.5e-3
+  config.train.evaluate_every = 1_000
+  config.checkpointing.every_steps = 1_000
+  return config

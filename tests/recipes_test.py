@@ -1,0 +1,68 @@
+"""The config files of the published sizes: they carry the paper's figures, and they run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from polar_jax import runner
+from polar_jax.config import parse
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def load(name: str):
+  spec = importlib.util.spec_from_file_location(f'config_{name}', CONFIGS / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+@pytest.mark.parametrize(
+  ('name', 'section', 'learning_rate', 'batch_size'),
+  [
+    ('1_8b', 'train', 1.4e-5, 1940),
+    ('7b', 'train', 1.67e-5, 4343),
+    ('finetune_1_8b', 'finetune', 1e-5, 320),
+    ('finetune_7b', 'finetune', 2e-5, 320),
+  ],
+)
+def test_figures_of_the_paper(name, section, learning_rate, batch_size):
+  config = parse(load(name))
+  run = getattr(config, section)
+  assert (run.learning_rate, run.batch_size, run.steps) == (learning_rate, batch_size, None)
+  assert (run.b1, run.b2, run.weight_decay, run.clip_norm, run.warmup_ratio, run.final_lr_ratio) == (0.9, 0.95, 0.0, 1.0, 0.03, 0.1)
+  assert (config.template.max_length, config.template.max_response_length, config.template.reward_token_id) == (16384, 4096, 92527)
+
+
+@pytest.mark.parametrize('name', ['1_8b', '7b', 'finetune_1_8b', 'finetune_7b'])
+def test_what_is_missing_is_one_line(name, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert runner.run(parse(load(name)), tmp_path / 'run') == 1
+  error = capsys.readouterr().err
+  assert error == 'polar_jax: checkpoints/internlm2_5/tokenizer.model: no such tokenizer file\n'
+
+
+def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_path):
+  rows = [{'prompt': f'{i}', 'reference': 'ab' * (i % 3), 'chosen': 'abab', 'rejected': 'c' * (i % 5)} for i in range(9_000)]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  config = load('7b')
+  config.tokenizer.kind = 'byte'
+  config.template.reward_token_id = None  # 92527 is a token of the 7B tokenizer
+  config.data.triplets = config.data.evaluation = str(tmp_path / 'rows.jsonl')
+  config.data.row_length = 40
+  config.train.start_from = 'scratch'
+  config.train.evaluate_rows = 64
+  config.model.update({'vocab_size': 512, 'num_layers': 2, 'd_model': 16, 'd_ff': 32, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 8})
+  config.mesh.update({'data': 2, 'fsdp': 2, 'tensor': 2})
+  assert runner.run(parse(config), tmp_path / 'run') == 0
+  summary = json.loads((tmp_path / 'run' / 'pretrain' / 'summary.json').read_text())
+  # 4,343 rows on 4 shards are padded to 4,344; one epoch of 9,000 rows is two steps, and no padding row counts.
+  assert (summary['steps'], summary['rows']) == (2, 2 * 4343)
+  lines = [json.loads(line) for line in (tmp_path / 'run' / 'pretrain' / 'metrics.jsonl').read_text().splitlines()]
+  histogram = lines[0]['reward_histogram']
+  assert sum(histogram['chosen']) == sum(histogram['rejected']) == 4343
+  assert lines[0]['loss'] == pytest.approx(0.693147, abs=1e-5)  # the head starts at zero
