@@ -7,7 +7,7 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_small', train_rows=250_000, preference_rows=12_000)
+  config = miniature('mini_small', train_rows=320_000, preference_rows=8_000)
   config.synthesis.policies = 384
   config.synthesis.unseen_policies = 64
   config.lm.steps = 1_500

@@ -40,14 +40,14 @@ MINI_TINY = {
 }
 
 MINI_SMALL = {
-  'num_layers': 4,
+  'num_layers': 3,
   'd_model': 128,
   'd_ff': 256,
   'num_heads': 4,
   'num_kv_heads': 2,
   'head_dim': 32,
   'init_std': 0.09,
-  'scan_unroll': 4,
+  'scan_unroll': 3,
 }
 
 PRESETS = {'polar_1_8b': POLAR_1_8B, 'polar_7b': POLAR_7B, 'mini_tiny': MINI_TINY, 'mini_small': MINI_SMALL}
