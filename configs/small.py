@@ -7,11 +7,11 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_small', train_rows=320_000, preference_rows=8_000)
+  config = miniature('mini_small', train_rows=200_000, preference_rows=8_000)
   config.synthesis.policies = 384
   config.synthesis.unseen_policies = 64
-  config.lm.steps = 1_500
+  config.lm.steps = 1_200
   config.train.learning_rate = 1.5e-3
-  config.train.evaluate_every = 1_000
-  config.checkpointing.every_steps = 1_000
+  config.train.evaluate_every = 1_250
+  config.checkpointing.every_steps = 1_250
   return config

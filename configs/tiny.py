@@ -10,8 +10,8 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_tiny', train_rows=90_000, preference_rows=6_000)
+  config = miniature('mini_tiny', train_rows=80_000, preference_rows=6_000)
   config.lm.steps = 700
-  config.train.evaluate_every = 700
-  config.checkpointing.every_steps = 350
+  config.train.evaluate_every = 625
+  config.checkpointing.every_steps = 500
   return config

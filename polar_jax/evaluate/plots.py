@@ -190,6 +190,7 @@ def _bars(panels: Mapping[str, Sequence[tuple[str, Accuracy, str]]], path: str |
       ax.set_ylim(longest - 0.4, -0.6)
       ax.set_xlim(left, right + 0.22 * (right - left))
       ax.xaxis.set_major_locator(_every_tenth())
+      ax.set_xticks([tick for tick in ax.get_xticks() if left <= tick <= 1.0 + 1e-9])
       ax.xaxis.set_major_formatter(lambda x, _: f'{100 * x:.0f}')
       ax.set_xlabel('accuracy, % (95% interval)')
       ax.set_title(title)

@@ -33,6 +33,7 @@ MARKDOWN_NAME = 'report.md'
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 ARMS = ('pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only')
 _TRAINING = ('pretrain_lm', 'pretrain', 'finetune')
+_STAGES = ('synthesize', *_TRAINING, 'evaluate')
 _FEW_ROWS = 300  # below this a 95% interval is wider than about 11 points
 _ARM_MEANING = {
   'pretrained_finetuned': 'contrastive pre-training, then fine-tuning on preferences',
@@ -219,7 +220,7 @@ def _markdown(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     parts += section
   if results.get('timing'):
     seconds = results['timing']
-    stages = [*(s for s in seconds if s != 'total'), *(['total'] if 'total' in seconds else [])]
+    stages = [*(s for s in _ordered(seconds, _STAGES) if s != 'total'), *(['total'] if 'total' in seconds else [])]
     parts += ['## Time', _table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]
   if results.get('environment'):
     parts += ['## Environment', _table(['', ''], [[k, _text(v)] for k, v in sorted(results['environment'].items())])]
@@ -300,8 +301,10 @@ def _preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list
 
 
 def _training(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
-  scalars = {s: {k: v for k, v in results.get(s, {}).items() if not isinstance(v, (dict, list))} for s in _TRAINING}
-  stages = [s for s in _TRAINING if scalars[s]]
+  runs = {s: results.get(s, {}) for s in _TRAINING} | results.get('finetune', {}).get('runs', {})
+  scalars = {s: {k: v for k, v in run.items() if not isinstance(v, (dict, list))} for s, run in runs.items()}
+  rules = sorted({str(run.pop('mfu_rule')) for run in scalars.values() if 'mfu_rule' in run})
+  stages = [s for s in scalars if scalars[s]]
   if not stages and 'loss' not in figures:
     return []
   out = ['## Training']
@@ -309,6 +312,7 @@ def _training(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[st
     keys = _ordered({k: 0 for s in stages for k in scalars[s]}, ('steps', 'tokens', 'loss', 'accuracy'))
     rows = [[key, *(_text(scalars[s][key]) if key in scalars[s] else '-' for s in stages)] for key in keys]
     out.append(_table(['', *stages], rows))
+  out += [f'Rule of `mfu`: {rule}.' for rule in rules]
   return out + _figure(figures, 'loss', 'Loss and accuracy during training; the dashed lines are chance')
 
 

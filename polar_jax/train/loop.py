@@ -235,7 +235,9 @@ class _Trainer:
       'seconds': seconds,
       'tokens_per_second': float(np.median([r['tokens_per_second'] for r in rows])),
       'mfu': float(np.median([r['mfu'] for r in rows])),
-      'mfu_rule': f'{flops.MFU_RULE}; peak {self.peak:.3g} FLOP/s per device, {self.peak_source}',
+      'mfu_rule': flops.MFU_RULE,
+      'peak_flops': self.peak,
+      'peak_source': self.peak_source,
       **self.validated,
     }
     if jax.process_index() == 0:

@@ -1,0 +1,74 @@
+"""The main job in one process on a shrunken tiny config: every stage, the report as an interface, and a second run that redoes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from polar_jax import runner
+from polar_jax.config import parse
+from polar_jax.recipes import miniature
+
+SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
+
+
+def small_config(**changes):
+  config = miniature('mini_tiny', train_rows=300, preference_rows=64)
+  config.synthesis.update({'policies': 24, 'unseen_policies': 6, 'evaluation_rows': 40, 'preference_evaluation_rows': 40})
+  config.model.update({'num_layers': 1, 'd_model': 16, 'd_ff': 16, 'num_heads': 1, 'head_dim': 16})
+  config.lm.steps = config.train.steps = config.finetune.steps = 3
+  config.lm.batch_size = config.train.batch_size = config.finetune.batch_size = 8
+  config.train.evaluate_rows = config.lm.evaluate_rows = config.finetune.evaluate_rows = 8
+  config.update(changes)
+  return parse(config)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tiny')
+  assert runner.run(small_config(), folder) == 0
+  return folder
+
+
+def is_interval(value):
+  return set(value) == {'accuracy', 'low', 'high', 'n'} and 0 <= value['low'] <= value['accuracy'] <= value['high'] <= 1
+
+
+def test_report_is_the_interface(workdir):
+  report = json.loads((workdir / 'report.json').read_text())
+  assert all(is_interval(report['evaluate']['by_split'][s]) and report['evaluate']['by_split'][s]['n'] == 40 for s in SPLITS)
+  assert {'length', 'overlap_1', 'random', 'bayes'} <= set(report['evaluate']['baselines'])
+  assert all(is_interval(splits[s]) for splits in report['evaluate']['baselines'].values() for s in SPLITS)
+  assert all(report['evaluate']['baselines']['bayes'][s]['accuracy'] > 0.85 for s in SPLITS)
+  arms = report['finetune']['arms']
+  assert set(arms) == {'pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only'}
+  assert all(map(is_interval, arms.values())) and all(map(is_interval, report['finetune']['by_category'].values()))
+  assert sum(c['n'] for c in report['finetune']['by_category'].values()) == 40
+  assert report['pretrain']['steps'] == 3 and report['pretrain']['tokens'] > 0 and 0.6 < report['pretrain']['loss'] < 0.8
+  assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'total'} <= set(report['timing'])
+  assert {'python', 'jax', 'devices'} <= set(report['environment'])
+
+
+def test_readable_report_and_figures(workdir):
+  text = (workdir / 'report.md').read_text()
+  for figure in ('accuracy', 'arms', 'loss'):
+    assert f'figures/{figure}.png' in text and (workdir / 'figures' / f'{figure}.png').stat().st_size > 5_000
+  assert str(workdir) not in text and str(workdir) not in (workdir / 'report.json').read_text()
+
+
+def test_running_again_redoes_nothing(workdir, capsys):
+  before = {p: p.read_bytes() for p in workdir.glob('*/metrics.jsonl')}
+  report = json.loads((workdir / 'report.json').read_text())
+  assert runner.run(small_config(), workdir) == 0
+  out = capsys.readouterr().out
+  assert 'reusing the complete data' in out and 'pretrain: resumed from step 3 of 3' in out
+  assert {p: p.read_bytes() for p in workdir.glob('*/metrics.jsonl')} == before
+  again = json.loads((workdir / 'report.json').read_text())
+  assert again['evaluate'] == report['evaluate'] and again['pretrain'] == report['pretrain']
+
+
+def test_one_stage_alone_says_what_it_needs(tmp_path, capsys):
+  assert runner.run(small_config(stage='pretrain'), tmp_path) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('polar_jax: ') and 'synthesize' in error and error.count('\n') == 1
