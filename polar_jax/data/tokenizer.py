@@ -6,6 +6,7 @@ and rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; B
 
 from __future__ import annotations
 
+import abc
 import json
 import pathlib
 import re
@@ -107,7 +108,7 @@ class ByteTokenizer:
     return self._specials.ids.get(token)
 
 
-class _FileTokenizer:
+class _FileTokenizer(abc.ABC):
   """Reads its file on first use, so that what travels to worker processes is a path."""
 
   def __init__(self, path: str | pathlib.Path):
@@ -120,8 +121,8 @@ class _FileTokenizer:
   def __reduce__(self) -> tuple:
     return type(self), (self.path,)
 
-  def _load(self) -> Any:
-    raise NotImplementedError
+  @abc.abstractmethod
+  def _load(self) -> Any: ...
 
   @property
   def _model(self) -> Any:
@@ -137,18 +138,26 @@ class _FileTokenizer:
     return self._loaded
 
 
-def _is_byte_level(spec: Mapping[str, Any]) -> bool:
-  """Whether a tokenizer.json maps every byte of a text to a symbol and back, with nothing normalised, added or dropped on the way."""
+def _byte_symbols() -> list[str]:
+  """The printable character that a byte-level BPE writes for each byte: itself where it is printable, else one past U+0100."""
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = iter(range(256, 512))
+  return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _byte_alphabet(spec: Mapping[str, Any]) -> bytes | None:
+  """The bytes that a plain byte-level BPE can write; None for a tokenizer.json that normalises, adds or drops anything.
+
+  A text of these bytes comes back exactly. Of any other the library would drop what it does not know without a word.
+  """
   model, steps = spec['model'], spec['pre_tokenizer'] or {}
   steps = steps['pretokenizers'] if steps.get('type') == 'Sequence' else [steps]
   keeps_text = all(step.get('type') == 'Split' and step['behavior'] != 'Removed' for step in steps[:-1])
   bytes_last = steps[-1].get('type') == 'ByteLevel' and not steps[-1]['add_prefix_space']
   plain_bpe = model['type'] == 'BPE' and not any(model.get(key) for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'))
   if spec['normalizer'] is not None or (spec['decoder'] or {}).get('type') != 'ByteLevel' or not (keeps_text and bytes_last and plain_bpe):
-    return False
-  from tokenizers import pre_tokenizers
-
-  return all(symbol in model['vocab'] for symbol in pre_tokenizers.ByteLevel.alphabet())
+    return None
+  return bytes(b for b, symbol in enumerate(_byte_symbols()) if symbol in model['vocab'])
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -178,7 +187,7 @@ class BpeTokenizer(_FileTokenizer):
     settings = _read_json(beside) if beside.is_file() else {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD}
     named = {name: added.get(_named_token(settings, f'{name}_token')) for name in ('bos', 'eos', 'pad')}
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    return model, SpecialStrings(added), named, size, _is_byte_level(json.loads(model.to_str()))
+    return model, SpecialStrings(added), named, size, _byte_alphabet(json.loads(model.to_str()))
 
   @property
   def vocab_size(self) -> int:
@@ -197,7 +206,13 @@ class BpeTokenizer(_FileTokenizer):
     return self._model[2]['pad']
 
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
-    model, _, named, *_ = self._model
+    model, _, named, _, alphabet = self._model
+    if alphabet is not None and (unknown := text.encode('utf-8').translate(None, alphabet)):
+      character = next(c for c in text if any(b in unknown for b in c.encode('utf-8')))
+      raise TokenizerError(
+        f'{self.path} has no token for {character!r} (in {text[:40]!r}...): it was trained on other text; use tokenizer.kind=byte, '
+        'or another tokenizer file'
+      )
     ids = model.encode(text, add_special_tokens=False).ids  # the file's own post-processor might add an EOS too
     return [named['bos'], *ids] if add_bos and named['bos'] is not None else ids
 
@@ -210,7 +225,9 @@ class BpeTokenizer(_FileTokenizer):
     return self._model[0].decode(ids, skip_special_tokens=skip_special)
 
   def is_exact(self, text: str) -> bool:
-    return self._model[4] and not self._model[1].occur_in(text)
+    alphabet = self._model[4]
+    known = alphabet is not None and not text.encode('utf-8').translate(None, alphabet)
+    return known and not self._model[1].occur_in(text)
 
   def special_id(self, token: str) -> int | None:
     return self._model[1].ids.get(token)

@@ -108,10 +108,11 @@ def test_bpe(bpe):
 def test_a_tokenizer_that_may_change_text_is_not_exact(bpe_path, tmp_path, change):
   spec = {**json.loads(bpe_path.read_text()), **change}
   (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
-  assert not tokenizer_lib.BpeTokenizer(tmp_path / 'tokenizer.json').is_exact('the')
+  tokenizer = tokenizer_lib.BpeTokenizer(tmp_path / 'tokenizer.json')
+  assert tokenizer.is_exact('the') and not tokenizer.is_exact('\U00040000')  # U+40000 begins with the byte F1
 
 
-def test_a_tokenizer_without_all_bytes_is_not_exact(bpe_path, tmp_path):
+def test_a_tokenizer_without_all_bytes_is_exact_where_it_has_them(bpe_path, tmp_path):
   spec = json.loads(bpe_path.read_text())
   del spec['model']['vocab']['ñ']
   (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
@@ -197,3 +198,16 @@ def test_damaged_file_is_named(tmp_path, name):
   tokenizer = tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / name)), None)
   with pytest.raises(tokenizer_lib.TokenizerError, match=name):
     tokenizer.encode('a')
+
+
+def test_a_bpe_without_some_bytes_refuses_text_it_would_drop(tmp_path):
+  from polar_jax.synthesis import vocabulary
+
+  path = tmp_path / 'tokenizer.json'
+  vocabulary.train_tokenizer(['plain text\n' * 20], 300).save(str(path))
+  tokenizer = tokenizer_lib.BpeTokenizer(path)
+  assert tokenizer.decode(tokenizer.encode('text plain\n')) == 'text plain\n' and tokenizer.is_exact('text plain')
+  for text, character in (('na\u00efve', '\u00ef'), ('a\tb', '\\t'), ('\u65e5\u672c', '\u65e5')):
+    with pytest.raises(tokenizer_lib.TokenizerError, match='no token for') as error:
+      tokenizer.encode(text)
+    assert character in str(error.value) and 'tokenizer.kind=byte' in str(error.value)
