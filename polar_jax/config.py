@@ -83,7 +83,7 @@ class DataConfig:
 
   triplets: str | None = None  # TFDS folder, .jsonl, .jsonl.gz or .parquet
   preferences: str | None = None
-  evaluation: str | None = None  # rows for validation; None: the `validation` split beside the training rows
+  evaluation: str | None = None  # held-out rows, needed when the training rows are a single file; None: the other splits beside them
   text: str | None = None  # folder or file of .txt for pretrain_lm
   on_bad_row: str = _field('raise', choices=('raise', 'skip'))
   row_length: int | None = _field(None, low=8)  # tokens of a training row; None: the longest row of the data, rounded up

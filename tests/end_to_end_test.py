@@ -72,3 +72,15 @@ def test_one_stage_alone_says_what_it_needs(tmp_path, capsys):
   assert runner.run(small_config(stage='pretrain'), tmp_path) == 1
   error = capsys.readouterr().err
   assert error.startswith('polar_jax: ') and 'synthesize' in error and error.count('\n') == 1
+
+
+def test_own_files_without_held_out_rows_are_refused(tmp_path, capsys):
+  row = {name: name for name in ('prompt', 'reference', 'chosen', 'rejected')}
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
+  config = miniature('mini_tiny', train_rows=300, preference_rows=64)
+  config.stage = 'pretrain'
+  config.tokenizer.kind = 'byte'
+  config.train.start_from = 'scratch'
+  config.data.triplets = str(tmp_path / 'rows.jsonl')
+  assert runner.run(parse(config), tmp_path / 'run') == 1
+  assert 'data.evaluation must name held-out rows' in capsys.readouterr().err

@@ -14,7 +14,8 @@ from polar_jax.train import stages
 from polar_jax.train.checkpoint import FOLDER
 from polar_jax.types import Triplet
 
-SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
+SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')  # of the synthesize stage
+GIVEN = ('validation',)  # what `data.evaluation` names is one split
 # Arm of Table 7 -> (folder of its run, does it read the reference).
 ARMS = {
   'pretrained_finetuned': (stages.FINETUNE, True),
@@ -55,7 +56,7 @@ def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
   ceiling = _Ceiling(context)
   by_split, margins = {}, {}
   by_baseline: dict[str, dict[str, Any]] = {}
-  for split in SPLITS:
+  for split in GIVEN if context.config.data.evaluation else SPLITS:
     rows = list(context.triplets(split))
     rules = baselines.rule_correct(rows)
     correct = _correct(scorer, rows)
@@ -80,7 +81,7 @@ def _evaluate_preferences(context: stages.Context) -> dict[str, Any]:
   for arm, interval in arms.items():
     context.log(f'{arm}: {_shown(interval)}')
   main = correct['pretrained_finetuned']
-  category = np.array([row.category for row in rows])
+  category = np.array([row.category or 'none' for row in rows])
   by_category = {c: statistics.accuracy_interval(main[category == c], resamples=resamples).asdict() for c in sorted(set(category))}
   rules = baselines.rule_correct(rows)
   shown = {name: statistics.accuracy_interval(values, resamples=resamples).asdict() for name, values in rules.items()}
@@ -93,7 +94,8 @@ class _Ceiling:
 
   def __init__(self, context: stages.Context):
     self._workers = context.config.synthesis.workers
-    self._pool = [] if context.config.data.triplets else engine.load_pool(context.workdir)
+    given = context.config.data.triplets or context.config.data.evaluation
+    self._pool = [] if given else engine.load_pool(context.workdir)
 
   def __call__(self, rows: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:
     """{'bayes': correct}, under the policies that the split is drawn from: knowing more of them could only confuse it."""

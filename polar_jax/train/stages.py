@@ -59,13 +59,19 @@ class Context:
     return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=size)
 
   def triplets(self, split: str) -> Sequence[Triplet]:
+    """Pre-training rows of a split: of `data.triplets`, or what the synthesize stage wrote."""
     return self._rows('data.triplets', self.config.data.triplets, 'triplets', split)
 
   def preferences(self, split: str) -> Sequence[Triplet]:
+    """Fine-tuning rows of a split: of `data.preferences`, or what the synthesize stage wrote."""
     return self._rows('data.preferences', self.config.data.preferences, 'preferences', split)
 
   def _rows(self, setting: str, given: str | None, made: str, split: str) -> Sequence[Triplet]:
     path = pathlib.Path(given) if given else self.data / made
+    if split != 'train' and self.config.data.evaluation:
+      setting, path = 'data.evaluation', pathlib.Path(self.config.data.evaluation)
+    elif split != 'train' and path.is_file():
+      raise ConfigError(f'data.evaluation must name held-out rows: {path} is a single file, and its rows are trained on')
     if not path.exists():
       raise ConfigError(f'{setting}: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
     rows = open_source(path, split, self.config.data.on_bad_row)
@@ -136,7 +142,7 @@ def _rank(
   train = train if start is None else dataclasses.replace(train, start_from='lm')
   template = context.template(use_reference)
   tokens = pipeline.PairTokens(rows('train'), template)
-  held_out = pipeline.PairTokens(_validation_rows(context, rows), template)
+  held_out = pipeline.PairTokens(rows('validation'), template)
   row_length = data.row_length or max(pipeline.longest_row(tokens), pipeline.longest_row(held_out))
   run = loop.Run(
     name=name,
@@ -159,11 +165,6 @@ def _rank(
     log=context.log,
   )
   return loop.train(run)
-
-
-def _validation_rows(context: Context, rows: Callable[[str], Sequence[Triplet]]) -> Sequence[Triplet]:
-  given = context.config.data.evaluation
-  return open_source(pathlib.Path(given), 'validation', context.config.data.on_bad_row) if given else rows('validation')
 
 
 def pair_validation(tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int, most: int | None = None):
