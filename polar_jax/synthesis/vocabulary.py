@@ -9,12 +9,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from polar_jax.data.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS
 from polar_jax.synthesis import corpora as corpora_lib
 
-PAD, BOS, EOS, SEPARATOR, REWARD = '<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]'
-SPECIAL_TOKENS = (PAD, BOS, EOS, SEPARATOR, REWARD)  # the first ids, in this order
-PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
-NUM_SPECIAL = len(SPECIAL_TOKENS)
+NUM_SPECIAL = len(SPECIAL_TOKENS)  # they are the first ids, in their order
+PAD_ID, BOS_ID, EOS_ID = map(SPECIAL_TOKENS.index, (PAD, BOS, EOS))
 _ASCII = ''.join(map(chr, [ord('\n'), *range(ord(' '), ord('~') + 1)]))
 
 
