@@ -2,9 +2,9 @@
 
   python -m polar_jax.main --config=configs/tiny.py
 
-Two CPU cores, offline, about ten minutes, 1.2 GB: a policy pool, triplets, a language model, contrastive pre-training, fine-tuning with two ablations,
-evaluation and a report in runs/tiny. Unseen policies: 69.5%, where the best rule without learning has 63.0% and the Bayes
-discriminator 99.2%.
+Two CPU cores, offline, about ten minutes, 1.2 GB: a policy pool, triplets, a language model, contrastive pre-training,
+fine-tuning with two ablations, evaluation and a report in runs/tiny. Unseen policies: 69.5%, where the best rule without
+learning has 63.0% and the Bayes discriminator 99.2%.
 """
 
 from polar_jax.recipes import miniature
