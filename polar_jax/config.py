@@ -280,8 +280,3 @@ def _check_together(c: Config) -> None:
     t = getattr(c, section)
     if t.batch_size % t.accumulation:
       raise ConfigError(f'{section}.batch_size ({t.batch_size}) must be a multiple of {section}.accumulation ({t.accumulation})')
-
-
-def replace(config: Any, **changes: Any) -> Any:
-  """`dataclasses.replace`, for frozen configs."""
-  return dataclasses.replace(config, **changes)

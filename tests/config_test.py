@@ -8,7 +8,6 @@ import typing
 import ml_collections
 import pytest
 
-from polar_jax import config as config_lib
 from polar_jax.config import Config, ConfigError, default_config, parse
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
@@ -178,7 +177,3 @@ def test_locked_config_refuses_new_keys():
 def test_placeholders_keep_their_type():
   with pytest.raises(TypeError):
     default_config().train.steps = 'many'
-
-
-def test_replace():
-  assert config_lib.replace(Config(), seed=3).seed == 3

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -101,7 +102,8 @@ class _Trainer:
     shards = sharding.batch_shards(run.mesh)
     padded = pipeline.plan_batch(config.batch_size, shards * config.accumulation).padded
     self.plan = pipeline.plan_batch(config.batch_size, shards * config.accumulation, step_lib.local_rows(run.mesh, padded))
-    self.schedule = learning_rate_schedule(config, run.steps)
+    # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
+    self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = step_lib.build(run.objective, run.model, make_optimizer(config, run.steps), run.mesh, config.accumulation)
     lm = run.objective is NEXT_TOKEN
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
@@ -174,7 +176,7 @@ class _Trainer:
     if not all(math.isfinite(row[name]) for name in ('loss', 'grad_norm', 'parameter_norm')):
       raise NonFiniteError(self._non_finite_message(step, row, out['rows'], facts['index']))
     row |= {
-      'learning_rate': float(self.schedule(step - 1)),
+      'learning_rate': float(self.learning_rates[step - 1]),
       'epoch': step * self.run.train.batch_size / self.run.num_rows,
       'tokens': facts['total_tokens'],
       'step_seconds': seconds,
