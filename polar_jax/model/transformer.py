@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.model.attention import AttentionFn, attention_backend
+from polar_jax.model import attention
 from polar_jax.sharding import constrain
 
 _REMAT = {
@@ -83,7 +83,7 @@ class Block(nnx.Module):
     self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_down = param(rngs, (layers, c.d_ff, c.d_model), ('layers', 'mlp', 'embed'), std)
 
-  def __call__(self, x_BTD: jax.Array, rows: Rows, attend: AttentionFn, index_BQ: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, rows: Rows, attend: attention.Backend, index_BQ: jax.Array | None = None) -> jax.Array:
     """The block's output at every token, or only at the tokens `index_BQ`: then (B, Q, D)."""
     c, dtype = self.config, x_BTD.dtype
     h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.norm_eps)
@@ -96,7 +96,7 @@ class Block(nnx.Module):
       x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
     q_BTNH = apply_rope(jnp.einsum('BTD,DNH->BTNH', h_BTD, self.wq[...].astype(dtype)), cos, sin)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
-    mixed_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, start, end)
+    mixed_BTNH, _ = attend(q_BTNH, k_BSKH, v_BSKH, start, end)
     x_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', mixed_BTNH, self.wo[...].astype(dtype))
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.norm_eps)
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
     the last layer reaches them but its keys and values.
     """
     c = self.config
-    attend, rows = attention_backend(c.attention), Rows(positions_BT, start_BT, end_BT, c)
+    attend, rows = attention.backend(c.attention), Rows(positions_BT, start_BT, end_BT, c)
     # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
     table_VD = constrain(self.embedding[...].astype(c.compute_dtype), 'vocab', 'act_embed')
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
