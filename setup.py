@@ -32,7 +32,8 @@ PARQUET = ['pyarrow>=17']
 EXTRAS = {
   'parquet': PARQUET,  # user data in .parquet
   'tpu': ['jax[tpu]>=0.10.2,<0.13'],
-  'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
+  # tokamax exactly: the operators and the Mask(k_start, k_end) that we call are not in its public interface.
+  'cuda': ['jax[cuda13]>=0.10.2,<0.13', 'tokamax==0.0.12'],
   'test': ['pytest>=8.3', 'hypothesis>=6.100', *PARQUET],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1'],  # exact: another version formats and judges differently
 }

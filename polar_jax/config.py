@@ -20,7 +20,7 @@ from polar_jax.types import UserError
 
 STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
-ATTENTION_BACKENDS = ('auto', 'reference')
+ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -86,7 +86,7 @@ class DataConfig:
   evaluation: str | None = None  # held-out rows, needed when the training rows are a single file; None: the other splits beside them
   text: str | None = None  # folder or file of .txt for pretrain_lm
   on_bad_row: str = _field('raise', choices=('raise', 'skip'))
-  row_length: int | None = _field(None, low=8)  # tokens of a training row; None: the longest row of the data, rounded up
+  row_length: int | None = _field(None, low=8)  # tokens of a row, which holds as many triplets as fit; None: chosen from the data
   read_threads: int = _field(2, low=0)
   prefetch: int = _field(4, low=1)  # batches
 

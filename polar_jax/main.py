@@ -12,6 +12,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from polar_jax import malloc
 from polar_jax.config import ConfigError, parse
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
@@ -91,6 +92,8 @@ def main(_: Sequence[str]) -> int:
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')
   logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
 
+  if malloc.runs_on_cpu():
+    malloc.keep_freed_memory()
   # JAX starts its backend below; a bad setting has been reported before that.
   from polar_jax import runner
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.model.transformer import Decoder, param
+from polar_jax.model.layers import param
+from polar_jax.model.transformer import Decoder
 
 
 class LanguageModel(nnx.Module):

@@ -13,45 +13,17 @@ from flax import nnx
 
 from polar_jax.config import ModelConfig
 from polar_jax.model import attention
+from polar_jax.model.attention.reference import SAVED
+from polar_jax.model.layers import apply_rope, param, project, rms_norm, rope_tables, swiglu
 from polar_jax.sharding import constrain
 
 _REMAT = {
   'full': None,  # keep nothing but the layer's input
-  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+  ),
   'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
-  """A float32 parameter with named axes: normal(0, std), zeros for std 0, ones for std None (norm scales)."""
-  if std is None:
-    value = jnp.ones(shape, jnp.float32)
-  elif std == 0:
-    value = jnp.zeros(shape, jnp.float32)
-  else:
-    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-  return nnx.Param(value, axes=axes)
-
-
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
-  x32_BTD = x_BTD.astype(jnp.float32)
-  x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
-  return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)[None, None]
-
-
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
-  inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h[None, None]
-  return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
-
-
-def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-  """Rotates the first half of each head against the second half (rotate-half, as in NeoX and InternLM2)."""
-  cos, sin = (t[:, :, None, :].astype(x_BTNH.dtype) for t in (cos_BTh, sin_BTh))
-  first, second = jnp.split(x_BTNH, 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class Rows:
@@ -83,26 +55,24 @@ class Block(nnx.Module):
     self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_down = param(rngs, (layers, c.d_ff, c.d_model), ('layers', 'mlp', 'embed'), std)
 
-  def __call__(self, x_BTD: jax.Array, rows: Rows, attend: attention.Backend, index_BQ: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, rows: Rows, index_BQ: jax.Array | None = None) -> jax.Array:
     """The block's output at every token, or only at the tokens `index_BQ`: then (B, Q, D)."""
-    c, dtype = self.config, x_BTD.dtype
+    c = self.config
     h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.norm_eps)
-    k_BSKH = jnp.einsum('BSD,DKH->BSKH', h_BTD, self.wk[...].astype(dtype))
-    v_BSKH = jnp.einsum('BSD,DKH->BSKH', h_BTD, self.wv[...].astype(dtype))
+    k_BSKH, v_BSKH = project(h_BTD, self.wk[...]), project(h_BTD, self.wv[...])
     k_BSKH = apply_rope(k_BSKH, rows.cos_BTh, rows.sin_BTh)
     cos, sin, start, end = rows.cos_BTh, rows.sin_BTh, rows.start_BT, rows.end_BT
     if index_BQ is not None:
       cos, sin, start, end = rows.at(index_BQ)
       x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
-    q_BTNH = apply_rope(jnp.einsum('BTD,DNH->BTNH', h_BTD, self.wq[...].astype(dtype)), cos, sin)
+    q_BTNH = apply_rope(project(h_BTD, self.wq[...]), cos, sin)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
-    mixed_BTNH, _ = attend(q_BTNH, k_BSKH, v_BSKH, start, end)
-    x_BTD = x_BTD + jnp.einsum('BTNH,NHD->BTD', mixed_BTNH, self.wo[...].astype(dtype))
+    mixed_BTNH, _ = attention.attend(c.attention, q_BTNH, k_BSKH, v_BSKH, start, end)
+    x_BTD = x_BTD + project(mixed_BTNH, self.wo[...], inputs=2)
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.norm_eps)
-    gate_BTF = jnp.einsum('BTD,DF->BTF', h_BTD, self.w_gate[...].astype(dtype))
-    up_BTF = jnp.einsum('BTD,DF->BTF', h_BTD, self.w_up[...].astype(dtype))
-    x_BTD = x_BTD + jnp.einsum('BTF,FD->BTD', jax.nn.silu(gate_BTF) * up_BTF, self.w_down[...].astype(dtype))
+    hidden_BTF = swiglu(project(h_BTD, self.w_gate[...]), project(h_BTD, self.w_up[...]))
+    x_BTD = x_BTD + project(hidden_BTF, self.w_down[...])
     return constrain(x_BTD, 'batch', 'length', 'act_embed')
 
 
@@ -126,17 +96,17 @@ class Decoder(nnx.Module):
     the last layer reaches them but its keys and values.
     """
     c = self.config
-    attend, rows = attention.backend(c.attention), Rows(positions_BT, start_BT, end_BT, c)
+    rows = Rows(positions_BT, start_BT, end_BT, c)
     # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
     table_VD = constrain(self.embedding[...].astype(c.compute_dtype), 'vocab', 'act_embed')
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
-    body = _remat(lambda x, block: block(x, rows, attend), c.remat)
+    body = _remat(lambda x, block: block(x, rows), c.remat)
     scanned = self.layers if index_BQ is None else jax.tree.map(lambda p: p[:-1], self.layers)
     x_BTD, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x_BTD, scanned, unroll=c.scan_unroll)
     if index_BQ is not None:
       last = jax.tree.map(lambda p: p[-1], self.layers)
-      x_BTD = _remat(lambda x, block: block(x, rows, attend, index_BQ), c.remat)(x_BTD, last)
+      x_BTD = _remat(lambda x, block: block(x, rows, index_BQ), c.remat)(x_BTD, last)
     return rms_norm(x_BTD, self.norm[...], c.norm_eps)
 
 

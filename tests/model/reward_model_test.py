@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
+from polar_jax.data.packing import first_fit
 from polar_jax.data.rows import pair_batch, pair_row
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.train.losses import pair_sums
@@ -58,21 +59,26 @@ def _plain_rows(sequences, length=LENGTH) -> PairBatch:
   return PairBatch(tokens, positions, start, end, last, ones.astype(np.float32), ones.astype(np.int32))
 
 
-def _loss(model, batch, weights):
-  """A weighted sum of the losses of pairs, so that each pair's gradient counts differently."""
+def _loss(model, batch, weights, order=None):
+  """A weighted sum of the losses of pairs, so that each pair's gradient counts differently. `order`: where pairs stand if packed."""
   graphdef, params = model
 
   def loss(params):
     rewards = nnx.merge(graphdef, params)(batch)
     pairs = rewards.reshape(-1, 2)  # of a shared row its two candidates, of plain rows two rows after one another
+    pairs = pairs if order is None else pairs[order]
     return jnp.sum(jax.nn.softplus(pairs[:, 1] - pairs[:, 0]) * weights[: len(pairs)]), pairs
 
   (value, pairs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params))
   return value, pairs, gradients
 
 
+def _packed(cases, packed, length):
+  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), packed, length, max(map(len, packed)))
+
+
 def _shared_rows(cases, length=LENGTH):
-  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), length)
+  return _packed(cases, [[i] for i in range(len(cases))], length)
 
 
 def _assert_same(one, other, atol=3e-6):
@@ -105,8 +111,7 @@ def test_padding_changes_nothing(model):
   plain = _loss(model, _shared_rows(CASES), weights)
   longer = _loss(model, _shared_rows(CASES, LENGTH + 16), weights)
   _assert_same(plain, longer)
-  rows = [pair_row(*case) for case in CASES]
-  batch = pair_batch([*rows, None, None], [*range(len(rows)), -1, -1], LENGTH)
+  batch = _packed(CASES, [*([i] for i in range(len(CASES))), [], []], LENGTH)
   graphdef, params = model
 
   def loss(params, batch):
@@ -115,6 +120,61 @@ def test_padding_changes_nothing(model):
   padded = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params), batch)
   np.testing.assert_allclose(padded[0][0], plain[0], atol=3e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), padded[1], plain[2])
+
+
+ROWS, PACKED_LENGTH = 6, 64
+
+
+def _random_cases(seed):
+  """The cases above and random ones, in random order, in as few rows of 64 tokens as they need."""
+  rng = np.random.default_rng(seed)
+  draw = lambda least: rng.integers(2, REWARD, rng.integers(least, 8)).tolist()
+  cases = [*CASES, *(tuple([*prefix, *draw(0), REWARD] for _ in range(2)) for prefix in (draw(1) for _ in range(8)))]
+  cases = [cases[i] for i in rng.permutation(len(cases))]
+  packed = first_fit([len(pair_row(*case).tokens) for case in cases], PACKED_LENGTH, 8)
+  return cases, [*packed, *[[]] * (ROWS - len(packed))]
+
+
+def _wide(cases, packed):
+  """A packed batch of one shape for all, so that it compiles once."""
+  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), packed, PACKED_LENGTH, 8)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_packed_rows_equal_rows_of_one_triplet(model, seed):
+  cases, packed = _random_cases(seed)
+  batch = _wide(cases, packed)
+  assert batch.pair_mask_BP.sum(axis=1).max() > 2 and (batch.pair_mask_BP == 0).any()
+  order = [batch.index_BP.reshape(-1).tolist().index(i) for i in range(len(cases))]
+  weights = np.linspace(0.5, 1.5, len(cases)).astype(np.float32)
+  _assert_same(_loss(model, batch, weights, np.array(order)), _loss(model, _shared_rows(cases), weights))
+
+
+def test_no_triplet_sees_another_of_its_row(model):
+  """Other tokens in one triplet change no other reward by a bit, and would if an interval were one token too long."""
+  graphdef, params = model
+  cases, packed = _random_cases(3)
+  batch = _wide(cases, packed)
+  score = jax.jit(lambda batch: nnx.merge(graphdef, params)(batch))
+  real = batch.end_BT > batch.start_BT
+  too_long = batch._replace(end_BT=np.where(real, np.minimum(batch.end_BT + 1, PACKED_LENGTH), batch.end_BT))
+  too_early = batch._replace(start_BT=np.where(real, np.maximum(batch.start_BT - 1, 0), batch.start_BT))
+  before = {name: score(made) for name, made in {'right': batch, 'long': too_long, 'early': too_early}.items()}
+  leaks = dict.fromkeys(before, 0)
+  for b, members in enumerate(packed):
+    low = 0
+    for p, member in enumerate(members):
+      high = low + len(pair_row(*cases[member]).tokens)
+      tokens = batch.tokens_BT.copy()
+      tokens[b, low:high] = (tokens[b, low:high] + 7) % REWARD
+      low = high
+      for name, made in {'right': batch, 'long': too_long, 'early': too_early}.items():
+        changed = np.asarray(score(made._replace(tokens_BT=tokens)) != before[name]).any(axis=-1) & (batch.pair_mask_BP > 0)
+        assert changed[b, p]
+        changed[b, p] = False
+        leaks[name] += int(changed.sum())
+  assert leaks['right'] == 0
+  assert leaks['long'] > 3 and leaks['early'] > 3
 
 
 def test_what_stands_in_padding_slots_does_not_matter(model):

@@ -1,16 +1,22 @@
 """The one attention interface: every query sees one interval of keys.
 
 Causal, padded, packed and shared-prefix rows all fit it (see `polar_jax.data.rows`), so a mask is two integers per query and
-never an array of T x S.
+never an array of T x S. `attend` picks the implementation and runs it on each device's rows and heads.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
-from polar_jax.model.attention import reference
+from polar_jax import sharding
+from polar_jax.model.attention import chunked, gpu, reference, tpu
+
+# Kernels of accelerators work on at least this many queries at a time; for fewer, materialised logits are small.
+_FEW_QUERIES = 128
 
 
 class Backend(Protocol):
@@ -26,9 +32,45 @@ class Backend(Protocol):
     """
 
 
-_BACKENDS: dict[str, Backend] = {'reference': reference.attend}
+BACKENDS: dict[str, Backend] = {
+  'reference': reference.attend,
+  'chunked': chunked.attend,
+  'tpu': tpu.attend,
+  'gpu': gpu.attend,
+}
 
 
-def backend(name: str) -> Backend:
-  """The implementation for `config.model.attention`; 'auto' picks the best one for the default device."""
-  return _BACKENDS['reference' if name == 'auto' else name]
+def choose(name: str) -> str:
+  """What 'auto' (`config.model.attention`) means on the default device; any other name is itself."""
+  if name != 'auto':
+    return name
+  platform = jax.default_backend()
+  nvidia = platform == 'gpu' and 'cuda' in jax.devices()[0].client.platform_version
+  return platform if platform == 'tpu' or (nvidia and importlib.util.find_spec('tokamax')) else 'chunked'
+
+
+def attend(
+  name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`Backend`, by the name in the config, on whatever mesh is set: rows and heads stay on the devices that hold them."""
+  chosen = choose(name)
+  if chosen in ('tpu', 'gpu') and q_BTNH.shape[1] < _FEW_QUERIES:
+    chosen = 'reference'
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return BACKENDS[chosen](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+  shards, heads, kv_heads = mesh.shape['tensor'], q_BTNH.shape[2], k_BSKH.shape[2]
+  split = shards if heads % shards == 0 else 1
+  if kv_heads % split:
+    # Every device needs the key heads of its query heads: they are repeated until the devices divide them.
+    copies = next(c for c in range(1, heads // kv_heads + 1) if heads % (kv_heads * c) == 0 and kv_heads * c % split == 0)
+    k_BSKH, v_BSKH = (jnp.repeat(a, copies, axis=2) for a in (k_BSKH, v_BSKH))
+  rows = sharding.spec('batch')
+  per_head = sharding.spec('batch', 'length', 'heads' if split > 1 else None)
+  # Kernels and loops are opaque to the partitioner, which would gather whole batches around them.
+  return jax.shard_map(
+    BACKENDS[chosen],
+    in_specs=(per_head, per_head, per_head, rows, rows),
+    out_specs=(per_head, per_head),
+    check_vma=False,
+  )(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 # The log of an empty sum. Finite, so that merging two empty intervals gives no NaN.
 EMPTY = -1e30
 
+# Name of what flash backends save for their derivative, for rematerialisation policies (jax.ad_checkpoint.checkpoint_name).
+SAVED = 'attention'
+
 
 def attend(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polar_jax.model.attention import reference
+from polar_jax.model.attention import chunked, reference, tpu
 
-BACKENDS = {'reference': reference.attend}
+BACKENDS = {
+  'reference': reference.attend,
+  'chunked': functools.partial(chunked.attend, block=8),
+  'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True),
+}
 
 
 @pytest.fixture(params=list(BACKENDS))

@@ -1,0 +1,96 @@
+"""The parts of a decoder layer as pure functions. Where XLA's own derivative is slow, it is written by hand, and says so."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
+  """A float32 parameter with named axes: normal(0, std), zeros for std 0, ones for std None (norm scales)."""
+  if std is None:
+    value = jnp.ones(shape, jnp.float32)
+  elif std == 0:
+    value = jnp.zeros(shape, jnp.float32)
+  else:
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value, axes=axes)
+
+
+def project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+  """Contracts the last `inputs` axes of x (B, T, ...) with the first of `weight`, which is cast to x's type.
+
+  One matmul of two matrices: with more axes XLA's CPU backend transposes the operands of every weight gradient first.
+  """
+  rows, outer = x.shape[:-inputs], weight.shape[inputs:]
+  wide = weight.reshape(math.prod(weight.shape[:inputs]), -1).astype(x.dtype)
+  return (x.reshape(-1, wide.shape[0]) @ wide).reshape(*rows, *outer)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
+  return _rms_norm(x_BTD, scale_D, eps)
+
+
+@jax.custom_vjp
+def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  return _rms_norm_forward(x_BTD, scale_D, eps)[0]
+
+
+def _rms_norm_forward(x_BTD, scale_D, eps):
+  x32_BTD = x_BTD.astype(jnp.float32)
+  inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
+  out_BTD = (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)[None, None]
+  return out_BTD, (x_BTD, scale_D, inverse_BT1)
+
+
+def _rms_norm_backward(saved, d_out_BTD):
+  """Sums of products as contractions: on CPUs XLA's fused multiply-and-sum is twenty times slower."""
+  x_BTD, scale_D, inverse_BT1 = saved
+  normed_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
+  d_out_BTD = d_out_BTD.astype(jnp.float32)
+  d_scale_D = jnp.einsum('BTD,BTD->D', d_out_BTD, normed_BTD)
+  d_normed_BTD = d_out_BTD * scale_D.astype(jnp.float32)[None, None]
+  along_BT1 = jnp.einsum('BTD,BTD->BT', d_normed_BTD, normed_BTD)[..., None] / x_BTD.shape[-1]
+  d_x_BTD = inverse_BT1 * (d_normed_BTD - normed_BTD * along_BT1)
+  return d_x_BTD.astype(x_BTD.dtype), d_scale_D.astype(scale_D.dtype), None
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+  """silu(gate) * up. Saves its two inputs and nothing else for the derivative."""
+  return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def _swiglu_forward(gate_BTF, up_BTF):
+  return swiglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _swiglu_backward(saved, d_out_BTF):
+  gate_BTF, up_BTF = saved
+  sigmoid_BTF = jax.nn.sigmoid(gate_BTF)
+  d_gate_BTF = d_out_BTF * up_BTF * sigmoid_BTF * (1 + gate_BTF * (1 - sigmoid_BTF))
+  return d_gate_BTF, d_out_BTF * gate_BTF * sigmoid_BTF
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
+  inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h[None, None]
+  return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
+  """Rotates the first half of each head against the second half (rotate-half, as in NeoX and InternLM2)."""
+  cos, sin = (t[:, :, None, :].astype(x_BTNH.dtype) for t in (cos_BTh, sin_BTh))
+  first, second = jnp.split(x_BTNH, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
