@@ -3,6 +3,7 @@
 Shape letters (suffixes of array names):
   B  rows of a batch            T  tokens of a row (queries)      S  tokens of a row (keys)
   P  pairs in a row             C  candidates of a pair: 0 chosen, 1 rejected
+  Q  tokens picked from a row, such as its reward tokens
   D  model width                F  feed-forward width             L  layers
   N  query heads                K  key/value heads                G  N / K
   H  head dimension             V  vocabulary
@@ -18,7 +19,7 @@ Words:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -42,6 +43,16 @@ class Triplet:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # provenance: policies, sampled token ids, source
 
 
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Any number of candidates for one prompt and reference: what is scored in evaluation, PPO and serving."""
+
+  prompt: Text
+  reference: Text
+  candidates: Sequence[Text]
+  wrapper: str = 'sft'
+
+
 class PairBatch(NamedTuple):
   """Rows of triplets. Arrays are numpy on the host and jax on devices; padding has empty intervals (start = end)."""
 
@@ -52,6 +63,19 @@ class PairBatch(NamedTuple):
   reward_index_BPC: Any  # int32, where the reward tokens stand
   pair_mask_BP: Any  # float32, 1 for a real pair, 0 for padding
   index_BP: Any  # int32, which row of the data set this is; -1 for padding
+
+
+class GroupBatch(NamedTuple):
+  """Rows of groups: a token of a candidate sees its own part [start, end) and the prefix that its group shares."""
+
+  tokens_BT: Any  # int32
+  positions_BT: Any  # int32, of the original sequence
+  start_BT: Any  # int32
+  end_BT: Any  # int32
+  prefix_start_BT: Any  # int32; empty intervals for the tokens of a prefix
+  prefix_end_BT: Any  # int32
+  reward_index_BQ: Any  # int32, where the reward tokens stand
+  index_BQ: Any  # int32, which candidate of the call this is; -1 for padding
 
 
 class TextBatch(NamedTuple):

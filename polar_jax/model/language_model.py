@@ -21,6 +21,6 @@ class LanguageModel(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
     """Next-token logits (B, T, V) in float32."""
-    hidden_BTD = self.decoder(tokens_BT, positions_BT, start_BT, end_BT)
+    hidden_BTD = self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)])
     head = self.decoder.embedding if self.decoder.config.tie_embeddings else self.lm_head
     return jnp.einsum('BTD,VD->BTV', hidden_BTD, head[...].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
+from polar_jax.model.attention import Interval
 from polar_jax.model.layers import param
 from polar_jax.model.transformer import Decoder
-from polar_jax.types import PairBatch
+from polar_jax.types import GroupBatch, PairBatch
 
 
 class RewardModel(nnx.Module):
@@ -23,5 +26,13 @@ class RewardModel(nnx.Module):
     """Rewards (B, P, C) in float32; those of padding pairs are meaningless."""
     shape = batch.reward_index_BPC.shape
     index_BQ = batch.reward_index_BPC.reshape(shape[0], -1)
-    hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT, index_BQ)
-    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...]).reshape(shape)
+    return self._rewards(batch, [(batch.start_BT, batch.end_BT)], index_BQ).reshape(shape)
+
+  def score(self, batch: GroupBatch) -> jax.Array:
+    """Rewards (B, Q) of candidates that share their group's prefix, in float32; those of padding are meaningless."""
+    intervals = [(batch.start_BT, batch.end_BT), (batch.prefix_start_BT, batch.prefix_end_BT)]
+    return self._rewards(batch, intervals, batch.reward_index_BQ)
+
+  def _rewards(self, batch: PairBatch | GroupBatch, intervals: Sequence[Interval], index_BQ: jax.Array) -> jax.Array:
+    hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, intervals, index_BQ)
+    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...])

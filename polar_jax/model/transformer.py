@@ -5,7 +5,8 @@ Layers are stored stacked along a leading axis and applied with `lax.scan`, so c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from polar_jax.config import ModelConfig
 from polar_jax.model import attention
+from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
 from polar_jax.model.layers import apply_rope, param, project, rms_norm, rope_tables, swiglu
 from polar_jax.sharding import constrain
@@ -27,16 +29,18 @@ _REMAT = {
 
 
 class Rows:
-  """What the decoder must know of a batch beside its tokens: rotary tables and intervals."""
+  """What the decoder must know of a batch beside its tokens: rotary tables, and the intervals of keys that each token sees."""
 
-  def __init__(self, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array, config: ModelConfig):
+  def __init__(self, positions_BT: jax.Array, intervals: Sequence[Interval], config: ModelConfig):
     self.cos_BTh, self.sin_BTh = rope_tables(positions_BT, config.head_dim, config.rope_theta)
-    self.start_BT, self.end_BT = start_BT, end_BT
+    self.intervals = tuple(intervals)
 
-  def at(self, index_BQ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(cos, sin, start, end) of the tokens at `index_BQ`."""
+  def at(self, index_BQ: jax.Array) -> Rows:
+    """The same of the tokens at `index_BQ`."""
     pick = lambda a: jnp.take_along_axis(a, index_BQ.reshape(index_BQ.shape + (1,) * (a.ndim - 2)), axis=1)
-    return pick(self.cos_BTh), pick(self.sin_BTh), pick(self.start_BT), pick(self.end_BT)
+    picked = copy.copy(self)
+    picked.cos_BTh, picked.sin_BTh, picked.intervals = jax.tree.map(pick, (self.cos_BTh, self.sin_BTh, self.intervals))
+    return picked
 
 
 class Block(nnx.Module):
@@ -61,13 +65,12 @@ class Block(nnx.Module):
     h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.norm_eps)
     k_BSKH, v_BSKH = project(h_BTD, self.wk[...]), project(h_BTD, self.wv[...])
     k_BSKH = apply_rope(k_BSKH, rows.cos_BTh, rows.sin_BTh)
-    cos, sin, start, end = rows.cos_BTh, rows.sin_BTh, rows.start_BT, rows.end_BT
     if index_BQ is not None:
-      cos, sin, start, end = rows.at(index_BQ)
+      rows = rows.at(index_BQ)
       x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
-    q_BTNH = apply_rope(project(h_BTD, self.wq[...]), cos, sin)
+    q_BTNH = apply_rope(project(h_BTD, self.wq[...]), rows.cos_BTh, rows.sin_BTh)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
-    mixed_BTNH, _ = attention.attend(c.attention, q_BTNH, k_BSKH, v_BSKH, start, end)
+    mixed_BTNH = attention.attend(c.attention, q_BTNH, k_BSKH, v_BSKH, rows.intervals)
     x_BTD = x_BTD + project(mixed_BTNH, self.wo[...], inputs=2)
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.norm_eps)
@@ -88,15 +91,15 @@ class Decoder(nnx.Module):
     self.norm = param(rngs, (config.d_model,), ('act_embed',), None)
 
   def __call__(
-    self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array, index_BQ: jax.Array | None = None
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, intervals: Sequence[Interval], index_BQ: jax.Array | None = None
   ) -> jax.Array:
-    """Normed hidden states (B, T, D), or (B, Q, D) at the tokens `index_BQ` only.
+    """Normed hidden states (B, T, D), or (B, Q, D) at the tokens `index_BQ` only. A token sees the keys of all its `intervals`.
 
     With `index_BQ` the last block computes queries, output projection and feed-forward at those tokens alone: nothing else of
     the last layer reaches them but its keys and values.
     """
     c = self.config
-    rows = Rows(positions_BT, start_BT, end_BT, c)
+    rows = Rows(positions_BT, intervals, c)
     # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
     table_VD = constrain(self.embedding[...].astype(c.compute_dtype), 'vocab', 'act_embed')
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)

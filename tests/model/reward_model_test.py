@@ -207,7 +207,7 @@ def test_rewards_are_float32_and_read_before_nothing_else(model):
   graphdef, params = model
   merged = nnx.merge(graphdef, params)
   batch = _shared_rows(CASES)
-  hidden = np.asarray(merged.decoder(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT), np.float64)
+  hidden = np.asarray(merged.decoder(batch.tokens_BT, batch.positions_BT, [(batch.start_BT, batch.end_BT)]), np.float64)
   rewards = merged(batch)
   assert (rewards.shape, rewards.dtype) == ((len(CASES), 1, 2), jnp.float32)
   for b, index in enumerate(batch.reward_index_BPC[:, 0]):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.model import presets, transformer
+from polar_jax.model import layers, presets, transformer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.types import PairBatch
@@ -33,8 +33,8 @@ def _randomised(config=CONFIG, seed=0):
   return graphdef, params
 
 
-def _apply(graphdef, params, *inputs):
-  return nnx.merge(graphdef, params)(*inputs)
+def _apply(graphdef, params, tokens, positions, start, end, *index):
+  return nnx.merge(graphdef, params)(tokens, positions, [(start, end)], *index)
 
 
 def _inputs(seed=0, batch=2, length=7):
@@ -161,7 +161,7 @@ def test_only_differences_of_positions_matter():
 
 def test_rotary_angles_are_exact_at_large_positions():
   positions = np.array([[0, 1, 255, 256, 257, 16_383, 32_767]])
-  cos, sin = transformer.rope_tables(jnp.asarray(positions), 128, 1e6)
+  cos, sin = layers.rope_tables(jnp.asarray(positions), 128, 1e6)
   angle = positions[..., None] / 1e6 ** (np.arange(0, 128, 2) / 128)
   np.testing.assert_allclose(cos, np.cos(angle), atol=4e-3)
   np.testing.assert_allclose(sin, np.sin(angle), atol=4e-3)
@@ -176,7 +176,7 @@ def test_rms_norm_casts_back_before_it_scales():
   normed = x32 / np.sqrt((x32 * x32).mean(-1, keepdims=True) + np.float32(1e-5))
   expected = normed.astype(ml_dtypes.bfloat16) * scale.astype(ml_dtypes.bfloat16)
   other_order = (normed * scale).astype(ml_dtypes.bfloat16)
-  got = np.asarray(transformer.rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5))
+  got = np.asarray(layers.rms_norm(jnp.asarray(x), jnp.asarray(scale), 1e-5))
   assert got.dtype == ml_dtypes.bfloat16
   assert (got != expected).mean() < 0.01  # one rounding may fall either way
   assert (got != other_order).mean() > 0.05

@@ -1,12 +1,14 @@
 """The one attention interface: every query sees one interval of keys.
 
 Causal, padded, packed and shared-prefix rows all fit it (see `polar_jax.data.rows`), so a mask is two integers per query and
-never an array of T x S. `attend` picks the implementation and runs it on each device's rows and heads.
+never an array of T x S; a candidate of a larger group sees two intervals (`polar_jax.data.groups`). `attend` picks the implementation and runs it on each device's rows and heads.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -17,6 +19,9 @@ from polar_jax.model.attention import chunked, gpu, reference, tpu
 
 # Kernels of accelerators work on at least this many queries at a time; for fewer, materialised logits are small.
 _FEW_QUERIES = 128
+
+
+Interval = tuple[jax.Array, jax.Array]  # start_BT, end_BT: the keys [start, end) of each query
 
 
 class Backend(Protocol):
@@ -49,10 +54,26 @@ def choose(name: str) -> str:
   return platform if platform == 'tpu' or (nvidia and importlib.util.find_spec('tokamax')) else 'chunked'
 
 
-def attend(
+def attend(name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, intervals: Sequence[Interval]) -> jax.Array:
+  """Attention of each query over the keys of all its intervals, which must not overlap. `name` as in the config.
+
+  Runs on whatever mesh is set: rows and heads stay on the devices that hold them.
+  """
+  parts = [_attend_sharded(name, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT) for start_BT, end_BT in intervals]
+  return functools.reduce(_merge, parts)[0]
+
+
+def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """(out, lse) over the union of two disjoint sets of keys."""
+  (out1_BTNH, lse1_BTN), (out2_BTNH, lse2_BTN) = one, other
+  lse_BTN = jnp.logaddexp(lse1_BTN, lse2_BTN)
+  weigh = lambda out_BTNH, part_BTN: out_BTNH.astype(jnp.float32) * jnp.exp(part_BTN - lse_BTN)[..., None]
+  return (weigh(out1_BTNH, lse1_BTN) + weigh(out2_BTNH, lse2_BTN)).astype(out1_BTNH.dtype), lse_BTN
+
+
+def _attend_sharded(
   name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`Backend`, by the name in the config, on whatever mesh is set: rows and heads stay on the devices that hold them."""
   chosen = choose(name)
   if chosen in ('tpu', 'gpu') and q_BTNH.shape[1] < _FEW_QUERIES:
     chosen = 'reference'

@@ -134,13 +134,6 @@ def test_time_follows_the_intervals(make_case):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(('names', 'kernels'), [((), 4), ((reference.SAVED,), 3)])
-def test_rematerialisation_may_keep_the_forward_pass(names, kernels, make_case):
-  q, k, v, start, end, *_ = make_case(19, dim=64)
-  layer = jax.checkpoint(lambda q: attend(q, k, v, start, end)[0], policy=jax.checkpoint_policies.save_only_these_names(*names))
-  assert str(jax.make_jaxpr(jax.grad(lambda q: layer(q).sum()))(q)).count('= pallas_call[') == kernels
-
-
 def test_refuses_what_it_cannot_lay_out(make_case):
   q, k, v, start, end, *_ = make_case(18, dim=64)
   with pytest.raises(ValueError, match=r'float16.*takes float32 or bfloat16'):
@@ -161,6 +154,7 @@ def test_compiles_for_a_tpu_in_memory_linear_in_length():
   assert done.returncode == 0, done.stderr[-3000:]
   results = {line['case']: line for line in map(json.loads, done.stdout.splitlines())}
   assert list(results) == cases
+  # Forward, dq and dkv: rematerialisation did not repeat the forward pass.
   assert all(result['kernels'] == 3 for result in results.values())
   # The arguments are linear in length; the logits of a single head would take 40 times as much.
   assert results[long]['temporary_bytes'] < 4 * results[long]['argument_bytes']

@@ -1,0 +1,93 @@
+"""Choosing a backend, running it on a mesh, and seeing more than one interval."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polar_jax import sharding
+from polar_jax.config import ATTENTION_BACKENDS, MeshConfig
+from polar_jax.model import attention
+from polar_jax.model.attention import chunked, reference, tpu
+
+
+def test_every_configured_backend_exists():
+  assert set(ATTENTION_BACKENDS) == {'auto', *attention.BACKENDS}
+
+
+def test_auto_needs_no_accelerator(monkeypatch):
+  assert attention.choose('auto') == 'chunked'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert (attention.choose('auto'), attention.choose('reference')) == ('tpu', 'reference')
+
+
+def test_few_queries_do_not_start_a_kernel(make_case):
+  q, k, v, start, end, *_ = make_case(1)
+  expected, _ = reference.attend(q, k, v, start, end)
+  np.testing.assert_array_equal(attention.attend('tpu', q, k, v, [(start, end)]), expected)
+
+
+@pytest.mark.parametrize(('heads', 'kv_heads'), [(8, 4), (8, 2), (6, 3), (8, 1), (5, 1)])
+@pytest.mark.parametrize('backend', ['reference', 'chunked', 'tpu'])
+def test_on_a_mesh(backend, heads, kv_heads, make_case, monkeypatch):
+  """Rows over two axes, heads over a third; key heads that the devices do not divide, and query heads that they do not."""
+  small = {'chunked': functools.partial(chunked.attend, block=8), 'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True)}
+  monkeypatch.setattr(attention, 'BACKENDS', {**attention.BACKENDS, **small})
+  monkeypatch.setattr(attention, '_FEW_QUERIES', 1)
+  q, k, v, start, end, out_gradient, _ = make_case(heads, batch=4, queries=12, keys=12, heads=heads, kv_heads=kv_heads, packed=True)
+
+  def run(backend):
+    def weighted(q, k, v):
+      return jnp.sum(attention.attend(backend, q, k, v, [(start, end)]) * out_gradient)
+
+    return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(q, k, v)
+
+  expected, expected_gradients = run('reference')
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))):
+    value, gradients = run(backend)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'chunked'])
+def test_two_intervals_are_one_softmax(backend, make_case):
+  """Split anywhere, an interval gives what it gives whole: values and gradients; also where one part, or both, are empty."""
+  q, k, v, start, end, out_gradient, _ = make_case(4, queries=9, keys=9)
+  middle = (start + np.random.default_rng(0).integers(0, end - start + 1)).astype(np.int32)
+  assert (middle == start).any() and (middle == end).any() and ((middle > start) & (middle < end)).any()
+
+  def run(intervals):
+    out, pull = jax.vjp(lambda q, k, v: attention.attend(backend, q, k, v, intervals), q, k, v)
+    return out, *pull(out_gradient)
+
+  for part, whole in zip(run([(start, middle), (middle, end)]), run([(start, end)]), strict=True):
+    np.testing.assert_allclose(part, whole, atol=5e-6)
+
+
+def test_chunked_holds_no_array_of_queries_by_keys():
+  """The largest array of the forward and backward program grows with the length of a row, not with its square."""
+
+  def largest(length):
+    shapes = [jax.ShapeDtypeStruct((1, length, n, 16), jnp.float32) for n in (2, 1, 1)]
+    rows = [jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2
+    loss = lambda q, k, v, start, end: jnp.sum(chunked.attend(q, k, v, start, end, block=64)[0])
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, *rows).compile().memory_analysis().temp_size_in_bytes
+
+  assert largest(8192) < 2.5 * largest(4096)
+  assert largest(8192) < 8192 * 8192  # bytes: a quarter of one head's logits
+
+
+def test_chunked_visits_only_tiles_in_which_something_is_seen():
+  length, block = 64, 8
+  start = np.zeros((1, length), np.int32)
+  end = np.zeros((1, length), np.int32)
+  start[0, 20:28], end[0, 20:28] = 40, 41  # two query blocks see one key block
+  start[0, 60], end[0, 60] = 7, 9  # one query sees the last key of a block and the first of the next
+  tiles = chunked._list_tiles(*(a.reshape(1, -1, block) for a in (start, end)), length // block, block)
+  visited = {tuple(int(a[i]) for a in tiles[:3]) for i in range(int(tiles.count))}
+  assert visited == {(0, 2, 5), (0, 3, 5), (0, 7, 0), (0, 7, 1)}
