@@ -58,7 +58,7 @@ def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_colle
   config.synthesis.train_rows = train_rows
   config.synthesis.preference_rows = preference_rows
   config.model.update(PRESETS[preset])
-  config.data.row_length = 128
+  config.data.row_length = 640  # 32 triplets of about 92 tokens fit five rows
   config.lm.batch_size = 16
   config.lm.learning_rate = 1e-2
   config.train.batch_size = 32

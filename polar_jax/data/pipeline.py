@@ -1,7 +1,8 @@
 """Batches in an order that is a pure function of (seed, epoch, global index).
 
-Step s of a run reads the global positions [s * batch, (s + 1) * batch) of a shuffled, endlessly repeated stream, whatever the
-number of hosts; each process builds only the rows that its devices hold. The state of an iterator is the step it stands at.
+Step s of a run reads the global positions [s * batch, (s + 1) * batch) of a shuffled, endlessly repeated stream, and packs the
+triplets it finds there into rows. Every process packs the whole step, so that all agree, and builds only the rows that its
+devices hold. The state of an iterator is the step it stands at.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from polar_jax.data import packing
+from polar_jax.data.packing import PackPlan
 from polar_jax.data.rows import PairRow, pair_batch, pair_row, text_batch
 from polar_jax.data.template import Template
 from polar_jax.types import PairBatch, TextBatch, Triplet, UserError
 
 
-class BatchPlan(NamedTuple):
-  """The shape of a global batch, and which rows of it this process builds."""
+class Share(NamedTuple):
+  """The part of every batch that this process builds: shards [low, high) of `of` equal ones."""
 
-  rows: int  # real rows
-  padded: int  # rows after padding to a multiple of what divides the batch
-  low: int  # this process builds rows [low, high) of the padded batch
+  low: int
   high: int
+  of: int
+
+  def rows(self, total: int) -> slice:
+    return slice(self.low * total // self.of, self.high * total // self.of)
 
 
-def plan_batch(rows: int, multiple: int, local: tuple[int, int] | None = None) -> BatchPlan:
-  """Pads `rows` up to a multiple (batch shards x accumulation); `local` are this process's rows, by default all."""
-  padded = math.ceil(rows / multiple) * multiple
-  low, high = local or (0, padded)
-  return BatchPlan(rows, padded, low, high)
+class BatchPlan(NamedTuple):
+  """What a step reads, and how its rows are divided."""
+
+  size: int  # triplets or windows of a step
+  multiple: int = 1  # rows are padded up to a multiple of it: batch shards x accumulation
+  share: Share = Share(0, 1, 1)
 
 
 class PairTokens:
@@ -73,29 +79,68 @@ def global_order(size: int, seed: int | None) -> Callable[[int], tuple[int, int]
   return lambda position: (int(stream[position]), position // size)
 
 
-def _positions(step: int, plan: BatchPlan, limit: int | None) -> list[int | None]:
-  """Global positions of this process's rows at `step`; None for padding."""
-  rows = (step * plan.rows + j if j < plan.rows else None for j in range(plan.low, plan.high))
-  return [None if r is None or (limit is not None and r >= limit) else r for r in rows]
+def _places(step: int, order: Any, size: int, limit: int | None) -> list[tuple[int, int]]:
+  """(index, epoch) of what `step` reads."""
+  positions = range(step * size, (step + 1) * size if limit is None else min((step + 1) * size, limit))
+  return [order(position) for position in positions]
 
 
-def _pair_step(step: int, tokens: PairTokens, order: Any, plan: BatchPlan, row_length: int, limit: int | None) -> PairBatch:
-  indices = [-1 if p is None else order(p)[0] for p in _positions(step, plan, limit)]
-  return pair_batch([None if i < 0 else tokens[i] for i in indices], indices, row_length)
+def _pair_step(step: int, tokens: PairTokens, order: Any, plan: BatchPlan, pack: PackPlan, limit: int | None) -> PairBatch:
+  indices = [index for index, _ in _places(step, order, plan.size, limit)]
+  triplets = [tokens[i] for i in indices]
+  lengths = [_checked_length(i, t, pack.row_length) for i, t in zip(indices, triplets, strict=True)]
+  packed = packing.first_fit(lengths, pack.row_length, pack.pairs)
+  packed += [[]] * (pack.rows_for(len(packed)) - len(packed))
+  packed = packing.deal(packed, plan.multiple)
+  return pair_batch(triplets, indices, packed[plan.share.rows(len(packed))], pack.row_length, pack.pairs)
+
+
+def _checked_length(index: int, triplet: PairRow, row_length: int) -> int:
+  n = len(triplet.tokens)
+  if n > row_length:
+    raise UserError(f'row {index} has {n} tokens, more than data.row_length ({row_length}); raise it, or lower template.max_length')
+  return n
 
 
 def _text_step(step: int, windows: TextWindows, order: Any, plan: BatchPlan, limit: int | None) -> TextBatch:
-  places = [None if p is None else order(p) for p in _positions(step, plan, limit)]
-  rows = [None if place is None else windows.window(*place) for place in places]
-  return text_batch(rows, [-1 if place is None else place[0] for place in places], windows.length)
+  places: list[Any] = [*_places(step, order, plan.size, limit)]
+  places += [None] * (text_rows(plan) - len(places))
+  mine = places[plan.share.rows(len(places))]
+  rows = [None if place is None else windows.window(*place) for place in mine]
+  return text_batch(rows, [-1 if place is None else place[0] for place in mine], windows.length)
+
+
+def text_rows(plan: BatchPlan) -> int:
+  """Rows of a batch of text, one for each window."""
+  return math.ceil(plan.size / plan.multiple) * plan.multiple
+
+
+def plan_packing(
+  tokens: PairTokens, plan: BatchPlan, row_length: int | None, *, steps: int, seed: int | None, once: bool = False
+) -> PackPlan:
+  """Plans the shape of packed batches from the first of the steps that `pair_batches` will make of the same arguments.
+
+  Without a row length it reads and tokenises the whole data set for its longest triplet, and chooses one that packs densely.
+
+  Raises:
+    UserError: a triplet of those steps is longer than `row_length`.
+  """
+  order, limit = global_order(len(tokens), seed), len(tokens) if once else None
+  sampled = max(min(steps, packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // plan.size), 1)
+  limit_length = row_length or max(len(tokens[i].tokens) for i in range(len(tokens)))
+  indices = [[index for index, _ in _places(step, order, plan.size, limit)] for step in range(sampled)]
+  lengths = [[_checked_length(i, tokens[i], limit_length) for i in step] for step in indices]
+  if row_length is None:
+    return packing.choose_plan(lengths, limit_length, plan.multiple, steps)
+  return packing.plan(lengths, row_length, plan.multiple, steps)
 
 
 def pair_batches(
-  tokens: PairTokens, plan: BatchPlan, row_length: int, *, steps: int, seed: int | None, once: bool = False
+  tokens: PairTokens, plan: BatchPlan, pack: PackPlan, *, steps: int, seed: int | None, once: bool = False
 ) -> grain.MapDataset:
-  """Random access from step to PairBatch. `once`: rows past the first epoch are padding (evaluation)."""
+  """Random access from step to PairBatch. `once`: nothing is read past the first epoch (evaluation)."""
   limit = len(tokens) if once else None
-  build = functools.partial(_pair_step, tokens=tokens, order=global_order(len(tokens), seed), plan=plan, row_length=row_length, limit=limit)
+  build = functools.partial(_pair_step, tokens=tokens, order=global_order(len(tokens), seed), plan=plan, pack=pack, limit=limit)
   return grain.MapDataset.range(steps).map(build)
 
 
@@ -110,9 +155,3 @@ def iterate(batches: grain.MapDataset, *, threads: int, prefetch: int) -> grain.
   """A checkpointable iterator that prepares `prefetch` batches ahead in threads."""
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
   return iter(batches.to_iter_dataset(options))
-
-
-def longest_row(tokens: PairTokens, multiple: int = 8) -> int:
-  """Tokens of the longest laid-out triplet, rounded up: reads and tokenises the whole data set once."""
-  longest = max(len(tokens[i].tokens) for i in range(len(tokens)))
-  return math.ceil(longest / multiple) * multiple

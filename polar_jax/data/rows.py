@@ -1,13 +1,13 @@
 """How token sequences become rows with intervals.
 
-A triplet is one row, not two. Its two sequences (chosen, rejected) share everything up to their first differing token, and the
-row holds that shared prefix once:
+A triplet is laid out as one stretch of tokens, not two. Its two sequences (chosen, rejected) share everything up to their first
+differing token, and that shared prefix stands there once:
 
     [ chosen tail, reversed | shared prefix | rejected tail ]
 
 A token of the prefix or of the rejected tail at index j sees [prefix start, j]; a token of the chosen tail at index i, stored
 right to left, sees [i, prefix end). So every query sees one contiguous interval of keys, and rewards equal those of the two
-sequences read separately. Positions are those of the original sequences.
+sequences read separately. Positions are those of the original sequences. A row of a batch holds several triplets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polar_jax.types import PairBatch, TextBatch, UserError
 
 
 class PairRow(NamedTuple):
-  """One triplet laid out; arrays of length T' (its number of tokens)."""
+  """One triplet laid out; arrays of length T' (its number of tokens), intervals and indices counted from its first token."""
 
   tokens: np.ndarray
   positions: np.ndarray
@@ -56,24 +56,31 @@ def pair_row(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> PairRow:
   )
 
 
-def pair_batch(rows: Sequence[PairRow | None], indices: Sequence[int], row_length: int) -> PairBatch:
-  """Stacks one triplet per row, padded to `row_length` on the right. None is a padding row, which counts for nothing.
+def pair_batch(
+  triplets: Sequence[PairRow], indices: Sequence[int], packed: Sequence[Sequence[int]], row_length: int, most_pairs: int
+) -> PairBatch:
+  """Lays triplets behind one another into rows, padded to `row_length` tokens and `most_pairs` pairs.
 
-  Raises:
-    UserError: for a triplet longer than `row_length`, naming it.
+  Intervals move with the tokens they point at, so no token sees another triplet; positions are those of the sequences. Padding
+  pairs read their rewards at token 0, and the mask leaves them out.
+
+  Args:
+    indices: which row of the data set each triplet is.
+    packed: for each row which triplets it holds (see `packing.first_fit`); an empty row is all padding.
   """
-  shape = (len(rows), row_length)
+  shape = (len(packed), row_length)
   tokens, positions, start, end = (np.zeros(shape, np.int32) for _ in range(4))
-  reward_index = np.zeros((len(rows), 1, 2), np.int32)
-  mask, index = np.zeros((len(rows), 1), np.float32), np.full((len(rows), 1), -1, np.int32)
-  for b, (row, i) in enumerate(zip(rows, indices, strict=True)):
-    if row is None:
-      continue
-    n = len(row.tokens)
-    if n > row_length:
-      raise UserError(f'row {i} has {n} tokens, more than data.row_length ({row_length}); raise it, or lower template.max_length')
-    tokens[b, :n], positions[b, :n], start[b, :n], end[b, :n] = row.tokens, row.positions, row.start, row.end
-    reward_index[b, 0], mask[b], index[b] = row.reward_index, 1, i
+  reward_index = np.zeros((len(packed), most_pairs, 2), np.int32)
+  mask, index = np.zeros((len(packed), most_pairs), np.float32), np.full((len(packed), most_pairs), -1, np.int32)
+  for b, members in enumerate(packed):
+    low = 0
+    for p, member in enumerate(members):
+      row = triplets[member]
+      high = low + len(row.tokens)
+      tokens[b, low:high], positions[b, low:high] = row.tokens, row.positions
+      start[b, low:high], end[b, low:high] = row.start + low, row.end + low
+      reward_index[b, p], mask[b, p], index[b, p] = np.add(row.reward_index, low), 1, indices[member]
+      low = high
   return PairBatch(tokens, positions, start, end, reward_index, mask, index)
 
 

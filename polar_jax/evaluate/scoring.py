@@ -31,16 +31,16 @@ class Scorer:
       self._functions = step.build(RANKING, model, optax.identity(), mesh)
       self._params = load_params(folder, self._functions.abstract.params, RANKING.name)
     shards = sharding.batch_shards(mesh)
-    padded = pipeline.plan_batch(batch_size, shards).padded
-    self._plan = pipeline.plan_batch(batch_size, shards, step.local_rows(mesh, padded))
+    self._plan = pipeline.BatchPlan(batch_size, shards, step.local_share(mesh))
 
   def __call__(self, rows: Sequence[Triplet]) -> np.ndarray:
     """Rewards (rows, 2): of the chosen and of the rejected candidate, float32."""
-    tokens = pipeline.PairTokens(rows, self._template)
-    batches = pair_validation(tokens, self._plan, pipeline.longest_row(tokens))
-    rewards = []
+    # Rows of data.row_length need not hold what is scored here: the length is chosen for these triplets.
+    batches = pair_validation(pipeline.PairTokens(rows, self._template), self._plan, None)
     with jax.set_mesh(self._mesh):
-      for batch in batches:
-        out = self._functions.evaluate(self._params, step.to_device(batch, self._mesh, self._plan.padded))
-        rewards.append(out['rows']['rewards_BPC'].reshape(-1, 2)[: self._plan.rows])
-    return np.concatenate(jax.device_get(rewards))[: len(rows)]
+      outputs = [self._functions.evaluate(self._params, step.to_device(batch, self._mesh))['rows'] for batch in batches]
+    rewards = np.full((len(rows), 2), np.nan, np.float32)
+    for out in jax.device_get(outputs):
+      real_BP = out['index'] >= 0
+      rewards[out['index'][real_BP]] = out['rewards_BPC'][real_BP]
+    return rewards

@@ -49,7 +49,9 @@ def reward_model_flops(c: ModelConfig, batch: Any) -> float:
   tokens, seen = _tokens_and_pairs(batch)
   key_value, rest = _layer_weights(c)
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
-  span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1)
+  # Padding pairs point at token 0, which may be a real one.
+  real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
+  span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1) * real
   rewards = float((span > 0).sum())
   weights = tokens * ((c.num_layers - 1) * (key_value + rest) + key_value) + rewards * (rest + c.d_model)
   pairs = (c.num_layers - 1) * seen + float(span.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -53,7 +54,7 @@ class Run:
   mesh: Mesh
   seed: int
   num_rows: int  # of one epoch
-  batches: Callable[[pipeline.BatchPlan, int], grain.MapDataset]  # (plan, steps) -> batches of the training order
+  batches: Callable[[pipeline.BatchPlan, int], tuple[grain.MapDataset, int]]  # (plan, steps) -> (training batches, rows of most)
   validation: Callable[[pipeline.BatchPlan], grain.MapDataset] | None  # one pass over the validation rows
   start_from: pathlib.Path | None  # folder of the run that the parameters start from
   fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
@@ -99,9 +100,8 @@ class _SigtermFlag:
 class _Trainer:
   def __init__(self, run: Run):
     self.run, config = run, run.train
-    shards = sharding.batch_shards(run.mesh)
-    padded = pipeline.plan_batch(config.batch_size, shards * config.accumulation).padded
-    self.plan = pipeline.plan_batch(config.batch_size, shards * config.accumulation, step_lib.local_rows(run.mesh, padded))
+    multiple = sharding.batch_shards(run.mesh) * config.accumulation
+    self.plan = pipeline.BatchPlan(config.batch_size, multiple, step_lib.local_share(run.mesh))
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = step_lib.build(run.objective, run.model, make_optimizer(config, run.steps), run.mesh, config.accumulation)
@@ -109,7 +109,9 @@ class _Trainer:
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
     self.checkpointer = Checkpointer(run.folder, run.checkpointing, self.best_metric, best_is_lower=lm)
-    iterator = pipeline.iterate(run.batches(self.plan, run.steps), threads=run.threads, prefetch=run.prefetch)
+    batches, self.planned_rows = run.batches(self.plan, run.steps)
+    self.compiled_rows = {self.planned_rows}
+    iterator = pipeline.iterate(batches, threads=run.threads, prefetch=run.prefetch)
     self.tokens, self.step, self.validated, self.validated_step = 0, 0, {}, -1
     if self.checkpointer.latest is None:
       self.state = self.functions.init(jax.random.key(run.seed), self._start_params())
@@ -136,7 +138,8 @@ class _Trainer:
     with _SigtermFlag() as stop:
       while self.step < run.steps:
         host_batch = next(self.iterator)
-        batch = step_lib.to_device(host_batch, run.mesh, self.plan.padded)
+        batch = step_lib.to_device(host_batch, run.mesh)
+        self._note_shape(len(batch.tokens_BT))
         self.state, out = self.functions.train(self.state, batch)
         self.step += 1
         self._finish_pending()
@@ -156,13 +159,23 @@ class _Trainer:
         raise Preempted(run.name, self.step)
     return summary
 
+  def _note_shape(self, rows: int) -> None:
+    """Says why a step takes long: one whose triplets need more rows than planned is compiled anew."""
+    if rows not in self.compiled_rows:
+      self.compiled_rows.add(rows)
+      self.run.log(f'{self.run.name}: step {self.step + 1} needs {rows} rows, planned {self.planned_rows}: one more compilation')
+
   def _host_facts(self, batch: Any) -> dict[str, Any]:
     """What the host knows of a batch without asking the device. On several hosts, this host's share is scaled up."""
-    share = self.plan.padded / max(self.plan.high - self.plan.low, 1)
+    share = self.plan.share.of / (self.plan.share.high - self.plan.share.low)
     tokens = int(np.sum(batch.end_BT > batch.start_BT) * share)
     self.tokens += tokens
-    index = batch.index_BP if hasattr(batch, 'index_BP') else batch.index_B
-    return {'tokens': tokens, 'total_tokens': self.tokens, 'flops': 3.0 * self.count_flops(self.run.model, batch) * share, 'index': index}
+    return {
+      'tokens': tokens,
+      'total_tokens': self.tokens,
+      'pad_fraction': 1 - tokens / (batch.tokens_BT.size * share),
+      'flops': 3.0 * self.count_flops(self.run.model, batch) * share,
+    }
 
   def _finish_pending(self) -> None:
     """Fetches and writes the metrics of the step before, while the device works on the next."""
@@ -174,32 +187,37 @@ class _Trainer:
     seconds, self.fetched_at = now - self.fetched_at, now
     row: dict[str, Any] = {'stage': self.run.name, 'step': step, **{k: float(v) for k, v in out['scalars'].items()}}
     if not all(math.isfinite(row[name]) for name in ('loss', 'grad_norm', 'parameter_norm')):
-      raise NonFiniteError(self._non_finite_message(step, row, out['rows'], facts['index']))
+      raise NonFiniteError(self._non_finite_message(step, row, out['rows']))
     row |= {
       'learning_rate': float(self.learning_rates[step - 1]),
       'epoch': step * self.run.train.batch_size / self.run.num_rows,
       'tokens': facts['total_tokens'],
+      'pad_fraction': facts['pad_fraction'],
       'step_seconds': seconds,
       'tokens_per_second': facts['tokens'] / seconds,
       'mfu': facts['flops'] / seconds / (self.peak * jax.device_count()),
     }
     if 'rewards_BPC' in out['rows']:
-      rewards_NC = out['rows']['rewards_BPC'].reshape(-1, 2)
-      real = np.arange(len(rewards_NC)) < self.plan.rows
-      row['reward_histogram'] = reward_histogram(rewards_NC[real])
+      rewards_NC = out['rows']['rewards_BPC'][out['rows']['index'] >= 0]
+      row['reward_histogram'] = reward_histogram(rewards_NC)
       if step % self.run.train.log_every == 0:
-        self.metrics.histogram(step, 'rewards/chosen', rewards_NC[real, 0])
-        self.metrics.histogram(step, 'rewards/rejected', rewards_NC[real, 1])
+        self.metrics.histogram(step, 'rewards/chosen', rewards_NC[:, 0])
+        self.metrics.histogram(step, 'rewards/rejected', rewards_NC[:, 1])
     self.metrics.write(row)
     self.progress.update(row)
 
-  def _non_finite_message(self, step: int, row: dict[str, Any], rows: dict[str, np.ndarray], index: np.ndarray) -> str:
-    values = next(iter(rows.values())).reshape(self.plan.padded, -1)[self.plan.low : self.plan.high]
-    bad = ~np.isfinite(values).all(axis=1)
-    index = index.reshape(len(values), -1)[:, 0]
-    named = sorted({int(i) for i in index[bad] if i >= 0})
-    where = f'rows {named}' if named else f'no single row; the batch held rows {sorted({int(i) for i in index if i >= 0})}'
+  def _non_finite_message(self, step: int, row: dict[str, Any], rows: dict[str, np.ndarray]) -> str:
+    """Names what shares a row of the batch with a non-finite output: what is no number in one triplet may spread to the others."""
+    real = rows['index'] >= 0
+    finite = np.all([np.isfinite(values).reshape(len(real), -1).all(axis=1) for values in rows.values()], axis=0)
+    held = lambda bad: sorted(set(rows['index'][bad][real[bad]].tolist()))
+    where = f'rows {held(~finite)}' if held(~finite) else f'no single row; the batch held rows {held(np.full(len(real), True))}'
     return f'{self.run.name}: step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}; non-finite outputs: {where}'
+
+  @functools.cached_property
+  def _validation(self) -> grain.MapDataset:
+    assert self.run.validation is not None
+    return self.run.validation(self.plan)
 
   def _maybe_validate(self) -> None:
     every = self.run.train.evaluate_every
@@ -207,7 +225,7 @@ class _Trainer:
     if not due or self.run.validation is None:
       return
     self._finish_pending()
-    means = evaluate(self.functions, self.state.params, self.run.validation(self.plan), self.run.mesh, self.plan.padded)
+    means = evaluate(self.functions, self.state.params, self._validation, self.run.mesh)
     self.validated, self.validated_step = {f'validation_{name}': value for name, value in means.items()}, self.step
     row = {'stage': self.run.name, 'step': self.step, **self.validated}
     self.metrics.write(row)
@@ -236,6 +254,7 @@ class _Trainer:
       'accuracy': float(np.mean([r['accuracy'] for r in last])),
       'seconds': seconds,
       'tokens_per_second': float(np.median([r['tokens_per_second'] for r in rows])),
+      'pad_fraction': float(np.mean([r['pad_fraction'] for r in rows])),
       'mfu': float(np.median([r['mfu'] for r in rows])),
       'mfu_rule': flops.MFU_RULE,
       'peak_flops': self.peak,
@@ -252,11 +271,11 @@ class _Trainer:
     self.checkpointer.close()
 
 
-def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh, padded: int) -> dict[str, float]:
+def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh) -> dict[str, float]:
   """Means of the loss and metrics over one pass. Sums are added in float64 on the host."""
   count, totals = 0.0, dict[str, float]()
   for batch in batches:
-    out = jax.device_get(functions.evaluate(params, step_lib.to_device(batch, mesh, padded)))
+    out = jax.device_get(functions.evaluate(params, step_lib.to_device(batch, mesh)))
     count += float(out['count'])
     for name, value in out['sums'].items():
       totals[name] = totals.get(name, 0.0) + float(value)

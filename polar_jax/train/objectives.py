@@ -15,7 +15,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.train import losses
 
-# (model, batch) -> (sum of the loss, sums of metrics, arrays per row for diagnosis)
+# (model, batch) -> (sum of the loss, sums of metrics, arrays per row: 'index' says what stands there, -1 is padding)
 LossSums = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]]
 
 
@@ -32,13 +32,13 @@ class Objective:
 def _pair_loss(model: RewardModel, batch: Any):
   rewards_BPC = model(batch)
   loss, sums = losses.pair_sums(rewards_BPC, batch.pair_mask_BP)
-  return loss, sums, {'rewards_BPC': rewards_BPC}
+  return loss, sums, {'rewards_BPC': rewards_BPC, 'index': batch.index_BP}
 
 
 def _text_loss(model: LanguageModel, batch: Any):
   logits_BTV = model(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT)
   loss, sums = losses.next_token_sums(logits_BTV, batch.target_BT, batch.target_mask_BT)
-  return loss, sums, {'largest_logit_B': jnp.max(jnp.abs(logits_BTV), axis=(1, 2))}
+  return loss, sums, {'largest_logit_B': jnp.max(jnp.abs(logits_BTV), axis=(1, 2)), 'index': batch.index_B}
 
 
 RANKING = Objective('ranking', lambda c, rngs: RewardModel(c, rngs=rngs), _pair_loss, lambda b: jnp.sum(b.pair_mask_BP))

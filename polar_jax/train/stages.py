@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import numpy as np
 from jax.sharding import Mesh
 
@@ -99,7 +100,7 @@ def pretrain_lm(context: Context) -> dict[str, Any]:
     mesh=context.mesh,
     seed=config.seed,
     num_rows=len(windows),
-    batches=lambda plan, steps: pipeline.text_batches(windows, plan, steps=steps, seed=config.seed),
+    batches=lambda plan, steps: (pipeline.text_batches(windows, plan, steps=steps, seed=config.seed), pipeline.text_rows(plan)),
     validation=lambda plan: _text_validation(held_out, plan, config.lm.evaluate_rows),
     start_from=_start_folder(context, config.lm),
     fingerprint=_fingerprint(context, config.lm, NEXT_TOKEN.name, {'data.text': data.text}),
@@ -143,7 +144,11 @@ def _rank(
   template = context.template(use_reference)
   tokens = pipeline.PairTokens(rows('train'), template)
   held_out = pipeline.PairTokens(rows('validation'), template)
-  row_length = data.row_length or max(pipeline.longest_row(tokens), pipeline.longest_row(held_out))
+
+  def batches(plan: pipeline.BatchPlan, steps: int) -> tuple[grain.MapDataset, int]:
+    pack = pipeline.plan_packing(tokens, plan, data.row_length, steps=steps, seed=config.seed)
+    return pipeline.pair_batches(tokens, plan, pack, steps=steps, seed=config.seed), pack.rows
+
   run = loop.Run(
     name=name,
     folder=context.workdir / name,
@@ -154,12 +159,10 @@ def _rank(
     mesh=context.mesh,
     seed=config.seed,
     num_rows=len(tokens),
-    batches=lambda plan, steps: pipeline.pair_batches(tokens, plan, row_length, steps=steps, seed=config.seed),
-    validation=lambda plan: pair_validation(held_out, plan, row_length, train.evaluate_rows),
+    batches=batches,
+    validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_rows),
     start_from=_start_folder(context, train),
-    fingerprint=_fingerprint(
-      context, train, RANKING.name, {'row_length': row_length, 'use_reference': use_reference, 'rows': _rows_fingerprint(tokens.source)}
-    ),
+    fingerprint=_fingerprint(context, train, RANKING.name, {'use_reference': use_reference, 'rows': _rows_fingerprint(tokens.source)}),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
@@ -167,15 +170,18 @@ def _rank(
   return loop.train(run)
 
 
-def pair_validation(tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int, most: int | None = None):
+def pair_validation(
+  tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int | None, most: int | None = None
+) -> grain.MapDataset:
   """One pass over the first `most` rows in file order."""
   size = min(len(tokens), most or len(tokens))
   first = pipeline.PairTokens(_Head(tokens.source, size), tokens.template)
-  return pipeline.pair_batches(first, plan, row_length, steps=-(-size // plan.rows), seed=None, once=True)
+  order: Any = {'steps': -(-size // plan.size), 'seed': None, 'once': True}
+  return pipeline.pair_batches(first, plan, pipeline.plan_packing(first, plan, row_length, **order), **order)
 
 
 def _text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, most: int):
-  steps = -(-min(len(windows), most) // plan.rows)
+  steps = -(-min(len(windows), most) // plan.size)
   return pipeline.text_batches(windows, plan, steps=steps, seed=None, once=True)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
+from polar_jax.data.pipeline import Share
 from polar_jax.train.objectives import Objective
 
 
@@ -110,20 +111,21 @@ def build(
   )
 
 
-def local_rows(mesh: Mesh, padded: int) -> tuple[int, int]:
-  """The rows [low, high) of a padded batch that this process's devices hold.
+def local_share(mesh: Mesh) -> Share:
+  """The part of every batch that this process's devices hold, whatever its number of rows.
 
   Raises:
     ValueError: when they are not contiguous (an unusual device order).
   """
-  slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((padded,)).values()
-  ranges = sorted({index[0].indices(padded)[:2] for index in slices if index is not None})
+  shards = sharding.batch_shards(mesh)
+  slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  ranges = sorted({index[0].indices(shards)[:2] for index in slices if index is not None})
   if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
-    raise ValueError(f'this process holds rows {ranges} of the batch, which are not contiguous: order the devices by process')
-  return ranges[0][0], ranges[-1][1]
+    raise ValueError(f'this process holds shards {ranges} of the batch, which are not contiguous: order the devices by process')
+  return Share(ranges[0][0], ranges[-1][1], shards)
 
 
-def to_device(batch: Any, mesh: Mesh, padded: int) -> Any:
+def to_device(batch: Any, mesh: Mesh) -> Any:
   """Builds global arrays from this process's rows."""
   rows = sharding.batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x, (padded, *x.shape[1:])), batch)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)

@@ -54,61 +54,127 @@ def test_without_a_seed_the_order_is_that_of_the_file():
   assert [order(p) for p in range(12)] == [(p % 5, p // 5) for p in range(12)]
 
 
-def test_steps_read_the_stream_in_order():
+def _packed(size, plan, *, steps, seed, rows=None, once=False):
+  """(plan, batches) in rows of 32 tokens, which hold three or four triplets; `rows`: a plan that many steps exceed."""
+  tokens, order = _tokens(size), {'steps': steps, 'seed': seed, 'once': once}
+  pack = pipeline.plan_packing(tokens, plan, 32, **order)
+  pack = pack if rows is None else pack._replace(rows=rows)
+  return pack, pipeline.pair_batches(tokens, plan, pack, **order)
+
+
+def _indices(batch):
+  np.testing.assert_array_equal(batch.index_BP >= 0, batch.pair_mask_BP > 0)
+  return sorted(batch.index_BP[batch.index_BP >= 0].tolist())
+
+
+@pytest.mark.parametrize('rows', [None, 1])
+def test_steps_read_the_stream_in_order_whatever_their_number_of_rows(rows):
   order = pipeline.global_order(23, 4)
-  batches = pipeline.pair_batches(_tokens(23), pipeline.plan_batch(6, 1), 32, steps=9, seed=4)
-  read = np.concatenate([batches[s].index_BP[:, 0] for s in range(9)])
-  assert read.tolist() == [order(p)[0] for p in range(54)]
+  _, batches = _packed(23, pipeline.BatchPlan(6), steps=9, seed=4, rows=rows)
+  for step in range(9):
+    assert _indices(batches[step]) == sorted(order(p)[0] for p in range(6 * step, 6 * step + 6))
 
 
-@pytest.mark.parametrize('parts', [[(0, 8)], [(0, 4), (4, 8)], [(0, 2), (2, 4), (4, 6), (6, 8)]])
-def test_union_over_processes_is_the_whole_batch(parts):
-  tokens, rows = _tokens(20), 7  # 7 rows on 8 devices: one is padding
-  make = lambda plan: pipeline.pair_batches(tokens, plan, 32, steps=5, seed=1)
-  whole = make(pipeline.plan_batch(rows, 8))
-  each = [make(pipeline.plan_batch(rows, 8, part)) for part in parts]
+@pytest.mark.parametrize('rows', [None, 4])
+@pytest.mark.parametrize('parts', [1, 2, 4])
+def test_union_over_processes_is_the_whole_batch(parts, rows):
+  make = lambda *share: _packed(60, pipeline.BatchPlan(17, 4, pipeline.Share(*share)), steps=5, seed=1, rows=rows)[1]
+  whole = make(0, 1, 1)
+  each = [make(4 * p // parts, 4 * (p + 1) // parts, 4) for p in range(parts)]
+  for step in range(5):
+    assert _indices(whole[step]) and len(whole[step].tokens_BT) % 4 == 0
+    _equal(whole[step], [np.concatenate(arrays) for arrays in zip(*(b[step] for b in each), strict=True)])
+
+
+def test_union_over_processes_is_the_whole_batch_of_text():
+  windows = pipeline.TextWindows(np.arange(200), 8, seed=2)
+  make = lambda *share: pipeline.text_batches(windows, pipeline.BatchPlan(7, 4, pipeline.Share(*share)), steps=5, seed=5)
+  whole, each = make(0, 1, 1), [make(0, 1, 4), make(1, 3, 4), make(3, 4, 4)]
   for step in range(5):
     _equal(whole[step], [np.concatenate(arrays) for arrays in zip(*(b[step] for b in each), strict=True)])
 
 
-@pytest.mark.parametrize(('rows', 'multiple', 'padded'), [(1940, 320, 2240), (1940, 16, 1952), (8, 8, 8), (1, 8, 8), (9, 1, 9)])
-def test_plan(rows, multiple, padded):
-  assert pipeline.plan_batch(rows, multiple) == (rows, padded, 0, padded)
+@pytest.mark.parametrize(('size', 'multiple', 'rows'), [(1940, 320, 2240), (1940, 16, 1952), (8, 8, 8), (1, 8, 8), (9, 1, 9)])
+def test_rows_of_text(size, multiple, rows):
+  assert pipeline.text_rows(pipeline.BatchPlan(size, multiple)) == rows
 
 
-def test_a_batch_that_does_not_divide_is_padded_with_masked_rows():
-  tokens = _tokens(300)
-  batches = pipeline.pair_batches(tokens, pipeline.plan_batch(194, 16), 32, steps=2, seed=0)
-  for step in range(2):
-    batch = batches[step]
-    assert len(batch.tokens_BT) == 208
-    assert batch.pair_mask_BP.sum() == 194
-    np.testing.assert_array_equal(batch.pair_mask_BP[194:], 0)
-    np.testing.assert_array_equal(batch.index_BP[194:], -1)
-    np.testing.assert_array_equal(batch.end_BT[194:], 0)
-    assert (batch.index_BP[:194] >= 0).all()
-  # Padding takes nothing from the stream: 300 rows, each read once before any is read again.
-  read = np.concatenate([batches[s].index_BP[:194, 0] for s in range(2)])
-  assert sorted(read[:300].tolist()) == list(range(300))
+@pytest.mark.parametrize('rows', [None, 16])
+def test_an_epoch_holds_every_triplet_once_and_padding_takes_nothing(rows):
+  size, batch = 291, 97
+  pack, batches = _packed(size, pipeline.BatchPlan(batch, 16), steps=6, seed=0, rows=rows)
+  shapes = {len(batches[s].tokens_BT) for s in range(6)}
+  assert all(n % 16 == 0 for n in shapes) and (shapes == {pack.rows}) == (rows is None)
+  for epoch in range(2):
+    read = [_indices(batches[s]) for s in range(3 * epoch, 3 * epoch + 3)]
+    assert {len(some) for some in read} == {batch}
+    assert sorted(np.concatenate(read).tolist()) == list(range(size))
+  padding = batches[0].pair_mask_BP.sum(axis=1) == 0
+  assert padding.any() and not batches[0].end_BT[padding].any()
+  assert np.ptp(padding.reshape(16, -1).sum(axis=1)) <= 1  # no device holds much more of it than another
 
 
 def test_rows_are_those_of_the_source():
   tokens = _tokens(9)
-  batch = pipeline.pair_batches(tokens, pipeline.plan_batch(5, 1), 32, steps=1, seed=8)[0]
-  for b, i in enumerate(batch.index_BP[:, 0]):
-    row = tokens[int(i)]
-    np.testing.assert_array_equal(batch.tokens_BT[b, : len(row.tokens)], row.tokens)
+  _, batches = _packed(9, pipeline.BatchPlan(5), steps=1, seed=8)
+  batch = batches[0]
+  assert batch.pair_mask_BP.sum(axis=1).max() > 1
+  for b, indices in enumerate(batch.index_BP):
+    whole = np.concatenate([tokens[int(i)].tokens for i in indices if i >= 0])
+    np.testing.assert_array_equal(batch.tokens_BT[b, : len(whole)], whole)
+    assert not batch.end_BT[b, len(whole) :].any()
+
+
+def test_a_triplet_longer_than_a_row_is_named_before_and_during_the_run():
+  tokens, plan, order = _tokens(9), pipeline.BatchPlan(3), pipeline.global_order(9, 0)
+  lengths = [len(tokens[order(p)[0]].tokens) for p in range(9)]
+  longest = max(lengths)
+  row = order(lengths.index(longest))[0]
+  message = rf'row {row} has {longest} tokens, more than data.row_length \({longest - 1}\); raise it, or lower template.max_length'
+  with pytest.raises(ValueError, match=message):
+    pipeline.plan_packing(tokens, plan, longest - 1, steps=3, seed=0)
+  batches = pipeline.pair_batches(tokens, plan, pipeline.PackPlan(longest - 1, 3, 3, 1), steps=3, seed=0)
+  with pytest.raises(ValueError, match=message):
+    list(batches)
+
+
+def test_the_plan_is_made_from_the_steps_that_are_read():
+  """The first 16 steps, but no more triplets than are quick to tokenise."""
+
+  class Counted(pipeline.PairTokens):
+    def __getitem__(self, index):
+      read.append(index)
+      return super().__getitem__(index)
+
+  tokens = Counted(_tokens(2_500).source, Digits())
+  order = pipeline.global_order(2_500, 3)
+  for size, steps, sampled in [(2, 900, 16), (2, 5, 5), (600, 9, 3), (2_100, 9, 1)]:
+    read = []
+    pack = pipeline.plan_packing(tokens, pipeline.BatchPlan(size, 2), 64, steps=steps, seed=3)
+    assert read == [order(p)[0] for p in range(sampled * size)]
+    batches = pipeline.pair_batches(tokens, pipeline.BatchPlan(size, 2), pack, steps=steps, seed=3)
+    assert {batches[s].tokens_BT.shape for s in range(sampled)} == {(pack.rows, 64)}
+
+
+def test_without_a_row_length_every_triplet_of_the_data_fits():
+  triplets = [*_tokens(60).source, Triplet('p', '', 'a' * 300, 'b')]
+  tokens = pipeline.PairTokens(triplets, Digits())
+  assert 60 not in [pipeline.global_order(61, 0)(p)[0] for p in range(8)]  # the long one is not in the sample
+  pack = pipeline.plan_packing(tokens, pipeline.BatchPlan(8), None, steps=1, seed=0)
+  assert pack.row_length == 384
+  shorter = pipeline.plan_packing(_tokens(60), pipeline.BatchPlan(8), None, steps=1, seed=0)
+  assert shorter.row_length == 128
 
 
 @pytest.mark.parametrize('threads', [0, 2])
-@pytest.mark.parametrize('kind', ['pairs', 'text'])
-def test_an_iterator_resumes_exactly(threads, kind):
+@pytest.mark.parametrize(('kind', 'rows'), [('pairs', None), ('pairs', 2), ('text', None)])
+def test_an_iterator_resumes_exactly(threads, kind, rows):
   def fresh():
     if kind == 'pairs':
-      batches = pipeline.pair_batches(_tokens(11), pipeline.plan_batch(3, 2), 32, steps=9, seed=5)
+      _, batches = _packed(11, pipeline.BatchPlan(8, 2), steps=9, seed=5, rows=rows)
     else:
       windows = pipeline.TextWindows(np.arange(100), 8, seed=2)
-      batches = pipeline.text_batches(windows, pipeline.plan_batch(3, 2), steps=9, seed=5)
+      batches = pipeline.text_batches(windows, pipeline.BatchPlan(3, 2), steps=9, seed=5)
     return pipeline.iterate(batches, threads=threads, prefetch=3)
 
   uninterrupted = list(fresh())
@@ -125,23 +191,18 @@ def test_an_iterator_resumes_exactly(threads, kind):
     _equal(a, b)
 
 
-@pytest.mark.parametrize('threads', [0, 2])
-def test_threads_do_not_change_the_order(threads):
-  batches = pipeline.pair_batches(_tokens(11), pipeline.plan_batch(4, 1), 32, steps=6, seed=5)
-  for step, batch in enumerate(pipeline.iterate(batches, threads=threads, prefetch=2)):
+@pytest.mark.parametrize(('threads', 'prefetch'), [(0, 1), (1, 1), (2, 2), (4, 5)])
+def test_threads_and_prefetching_change_nothing(threads, prefetch):
+  _, batches = _packed(11, pipeline.BatchPlan(8), steps=6, seed=5)
+  for step, batch in enumerate(pipeline.iterate(batches, threads=threads, prefetch=prefetch)):
     _equal(batch, batches[step])
 
 
 def test_once_pads_the_tail():
-  batches = pipeline.pair_batches(_tokens(10), pipeline.plan_batch(4, 4), 32, steps=4, seed=None, once=True)
-  assert [b.index_BP[:, 0].tolist() for b in (batches[s] for s in range(4))] == [
-    [0, 1, 2, 3],
-    [4, 5, 6, 7],
-    [8, 9, -1, -1],
-    [-1, -1, -1, -1],
-  ]
-  np.testing.assert_array_equal(batches[2].pair_mask_BP[:, 0], [1, 1, 0, 0])
-  text = pipeline.text_batches(pipeline.TextWindows(np.arange(50), 8, 0), pipeline.plan_batch(4, 4), steps=2, seed=None, once=True)
+  pack, batches = _packed(10, pipeline.BatchPlan(4, 4), steps=4, seed=None, once=True)
+  assert [_indices(batches[s]) for s in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
+  assert {batches[s].tokens_BT.shape for s in range(4)} == {(pack.rows, 32)}
+  text = pipeline.text_batches(pipeline.TextWindows(np.arange(50), 8, 0), pipeline.BatchPlan(4, 4), steps=2, seed=None, once=True)
   assert text[1].index_B.tolist() == [4, -1, -1, -1]
   assert text[1].target_mask_BT.sum() == 8
 
@@ -169,7 +230,7 @@ def test_text_too_short_for_one_window():
 def test_text_batches_change_offset_with_the_epoch_and_shift_targets():
   windows = pipeline.TextWindows(np.arange(100) * 2, 8, seed=0)
   size = len(windows)
-  batches = pipeline.text_batches(windows, pipeline.plan_batch(1, 1), steps=3 * size, seed=1)
+  batches = pipeline.text_batches(windows, pipeline.BatchPlan(1), steps=3 * size, seed=1)
   phases = []
   for step in range(3 * size):
     batch = batches[step]
@@ -179,10 +240,3 @@ def test_text_batches_change_offset_with_the_epoch_and_shift_targets():
   assert [len(set(phases[e * size : (e + 1) * size])) for e in range(3)] == [1, 1, 1]
   assert phases[0] == 0
   assert len(set(phases)) > 1
-
-
-def test_longest_row():
-  tokens = _tokens(13)
-  longest = max(len(tokens[i].tokens) for i in range(13))
-  assert pipeline.longest_row(tokens, 1) == longest
-  assert pipeline.longest_row(tokens, 8) == -(-longest // 8) * 8

@@ -61,27 +61,36 @@ def test_a_sequence_without_tokens_is_refused(pair):
     rows.pair_row(*pair)
 
 
-def test_batch_pads_on_the_right_and_masks_padding_rows():
-  pairs = [rows.pair_row(*CASES['ordinary']), None, rows.pair_row(*CASES['identical'])]
-  batch = rows.pair_batch(pairs, [17, -1, 4], 10)
-  assert batch.tokens_BT.shape == (3, 10)
-  np.testing.assert_array_equal(batch.pair_mask_BP, [[1], [0], [1]])
-  np.testing.assert_array_equal(batch.index_BP, [[17], [-1], [4]])
-  for b, row in enumerate(pairs):
-    n = 0 if row is None else len(row.tokens)
-    for padded, values in zip(batch[:4], row[:4] if row else [[]] * 4, strict=True):
-      np.testing.assert_array_equal(padded[b, :n], values)
-      np.testing.assert_array_equal(padded[b, n:], 0)  # start == end: padding sees nothing
-    np.testing.assert_array_equal(batch.reward_index_BPC[b, 0], row.reward_index if row else (0, 0))
+def test_triplets_stand_behind_one_another_and_padding_is_masked():
+  names = ['ordinary', 'identical', 'empty chosen', 'longer rejected']
+  triplets, indices = [rows.pair_row(*CASES[name]) for name in names], [17, 4, 0, 9]
+  packed = [[3, 0], [], [2], [1]]
+  batch = rows.pair_batch(triplets, indices, packed, 18, 3)
+  assert batch.tokens_BT.shape == (4, 18)
+  np.testing.assert_array_equal(batch.pair_mask_BP, [[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 0, 0]])
+  np.testing.assert_array_equal(batch.index_BP, [[9, 17, -1], [-1, -1, -1], [0, -1, -1], [4, -1, -1]])
+  for b, members in enumerate(packed):
+    at = 0
+    for p, member in enumerate(members):
+      row, here = triplets[member], slice(at, at + len(triplets[member].tokens))
+      np.testing.assert_array_equal(batch.tokens_BT[b, here], row.tokens)
+      np.testing.assert_array_equal(batch.positions_BT[b, here], row.positions)
+      np.testing.assert_array_equal(batch.start_BT[b, here] - at, row.start)
+      np.testing.assert_array_equal(batch.end_BT[b, here] - at, row.end)
+      assert [batch.tokens_BT[b, i] for i in batch.reward_index_BPC[b, p]] == [REWARD, REWARD]
+      np.testing.assert_array_equal(batch.reward_index_BPC[b, p] - at, row.reward_index)
+      at = here.stop
+    for padded in batch[:4]:
+      np.testing.assert_array_equal(padded[b, at:], 0)  # start == end: padding sees nothing
+    np.testing.assert_array_equal(batch.reward_index_BPC[b, len(members) :], 0)
   assert {a.dtype for a in batch} == {np.dtype(np.int32), np.dtype(np.float32)}
 
 
-def test_a_row_may_fill_the_length_but_not_exceed_it():
+def test_triplets_may_fill_a_row_to_the_last_token():
   row = rows.pair_row(*CASES['ordinary'])
   n = len(row.tokens)
-  rows.pair_batch([row], [3], n)
-  with pytest.raises(ValueError, match=rf'row 41 has {n} tokens.*row_length \({n - 1}\)'):
-    rows.pair_batch([row, row], [41, 3], n - 1)
+  batch = rows.pair_batch([row, row], [3, 5], [[0, 1]], 2 * n, 2)
+  assert (batch.end_BT > batch.start_BT).all() and batch.end_BT.max() == 2 * n
 
 
 def test_text_batch_shifts_targets_by_one():

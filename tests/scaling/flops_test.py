@@ -21,7 +21,7 @@ LARGE = ModelConfig(vocab_size=512, num_layers=3, d_model=256, d_ff=512, num_hea
 
 def test_reward_model_by_hand():
   """Chosen [1 7 8 R], rejected [1 7 R]: 5 tokens in one row, two in the chosen tail, two shared, one in the rejected tail."""
-  batch = pair_batch([pair_row([1, 7, 8, 10], [1, 7, 10]), None], [0, -1], 12)
+  batch = pair_batch([pair_row([1, 7, 8, 10], [1, 7, 10])], [0], [[0], []], 12, 1)
   # keys seen: chosen tail, stored backwards: 4 (reward), 3; prefix: 1, 2; rejected: 3
   first_layer = 5 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (4 + 3 + 1 + 2 + 3) * 2 * 2 * 8
   last_layer = 5 * 2 * 2 * (3 * 4) + 2 * 2 * ((3 * 8) + (8 * 3) + 3 * (3 * 5)) + (4 + 3) * 2 * 2 * 8
@@ -37,8 +37,10 @@ def test_language_model_by_hand():
 
 def test_padding_costs_nothing():
   rows = [pair_row([1, 7, 8, 10], [1, 7, 10]), pair_row([1, 10], [1, 5, 10])]
-  alone = flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], 6))
-  assert flops.reward_model_flops(SMALL, pair_batch([*rows, None, None], [0, 1, -1, -1], 30)) == alone
+  alone = flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0], [1]], 6, 1))
+  assert flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0], [1], [], []], 30, 1)) == alone
+  # Packed, and with room for pairs that are not there.
+  assert flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0, 1], []], 30, 5)) == alone
 
 
 def _dense(batch, length):

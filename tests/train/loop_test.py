@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import types
@@ -76,6 +77,42 @@ def test_every_step_is_logged_once_with_every_field(finished):
     assert sum(row['reward_histogram']['chosen']) == sum(row['reward_histogram']['rejected']) == BATCH
     assert row['margin'] == pytest.approx(row['chosen_reward'] - row['rejected_reward'], abs=1e-6)
     assert row['grad_norm'] > 0 and row['tokens_per_second'] > 0 and row['mfu'] > 0
+
+
+def test_padding_is_what_the_tokens_leave_of_the_slots(finished):
+  context = finished.context
+  tokens = pipeline.PairTokens(context.triplets('train'), context.template())
+  plan = pipeline.BatchPlan(BATCH)
+  pack = pipeline.plan_packing(tokens, plan, None, steps=STEPS, seed=context.config.seed)
+  batches = pipeline.pair_batches(tokens, plan, pack, steps=STEPS, seed=context.config.seed)
+  assert pack.pairs > 1
+  expected = [1 - np.mean(batches[s].end_BT > batches[s].start_BT) for s in range(STEPS)]
+  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
+  assert [row['pad_fraction'] for row in rows] == pytest.approx(expected)
+  assert finished.summary['pad_fraction'] == pytest.approx(np.mean(expected))
+
+
+def test_steps_that_exceed_the_plan_are_trained_whole_and_said_once(tmp_path, finished, make_context, monkeypatch):
+  plan_packing = pipeline.plan_packing
+
+  def too_few(*args, **kwargs):
+    pack = plan_packing(*args, **kwargs)
+    needed.append(pack.rows)
+    return pack._replace(rows=1)
+
+  needed, log = [], []
+  monkeypatch.setattr(stages.pipeline, 'plan_packing', too_few)
+  stages.pretrain(make_context(tmp_path, log))
+  assert needed[0] > 1 and log[0] == f'pretrain: step 1 needs {needed[0]} rows, planned 1: one more compilation'
+  sizes = [re.search(r'step \d+ needs (\d+) rows, planned 1: one more compilation$', line)[1] for line in log]
+  assert len(sizes) == len(set(sizes)) < STEPS
+  rows, expected = (
+    [{k: r[k] for k in ('loss', 'tokens', 'validation_loss') if k in r} for r in read_metrics(f)]
+    for f in (tmp_path / 'pretrain', finished.folder)
+  )
+  assert len(rows) == len(expected)
+  for row, other in zip(rows, expected, strict=True):
+    assert row == pytest.approx(other, rel=1e-4)
 
 
 def test_tokens_are_those_of_the_rows_that_were_read(finished):
@@ -163,6 +200,8 @@ def test_changed_settings_are_refused_by_name(resumable, make_context, monkeypat
     stages.pretrain(make_context(resumable, seed=1))
   forbid_training(monkeypatch)  # what only watches the run may change
   stages.pretrain(make_context(resumable, log_every=1, checkpointing=CheckpointingConfig(every_steps=7)))
+  packing = dataclasses.replace(make_context(resumable).config.data, row_length=256)
+  stages.pretrain(make_context(resumable, data=packing))
 
 
 def at_rest(make_context, *args, **changes):
@@ -215,9 +254,18 @@ def poison(row, in_gradient=False):
     if in_gradient:  # the root of zero is zero; its slope is infinite
       return loss + jnp.any(hit) * jnp.sqrt(jnp.sum(jnp.square(model.v_head[...] * 0))), sums, rows
     bad = jnp.where(hit[..., None], jnp.nan, rows['rewards_BPC'])
-    return loss + jnp.sum(jnp.where(hit, bad[..., 0], 0.0)), sums, {'rewards_BPC': bad}
+    return loss + jnp.sum(jnp.where(hit, bad[..., 0], 0.0)), sums, rows | {'rewards_BPC': bad}
 
   return dataclasses.replace(RANKING, loss_sums=loss_sums)
+
+
+def beside(row, context, multiple):
+  """The rows of the data that share a row of the batch with `row`, and itself."""
+  tokens, order = pipeline.PairTokens(context.triplets('train'), context.template()), {'steps': STEPS, 'seed': context.config.seed}
+  plan = pipeline.BatchPlan(BATCH, multiple)
+  batches = pipeline.pair_batches(tokens, plan, pipeline.plan_packing(tokens, plan, None, **order), **order)
+  index_BP = batches[where_is(row, context) - 1].index_BP
+  return sorted(i for i in index_BP[(index_BP == row).any(axis=1)][0].tolist() if i >= 0)
 
 
 def where_is(row, context):
@@ -235,10 +283,18 @@ def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monke
   context = make_context(
     tmp_path, devices=devices, accumulation=accumulation, evaluate_every=None, checkpointing=CheckpointingConfig(every_steps=1)
   )
-  row = row_of_step(4, context)
+  row, plan_packing = row_of_step(4, context), pipeline.plan_packing
+
+  def roomy(*args, **kwargs):  # every row has a padding pair, which must not be named
+    pack = plan_packing(*args, **kwargs)
+    return pack._replace(pairs=pack.pairs + 1)
+
+  monkeypatch.setattr(pipeline, 'plan_packing', roomy)
   monkeypatch.setattr(stages, 'RANKING', poison(row))
-  with pytest.raises(loop.NonFiniteError, match=rf'pretrain: step 4 has loss nan.*rows \[{row}\]$'):
+  named = beside(row, context, devices * accumulation)
+  with pytest.raises(loop.NonFiniteError, match=rf'pretrain: step 4 has loss nan.*rows {re.escape(str(named))}$'):
     stages.pretrain(context)
+  assert row in named and len(named) < BATCH
   assert [r['step'] for r in read_metrics(tmp_path / 'pretrain')] == [1, 2, 3]
   assert checkpoints(tmp_path / 'pretrain') == [2, 3]  # the newest two, all of them sound
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(parameters(tmp_path / 'pretrain', context)))

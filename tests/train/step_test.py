@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, TrainConfig
+from polar_jax.data.packing import first_fit
 from polar_jax.data.rows import pair_batch, pair_row, text_batch
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
@@ -20,19 +21,23 @@ CONFIG = ModelConfig(
 # A large eps: with the usual one, an entry whose gradient is rounding noise would still move by a whole learning rate.
 TRAIN = TrainConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3, weight_decay=0.1)
 MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
-PADDED, REAL, LENGTH = 16, 13, 24
+PADDED, REAL, LENGTH, MOST = 16, 30, 32, 4
+COUNT = REAL - 4  # pairs that are not masked
 
 
-def _batch(seed=0, real=REAL):
-  """13 real pairs of ragged length on 16 rows; three of them, spread out, are masked too."""
+def _batch(seed=0, packed=True):
+  """30 triplets of ragged length on 16 rows, two of which are empty, or each on a row of its own; a few are masked too."""
   rng = np.random.default_rng(seed)
-  rows = []
-  for _ in range(real):
+  triplets = []
+  for _ in range(REAL):
     prefix = rng.integers(1, 39, rng.integers(2, 8)).tolist()
-    rows.append(pair_row(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
-  batch = pair_batch([*rows, *[None] * (PADDED - real)], [*range(real), *[-1] * (PADDED - real)], LENGTH)
+    triplets.append(pair_row(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
+  rows = first_fit([len(t.tokens) for t in triplets], LENGTH, MOST) if packed else [[i] for i in range(REAL)]
+  padded = PADDED if packed else 2 * PADDED
+  assert len(rows) <= padded - 2
+  batch = pair_batch(triplets, range(REAL), [*rows, *[[]] * (padded - len(rows))], LENGTH, MOST if packed else 1)
   # Micro-batches of rows (a, a + A, ...) then hold different numbers of pairs for every A.
-  batch.pair_mask_BP[[0, 4, 6]] = 0
+  batch.pair_mask_BP[np.isin(batch.index_BP, [3, 11, 12, 20])] = 0
   return batch
 
 
@@ -54,7 +59,7 @@ def _steps(mesh_config, accumulation=1, steps=1, objective=RANKING, batches=None
     first = None
     for s in range(steps):
       batch = _batch(s) if batches is None else batches
-      state, out = functions.train(state, step_lib.to_device(batch, mesh, len(batch.tokens_BT)))
+      state, out = functions.train(state, step_lib.to_device(batch, mesh))
       first = first or jax.device_get((out, state.opt_state[0].trace, state.params))
   return functions, state, first
 
@@ -76,15 +81,31 @@ def _assert_same(one, other, atol=1e-5):
 def test_the_mean_is_over_real_pairs_only(single):
   out, _, _ = single
   batch = _batch()
-  real = batch.pair_mask_BP[:, 0] > 0
-  assert real.sum() == 10
-  rewards = out['rows']['rewards_BPC'][real, 0].astype(np.float64)
+  real = batch.pair_mask_BP > 0
+  assert real.sum() == COUNT and real.sum(axis=1).max() > 1
+  rewards = out['rows']['rewards_BPC'][real].astype(np.float64)
   margin = rewards[:, 0] - rewards[:, 1]
   scalars = out['scalars']
   np.testing.assert_allclose(scalars['loss'], np.log1p(np.exp(-margin)).mean(), rtol=1e-5)
   np.testing.assert_allclose(scalars['margin'], margin.mean(), rtol=1e-5)
   np.testing.assert_allclose(scalars['accuracy'], ((margin > 0) + (margin == 0) / 2).mean(), rtol=1e-5)
   np.testing.assert_allclose(scalars['chosen_reward'], rewards[:, 0].mean(), rtol=1e-4)
+
+
+def test_packing_changes_nothing(single):
+  """The same triplets, several in a row or each in its own: loss, metrics, gradients, and each triplet's rewards."""
+  out, gradients, params = single
+  alone, expected_gradients, expected_params = _steps(None, batches=_batch(packed=False))[2]
+  for name, value in alone['scalars'].items():
+    np.testing.assert_allclose(out['scalars'][name], value, rtol=1e-6 if name == 'loss' else 1e-5, err_msg=name)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradients, expected_gradients)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, expected_params)
+  by_triplet = []
+  for rows in (out['rows'], alone['rows']):
+    real = rows['index'] >= 0
+    by_triplet.append(rows['rewards_BPC'][real][np.argsort(rows['index'][real])])
+  assert len(by_triplet[0]) == REAL
+  np.testing.assert_allclose(*by_triplet, atol=3e-6)
 
 
 def test_norms_are_those_of_gradients_and_new_parameters(single):
@@ -123,8 +144,8 @@ def _assert_layout(x, expected):
 
 @pytest.mark.parametrize(('accumulation', 'mesh'), [(2, None), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))])
 def test_accumulation_changes_nothing(single, accumulation, mesh, capfd):
-  mask = _batch().pair_mask_BP[:, 0].reshape(-1, accumulation)
-  assert len(set(mask.sum(axis=0).tolist())) > 1  # micro-batches hold different numbers of pairs
+  mask = _batch().pair_mask_BP.reshape(-1, accumulation, MOST)
+  assert len(set(mask.sum(axis=(0, 2)).tolist())) > 1  # micro-batches hold different numbers of pairs
   _assert_same(_steps(mesh, accumulation)[2], single)
   assert 'rematerialization' not in capfd.readouterr().err
 
@@ -158,13 +179,13 @@ def test_training_learns_one_batch():
     state = functions.init(jax.random.key(0), None)
     losses = []
     for _ in range(40):
-      state, out = functions.train(state, step_lib.to_device(batch, mesh, PADDED))
+      state, out = functions.train(state, step_lib.to_device(batch, mesh))
       losses.append(float(out['scalars']['loss']))
-    evaluated = jax.device_get(functions.evaluate(state.params, step_lib.to_device(batch, mesh, PADDED)))
+    evaluated = jax.device_get(functions.evaluate(state.params, step_lib.to_device(batch, mesh)))
   assert losses[-1] < 0.05 < losses[0]
-  assert evaluated['count'] == 10
-  assert evaluated['sums']['accuracy'] == 10
-  assert evaluated['sums']['loss'] / 10 < losses[-1] + 0.01
+  assert evaluated['count'] == COUNT
+  assert evaluated['sums']['accuracy'] == COUNT
+  assert evaluated['sums']['loss'] / COUNT < losses[-1] + 0.01
 
 
 def test_a_start_replaces_what_it_holds_and_nothing_else():
@@ -189,14 +210,14 @@ def _born(mesh_config):
     return jax.device_get(step_lib.build(RANKING, CONFIG, _optimizer(), mesh).init(jax.random.key(5), None).params)
 
 
-def test_local_rows_are_all_rows_on_one_process():
-  for name in MESHES:
-    assert step_lib.local_rows(_mesh(MESHES[name]), 16) == (0, 16)
+def test_one_process_holds_every_shard():
+  for name, shards in {'8x1': 8, '4x2': 4, '2x2x2': 4}.items():
+    assert step_lib.local_share(_mesh(MESHES[name])) == (0, shards, shards)
 
 
 def test_to_device_lays_rows_over_data_and_fsdp():
   mesh = _mesh(MESHES['2x2x2'])
-  batch = step_lib.to_device(_batch(), mesh, PADDED)
+  batch = step_lib.to_device(_batch(), mesh)
   assert batch.tokens_BT.sharding.spec == P(('data', 'fsdp'))
   assert batch.tokens_BT.addressable_shards[0].data.shape == (4, LENGTH)
   np.testing.assert_array_equal(jnp.asarray(batch.tokens_BT), _batch().tokens_BT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,13 +28,12 @@ Interval = tuple[jax.Array, jax.Array]  # start_BT, end_BT: the keys [start, end
 class Backend(Protocol):
   """Softmax attention of each query over the keys [start, end), with softmax in float32 and scale head_dim ** -0.5."""
 
-  def __call__(
-    self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def __call__(self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, /, *bounds_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(out_BTNH in the dtype of q, lse_BTN in float32: the log of the sum of exponentials of the scaled logits).
 
     Differentiable in q, k and v through both outputs. A query with an empty interval gives out 0 and lse `reference.EMPTY`, and
-    no gradient. N is a multiple of K: query head n reads key head n // (N / K). T and S may differ.
+    no gradient. N is a multiple of K: query head n reads key head n // (N / K). T and S may differ. `bounds_BT` are the start and
+    the end of the interval; a backend that takes several gets them one after another.
     """
 
 
@@ -43,6 +43,7 @@ BACKENDS: dict[str, Backend] = {
   'tpu': tpu.attend,
   'gpu': gpu.attend,
 }
+_ONE_INTERVAL = ('tpu', 'gpu')
 
 
 def choose(name: str) -> str:
@@ -59,8 +60,12 @@ def attend(name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, i
 
   Runs on whatever mesh is set: rows and heads stay on the devices that hold them.
   """
-  parts = [_attend_sharded(name, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT) for start_BT, end_BT in intervals]
-  return functools.reduce(_merge, parts)[0]
+  chosen = choose(name)
+  if chosen in _ONE_INTERVAL and q_BTNH.shape[1] < _FEW_QUERIES:
+    chosen = 'reference'
+  if chosen not in _ONE_INTERVAL:
+    return _attend_sharded(chosen, q_BTNH, k_BSKH, v_BSKH, *itertools.chain(*intervals))[0]
+  return functools.reduce(_merge, (_attend_sharded(chosen, q_BTNH, k_BSKH, v_BSKH, *interval) for interval in intervals))[0]
 
 
 def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -72,14 +77,11 @@ def _merge(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array])
 
 
 def _attend_sharded(
-  name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
+  name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *bounds_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  chosen = choose(name)
-  if chosen in ('tpu', 'gpu') and q_BTNH.shape[1] < _FEW_QUERIES:
-    chosen = 'reference'
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
-    return BACKENDS[chosen](q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+    return BACKENDS[name](q_BTNH, k_BSKH, v_BSKH, *bounds_BT)
   shards, heads, kv_heads = mesh.shape['tensor'], q_BTNH.shape[2], k_BSKH.shape[2]
   split = shards if heads % shards == 0 else 1
   if kv_heads % split:
@@ -90,8 +92,8 @@ def _attend_sharded(
   per_head = sharding.spec('batch', 'length', 'heads' if split > 1 else None)
   # Kernels and loops are opaque to the partitioner, which would gather whole batches around them.
   return jax.shard_map(
-    BACKENDS[chosen],
-    in_specs=(per_head, per_head, per_head, rows, rows),
+    BACKENDS[name],
+    in_specs=(per_head,) * 3 + (rows,) * len(bounds_BT),
     out_specs=(per_head, per_head),
     check_vma=False,
-  )(q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
+  )(q_BTNH, k_BSKH, v_BSKH, *bounds_BT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,16 +14,15 @@ EMPTY = -1e30
 SAVED = 'attention'
 
 
-def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """See `polar_jax.model.attention.Backend`."""
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *bounds_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """See `polar_jax.model.attention.Backend`; takes any number of intervals."""
   batch, length, heads, head_dim = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
   logits_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
   key_11S = jnp.arange(k_BSKH.shape[1])[None, None]
-  seen_BTS = (key_11S >= start_BT[:, :, None]) & (key_11S < end_BT[:, :, None])
+  intervals = zip(bounds_BT[::2], bounds_BT[1::2], strict=True)
+  seen_BTS = functools.reduce(jnp.logical_or, ((key_11S >= s[..., None]) & (key_11S < e[..., None]) for s, e in intervals))
   seen_B11TS = seen_BTS[:, None, None]
   # A finite floor keeps rows without any key finite; the mask is applied again after the exponential so that they sum to zero.
   logits_BKGTS = jnp.where(seen_B11TS, logits_BKGTS, EMPTY)

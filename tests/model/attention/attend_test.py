@@ -54,9 +54,12 @@ def test_on_a_mesh(backend, heads, kv_heads, make_case, monkeypatch):
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize('backend', ['reference', 'chunked'])
-def test_two_intervals_are_one_softmax(backend, make_case):
+@pytest.mark.parametrize('backend', ['reference', 'chunked', 'merged'])
+def test_two_intervals_are_one_softmax(backend, make_case, monkeypatch):
   """Split anywhere, an interval gives what it gives whole: values and gradients; also where one part, or both, are empty."""
+  monkeypatch.setattr(attention, 'BACKENDS', {**attention.BACKENDS, 'merged': reference.attend})
+  monkeypatch.setattr(attention, '_ONE_INTERVAL', ('merged',))  # as kernels that take one interval at a time
+  monkeypatch.setattr(attention, '_FEW_QUERIES', 1)
   q, k, v, start, end, out_gradient, _ = make_case(4, queries=9, keys=9)
   middle = (start + np.random.default_rng(0).integers(0, end - start + 1)).astype(np.int32)
   assert (middle == start).any() and (middle == end).any() and ((middle > start) & (middle < end)).any()
@@ -88,6 +91,6 @@ def test_chunked_visits_only_tiles_in_which_something_is_seen():
   end = np.zeros((1, length), np.int32)
   start[0, 20:28], end[0, 20:28] = 40, 41  # two query blocks see one key block
   start[0, 60], end[0, 60] = 7, 9  # one query sees the last key of a block and the first of the next
-  tiles = chunked._list_tiles(*(a.reshape(1, -1, block) for a in (start, end)), length // block, block)
+  tiles = chunked._list_tiles(tuple(a.reshape(1, -1, block) for a in (start, end)), length // block, block)
   visited = {tuple(int(a[i]) for a in tiles[:3]) for i in range(int(tiles.count))}
   assert visited == {(0, 2, 5), (0, 3, 5), (0, 7, 0), (0, 7, 1)}

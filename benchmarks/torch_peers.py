@@ -1,0 +1,120 @@
+"""The same reward model in torch: a plain training loop, and TRL's RewardTrainer. Needs the extra `bench`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+from trl import RewardConfig, RewardTrainer
+
+from polar_jax.config import ModelConfig
+
+LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
+
+
+def make_model(config: ModelConfig, params: dict[str, Any]) -> LlamaForSequenceClassification:
+  """Llama with our parameters: attention by torch's sdpa, float32, no dropout, no gradient checkpointing."""
+  model = LlamaForSequenceClassification(
+    LlamaConfig(
+      vocab_size=config.vocab_size,
+      hidden_size=config.d_model,
+      intermediate_size=config.d_ff,
+      num_hidden_layers=config.num_layers,
+      num_attention_heads=config.num_heads,
+      num_key_value_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      rope_theta=config.rope_theta,
+      rms_norm_eps=config.norm_eps,
+      max_position_embeddings=4_096,
+      num_labels=1,
+      pad_token_id=0,
+      use_cache=False,
+      attn_implementation='sdpa',
+    )
+  ).float()
+  decoder, layers = params['decoder'], params['decoder']['layers']
+  tensors = {'model.embed_tokens.weight': decoder['embedding'], 'model.norm.weight': decoder['norm'], 'score.weight': params['v_head'][None]}
+  names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}
+  for i in range(config.num_layers):
+    at = f'model.layers.{i}.'
+    for ours, theirs in names.items():
+      tensors[f'{at}{theirs}.weight'] = layers[ours][i].reshape(config.d_model, -1).T
+    tensors[f'{at}self_attn.o_proj.weight'] = layers['wo'][i].reshape(-1, config.d_model).T
+    tensors[f'{at}mlp.down_proj.weight'] = layers['w_down'][i].T
+    tensors[f'{at}input_layernorm.weight'] = layers['attention_norm'][i]
+    tensors[f'{at}post_attention_layernorm.weight'] = layers['mlp_norm'][i]
+  model.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
+  return model
+
+
+class PlainLoop:
+  """Forward, backward, clip, AdamW on the two sequences of every pair."""
+
+  def __init__(self, model: LlamaForSequenceClassification, chosen: np.ndarray, rejected: np.ndarray):
+    self._model, self._pairs = model, len(chosen)
+    self._tokens = torch.tensor(np.concatenate([chosen, rejected])).long()
+    self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+  def step(self) -> float:
+    """One step; returns its loss."""
+    rewards = self._model(input_ids=self._tokens).logits[:, 0]
+    loss = torch.nn.functional.softplus(rewards[self._pairs :] - rewards[: self._pairs]).mean()
+    self._optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
+    self._optimizer.step()
+    return float(loss.detach())
+
+
+class _StepTimes(TrainerCallback):
+  def __init__(self) -> None:
+    self.seconds: list[float] = []
+
+  def on_step_begin(self, *_: Any, **__: Any) -> None:
+    self._started = time.perf_counter()
+
+  def on_step_end(self, *_: Any, **__: Any) -> None:
+    self.seconds.append(time.perf_counter() - self._started)
+
+
+class Trl:
+  """TRL's RewardTrainer on the same pairs. It turns on bfloat16 and gradient checkpointing and drops long rows unless told not to."""
+
+  def __init__(self, model: LlamaForSequenceClassification, chosen: np.ndarray, rejected: np.ndarray, folder: str):
+    words = Tokenizer(WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<pad>'))  # the rows are token ids already
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>')
+    settings = RewardConfig(
+      output_dir=folder,
+      per_device_train_batch_size=len(chosen),
+      max_steps=1,
+      max_length=None,
+      learning_rate=LEARNING_RATE,
+      lr_scheduler_type='constant',
+      max_grad_norm=CLIP_NORM,
+      bf16=False,
+      gradient_checkpointing=False,
+      disable_dropout=True,
+      use_cpu=True,
+      report_to=[],
+      save_strategy='no',
+      logging_strategy='no',
+      disable_tqdm=True,
+      seed=0,
+    )
+    rows = Dataset.from_dict({'chosen_ids': chosen.tolist(), 'rejected_ids': rejected.tolist()})
+    self._times = _StepTimes()
+    self._trainer = RewardTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[self._times])
+
+  def step(self) -> float:
+    """Seconds of one step as the trainer takes it, without its start and the fetching of the batch."""
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      self._trainer.train()
+    return self._times.seconds[-1]
