@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import timing
+import torch_peers
 from flax import nnx
 
 from polar_jax import sharding
@@ -100,8 +101,8 @@ class Ours:
     self.losses.append(float(out['scalars']['loss']))
 
 
-def group_scoring(rounds: int, params: dict[str, Any], mesh: Any) -> dict[str, list[float]]:
-  """Seconds of scoring CANDIDATES candidates of one prompt and reference, as one group and as rows."""
+def group_scoring(rounds: int, params: dict[str, Any], torch_model: Any) -> dict[str, list[float]]:
+  """Seconds of scoring CANDIDATES candidates of one prompt and reference: as one group, as rows, and as rows in torch."""
   ids = draw(1, CANDIDATES)
   (part,) = lay_out(list(ids[0]), ids.size, CANDIDATES)
   group = group_batch([part], [0], [[0]], len(part.tokens), CANDIDATES)
@@ -112,7 +113,11 @@ def group_scoring(rounds: int, params: dict[str, Any], mesh: Any) -> dict[str, l
   difference = float(jnp.max(jnp.abs(score(params, group) - rows(params, plain))))
   print(f'{CANDIDATES} candidates as one group of {len(part.tokens):,} tokens and as {CANDIDATES} rows: rewards differ by {difference:.1e}')
   assert difference < 1e-4
-  calls = {'group': lambda: _wait(score(params, group)), 'rows': lambda: _wait(rows(params, plain))}
+  calls = {
+    'group': lambda: _wait(score(params, group)),
+    'rows': lambda: _wait(rows(params, plain)),
+    'torch rows': torch_peers.scorer(torch_model, ids[0]),
+  }
   return timing.alternate(calls, rounds)
 
 
@@ -125,8 +130,6 @@ def main() -> None:
   parser.add_argument('--pairs', type=int, default=2, help='triplets of a step')
   parser.add_argument('--rounds', type=int, default=7)
   args = parser.parse_args()
-  import torch_peers  # after JAX: both then see the same memory settings
-
   torch_peers.torch.set_num_threads(THREADS)
   ids = draw(args.pairs, 2)
   one, two = shared_rows(ids), plain_rows(ids)
@@ -143,7 +146,7 @@ def main() -> None:
       'TRL': trl.step,
     }
     seconds = timing.alternate(steps, args.rounds)
-    scoring = group_scoring(args.rounds, ours.params, mesh)
+    scoring = group_scoring(args.rounds, ours.params, torch_peers.make_model(MODEL, ours.params))
   parameters = sum(p.size for p in jax.tree.leaves(ours.params))
   print(f'{parameters / 1e6:.1f}M parameters, {args.pairs} triplets a step, {THREADS} threads, float32')
   print(f'first loss: one row {ours.losses[0]:.6f}, two rows {ours_two.losses[0]:.6f}, torch {torch_losses[0]:.6f}')
@@ -160,6 +163,7 @@ def main() -> None:
     ratio_vs_trl=timing.ratio(seconds['TRL'], seconds['one row']),
     row_ratio_vs_torch=timing.ratio(seconds['torch'], seconds['two rows']),
     group_speedup_k8=timing.ratio(scoring['rows'], scoring['group']),
+    group_speedup_k8_vs_torch=timing.ratio(scoring['torch rows'], scoring['group']),
     tokens_saved=1 - one.tokens_BT.size / two.tokens_BT.size,
     one_row_seconds=statistics.median(seconds['one row']),
     parameters=parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,17 @@ def make_model(config: ModelConfig, params: dict[str, Any]) -> LlamaForSequenceC
     tensors[f'{at}post_attention_layernorm.weight'] = layers['mlp_norm'][i]
   model.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
   return model
+
+
+def scorer(model: LlamaForSequenceClassification, rows: np.ndarray) -> Callable[[], None]:
+  """Scores rows of token ids, all in one batch."""
+  tokens = torch.tensor(rows).long()
+
+  def score() -> None:
+    with torch.inference_mode():
+      model(input_ids=tokens)
+
+  return score
 
 
 class PlainLoop:

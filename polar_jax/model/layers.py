@@ -86,7 +86,9 @@ def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[j
   """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
   inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h[None, None]
-  return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+  # A loop, because XLA fuses nothing into or out of one: it would compute the tables anew for every head of every unrolled layer.
+  cos_BTh, sin_BTh = jax.lax.map(lambda sine: jnp.where(sine, jnp.sin(angle_BTh), jnp.cos(angle_BTh)), jnp.array([False, True]))
+  return cos_BTh, sin_BTh
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
