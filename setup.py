@@ -31,13 +31,12 @@ PARQUET = ['pyarrow>=17']
 
 EXTRAS = {
   'parquet': PARQUET,  # user data in .parquet
-  'tpu': ['jax[tpu]>=0.10.2,<0.13'],
+  'tpu': ['jax[tpu]>=0.10.2,<0.13'],  # its libtpu also compiles for TPUs on machines that have none, which tests do
   # tokamax exactly: the operators and the Mask(k_start, k_end) that we call are not in its public interface.
   'cuda': ['jax[cuda13]>=0.10.2,<0.13', 'tokamax==0.0.12'],
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
-  # libtpu compiles kernels for TPUs on machines that have none; its version belongs to a version of jaxlib.
-  'test': ['pytest>=8.3', 'hypothesis>=6.100', 'libtpu>=0.0.42; sys_platform == "linux" and platform_machine == "x86_64"', *PARQUET],
+  'test': ['pytest>=8.3', 'hypothesis>=6.100', *PARQUET],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1'],  # exact: another version formats and judges differently
 }
 

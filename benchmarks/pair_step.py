@@ -152,9 +152,7 @@ def main() -> None:
   print(f'first loss: one row {ours.losses[0]:.6f}, two rows {ours_two.losses[0]:.6f}, torch {torch_losses[0]:.6f}')
   assert max(abs(ours.losses[0] - other) for other in (ours_two.losses[0], torch_losses[0])) < 1e-4
   tokens = {'one row': one.tokens_BT.size} | dict.fromkeys(('two rows', 'torch', 'TRL'), two.tokens_BT.size)
-  rows = [
-    (name, f'{tokens[name]:,}', timing.milliseconds(v), f'{timing.ratio(v, seconds["one row"]):.2f}') for name, v in seconds.items()
-  ]
+  rows = [(name, f'{tokens[name]:,}', timing.milliseconds(v), f'{timing.ratio(v, seconds["one row"]):.2f}') for name, v in seconds.items()]
   rows += [(f'score {CANDIDATES}: {name}', '', timing.milliseconds(v), '') for name, v in scoring.items()]
   print(timing.table(('step', 'tokens', 'ms: median [range]', 'times one row'), rows))
   timing.report(

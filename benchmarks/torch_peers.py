@@ -41,7 +41,11 @@ def make_model(config: ModelConfig, params: dict[str, Any]) -> LlamaForSequenceC
     )
   ).float()
   decoder, layers = params['decoder'], params['decoder']['layers']
-  tensors = {'model.embed_tokens.weight': decoder['embedding'], 'model.norm.weight': decoder['norm'], 'score.weight': params['v_head'][None]}
+  tensors = {
+    'model.embed_tokens.weight': decoder['embedding'],
+    'model.norm.weight': decoder['norm'],
+    'score.weight': params['v_head'][None],
+  }
   names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}
   for i in range(config.num_layers):
     at = f'model.layers.{i}.'

@@ -154,7 +154,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  batch_size: int = _field(64, low=1)
+  rows: int = _field(16, low=1)  # of a scored batch; a row holds several groups of candidates
   bootstrap: int = _field(2_000, low=100)  # resamples for the 95% intervals
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import os
+import pathlib
 import sys
 
 # Parameters of mallopt(3).
@@ -13,18 +12,20 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def runs_on_cpu() -> bool:
-  """Whether JAX will run on CPUs, told without starting it: asked to, or no accelerator's plugin is installed."""
+  """Whether JAX will run on CPUs, told without starting it: asked to, or the system shows no accelerator."""
   asked = os.environ.get('JAX_PLATFORMS', '')
   if asked:
     return asked.split(',')[0] == 'cpu'
-  return importlib.util.find_spec('libtpu') is None and not importlib.metadata.entry_points(group='jax_plugins')
+  accelerators = ('nvidia[0-9]*', 'kfd', 'accel*', 'vfio/[0-9]*')
+  return not any(True for pattern in accelerators for _ in pathlib.Path('/dev').glob(pattern))
 
 
 def keep_freed_memory() -> bool:
   """Tells glibc to keep freed memory for the next allocation. Returns whether it did (elsewhere there is nothing to tell).
 
   XLA allocates the temporaries of a step anew each time, and glibc by default maps such blocks from the system and unmaps them:
-  a page fault per 4 KiB per step, a tenth of a CPU step's time. Call it before JAX starts its threads. Memory once used stays with the process.
+  a page fault per 4 KiB per step, a tenth of a CPU step's time. Call it before JAX starts its threads. Memory once used stays
+  with the process.
   """
   if not sys.platform.startswith('linux'):
     return False
@@ -33,4 +34,5 @@ def keep_freed_memory() -> bool:
     return False
   # Blocks of any size from the one arena that grows at its top, never trimmed: other arenas map and unmap large blocks.
   settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
-  return all([libc.mallopt(name, value) for name, value in settings])
+  taken = [libc.mallopt(name, value) for name, value in settings]
+  return all(taken)

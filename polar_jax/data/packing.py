@@ -37,8 +37,11 @@ class PackPlan(NamedTuple):
     return _round_up(needed, _round_up(max(self.rows // 16, 1), self.multiple))
 
 
-def first_fit(lengths: Sequence[int], capacity: int, most_per_row: int) -> list[list[int]]:
+def first_fit(lengths: Sequence[int], capacity: int, most_per_row: int, counts: Sequence[int] | None = None) -> list[list[int]]:
   """First-fit decreasing: the longest item first (ties in their order), each into the first row that has room.
+
+  Args:
+    most_per_row: items of a row, or the sum of their `counts`, at most.
 
   Returns:
     The items of each row, as indices into `lengths`, in the order in which they went in. No row is empty.
@@ -49,14 +52,19 @@ def first_fit(lengths: Sequence[int], capacity: int, most_per_row: int) -> list[
   sizes = np.asarray(lengths, np.int64)
   if sizes.size and sizes.max() > capacity:
     raise ValueError(f'an item of {sizes.max()} does not fit a row of {capacity}')
+  weights = np.ones(len(sizes), np.int64) if counts is None else np.asarray(counts, np.int64)
+  if weights.size and weights.max() > most_per_row:
+    raise ValueError(f'an item that counts {weights.max()} does not fit a row of {most_per_row}')
   rows: list[list[int]] = []
-  room = np.full(len(sizes), capacity, np.int64)
+  room, places = np.full(len(sizes), capacity, np.int64), np.full(len(sizes), most_per_row, np.int64)
   for item in np.argsort(-sizes, kind='stable').tolist():
-    row = int(np.argmax(room[: len(rows) + 1] >= sizes[item]))  # the row after the last is empty and takes any
+    open_rows = slice(0, len(rows) + 1)  # the row after the last is empty and takes any
+    row = int(np.argmax((room[open_rows] >= sizes[item]) & (places[open_rows] >= weights[item])))
     if row == len(rows):
       rows.append([])
     rows[row].append(item)
-    room[row] = room[row] - sizes[item] if len(rows[row]) < most_per_row else -1
+    room[row] -= sizes[item]
+    places[row] -= weights[item]
   return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.evaluate import baselines, statistics
-from polar_jax.evaluate.scoring import Scorer
+from polar_jax.scoring import Scorer
 from polar_jax.synthesis import engine, pool
 from polar_jax.train import stages
 from polar_jax.train.checkpoint import FOLDER
@@ -43,11 +43,12 @@ def _trained(context: stages.Context, folder: str) -> bool:
 
 def _scorer(context: stages.Context, folder: str, use_reference: bool) -> Scorer:
   config = context.config
-  return Scorer(context.workdir / folder, context.model_config(), context.template(use_reference), context.mesh, config.evaluate.batch_size)
+  template, model = context.template(use_reference), context.model_config()
+  return Scorer.from_run(context.workdir / folder, model, template, context.mesh, rows=config.evaluate.rows)
 
 
 def _correct(scorer: Scorer, rows: Sequence[Triplet]) -> np.ndarray:
-  rewards_NC = scorer(rows).astype(np.float64)
+  rewards_NC = scorer.score_pairs(rows).astype(np.float64)
   return statistics.pair_correct(rewards_NC[:, 0], rewards_NC[:, 1])
 
 

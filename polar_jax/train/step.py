@@ -77,7 +77,6 @@ def build(
 
   abstract_model = nnx.eval_shape(lambda: make(jax.random.key(0)))
   graphdef, _ = nnx.split(abstract_model)
-  specs = sharding.param_specs(abstract_model)
 
   def init(key: jax.Array, start: dict[str, Any] | None) -> TrainState:
     params = nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
@@ -97,7 +96,7 @@ def build(
 
   abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
   replicated = NamedSharding(mesh, PartitionSpec())
-  param_shardings = jax.tree.map(lambda s, a: sharding.fit(s, a.shape, mesh), specs, abstract.params)
+  param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
   opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
   shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)

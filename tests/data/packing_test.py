@@ -152,3 +152,10 @@ def test_real_answers_leave_less_than_five_percent_of_padding(data_folder):
     slots = [batches[s].end_BT > batches[s].start_BT for s in range(30)]
     assert 1 - sum(s.sum() for s in slots) / sum(s.size for s in slots) < 0.05
     assert len({s.shape for s in slots}) <= 6  # compilations
+
+
+def test_items_may_count_for_several():
+  lengths, counts = [5, 4, 3, 2, 1], [2, 2, 1, 1, 3]
+  assert packing.first_fit(lengths, 10, 4, counts) == [[0, 1], [2, 3], [4]]
+  with pytest.raises(ValueError, match='counts 3'):
+    packing.first_fit(lengths, 10, 2, counts)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from polar_jax.evaluate.scoring import Scorer
 
 from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig
 from polar_jax.data import pipeline
-from polar_jax.evaluate.scoring import Scorer
 from polar_jax.train import loop, stages
 from polar_jax.train.checkpoint import FOLDER, load_params
 from polar_jax.train.metrics import Progress, read_metrics

@@ -1,7 +1,8 @@
 """The one attention interface: every query sees one interval of keys.
 
 Causal, padded, packed and shared-prefix rows all fit it (see `polar_jax.data.rows`), so a mask is two integers per query and
-never an array of T x S; a candidate of a larger group sees two intervals (`polar_jax.data.groups`). `attend` picks the implementation and runs it on each device's rows and heads.
+never an array of T x S; a candidate of a larger group sees two intervals (`polar_jax.data.groups`). `attend` picks the
+implementation and runs it on each device's rows and heads.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from polar_jax.model.attention.reference import EMPTY, SAVED
 
 
 def _block(length: int) -> int:
-  """Queries and keys of a tile. Its matmuls run near a core's peak from 256 on; in short rows smaller tiles hold less that nobody sees."""
+  """Queries and keys of a tile: from 256 on its matmuls run near a core's peak; in short rows smaller tiles waste less."""
   return 256 if length >= 1024 else 128 if length > 768 else 64
 
 
@@ -39,7 +39,11 @@ class _Tiles(NamedTuple):
 def attend(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *bounds_BT: jax.Array, block: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """See `polar_jax.model.attention.Backend`; takes any number of intervals. `block`: queries and keys of a tile, by default by the length of the row."""
+  """See `polar_jax.model.attention.Backend`; takes any number of intervals.
+
+  Args:
+    block: queries and keys of a tile, by default by the length of the row.
+  """
   block = block or _block(k_BSKH.shape[1])
   batch, length, heads, head_dim = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]

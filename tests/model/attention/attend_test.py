@@ -35,7 +35,10 @@ def test_few_queries_do_not_start_a_kernel(make_case):
 @pytest.mark.parametrize('backend', ['reference', 'chunked', 'tpu'])
 def test_on_a_mesh(backend, heads, kv_heads, make_case, monkeypatch):
   """Rows over two axes, heads over a third; key heads that the devices do not divide, and query heads that they do not."""
-  small = {'chunked': functools.partial(chunked.attend, block=8), 'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True)}
+  small = {
+    'chunked': functools.partial(chunked.attend, block=8),
+    'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True),
+  }
   monkeypatch.setattr(attention, 'BACKENDS', {**attention.BACKENDS, **small})
   monkeypatch.setattr(attention, '_FEW_QUERIES', 1)
   q, k, v, start, end, out_gradient, _ = make_case(heads, batch=4, queries=12, keys=12, heads=heads, kv_heads=kv_heads, packed=True)

@@ -1,0 +1,121 @@
+"""Scores candidates with a reward model. Evaluation, PPO and serving all come here."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from polar_jax import sharding
+from polar_jax.config import ModelConfig
+from polar_jax.data import packing
+from polar_jax.data.groups import GroupPart, group_batch, lay_out
+from polar_jax.data.template import Template
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.train import step
+from polar_jax.train.checkpoint import load_params
+from polar_jax.train.objectives import RANKING
+from polar_jax.types import Group, Triplet, UserError
+
+# Without a row length one is chosen for the groups of a call: at least this many times their mean, so that they pack densely.
+_MEAN_LENGTHS = 4
+
+
+class Scorer:
+  """A reward model with its template. The candidates of a group share the computation of their prefix; rows hold several groups.
+
+  Every batch of every call has the same shape (rows, row_length, candidates) and so one compilation, unless `row_length` is left
+  to be chosen call by call.
+
+  Args:
+    params: of a RewardModel, as `step.TrainState.params` or `load_params` give them.
+    row_length: tokens of a row; a group that does not fit one is divided. None: chosen for each call.
+    rows: of a batch, rounded up to what the mesh divides.
+    candidates: of a row, at most.
+  """
+
+  def __init__(
+    self,
+    params: dict[str, Any],
+    model: ModelConfig,
+    template: Template,
+    mesh: Mesh,
+    *,
+    row_length: int | None = None,
+    rows: int = 16,
+    candidates: int = 64,
+  ):
+    self.params = params
+    self._template, self._mesh, self._row_length, self._candidates = template, mesh, row_length, candidates
+    shards = sharding.batch_shards(mesh)
+    self._rows = -(-rows // shards) * shards
+    abstract = _abstract_model(model)
+    graphdef, _ = nnx.split(abstract)
+    self._forward = jax.jit(
+      lambda params, batch: nnx.merge(graphdef, params).score(batch),
+      in_shardings=(jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract, mesh)), sharding.batch_sharding(mesh)),
+      out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+  @classmethod
+  def from_run(cls, folder: pathlib.Path, model: ModelConfig, template: Template, mesh: Mesh, **shape: Any) -> Scorer:
+    """With the parameters of the newest checkpoint of a training run."""
+    params = load_params(folder, sharding.abstract_params(_abstract_model(model), mesh), RANKING.name)
+    return cls(params, model, template, mesh, **shape)
+
+  def score(self, groups: Sequence[Group]) -> list[np.ndarray]:
+    """Rewards of each group's candidates, float32, in order. Groups may have any number of candidates, none included.
+
+    Raises:
+      UserError: a text is no text, or a candidate is longer than a row, naming the group and the candidate.
+    """
+    parts: list[GroupPart] = []
+    first: list[int] = []  # number of the first candidate of each part's group
+    starts = np.concatenate([[0], np.cumsum([len(group.candidates) for group in groups], dtype=int)])
+    for g, group in enumerate(groups):
+      try:
+        sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper)
+        made = lay_out(sequences, self._row_length or sum(map(len, sequences)), self._candidates)
+      except UserError as error:
+        raise UserError(f'group {g}: {error}') from error
+      parts += made
+      first += [int(starts[g])] * len(made)
+    rewards = np.full(starts[-1], np.nan, np.float32)
+    for index_BQ, rewards_BQ in self._batches(parts, first):
+      rewards[index_BQ[index_BQ >= 0]] = rewards_BQ[index_BQ >= 0]
+    return np.split(rewards, starts[1:-1]) if groups else []
+
+  def score_pairs(self, triplets: Sequence[Triplet]) -> np.ndarray:
+    """Rewards (rows, 2): of the chosen and of the rejected candidate, float32."""
+    groups = [Group(t.prompt, t.reference, (t.chosen, t.rejected), t.wrapper) for t in triplets]
+    return np.array(self.score(groups), np.float32).reshape(-1, 2)
+
+  def _batches(self, parts: Sequence[GroupPart], first: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(which candidates, their rewards) of every batch; the host lays out one while the device scores the one before."""
+    if not parts:
+      return []
+    lengths = [len(part.tokens) for part in parts]
+    row_length = self._row_length or _choose_row_length(lengths)
+    packed = packing.first_fit(lengths, row_length, self._candidates, [len(part.candidates) for part in parts])
+    packed += [[]] * (-len(packed) % self._rows)
+    share, scored = step.local_share(self._mesh).rows(self._rows), []
+    with jax.set_mesh(self._mesh):
+      for low in range(0, len(packed), self._rows):
+        batch = group_batch(parts, first, packed[low : low + self._rows], row_length, self._candidates)
+        mine = step.to_device(jax.tree.map(lambda a: a[share], batch), self._mesh)
+        scored.append((batch.index_BQ, self._forward(self.params, mine)))
+    return jax.device_get(scored)
+
+
+def _abstract_model(model: ModelConfig) -> RewardModel:
+  return nnx.eval_shape(lambda: RewardModel(model, rngs=nnx.Rngs(params=0)))
+
+
+def _choose_row_length(lengths: Sequence[int]) -> int:
+  wanted = max(max(lengths), _MEAN_LENGTHS * sum(lengths) / len(lengths))
+  return -(-int(wanted) // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE

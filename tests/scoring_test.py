@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from polar_jax import sharding
+from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import load_tokenizer
+from polar_jax.scoring import Scorer
+from polar_jax.train import step as step_lib
+from polar_jax.train.checkpoint import Checkpointer
+from polar_jax.train.objectives import RANKING
+from polar_jax.types import Group, Triplet, UserError
+
+
+@pytest.fixture(scope='module')
+def make_scorer(tmp_path_factory):
+  """A scorer of random parameters, on a number of devices."""
+  folder = tmp_path_factory.mktemp('scored')
+  template = Template(TemplateConfig(), load_tokenizer(TokenizerConfig(kind='byte'), folder / 'none'))
+  sizes = {'num_layers': 2, 'd_model': 16, 'd_ff': 32, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
+  model = ModelConfig(vocab_size=template.tokenizer.vocab_size, init_std=0.3, v_head_init='normal', **sizes)
+
+  def mesh(devices):
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+
+  with jax.set_mesh(mesh(1)):
+    state = step_lib.build(RANKING, model, optax.identity(), mesh(1)).init(jax.random.key(0), None)
+  checkpointer = Checkpointer(folder, CheckpointingConfig(), 'none', False)
+  checkpointer.save(1, state, {}, {'objective': RANKING.name}, {})
+  checkpointer.close()
+  return lambda devices=1, **shape: Scorer.from_run(folder, model, template, mesh(devices), **shape)
+
+
+def _word(rng):
+  return 'abcdefgh'[: rng.integers(0, 9)] * int(rng.integers(1, 4))
+
+
+@pytest.fixture(scope='module')
+def groups():
+  """Groups of 0 to 7 candidates."""
+  rng = np.random.default_rng(0)
+  return [Group(_word(rng), _word(rng), [_word(rng) for _ in range(k)]) for k in (3, 1, 0, 7, 2, 2, 5, 1)]
+
+
+@pytest.fixture(scope='module')
+def alone(make_scorer, groups):
+  """Rewards of every candidate of the groups, each scored in a call of its own."""
+  scorer = make_scorer(rows=1, row_length=256, candidates=1)
+  return [[float(scorer.score([Group(g.prompt, g.reference, [c])])[0][0]) for c in g.candidates] for g in groups]
+
+
+@pytest.mark.parametrize(
+  ('devices', 'shape'),
+  [
+    (1, {}),
+    (1, {'rows': 2, 'row_length': 128}),  # several batches
+    (1, {'rows': 1, 'row_length': 96, 'candidates': 3}),  # groups divided between rows
+    (8, {'rows': 3, 'row_length': 256}),
+  ],
+)
+def test_each_candidate_gets_the_reward_it_gets_alone(make_scorer, groups, alone, devices, shape):
+  rewards = make_scorer(devices, **shape).score(groups)
+  assert [len(r) for r in rewards] == [3, 1, 0, 7, 2, 2, 5, 1]
+  for got, expected in zip(rewards, alone, strict=True):
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+  assert len(np.unique(np.concatenate(rewards).round(4))) > 15  # an exchange would be seen
+
+
+def test_calls_of_any_size_share_one_compilation(make_scorer, groups):
+  scorer = make_scorer(rows=2, row_length=128)
+  for some in (groups, groups[:1], groups[3:5]):
+    scorer.score(some)
+  assert scorer._forward._cache_size() == 1
+
+
+def test_pairs_are_groups_of_two(make_scorer):
+  rng = np.random.default_rng(1)
+  triplets = [Triplet(*(_word(rng) for _ in range(4))) for _ in range(9)]
+  scorer = make_scorer()
+  rewards = scorer.score_pairs(triplets)
+  assert rewards.shape == (9, 2)
+  swapped = scorer.score_pairs([Triplet(t.prompt, t.reference, t.rejected, t.chosen) for t in triplets])
+  np.testing.assert_allclose(rewards, swapped[:, ::-1], atol=1e-5)
+  assert np.abs(rewards[:, 0] - rewards[:, 1]).max() > 1e-3
+
+
+def test_nothing_to_score(make_scorer):
+  assert make_scorer().score([]) == []
+  assert make_scorer().score_pairs([]).shape == (0, 2)
+  assert make_scorer().score([Group('p', 'r', [])])[0].shape == (0,)
+
+
+def test_what_fits_no_row_is_named(make_scorer, groups):
+  with pytest.raises(UserError, match=r'group 1: candidate 2 has \d+ tokens.*64'):
+    make_scorer(row_length=64).score([groups[0], Group('p', 'r', ['a', 'b', 'c' * 80])])
+
+
+def test_wrong_texts_are_named(make_scorer):
+  with pytest.raises(UserError, match=r'group 0: .*wrapper'):
+    make_scorer().score([Group('p', 'r', ['a'], wrapper='other')])
