@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from polar_jax.evaluate.scoring import Scorer
 
 from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig
 from polar_jax.data import pipeline
+from polar_jax.scoring import Scorer
 from polar_jax.train import loop, stages
 from polar_jax.train.checkpoint import FOLDER, load_params
 from polar_jax.train.metrics import Progress, read_metrics
@@ -146,7 +146,8 @@ def test_validates_when_asked_and_at_the_end(finished):
   rows = [row for row in read_metrics(finished.folder) if 'validation_loss' in row]
   assert [row['step'] for row in rows] == [4, 8, 12]
   context = finished.context
-  scores = Scorer(finished.folder, context.model_config(), context.template(), context.mesh, 16)(context.triplets('validation'))
+  scorer = Scorer.from_run(finished.folder, context.model_config(), context.template(), context.mesh)
+  scores = scorer.score_pairs(context.triplets('validation'))
   margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
   assert finished.summary['validation_loss'] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
   assert finished.summary['validation_accuracy'] == (margin > 0).mean()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -38,7 +38,7 @@ class Backend(Protocol):
     """
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
   'reference': reference.attend,
   'chunked': chunked.attend,
   'tpu': tpu.attend,

@@ -28,12 +28,12 @@ Bounds = tuple[jax.Array, ...]  # start and end of each interval of every query
 
 
 class _Tiles(NamedTuple):
-  """Tiles to visit: the first `count` entries of the index arrays. Only these enter the loops."""
+  """Tiles to visit: the first `total` entries of the index arrays. Only these enter the loops."""
 
   row: jax.Array
   query: jax.Array
   key: jax.Array
-  count: jax.Array
+  total: jax.Array
 
 
 def attend(
@@ -112,7 +112,7 @@ def _forward(q, k, v, bounds):
     return out, peak.at[b, i].set(new_peak), total
 
   zeros = jnp.zeros(q.shape, jnp.float32)
-  out, peak, total = jax.lax.fori_loop(0, tiles.count, visit, (zeros, zeros[..., 0] + EMPTY, zeros[..., 0]))
+  out, peak, total = jax.lax.fori_loop(0, tiles.total, visit, (zeros, zeros[..., 0] + EMPTY, zeros[..., 0]))
   total = jnp.maximum(total, 1e-30)
   out, lse = (checkpoint_name(a, SAVED) for a in (out / total[..., None], peak + jnp.log(total)))
   return (out, lse), (q, k, v, bounds, out, lse)
@@ -142,7 +142,7 @@ def _backward(saved, gradients):
     return dq, dk, dv
 
   zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-  dq, dk, dv = jax.lax.fori_loop(0, tiles.count, visit, zeros)
+  dq, dk, dv = jax.lax.fori_loop(0, tiles.total, visit, zeros)
   return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -95,5 +95,5 @@ def test_chunked_visits_only_tiles_in_which_something_is_seen():
   start[0, 20:28], end[0, 20:28] = 40, 41  # two query blocks see one key block
   start[0, 60], end[0, 60] = 7, 9  # one query sees the last key of a block and the first of the next
   tiles = chunked._list_tiles(tuple(a.reshape(1, -1, block) for a in (start, end)), length // block, block)
-  visited = {tuple(int(a[i]) for a in tiles[:3]) for i in range(int(tiles.count))}
+  visited = {tuple(int(a[i]) for a in tiles[:3]) for i in range(int(tiles.total))}
   assert visited == {(0, 2, 5), (0, 3, 5), (0, 7, 0), (0, 7, 1)}
