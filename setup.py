@@ -28,12 +28,16 @@ CORE = [
 ]
 
 PARQUET = ['pyarrow>=17']
+# Exactly: the operators and the Mask(k_start, k_end) that we call are not in tokamax's public interface.
+TOKAMAX = ['tokamax==0.0.12']
+TPU = ['jax[tpu]>=0.10.2,<0.13']
 
 EXTRAS = {
   'parquet': PARQUET,  # user data in .parquet
-  'tpu': ['jax[tpu]>=0.10.2,<0.13'],  # its libtpu also compiles for TPUs on machines that have none, which tests do
-  # tokamax exactly: the operators and the Mask(k_start, k_end) that we call are not in its public interface.
-  'cuda': ['jax[cuda13]>=0.10.2,<0.13', 'tokamax==0.0.12'],
+  'tpu': TPU,
+  'cuda': ['jax[cuda13]>=0.10.2,<0.13', *TOKAMAX],
+  # What tests need to run GPU kernels in interpret mode, and to compile TPU kernels, on machines that have neither.
+  'kernels': [*TOKAMAX, *TPU],
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   'test': ['pytest>=8.3', 'hypothesis>=6.100', *PARQUET],

@@ -26,6 +26,7 @@ import numpy as np
 
 from polar_jax.evaluate import baselines as baselines_lib
 from polar_jax.evaluate import plots
+from polar_jax.train.metrics import FILE, read_metrics
 from polar_jax.types import UserError
 
 JSON_NAME = 'report.json'
@@ -172,32 +173,16 @@ def _write_atomically(path: pathlib.Path, text: str) -> None:
     raise
 
 
-def read_metrics(workdir: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
-  """Rows of every */metrics.jsonl of a workdir, by stage, in the order in which stages run.
-
-  Raises:
-    ReportError: naming the file and line that is not a JSON object with a `step`.
-  """
-  out = {}
-  for path in sorted(pathlib.Path(workdir).glob('*/metrics.jsonl')):
-    rows = []
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-      try:
-        row = json.loads(line)
-      except ValueError as error:
-        raise ReportError(f'{path}:{number}: not valid JSON ({error}); delete the line') from error
-      if not isinstance(row, dict) or 'step' not in row:
-        raise ReportError(f'{path}:{number}: not an object with a `step`; delete the line')
-      rows.append(row)
-    if rows:
-      out[path.parent.name] = rows
-  return {stage: out[stage] for stage in _ordered(out, _TRAINING)}
+def _metrics_by_stage(workdir: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
+  """Rows of every */metrics.jsonl of a workdir, in the order in which stages run."""
+  read = {path.parent.name: read_metrics(path.parent) for path in sorted(pathlib.Path(workdir).glob(f'*/{FILE}'))}
+  return {stage: read[stage] for stage in _ordered(read, _TRAINING) if read[stage]}
 
 
 def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
   """Draws what can be drawn; name of a figure -> its relative link."""
   evaluate, finetune = results.get('evaluate', {}), results.get('finetune', {})
-  metrics = read_metrics(workdir)
+  metrics = _metrics_by_stage(workdir)
   links = {name: f'figures/{name}.png' for name in ('loss', 'accuracy', 'arms')}
   drawn = {}
   if metrics:

@@ -11,18 +11,30 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from polar_jax.types import UserError
+
 FILE = 'metrics.jsonl'
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a run's metrics.jsonl, without a last line torn by a kill."""
+  """The rows of a run's metrics.jsonl. A last line without its newline that does not parse was torn by a kill, and is left out.
+
+  Raises:
+    UserError: for any other line that is no JSON object with a `step`, naming file and line.
+  """
   path = folder / FILE
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  text = path.read_text(encoding='utf-8') if path.exists() else ''
+  lines, rows = text.splitlines(), []
+  for number, line in enumerate(lines, 1):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      row = json.loads(line)
+    except ValueError as error:
+      if number == len(lines) and not text.endswith('\n'):
+        break
+      raise UserError(f'{path}:{number}: not valid JSON ({error}); delete the line') from error
+    if not isinstance(row, dict) or 'step' not in row:
+      raise UserError(f'{path}:{number}: not an object with a `step`; delete the line')
+    rows.append(row)
   return rows
 
 

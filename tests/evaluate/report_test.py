@@ -174,19 +174,10 @@ def test_broken_report_is_named(tmp_path, text):
     report.load_results(tmp_path)
 
 
-@pytest.mark.parametrize('line', ['{"step": 1, "lo', '{"loss": 1.0}', '3'])
-def test_broken_metrics_name_file_and_line(tmp_path, line):
-  write_metrics(tmp_path, 'pretrain', [{'step': 0, 'loss': 1.0}])
-  with (tmp_path / 'pretrain' / 'metrics.jsonl').open('a') as file:
-    file.write(line + '\n')
-  with pytest.raises(report.ReportError, match=r'metrics\.jsonl:2: '):
-    report.read_metrics(tmp_path)
-
-
 def test_metrics_come_in_the_order_of_stages(tmp_path):
   for stage in ('finetune', 'arm', 'pretrain', 'pretrain_lm'):
     write_metrics(tmp_path, stage, [{'step': 0, 'loss': 1.0}])
-  assert list(report.read_metrics(tmp_path)) == ['pretrain_lm', 'pretrain', 'finetune', 'arm']
+  assert list(report._metrics_by_stage(tmp_path)) == ['pretrain_lm', 'pretrain', 'finetune', 'arm']
 
 
 def test_environment_names_versions_but_no_place_or_person():

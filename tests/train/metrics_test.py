@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from polar_jax.train.metrics import FILE, MetricsLog, Progress, read_metrics, reward_histogram
+from polar_jax.types import UserError
 
 
 class Terminal(io.StringIO):
@@ -40,6 +41,15 @@ def test_line_torn_by_a_kill_is_dropped(tmp_path, cut):
   assert [row['step'] for row in read_metrics(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 2])
   write_steps(tmp_path, [3, 4], resume_step=2)
   assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('line', ['{"step": 1, "lo', '{"loss": 1.0}', '3'])
+def test_any_other_broken_line_is_named(tmp_path, line):
+  write_steps(tmp_path, [1])
+  with (tmp_path / FILE).open('a') as file:
+    file.write(line + '\n')
+  with pytest.raises(UserError, match=r'metrics\.jsonl:2: '):
+    read_metrics(tmp_path)
 
 
 def test_resume_drops_what_came_after_the_restored_step(tmp_path):

@@ -1,0 +1,147 @@
+"""Model FLOP utilisation of one train step of the reward model, on every device of this process.
+
+    python benchmarks/mfu.py                       # POLAR-1.8B in bfloat16; on a CPU a miniature in float32
+    python benchmarks/mfu.py --preset=polar_7b --rows=2 --remat=full --profile=/tmp/trace
+
+Rows are packed with triplets until they are full. Counted twice: by the rule of `polar_jax.scaling.flops`, and as the FLOPs of two full
+causal sequences a pair, which a trainer without shared rows would have had to do in the same time. A rematerialisation policy that does not
+fit into memory is a line of the table. The last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import types
+from typing import Any
+
+from polar_jax.malloc import keep_freed_memory, runs_on_cpu
+
+if runs_on_cpu():
+  keep_freed_memory()
+
+import jax
+import numpy as np
+import optax
+import timing
+from attention import draw_rows
+
+from polar_jax import sharding
+from polar_jax.config import REMAT_POLICIES, MeshConfig, ModelConfig
+from polar_jax.model import attention
+from polar_jax.model.presets import PRESETS
+from polar_jax.scaling import flops
+from polar_jax.train import step
+from polar_jax.train.objectives import RANKING
+from polar_jax.types import PairBatch
+
+PROFILED_STEPS = 3
+
+
+def two_sequences_flops(config: ModelConfig, batch: PairBatch) -> float:
+  """Forward FLOPs of the same pairs as two causal rows each, through every layer."""
+  index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
+  lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(-1, 1) + 1
+  end = np.arange(1, lengths.max() + 1)[None]
+  rows = types.SimpleNamespace(start_BT=np.zeros((1, 1), np.int64), end_BT=np.where(end <= lengths, end, 0))
+  return flops.language_model_flops(dataclasses.replace(config, vocab_size=None), rows)  # without a vocabulary, no logits
+
+
+def measure(config: ModelConfig, batch: PairBatch, mesh: Any, rounds: int, profile: str | None) -> dict[str, Any]:
+  """Seconds of every round, GiB that the compiled step asks for on a device, and GiB that a device really had in use at most."""
+  functions = step.build(RANKING, config, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5)), mesh)
+  on_device = step.to_device(batch, mesh)
+  compiled = functions.train.lower(functions.abstract, on_device).compile()
+  memory = compiled.memory_analysis()
+  state = functions.init(jax.random.key(0), None)
+  losses = []
+
+  def run() -> None:
+    nonlocal state
+    state, out = compiled(state, on_device)
+    jax.block_until_ready(state)
+    losses.append(float(out['scalars']['loss']))
+
+  (seconds,) = timing.alternate({'step': run}, rounds).values()
+  assert np.isfinite(losses).all(), f'the loss is {losses}'
+  if profile:
+    with jax.profiler.trace(os.path.join(profile, config.remat)):
+      for _ in range(PROFILED_STEPS):
+        run()
+  in_use = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+  asked = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  return {'seconds': seconds, 'compiled_gib': asked / 2**30, 'peak_gib': in_use and in_use / 2**30}
+
+
+def parse_arguments() -> argparse.Namespace:
+  on_cpu, devices = jax.default_backend() == 'cpu', jax.device_count()
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--preset', choices=PRESETS, default='mini_small' if on_cpu else 'polar_1_8b')
+  parser.add_argument('--row_length', type=int, default=512 if on_cpu else 4_096)
+  parser.add_argument('--rows', type=int, default=devices, help='of a step, over all devices')
+  parser.add_argument('--triplets', type=int, help='of a row; default: one for every 1,024 tokens')
+  # From the one that keeps least: the peak of a device's memory is that of the whole process.
+  default = ['none'] if on_cpu else ['full', 'dots_no_batch', 'dots']
+  parser.add_argument('--remat', nargs='+', choices=REMAT_POLICIES, default=default)
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--profile', metavar='DIR', help=f'writes a trace of {PROFILED_STEPS} steps there')
+  args = parser.parse_args()
+  args.triplets = args.triplets or max(args.row_length // 1_024, 1)
+  args.dtype = 'float32' if on_cpu else 'bfloat16'
+  return args
+
+
+def main() -> None:
+  args = parse_arguments()
+  shape = {'vocab_size': 1_024} | PRESETS[args.preset]
+  config = ModelConfig(**shape, v_head_init='normal', compute_dtype=args.dtype)
+  batch = draw_rows(args.rows, args.row_length, args.triplets)
+  device, devices = jax.devices()[0], jax.device_count()
+  peak, source = flops.peak_flops(device)
+  peak *= devices
+  by_rule, as_two = (3 * count(config, batch) for count in (flops.reward_model_flops, two_sequences_flops))
+  tokens = int((batch.end_BT > batch.start_BT).sum())
+  print(f'{devices} x {device.device_kind}; {args.preset}, {args.dtype}, attention {attention.choose("auto")}')
+  print(f'{args.rows} rows of {args.row_length:,} tokens with {args.triplets} triplets each: {tokens:,} tokens a step')
+  print(f'peak {peak / 1e12:,.3g} TFLOP/s: {source}\nrule: {flops.MFU_RULE}')
+  rows, figures = [], {}
+  mesh = sharding.make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    for remat in args.remat:
+      try:
+        found = measure(dataclasses.replace(config, remat=remat), batch, mesh, args.rounds, args.profile)
+      except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+          raise
+        rows.append((remat, 'out of memory', *[''] * 6))
+        figures[remat] = None
+        continue
+      seconds = statistics.median(found['seconds'])
+      results = {'mfu': by_rule / seconds / peak, 'mfu_as_two_sequences': as_two / seconds / peak, 'tokens_per_second': tokens / seconds}
+      results |= {'seconds': seconds, 'compiled_gib': found['compiled_gib'], 'peak_gib': found['peak_gib']}
+      figures[remat] = {k: v and float(f'{v:.4g}') for k, v in results.items()}
+      mfus = [f'{100 * results[k]:.1f}' for k in ('mfu', 'mfu_as_two_sequences')]
+      used = '' if found['peak_gib'] is None else f'{found["peak_gib"]:.2f}'
+      speed = (f'{tokens / seconds:,.0f}', f'{by_rule / seconds / 1e12:.3g}')
+      rows.append((remat, timing.milliseconds(found['seconds']), *mfus, *speed, f'{found["compiled_gib"]:.2f}', used))
+  header = ('remat', 'ms a step: median [range]', 'MFU, %', 'as two sequences, %', 'tokens/s', 'TFLOP/s', 'GiB compiled', 'GiB peak')
+  print(timing.table(header, rows))
+  timing.report(
+    remat=figures,
+    flops_saved=1 - by_rule / as_two,
+    preset=args.preset,
+    row_length=args.row_length,
+    rows=args.rows,
+    triplets_per_row=args.triplets,
+    backend=attention.choose('auto'),
+    dtype=args.dtype,
+    device=device.device_kind,
+    devices=devices,
+    peak_flops=peak,
+  )
+
+
+if __name__ == '__main__':
+  main()
