@@ -134,7 +134,6 @@ def compile_once(layers: int, mesh: Any) -> tuple[float, float, tuple[int, int, 
 
 def compile_seconds(mesh: Any, rounds: int) -> tuple[float, float, float]:
   """(spread of the seconds, spread of the compiled program's lines, of the lowered program's lines)."""
-  compile_once(DEPTHS[0], mesh)  # what a process does once
   found = {layers: [] for layers in DEPTHS}
   for _ in range(rounds):
     for layers, results in found.items():

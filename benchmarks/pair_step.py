@@ -145,7 +145,8 @@ def main() -> None:
       'torch': lambda: torch_losses.append(plain.step()),
       'TRL': trl.step,
     }
-    seconds = timing.alternate(steps, args.rounds)
+    # Several rounds until the process has all the memory that the steps need: a first touch costs more than the work on it.
+    seconds = timing.alternate(steps, args.rounds, warm_up=3)
     scoring = group_scoring(args.rounds, ours.params, torch_peers.make_model(MODEL, ours.params))
   parameters = sum(p.size for p in jax.tree.leaves(ours.params))
   print(f'{parameters / 1e6:.1f}M parameters, {args.pairs} triplets a step, {THREADS} threads, float32')

@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def alternate(steps: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
-  """Seconds of every call, round by round, after one call of each that does not count.
+def alternate(steps: Mapping[str, Callable[[], float | None]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+  """Seconds of every call, round by round, after `warm_up` rounds that do not count.
 
   A step returns its own seconds, or None for the time that its call took (it must wait for its result).
   """
   seconds: dict[str, list[float]] = {name: [] for name in steps}
-  for _ in range(rounds + 1):
+  for _ in range(warm_up + rounds):
     for name, step in steps.items():
       started = time.perf_counter()
       own = step()
       seconds[name].append(time.perf_counter() - started if own is None else own)
-  return {name: values[1:] for name, values in seconds.items()}
+  return {name: values[warm_up:] for name, values in seconds.items()}
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:

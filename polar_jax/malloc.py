@@ -32,7 +32,8 @@ def keep_freed_memory() -> bool:
   libc = ctypes.CDLL(None)
   if not hasattr(libc, 'gnu_get_libc_version'):
     return False
-  # Blocks of any size from the one arena that grows at its top, never trimmed: other arenas map and unmap large blocks.
-  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
+  # Blocks of any size from the one arena that grows at its top: other arenas map and unmap large blocks. The top is never given
+  # back (-1; a number would have to be less than 2 GiB, and a step's temporaries can be more).
+  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
   taken = [libc.mallopt(name, value) for name, value in settings]
   return all(taken)
