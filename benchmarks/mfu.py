@@ -1,7 +1,7 @@
 """Model FLOP utilisation of one train step of the reward model, on every device of this process.
 
     python benchmarks/mfu.py                       # POLAR-1.8B in bfloat16; on a CPU a miniature in float32
-    python benchmarks/mfu.py --preset=polar_7b --rows=2 --remat=full --profile=profilerace
+    python benchmarks/mfu.py --preset=polar_7b --rows=2 --remat=full --profile=profile
 
 Rows are packed with triplets until they are full. Counted twice: by the rule of `polar_jax.scaling.flops`, and as the FLOPs of two full
 causal sequences a pair, which a trainer without shared rows would have had to do in the same time. A rematerialisation policy that does not

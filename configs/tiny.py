@@ -2,7 +2,7 @@
 
   python -m polar_jax.main --config=configs/tiny.py
 
-Two CPU cores, offline, about nine minutes, 1.2 GB: a policy pool, triplets, a language model, contrastive pre-training,
+Two CPU cores, offline, about nine minutes: a policy pool, triplets, a language model, contrastive pre-training,
 fine-tuning with two ablations, evaluation and a report in runs/tiny. Unseen policies: 71.5%, where the best rule without
 learning has 63.0% and the Bayes discriminator 99.2%.
 """
