@@ -170,11 +170,9 @@ def _rank(
   return loop.train(run)
 
 
-def pair_validation(
-  tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int | None, most: int | None = None
-) -> grain.MapDataset:
+def pair_validation(tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int | None, most: int) -> grain.MapDataset:
   """One pass over the first `most` rows in file order."""
-  size = min(len(tokens), most or len(tokens))
+  size = min(len(tokens), most)
   first = pipeline.PairTokens(_Head(tokens.source, size), tokens.template)
   order: Any = {'steps': -(-size // plan.size), 'seed': None, 'once': True}
   return pipeline.pair_batches(first, plan, pipeline.plan_packing(first, plan, row_length, **order), **order)

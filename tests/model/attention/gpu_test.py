@@ -41,7 +41,7 @@ def _has_tokamax() -> bool:
   return True
 
 
-needs_tokamax = pytest.mark.skipif(not _has_tokamax(), reason="needs tokamax: pip install 'polar_jax[cuda]'")
+needs_tokamax = pytest.mark.skipif(not _has_tokamax(), reason="needs tokamax: pip install 'polar_jax[kernels]'")
 needs_gpu = pytest.mark.skipif(not _gpus(), reason='needs an NVIDIA GPU and JAX_PLATFORMS=cuda')
 needs_cpu = pytest.mark.skipif(bool(_gpus()), reason='kernels are interpreted on CPU only')
 
