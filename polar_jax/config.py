@@ -18,10 +18,13 @@ from ml_collections import config_dict
 
 from polar_jax.types import UserError
 
-STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate')
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'convert', 'score')
+FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
+ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
+STORED_DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class ConfigError(UserError):
@@ -35,8 +38,13 @@ def _field(default: Any, *, choices: tuple | None = None, low: float | None = No
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Shape of the decoder shared by the language model and the reward model. The vocabulary comes from the tokenizer."""
+  """Shape of the decoder shared by the language model and the reward model. The vocabulary comes from the tokenizer.
 
+  Families share one decoder: what they do differently are the flags below. `family` itself only names tensors and files when a
+  checkpoint is exchanged with Hugging Face.
+  """
+
+  family: str = _field('internlm2', choices=FAMILIES)
   vocab_size: int | None = _field(None, low=1)  # None: the tokenizer's
   num_layers: int = _field(4, low=1)
   d_model: int = _field(128, low=1)
@@ -45,9 +53,16 @@ class ModelConfig:
   num_kv_heads: int = _field(2, low=1)
   head_dim: int = _field(32, low=2)
   rope_theta: float = _field(10_000.0, low=0, open_low=True)
+  rope_scaling: str = _field('none', choices=ROPE_SCALINGS)  # how rotary embeddings reach beyond the length they were trained at
+  rope_factor: float = _field(1.0, low=0, open_low=True)  # of 'linear', 'dynamic' and 'llama3'
+  rope_low_freq_factor: float = _field(1.0, low=0, open_low=True)  # of 'llama3'
+  rope_high_freq_factor: float = _field(4.0, low=0, open_low=True)  # of 'llama3'
+  rope_original_length: int = _field(8_192, low=1)  # of 'llama3': the length it was trained at
+  max_position: int = _field(32_768, low=1)  # 'dynamic' scaling acts on longer sequences only
   norm_eps: float = _field(1e-5, low=0, open_low=True)
   init_std: float = _field(0.02, low=0, open_low=True)  # normal, for embeddings and linear layers
   v_head_init: str = _field('zero', choices=('zero', 'normal'))  # zero: the first loss is exactly ln 2, as in XTuner
+  qkv_bias: bool = False  # biases of the query, key and value projections (qwen2)
   tie_embeddings: bool = False  # language model head shares the embedding table
   compute_dtype: str = _field('float32', choices=DTYPES)  # activations and matmuls; master weights are always float32
   remat: str = _field('none', choices=REMAT_POLICIES)
@@ -57,10 +72,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  """Which tokenizer reads text. `trained`: the small BPE that the synthesize stage writes to the workdir."""
+  """Which tokenizer reads text. `trained`: the small BPE that the synthesize stage writes to the workdir; `checkpoint`: that of
+  the checkpoint that is scored or started from."""
 
-  kind: str = _field('trained', choices=('trained', 'byte', 'file'))
-  path: str | None = None  # kind 'file': a tokenizer.json or a SentencePiece tokenizer.model
+  kind: str = _field('trained', choices=('trained', 'byte', 'file', 'checkpoint'))
+  path: str | None = None  # kind 'file': a tokenizer.json, a SentencePiece tokenizer.model, or a folder that holds one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +175,21 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+  """Exchange of checkpoints with Hugging Face. The direction follows from what `checkpoint` is."""
+
+  dtype: str | None = _field(None, choices=STORED_DTYPES)  # of the tensors written; None: as they are stored
+  shard_gib: float = _field(4.0, low=0, open_low=True)  # most of a safetensors file
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+  """How the score stage works through its rows; no reward depends on it."""
+
+  window: int = _field(1_024, low=1)  # rows read, scored and written at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A whole run. `checkpoint`, `input` and `output` belong to the stages that convert and score."""
 
@@ -179,6 +210,8 @@ class Config:
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  convert: ConvertConfig = ConvertConfig()
+  score: ScoreConfig = ScoreConfig()
 
 
 def _plain_type(hint: Any) -> tuple[type, bool]:
@@ -267,6 +300,10 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'model.num_heads ({m.num_heads}) must be a multiple of model.num_kv_heads ({m.num_kv_heads})')
   if m.head_dim % 2:
     raise ConfigError(f'model.head_dim is {m.head_dim}; rotary embeddings need it even')
+  if m.rope_low_freq_factor >= m.rope_high_freq_factor:
+    raise ConfigError(
+      f'model.rope_low_freq_factor ({m.rope_low_freq_factor}) must be less than model.rope_high_freq_factor ({m.rope_high_freq_factor})'
+    )
   if c.tokenizer.kind == 'file' and c.tokenizer.path is None:
     raise ConfigError("tokenizer.path must name a tokenizer.json or tokenizer.model when tokenizer.kind is 'file'")
   if s.prefix_min_tokens > s.prefix_max_tokens:

@@ -6,7 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+from polar_jax.config import ModelConfig
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
@@ -20,14 +23,15 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: fl
   return nnx.Param(value, axes=axes)
 
 
-def project(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
-  """Contracts the last `inputs` axes of x (B, T, ...) with the first of `weight`, which is cast to x's type.
+def project(x: jax.Array, weight: jax.Array, inputs: int = 1, bias: nnx.Param | None = None) -> jax.Array:
+  """Contracts the last `inputs` axes of x (B, T, ...) with the first of `weight`, which is cast to x's type; adds `bias`, if any.
 
   One matmul of two matrices: with more axes XLA's CPU backend transposes the operands of every weight gradient first.
   """
   rows, outer = x.shape[:-inputs], weight.shape[inputs:]
   wide = weight.reshape(math.prod(weight.shape[:inputs]), -1).astype(x.dtype)
-  return (x.reshape(-1, wide.shape[0]) @ wide).reshape(*rows, *outer)
+  out = (x.reshape(-1, wide.shape[0]) @ wide).reshape(*rows, *outer)
+  return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -82,10 +86,35 @@ def _swiglu_backward(saved, d_out_BTF):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
+  """Radians per position (B or 1, H/2) of each pair of a head, scaled as `config.rope_scaling` says.
+
+  'dynamic' depends on how long a row's longest sequence is, once that exceeds `max_position`: such a sequence gets the frequencies
+  it would get alone only if no longer one shares its row. The others are constants, rounded once.
+  """
+  c = config
+  exponent_h = np.arange(0, c.head_dim, 2) / c.head_dim
+  frequency_h = c.rope_theta**-exponent_h
+  if c.rope_scaling == 'linear':
+    frequency_h = frequency_h / c.rope_factor
+  elif c.rope_scaling == 'llama3':
+    # Waves that went round more than `high` times in the original length stay, those below `low` are stretched, between: a mix.
+    turns_h = c.rope_original_length * frequency_h / (2 * math.pi)
+    kept_h = np.clip((turns_h - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
+    frequency_h = kept_h * frequency_h + (1 - kept_h) * frequency_h / c.rope_factor
+  frequency_1h = jnp.asarray(frequency_h, jnp.float32)[None]
+  if c.rope_scaling != 'dynamic':
+    return frequency_1h
+  length_B1 = jnp.max(positions_BT, axis=1, keepdims=True).astype(jnp.float32) + 1
+  stretch_B1 = c.rope_factor * length_B1 / c.max_position - (c.rope_factor - 1)
+  theta_B1 = c.rope_theta * jnp.maximum(stretch_B1, 1.0) ** (c.head_dim / (c.head_dim - 2))
+  stretched_Bh = theta_B1 ** -jnp.asarray(exponent_h, jnp.float32)[None]
+  return jnp.where(length_B1 > c.max_position, stretched_Bh, frequency_1h)
+
+
+def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
-  inverse_frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequency_h[None, None]
+  angle_BTh = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config, positions_BT)[:, None]
   # A loop, because XLA fuses nothing into or out of one: it would compute the tables anew for every head of every unrolled layer.
   cos_BTh, sin_BTh = jax.lax.map(lambda sine: jnp.where(sine, jnp.sin(angle_BTh), jnp.cos(angle_BTh)), jnp.array([False, True]))
   return cos_BTh, sin_BTh

@@ -35,4 +35,4 @@ class RewardModel(nnx.Module):
 
   def _rewards(self, batch: PairBatch | GroupBatch, intervals: Sequence[Interval], index_BQ: jax.Array) -> jax.Array:
     hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, intervals, index_BQ)
-    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...])
+    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...].astype(jnp.float32))

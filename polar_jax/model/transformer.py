@@ -16,6 +16,7 @@ from polar_jax.config import ModelConfig
 from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
+from polar_jax.model.cache import KVCache
 from polar_jax.model.layers import apply_rope, param, project, rms_norm, rope_tables, swiglu
 from polar_jax.sharding import constrain
 
@@ -32,7 +33,7 @@ class Rows:
   """What the decoder must know of a batch beside its tokens: rotary tables, and the intervals of keys that each token sees."""
 
   def __init__(self, positions_BT: jax.Array, intervals: Sequence[Interval], config: ModelConfig):
-    self.cos_BTh, self.sin_BTh = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    self.cos_BTh, self.sin_BTh = rope_tables(config, positions_BT)
     self.intervals = tuple(intervals)
 
   def at(self, index_BQ: jax.Array) -> Rows:
@@ -54,6 +55,8 @@ class Block(nnx.Module):
     self.wk = param(rngs, (layers, c.d_model, c.num_kv_heads, c.head_dim), ('layers', 'embed', 'kv_heads', 'head_dim'), std)
     self.wv = param(rngs, (layers, c.d_model, c.num_kv_heads, c.head_dim), ('layers', 'embed', 'kv_heads', 'head_dim'), std)
     self.wo = param(rngs, (layers, c.num_heads, c.head_dim, c.d_model), ('layers', 'heads', 'head_dim', 'embed'), std)
+    bias = lambda heads, axis: param(rngs, (layers, heads, c.head_dim), ('layers', axis, 'head_dim'), 0) if c.qkv_bias else None
+    self.bq, self.bk, self.bv = bias(c.num_heads, 'heads'), bias(c.num_kv_heads, 'kv_heads'), bias(c.num_kv_heads, 'kv_heads')
     self.mlp_norm = param(rngs, (layers, c.d_model), ('layers', 'act_embed'), None)
     self.w_gate = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
@@ -61,14 +64,26 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, rows: Rows, index_BQ: jax.Array | None = None) -> jax.Array:
     """The block's output at every token, or only at the tokens `index_BQ`: then (B, Q, D)."""
-    c = self.config
-    h_BTD = rms_norm(x_BTD, self.attention_norm[...], c.norm_eps)
-    k_BSKH, v_BSKH = project(h_BTD, self.wk[...]), project(h_BTD, self.wv[...])
-    k_BSKH = apply_rope(k_BSKH, rows.cos_BTh, rows.sin_BTh)
+    h_BTD = rms_norm(x_BTD, self.attention_norm[...], self.config.norm_eps)
+    k_BSKH, v_BSKH = self._keys_and_values(h_BTD, rows)
     if index_BQ is not None:
       rows = rows.at(index_BQ)
       x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
-    q_BTNH = apply_rope(project(h_BTD, self.wq[...]), rows.cos_BTh, rows.sin_BTh)
+    return self._attend_and_feed(x_BTD, h_BTD, k_BSKH, v_BSKH, rows)
+
+  def extend(self, x_BTD: jax.Array, rows: Rows, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, KVCache]:
+    """The block's output at tokens that follow those in `cache`, and the cache with their keys and values in layer `layer`."""
+    h_BTD = rms_norm(x_BTD, self.attention_norm[...], self.config.norm_eps)
+    cache = cache.write(layer, *self._keys_and_values(h_BTD, rows))
+    return self._attend_and_feed(x_BTD, h_BTD, *cache.read(layer, x_BTD.dtype), rows), cache
+
+  def _keys_and_values(self, h_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    k_BTKH, v_BTKH = project(h_BTD, self.wk[...], bias=self.bk), project(h_BTD, self.wv[...], bias=self.bv)
+    return apply_rope(k_BTKH, rows.cos_BTh, rows.sin_BTh), v_BTKH
+
+  def _attend_and_feed(self, x_BTD: jax.Array, h_BTD: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, rows: Rows) -> jax.Array:
+    c = self.config
+    q_BTNH = apply_rope(project(h_BTD, self.wq[...], bias=self.bq), rows.cos_BTh, rows.sin_BTh)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
     mixed_BTNH = attention.attend(c.attention, q_BTNH, k_BSKH, v_BSKH, rows.intervals)
     x_BTD = x_BTD + project(mixed_BTNH, self.wo[...], inputs=2)
@@ -100,10 +115,7 @@ class Decoder(nnx.Module):
     """
     c = self.config
     rows = Rows(positions_BT, intervals, c)
-    # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
-    table_VD = constrain(self.embedding[...].astype(c.compute_dtype), 'vocab', 'act_embed')
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
-    x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
+    x_BTD = self._embed(tokens_BT)
     body = _remat(lambda x, block: block(x, rows), c.remat)
     scanned = self.layers if index_BQ is None else jax.tree.map(lambda p: p[:-1], self.layers)
     x_BTD, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x_BTD, scanned, unroll=c.scan_unroll)
@@ -111,6 +123,29 @@ class Decoder(nnx.Module):
       last = jax.tree.map(lambda p: p[-1], self.layers)
       x_BTD = _remat(lambda x, block: block(x, rows, index_BQ), c.remat)(x_BTD, last)
     return rms_norm(x_BTD, self.norm[...], c.norm_eps)
+
+  def extend(self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Normed hidden states (B, T, D) of tokens that follow those in `cache`, and the cache with them.
+
+    Only the first `count_B` tokens of each row are real; what stands behind them is overwritten by the next call. The caller sees
+    to it that the cache has room for all T: `cache.capacity - max(cache.length_B) >= T`.
+    """
+    c = self.config
+    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    rows = Rows(positions_BT, [(jnp.zeros_like(positions_BT), positions_BT + 1)], c)
+
+    def body(carry, indexed):
+      (x_BTD, cache), (block, layer) = carry, indexed
+      return block.extend(x_BTD, rows, cache, layer), None
+
+    indexed = (self.layers, jnp.arange(c.num_layers))
+    (x_BTD, cache), _ = jax.lax.scan(body, (self._embed(tokens_BT), cache), indexed, unroll=c.scan_unroll)
+    return rms_norm(x_BTD, self.norm[...], c.norm_eps), cache._replace(length_B=cache.length_B + count_B)
+
+  def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.
+    table_VD = constrain(self.embedding[...].astype(self.config.compute_dtype), 'vocab', 'act_embed')
+    return constrain(jnp.take(table_VD, tokens_BT, axis=0), 'batch', 'length', 'act_embed')
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

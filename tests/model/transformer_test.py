@@ -23,12 +23,13 @@ def _params(model) -> dict:
 
 
 def _randomised(config=CONFIG, seed=0):
-  """A decoder whose norm scales are not ones, so that leaving one out shows."""
+  """A decoder whose norm scales are not ones and whose biases are not zeros, so that leaving one out shows."""
   model = transformer.Decoder(config, rngs=nnx.Rngs(seed))
   graphdef, state = nnx.split(model)
   rng = np.random.default_rng(seed)
+  drawn = [f'[{name!r}]' for name in ('attention_norm', 'mlp_norm', 'norm', 'bq', 'bk', 'bv')]
   params = jax.tree_util.tree_map_with_path(
-    lambda path, p: jnp.asarray(rng.uniform(0.5, 1.5, p.shape), jnp.float32) if 'norm' in str(path) else p, nnx.to_pure_dict(state)
+    lambda path, p: jnp.asarray(rng.uniform(0.5, 1.5, p.shape), jnp.float32) if str(path[-1]) in drawn else p, nnx.to_pure_dict(state)
   )
   return graphdef, params
 
@@ -51,7 +52,7 @@ def _inputs(seed=0, batch=2, length=7):
 def _oracle(c, params, tokens, positions, start, end):
   """The decoder in float64, token by token."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  layers = p['layers']
+  layers = {'bq': np.zeros((99, 99, 1)), 'bk': np.zeros((99, 99, 1)), 'bv': np.zeros((99, 99, 1))} | p['layers']
 
   def norm(x, scale):
     return x / np.sqrt((x * x).sum() / len(x) + c.norm_eps) * scale
@@ -72,13 +73,13 @@ def _oracle(c, params, tokens, positions, start, end):
       keys, values = np.empty((2, len(x), c.num_kv_heads, c.head_dim))
       for s in range(len(x)):
         for n in range(c.num_kv_heads):
-          keys[s, n] = rotate(h[s] @ layers['wk'][layer][:, n], positions[b, s])
-          values[s, n] = h[s] @ layers['wv'][layer][:, n]
+          keys[s, n] = rotate(h[s] @ layers['wk'][layer][:, n] + layers['bk'][layer, n], positions[b, s])
+          values[s, n] = h[s] @ layers['wv'][layer][:, n] + layers['bv'][layer, n]
       y = x.copy()
       for t in range(len(x)):
         for n in range(c.num_heads):
           kv = n // (c.num_heads // c.num_kv_heads)
-          query = rotate(h[t] @ layers['wq'][layer][:, n], positions[b, t])
+          query = rotate(h[t] @ layers['wq'][layer][:, n] + layers['bq'][layer, n], positions[b, t])
           span = slice(start[b, t], end[b, t])
           weights = np.exp(keys[span, kv] @ query / np.sqrt(c.head_dim))
           y[t] += (weights / weights.sum()) @ values[span, kv] @ layers['wo'][layer][n]
@@ -92,7 +93,12 @@ def _oracle(c, params, tokens, positions, start, end):
 
 @pytest.mark.parametrize(
   'changes',
-  [{}, {'num_heads': 4, 'num_kv_heads': 4, 'num_layers': 1}, {'num_heads': 3, 'num_kv_heads': 1, 'rope_theta': 100.0, 'norm_eps': 0.1}],
+  [
+    {},
+    {'qkv_bias': True},
+    {'num_heads': 4, 'num_kv_heads': 4, 'num_layers': 1},
+    {'num_heads': 3, 'num_kv_heads': 1, 'rope_theta': 100.0, 'norm_eps': 0.1},
+  ],
 )
 def test_decoder_against_the_oracle(changes):
   config = dataclasses.replace(CONFIG, **changes)
@@ -161,7 +167,7 @@ def test_only_differences_of_positions_matter():
 
 def test_rotary_angles_are_exact_at_large_positions():
   positions = np.array([[0, 1, 255, 256, 257, 16_383, 32_767]])
-  cos, sin = layers.rope_tables(jnp.asarray(positions), 128, 1e6)
+  cos, sin = layers.rope_tables(dataclasses.replace(CONFIG, head_dim=128, rope_theta=1e6), jnp.asarray(positions))
   angle = positions[..., None] / 1e6 ** (np.arange(0, 128, 2) / 128)
   np.testing.assert_allclose(cos, np.cos(angle), atol=4e-3)
   np.testing.assert_allclose(sin, np.sin(angle), atol=4e-3)

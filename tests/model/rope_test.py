@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polar_jax.config import ConfigError, ModelConfig, default_config, parse
+from polar_jax.model import layers
+
+
+def _config(**changes):
+  return ModelConfig(vocab_size=8, head_dim=16, rope_theta=5e5, **changes)
+
+
+def _frequencies(config, positions):
+  return np.asarray(layers.rope_frequencies(config, jnp.asarray(positions, jnp.int32)), np.float64)
+
+
+def _plain(head_dim, theta):
+  return [1 / theta ** (2 * i / head_dim) for i in range(head_dim // 2)]
+
+
+ROW = np.arange(10)[None]
+
+
+def test_linear_scaling_divides_positions():
+  got = _frequencies(_config(rope_scaling='linear', rope_factor=4.0), ROW)
+  np.testing.assert_allclose(got[0], [f / 4 for f in _plain(16, 5e5)], rtol=1e-6)
+
+
+def _llama3(frequency, factor, low, high, original):
+  """One frequency by the rule of Llama 3.1: by wavelength."""
+  wavelength = 2 * np.pi / frequency
+  if wavelength < original / high:
+    return frequency
+  if wavelength > original / low:
+    return frequency / factor
+  smooth = (original / wavelength - low) / (high - low)
+  return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+@pytest.mark.parametrize(('factor', 'low', 'high', 'original'), [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (8.0, 2.0, 3.0, 100)])
+def test_llama3_scaling_by_wavelength(factor, low, high, original):
+  config = ModelConfig(
+    head_dim=128, rope_theta=5e5, rope_scaling='llama3', rope_factor=factor, rope_low_freq_factor=low, rope_high_freq_factor=high,
+    rope_original_length=original,
+  )  # fmt: skip
+  expected = [_llama3(f, factor, low, high, original) for f in _plain(128, 5e5)]
+  np.testing.assert_allclose(_frequencies(config, ROW)[0], expected, rtol=1e-6)
+  ratio = np.array(expected) / _plain(128, 5e5)
+  assert ratio.max() == 1 and np.isclose(ratio.min(), 1 / factor) and ((ratio < 0.99) & (ratio > 1.01 / factor)).any()  # all three kinds
+
+
+def test_dynamic_scaling_acts_beyond_max_position_and_per_row():
+  config = _config(rope_scaling='dynamic', rope_factor=2.0, max_position=20)
+  rows = np.stack([np.arange(40), np.minimum(np.arange(40), 19)])  # one sequence of 40 tokens, one of 20
+  long, short = _frequencies(config, rows)
+  theta = 5e5 * (2.0 * 40 / 20 - (2.0 - 1)) ** (16 / 14)
+  np.testing.assert_allclose(long, _plain(16, theta), rtol=2e-6)
+  np.testing.assert_array_equal(short, np.float32(_plain(16, 5e5)))
+
+
+def test_no_scaling_at_any_length():
+  np.testing.assert_array_equal(_frequencies(_config(max_position=4), np.arange(40)[None])[0], np.float32(_plain(16, 5e5)))
+
+
+def test_bounds_of_llama3_scaling_are_checked():
+  config = default_config()
+  config.model.rope_low_freq_factor = 4.0
+  with pytest.raises(ConfigError, match='rope_low_freq_factor'):
+    parse(config)

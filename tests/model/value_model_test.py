@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.value_model import ValueModel
+from polar_jax.types import PairBatch
+
+CONFIG = ModelConfig(
+  vocab_size=13, num_layers=2, d_model=12, d_ff=20, num_heads=6, num_kv_heads=2, head_dim=4, init_std=0.3, v_head_init='normal'
+)
+
+
+def test_a_value_is_the_reward_read_at_that_token():
+  """The two models share parameters, so a critic can start from a reward model."""
+  rng = np.random.default_rng(0)
+  reward = RewardModel(CONFIG, rngs=nnx.Rngs(0))
+  value = ValueModel(CONFIG, rngs=nnx.Rngs(1))
+  nnx.update(value, nnx.state(reward))
+  tokens, position = rng.integers(0, 13, (2, 9)).astype(np.int32), np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
+  zeros = np.zeros_like(position)
+  values = value(tokens, position, zeros, position + 1)
+  assert values.shape == (2, 9) and values.dtype == jnp.float32
+  for t in (0, 4, 8):
+    index = np.full((2, 1, 2), t, np.int32)
+    batch = PairBatch(tokens, position, zeros, position + 1, index, np.ones((2, 1), np.float32), np.zeros((2, 1), np.int32))
+    np.testing.assert_allclose(values[:, t], reward(batch)[:, 0, 0], atol=1e-5)
+  assert np.ptp(np.asarray(values)) > 0.1
