@@ -1,8 +1,14 @@
-"""Model shapes: those of the published reward models (InternLM2.5 series), and those of the miniatures."""
+"""Model shapes: published ones, and those of the miniatures.
+
+Fields are those of each checkpoint's config.json. A shape serves every head: language, reward and value models of it differ in
+nothing else.
+"""
 
 from __future__ import annotations
 
+# The InternLM2.5 language model that POLAR-1.8B starts from has this very shape. POLAR-1.8B's own config.json was not seen.
 POLAR_1_8B = {
+  'family': 'internlm2',
   'vocab_size': 92_544,
   'num_layers': 24,
   'd_model': 2_048,
@@ -11,10 +17,14 @@ POLAR_1_8B = {
   'num_kv_heads': 8,
   'head_dim': 128,
   'rope_theta': 1e6,
+  'rope_scaling': 'dynamic',
+  'rope_factor': 2.0,
+  'max_position': 32_768,
   'norm_eps': 1e-5,
 }
 
 POLAR_7B = {
+  'family': 'internlm2',
   'vocab_size': 92_544,
   'num_layers': 32,
   'd_model': 4_096,
@@ -22,8 +32,95 @@ POLAR_7B = {
   'num_heads': 32,
   'num_kv_heads': 8,
   'head_dim': 128,
-  'rope_theta': 1e6,
+  'rope_theta': 5e7,
+  'rope_scaling': 'dynamic',
+  'rope_factor': 2.0,
+  'max_position': 262_144,
   'norm_eps': 1e-5,
+}
+
+# The published language model; the one that POLAR-7B starts from has other rotary embeddings.
+INTERNLM2_5_7B = POLAR_7B | {'rope_theta': 1e6, 'max_position': 32_768}
+
+INTERNLM3_8B = {
+  'family': 'internlm3',
+  'vocab_size': 128_512,
+  'num_layers': 48,
+  'd_model': 4_096,
+  'd_ff': 10_240,
+  'num_heads': 32,
+  'num_kv_heads': 2,
+  'head_dim': 128,
+  'rope_theta': 5e7,
+  'rope_scaling': 'dynamic',
+  'rope_factor': 6.0,
+  'max_position': 32_768,
+  'norm_eps': 1e-5,
+}
+
+LLAMA_3_1_8B = {
+  'family': 'llama',
+  'vocab_size': 128_256,
+  'num_layers': 32,
+  'd_model': 4_096,
+  'd_ff': 14_336,
+  'num_heads': 32,
+  'num_kv_heads': 8,
+  'head_dim': 128,
+  'rope_theta': 5e5,
+  'rope_scaling': 'llama3',
+  'rope_factor': 8.0,
+  'rope_low_freq_factor': 1.0,
+  'rope_high_freq_factor': 4.0,
+  'rope_original_length': 8_192,
+  'max_position': 131_072,
+  'norm_eps': 1e-5,
+}
+
+SMOLLM2_135M = {
+  'family': 'llama',
+  'vocab_size': 49_152,
+  'num_layers': 30,
+  'd_model': 576,
+  'd_ff': 1_536,
+  'num_heads': 9,
+  'num_kv_heads': 3,
+  'head_dim': 64,
+  'rope_theta': 1e5,
+  'max_position': 8_192,
+  'norm_eps': 1e-5,
+  'tie_embeddings': True,
+}
+
+# The base models; the instruct models differ in max_position (32,768), and the 32B in norm_eps (1e-6).
+QWEN2_5_7B = {
+  'family': 'qwen2',
+  'vocab_size': 152_064,
+  'num_layers': 28,
+  'd_model': 3_584,
+  'd_ff': 18_944,
+  'num_heads': 28,
+  'num_kv_heads': 4,
+  'head_dim': 128,
+  'rope_theta': 1e6,
+  'max_position': 131_072,
+  'norm_eps': 1e-6,
+  'qkv_bias': True,
+}
+
+QWEN2_5_32B = {
+  'family': 'qwen2',
+  'vocab_size': 152_064,
+  'num_layers': 64,
+  'd_model': 5_120,
+  'd_ff': 27_648,
+  'num_heads': 40,
+  'num_kv_heads': 8,
+  'head_dim': 128,
+  'rope_theta': 1e6,
+  'max_position': 131_072,
+  'norm_eps': 1e-5,
+  'qkv_bias': True,
 }
 
 # Short of triplets long before they are short of parameters. init_std is about 1 / sqrt(d_model); all layers are unrolled,
@@ -50,4 +147,15 @@ MINI_SMALL = {
   'scan_unroll': 3,
 }
 
-PRESETS = {'polar_1_8b': POLAR_1_8B, 'polar_7b': POLAR_7B, 'mini_tiny': MINI_TINY, 'mini_small': MINI_SMALL}
+PRESETS = {
+  'polar_1_8b': POLAR_1_8B,
+  'polar_7b': POLAR_7B,
+  'internlm2_5_7b': INTERNLM2_5_7B,
+  'internlm3_8b': INTERNLM3_8B,
+  'llama_3_1_8b': LLAMA_3_1_8B,
+  'smollm2_135m': SMOLLM2_135M,
+  'qwen2_5_7b': QWEN2_5_7B,
+  'qwen2_5_32b': QWEN2_5_32B,
+  'mini_tiny': MINI_TINY,
+  'mini_small': MINI_SMALL,
+}

@@ -1,0 +1,222 @@
+"""Which tensors a Hugging Face checkpoint of a family holds, and how each becomes parameters of ours and back.
+
+Theirs are linear layers of (out, in); ours are (in, *out), so that heads are an axis of their own, and one array holds all
+layers. Every conversion is a reshape, a transpose or a concatenation: bit-exact both ways, for numpy and jax arrays of any dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from polar_jax.config import ModelConfig
+from polar_jax.types import UserError
+
+Array = Any  # numpy or jax
+
+
+class Part(NamedTuple):
+  """An array of the parameter tree; `layer`: only this layer of it, or all of it for None."""
+
+  path: tuple[str, ...]
+  layer: int | None
+
+
+class Stored(NamedTuple):
+  """One tensor of a Hugging Face checkpoint, and the parameters (or layers of them) that it holds.
+
+  `split` turns it into one array per part, in our layout without the layer axis; `join(*arrays)` is the inverse. Both may return
+  views. Without parts the tensor is a constant zero of the architecture: `split` refuses anything else, `join()` is float32.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  parts: tuple[Part, ...]
+  split: Callable[[Array], tuple[Array, ...]]
+  join: Callable[..., Array]
+
+
+class _Layout(NamedTuple):
+  """How arrays of ours lie in one stored tensor."""
+
+  shape: tuple[int, ...]
+  split: Callable[[Array], tuple[Array, ...]]
+  join: Callable[..., Array]
+
+
+class Family(NamedTuple):
+  """Names of a family. Those of a layer map the stored tensor to the arrays that it holds, in the order of export."""
+
+  prefixes: tuple[str, ...]  # of its architectures, ours first
+  heads: dict[str, tuple[str, ...]]  # by the suffix of the architecture that holds them; it is read as the first
+  embedding: str
+  lm_head: str
+  scalar_head: str  # of reward and value models
+  layer: dict[str, tuple[str, ...]]
+
+
+_INTERNLM2 = Family(
+  prefixes=('InternLM2',),
+  heads={'ForCausalLM': ('lm',), 'ForRewardModel': ('reward', 'value')},
+  embedding='model.tok_embeddings.weight',
+  lm_head='output.weight',
+  scalar_head='v_head',
+  layer={
+    'attention.wqkv.weight': ('wq', 'wk', 'wv'),
+    'attention.wo.weight': ('wo',),
+    'feed_forward.w1.weight': ('w_gate',),
+    'feed_forward.w3.weight': ('w_up',),
+    'feed_forward.w2.weight': ('w_down',),
+    'attention_norm.weight': ('attention_norm',),
+    'ffn_norm.weight': ('mlp_norm',),
+  },
+)
+
+_LLAMA = Family(
+  prefixes=('Llama',),
+  heads={'ForCausalLM': ('lm',), 'ForSequenceClassification': ('reward',), 'ForTokenClassification': ('value',)},
+  embedding='model.embed_tokens.weight',
+  lm_head='lm_head.weight',
+  scalar_head='score',
+  layer={
+    'self_attn.q_proj.weight': ('wq',),
+    'self_attn.q_proj.bias': ('bq',),
+    'self_attn.k_proj.weight': ('wk',),
+    'self_attn.k_proj.bias': ('bk',),
+    'self_attn.v_proj.weight': ('wv',),
+    'self_attn.v_proj.bias': ('bv',),
+    'self_attn.o_proj.weight': ('wo',),
+    'mlp.gate_proj.weight': ('w_gate',),
+    'mlp.up_proj.weight': ('w_up',),
+    'mlp.down_proj.weight': ('w_down',),
+    'input_layernorm.weight': ('attention_norm',),
+    'post_attention_layernorm.weight': ('mlp_norm',),
+  },
+)
+
+FAMILIES = {
+  'internlm2': _INTERNLM2,
+  'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama')),  # transformers 5 runs, and so names, it as a Llama
+  'llama': _LLAMA,
+  'qwen2': _LLAMA._replace(prefixes=('Qwen2',)),
+}
+
+# The output projections of tied models, which some checkpoints store once more, and the tables that they are tied to.
+TIED_HEADS = {f.lm_head: f.embedding for f in FAMILIES.values()}
+
+
+def architectures(family: str) -> dict[str, str]:
+  """The head of every architecture of a family."""
+  f = FAMILIES[family]
+  return {prefix + suffix: heads[0] for prefix in f.prefixes for suffix, heads in f.heads.items()}
+
+
+def architecture_of(family: str, head: str, architecture: str | None = None) -> str:
+  """The architecture that a checkpoint of this head is stored as: `architecture` if it fits, else that of the head.
+
+  Raises:
+    UserError: `architecture` is none of the family's, or has another kind of head: a vocabulary where a scalar is needed.
+  """
+  if architecture is None:
+    f = FAMILIES[family]
+    return f.prefixes[0] + next(suffix for suffix, heads in f.heads.items() if head in heads)
+  known = architectures(family)
+  fitting = [a for a, h in known.items() if (h == 'lm') == (head == 'lm')]
+  if architecture not in fitting:
+    raise UserError(f'a {head} model of family {family} cannot be stored as {architecture!r}, only as: {", ".join(fitting)}')
+  return architecture
+
+
+def stored_tensors(model: ModelConfig, head: str, architecture: str | None = None) -> list[Stored]:
+  """Every tensor of a checkpoint with that head ('lm', 'reward' or 'value'), in the order that Hugging Face's models list them.
+
+  Raises:
+    UserError: the family cannot hold such a model: biases in internlm2, another architecture, no `vocab_size`.
+  """
+  m, family = model, FAMILIES[model.family]
+  architecture = architecture_of(m.family, head, architecture)
+  if m.vocab_size is None:
+    raise UserError('model.vocab_size must be set to name the tensors of a checkpoint')
+  if m.qkv_bias and m.family == 'internlm2':
+    raise UserError('checkpoints of family internlm2 have no biases; model.qkv_bias must be False, or model.family another')
+  table, vector = _same((m.vocab_size, m.d_model)), _same((m.d_model,))
+  layouts = _layer_layouts(m)
+  out = [_stored(family.embedding, table, ('decoder', 'embedding'))]
+  for layer in range(m.num_layers):
+    for name, arrays in family.layer.items():
+      if arrays in layouts:
+        parts = tuple(Part(('decoder', 'layers', a), layer) for a in arrays)
+        layout = layouts[arrays]
+        out.append(Stored(f'model.layers.{layer}.{name}', layout.shape, parts, layout.split, layout.join))
+  out.append(_stored('model.norm.weight', vector, ('decoder', 'norm')))
+  if head != 'lm':
+    out.append(_stored(f'{family.scalar_head}.weight', _same((1, m.d_model), (m.d_model,)), ('v_head',)))
+  elif not m.tie_embeddings:
+    out.append(_stored(family.lm_head, table, ('lm_head',)))
+  if architecture.endswith('ForTokenClassification'):
+    name = f'{family.scalar_head}.bias'  # which our heads lack
+    out.append(Stored(name, (1,), (), functools.partial(_expect_zero, name), lambda: np.zeros(1, np.float32)))
+  return out
+
+
+def _stored(name: str, layout: _Layout, path: tuple[str, ...]) -> Stored:
+  return Stored(name, layout.shape, (Part(path, None),), layout.split, layout.join)
+
+
+def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
+  """Layouts of one layer's stored tensors, by the arrays that they hold; without biases for models that have none."""
+  d, f, n, k, h = m.d_model, m.d_ff, m.num_heads, m.num_kv_heads, m.head_dim
+  layouts = {
+    ('wq', 'wk', 'wv'): _fused(d, n, k, h),
+    ('wq',): _linear((d,), (n, h)),
+    ('wk',): _linear((d,), (k, h)),
+    ('wv',): _linear((d,), (k, h)),
+    ('wo',): _linear((n, h), (d,)),
+    ('w_gate',): _linear((d,), (f,)),
+    ('w_up',): _linear((d,), (f,)),
+    ('w_down',): _linear((f,), (d,)),
+    ('attention_norm',): _same((d,)),
+    ('mlp_norm',): _same((d,)),
+  }
+  biases = {('bq',): _same((n * h,), (n, h)), ('bk',): _same((k * h,), (k, h)), ('bv',): _same((k * h,), (k, h))}
+  return layouts | biases if m.qkv_bias else layouts
+
+
+def _same(stored: tuple[int, ...], ours: tuple[int, ...] | None = None) -> _Layout:
+  """The same elements in the same order."""
+  ours = stored if ours is None else ours
+  return _Layout(stored, lambda a: (a.reshape(ours),), lambda w: w.reshape(stored))
+
+
+def _linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Layout:
+  """A linear layer: stored (out, in), ours (*inputs, *outputs)."""
+  n_in, n_out = math.prod(inputs), math.prod(outputs)
+  return _Layout((n_out, n_in), lambda a: (a.T.reshape(inputs + outputs),), lambda w: w.reshape(n_in, n_out).T)
+
+
+def _fused(d: int, n: int, k: int, h: int) -> _Layout:
+  """InternLM2's wqkv: for each key/value head its query heads, then its key, then its value, as in its own code."""
+  g = n // k
+
+  def split(a: Array) -> tuple[Array, ...]:
+    a_KGHD = a.reshape(k, g + 2, h, d)
+    heads = (a_KGHD[:, :g].reshape(n, h, d), a_KGHD[:, g], a_KGHD[:, g + 1])
+    return tuple(w.transpose(2, 0, 1) for w in heads)
+
+  def join(*weights: Array) -> Array:
+    xp = np if all(isinstance(w, np.ndarray) for w in weights) else jnp
+    q_KGHD, k_KGHD, v_KGHD = (w.transpose(1, 2, 0).reshape(k, -1, h, d) for w in weights)
+    return xp.concatenate([q_KGHD, k_KGHD, v_KGHD], axis=1).reshape(-1, d)
+
+  return _Layout(((n + 2 * k) * h, d), split, join)
+
+
+def _expect_zero(name: str, a: Array) -> tuple[Array, ...]:
+  if np.any(np.asarray(a) != 0):
+    raise UserError(f'the tensor {name} is {np.asarray(a).tolist()}; heads have no bias here, so it must be 0')
+  return ()
