@@ -21,7 +21,8 @@ CORE = [
   'absl-py>=2.1',  # flags and app, which ml-collections' config_flags builds on
   'tokenizers>=0.21',  # trains the small BPE, reads tokenizer.json
   'sentencepiece>=0.2',  # reads POLAR's tokenizer.model
-  'safetensors>=0.5',  # checkpoint exchange without torch
+  'safetensors>=0.8',  # checkpoint exchange without torch; the first version that lists tensors by their offset
+  'jinja2>=3.1',  # chat templates of policies, which are written in it
   'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
   'matplotlib>=3.9',  # figures of the report
   'tqdm>=4.66',  # progress bars
@@ -32,10 +33,16 @@ PARQUET = ['pyarrow>=17']
 TOKAMAX = ['tokamax==0.0.12']
 TPU = ['jax[tpu]>=0.10.2,<0.13']
 
+GGUF = ['gguf>=0.19']
+
 EXTRAS = {
   'parquet': PARQUET,  # user data in .parquet
   'tpu': TPU,
   'cuda': ['jax[cuda13]>=0.10.2,<0.13', *TOKAMAX],
+  'torch': ['torch>=2.6'],  # checkpoints in pytorch_model.bin, as POLAR's are; the restricted reader of older versions had a hole
+  'gguf': GGUF,  # checkpoints in .gguf
+  # What tests compare with. torch exactly: another one rounds differently. Weights to test on come separately (README).
+  'parity': ['torch==2.13.0', 'transformers>=5.23,<6', *GGUF],
   # What tests need to run GPU kernels in interpret mode, and to compile TPU kernels, on machines that have neither.
   'kernels': [*TOKAMAX, *TPU],
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
@@ -54,6 +61,8 @@ setuptools.setup(
   license_files=['LICENSE'],
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['polar_jax', 'polar_jax.*']),
+  # Not a package: files that an exported InternLM2 folder carries, for transformers to import.
+  package_data={'polar_jax.hf': ['remote_code/*.py']},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['polar_jax=polar_jax.main:console']},

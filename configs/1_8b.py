@@ -3,7 +3,7 @@
   python -m polar_jax.main --config=configs/1_8b.py --workdir=runs/1_8b        (the same command on every host)
 
 Reads: data/polar_triplets (triplets with splits train and validation), checkpoints/internlm2_5_1_8b (the language model to
-start from), checkpoints/internlm2_5/tokenizer.model. Paper: 0.94T tokens, 320 H800 for 57 hours. Not run at this size here.
+start from, a Hugging Face folder). Paper: 0.94T tokens, 320 H800 for 57 hours. Not run at this size here.
 """
 
 from polar_jax.recipes import pretraining

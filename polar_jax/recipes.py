@@ -18,8 +18,7 @@ def base(preset: str) -> ml_collections.ConfigDict:
   config.model.update(PRESETS[preset])
   config.model.compute_dtype = 'bfloat16'
   config.model.remat = 'full'
-  config.tokenizer.kind = 'file'
-  config.tokenizer.path = 'checkpoints/internlm2_5/tokenizer.model'
+  config.tokenizer.kind = 'checkpoint'  # that of the checkpoint to start from
   config.template.reward_token_id = 92_527  # [UNUSED_TOKEN_130]
   config.mesh.fsdp = -1
   config.checkpointing.every_steps = 500

@@ -17,6 +17,8 @@ from polar_jax import sharding
 from polar_jax.config import Config
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
+from polar_jax.hf import convert
+from polar_jax.scoring import stage as scoring
 from polar_jax.synthesis import engine
 from polar_jax.train import stages
 from polar_jax.train.loop import NonFiniteError, Preempted
@@ -56,7 +58,8 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) ->
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   _say(f'polar_jax: stage {config.stage}, workdir {workdir}')
   _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
-  _say(f'precision: float32 parameters, {config.model.compute_dtype} compute')
+  parameters = 'parameters as stored' if config.stage in ('convert', 'score') else 'float32 parameters'
+  _say(f'precision: {parameters}, {"float32" if config.stage == "convert" else config.model.compute_dtype} compute')
 
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
@@ -115,4 +118,6 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'pretrain': lambda context: {'pretrain': stages.pretrain(context)},
   'finetune': _finetune,
   'evaluate': evaluation.evaluate,
+  'score': scoring.score,
+  'convert': convert.convert,
 }

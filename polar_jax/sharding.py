@@ -97,10 +97,10 @@ def fit(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
   return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def abstract_params(abstract_model: nnx.Module, mesh: Mesh) -> dict[str, Any]:
-  """Shapes, types and layouts of a model's parameters on a mesh, as a pure dict of ShapeDtypeStructs."""
+def abstract_params(abstract_model: nnx.Module, mesh: Mesh, dtype: str | None = None) -> dict[str, Any]:
+  """Shapes, types and layouts of a model's parameters on a mesh, as a pure dict of ShapeDtypeStructs. `dtype`: None is the model's."""
   abstract = nnx.to_pure_dict(nnx.state(abstract_model, nnx.Param))
-  place = lambda s, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=fit(s, a.shape, mesh))
+  place = lambda s, a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=fit(s, a.shape, mesh))
   return jax.tree.map(place, param_specs(abstract_model), abstract)
 
 

@@ -38,12 +38,15 @@ def test_figures_of_the_paper(name, section, learning_rate, batch_size):
   assert (config.template.max_length, config.template.max_response_length, config.template.reward_token_id) == (16384, 4096, 92527)
 
 
-@pytest.mark.parametrize('name', ['1_8b', '7b', 'finetune_1_8b', 'finetune_7b'])
-def test_what_is_missing_is_one_line(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+  ('name', 'start'),
+  [('1_8b', 'internlm2_5_1_8b'), ('7b', 'internlm2_5_7b'), ('finetune_1_8b', 'polar_1_8b_base'), ('finetune_7b', 'polar_7b_base')],
+)
+def test_what_is_missing_is_one_line(name, start, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert runner.run(parse(load(name)), tmp_path / 'run') == 1
   error = capsys.readouterr().err
-  assert error == 'polar_jax: checkpoints/internlm2_5/tokenizer.model: no such tokenizer file\n'
+  assert error == f'polar_jax: checkpoint checkpoints/{start}: no such file or folder\n'
 
 
 def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_path):

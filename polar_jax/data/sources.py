@@ -10,14 +10,15 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, overload
 
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
 from polar_jax.types import Triplet, UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
+_Checked = TypeVar('_Checked')
 _TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # the folder itself, or name/version below it
 
 
@@ -62,7 +63,9 @@ class RowFile(Sequence[Triplet]):
     return self._rows[index]
 
 
-class _BadField(Exception):
+class BadField(Exception):
+  """What a check of a row finds wrong: the field (None: the row as a whole) and the reason."""
+
   def __init__(self, field: str | None, reason: str):
     super().__init__(reason)
     self.field, self.reason = field, reason
@@ -80,25 +83,44 @@ def read_rows(path: str | pathlib.Path, on_bad_row: str = 'raise') -> RowFile:
     ImportError: parquet without pyarrow.
   """
   path = pathlib.Path(path)
+  skipped: list[tuple[int, str]] = []
+  return RowFile(path, [row for _, row in checked_rows(path, _triplet, on_bad_row, skipped)], skipped)
+
+
+def checked_rows(
+  path: str | pathlib.Path, check: Callable[[Any], _Checked], on_bad_row: str, skipped: list[tuple[int, str]]
+) -> Iterator[tuple[int, _Checked]]:
+  """(row number from 1, what `check` makes of the row) of every good row of a file, read as it is asked for.
+
+  Args:
+    check: of a line of JSON in bytes, or a dict; raises BadField (see `parse_row`).
+    skipped: takes (row number, reason) of the rows left out with on_bad_row='skip'.
+
+  Raises:
+    As `read_rows`.
+  """
+  path = pathlib.Path(path)
   if on_bad_row not in ('raise', 'skip'):
     raise ValueError(f"on_bad_row is {on_bad_row!r}; it must be 'raise' or 'skip'")
   if not path.is_file():
     raise SourceError(f'{path}: no such file')
   reader = _parquet_rows if path.name.endswith('.parquet') else _jsonl_rows if path.name.endswith(SUFFIXES) else None
   if reader is None:
-    raise SourceError(f'{path}: unknown kind of file; triplets are read from {", ".join(SUFFIXES)}')
-  rows, skipped = [], []
+    raise SourceError(f'{path}: unknown kind of file; rows are read from {", ".join(SUFFIXES)}')
+  good = 0
   for number, row in reader(path):
     try:
-      rows.append(_triplet(row))
-    except _BadField as bad:
+      checked = check(row)
+    except BadField as bad:
       if on_bad_row == 'raise':
         raise BadRowError(path, number, bad.field, bad.reason) from bad
       skipped.append((number, bad.reason))
-  if not rows:
+    else:
+      good += 1
+      yield number, checked
+  if not good:
     example = f'; row {skipped[0][0]}: {skipped[0][1]}' if skipped else ''
     raise SourceError(f'{path}: no good rows ({len(skipped)} bad ones{example})')
-  return RowFile(path, rows, skipped)
 
 
 def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
@@ -132,38 +154,43 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     raise SourceError(f'{path}: not a parquet file that can be read (after row {number}): {str(error).splitlines()[0]}') from error
 
 
-def _triplet(row: Any) -> Triplet:
-  """Checks one row: a line of JSON in bytes, or a dict."""
+def parse_row(row: Any, text_fields: Sequence[str]) -> dict[str, Any]:
+  """A row (a line of JSON in bytes, or a dict) as a dict whose `text_fields` are texts, and whose wrapper, if any, is one.
+
+  Raises:
+    BadField.
+  """
   if isinstance(row, bytes):
     try:
       row = json.loads(row.decode('utf-8'))
     except UnicodeDecodeError as error:
-      raise _BadField(None, f'not UTF-8 (byte {error.start} of the line)') from error
+      raise BadField(None, f'not UTF-8 (byte {error.start} of the line)') from error
     except (ValueError, RecursionError) as error:
-      raise _BadField(None, f'not JSON ({error})') from error
+      raise BadField(None, f'not JSON ({error})') from error
   if not isinstance(row, dict):
-    raise _BadField(None, f'a row is a JSON object, not {type(row).__name__}')
-  values: dict[str, Any] = {}
-  for field in _TEXT_FIELDS:
+    raise BadField(None, f'a row is a JSON object, not {type(row).__name__}')
+  for field in text_fields:
     if field not in row:
-      raise _BadField(field, f'field {field!r} is missing')
+      raise BadField(field, f'field {field!r} is missing')
     try:
       text = join_messages(row[field], field)
     except TemplateError as error:
-      raise _BadField(field, str(error)) from error
+      raise BadField(field, str(error)) from error
     if not text.isascii() and any('\ud800' <= char <= '\udfff' for char in text):
-      raise _BadField(field, f'{field} holds half a surrogate pair, which is no Unicode text')
-    values[field] = row[field]
+      raise BadField(field, f'{field} holds half a surrogate pair, which is no Unicode text')
   if row.get('wrapper') is not None:
     try:
       check_wrapper(row['wrapper'])
     except TemplateError as error:
-      raise _BadField('wrapper', str(error)) from error
-    values['wrapper'] = row['wrapper']
-  if row.get('category') is not None:
-    if not isinstance(row['category'], str):
-      raise _BadField('category', f'category must be a string, not {type(row["category"]).__name__}')
-    values['category'] = row['category']
+      raise BadField('wrapper', str(error)) from error
+  return row
+
+
+def _triplet(row: Any) -> Triplet:
+  row = parse_row(row, _TEXT_FIELDS)
+  if row.get('category') is not None and not isinstance(row['category'], str):
+    raise BadField('category', f'category must be a string, not {type(row["category"]).__name__}')
+  values = {field: row[field] for field in _TEXT_FIELDS} | {k: row[k] for k in ('wrapper', 'category') if row.get(k) is not None}
   known = {*_TEXT_FIELDS, 'wrapper', 'category'}
   return Triplet(**values, metadata={key: value for key, value in row.items() if key not in known})
 

@@ -35,6 +35,7 @@ SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 ARMS = ('pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only')
 _TRAINING = ('pretrain_lm', 'pretrain', 'finetune')
 _STAGES = ('synthesize', *_TRAINING, 'evaluate')
+_TOOLS = ('convert', 'score')
 _FEW_ROWS = 300  # below this a 95% interval is wider than about 11 points
 _ARM_MEANING = {
   'pretrained_finetuned': 'contrastive pre-training, then fine-tuning on preferences',
@@ -200,16 +201,19 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _markdown(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
-  parts = ['# Report of a polar_jax run', _what_was_run(results)]
-  for section in (_policies(results, figures), _preferences(results, figures), _training(results, figures)):
+  # A workdir in which a file was scored or a checkpoint converted, and nothing was learned, has nothing to warn of.
+  studied = any(results.get(stage) for stage in _STAGES) or not any(results.get(tool) for tool in _TOOLS)
+  parts = ['# Report of a polar_jax run', *([_what_was_run(results)] if studied else [])]
+  for section in (_policies(results, figures), _preferences(results, figures), _training(results, figures), _tools(results)):
     parts += section
   if results.get('timing'):
     seconds = results['timing']
-    stages = [*(s for s in _ordered(seconds, _STAGES) if s != 'total'), *(['total'] if 'total' in seconds else [])]
+    stages = [*(s for s in _ordered(seconds, (*_STAGES, *_TOOLS)) if s != 'total'), *(['total'] if 'total' in seconds else [])]
     parts += ['## Time', _table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]
   if results.get('environment'):
     parts += ['## Environment', _table(['', ''], [[k, _text(v)] for k, v in sorted(results['environment'].items())])]
-  parts += ['## Caveats', _caveats(results)]
+  if studied:
+    parts += ['## Caveats', _caveats(results)]
   return '\n\n'.join(parts) + '\n'
 
 
@@ -299,6 +303,15 @@ def _training(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[st
     out.append(_table(['', *stages], rows))
   out += [f'Rule of `mfu`: {rule}.' for rule in rules]
   return out + _figure(figures, 'loss', 'Loss and accuracy during training; the dashed lines are chance')
+
+
+def _tools(results: Mapping[str, Any]) -> list[str]:
+  """What the stages did that learn nothing."""
+  out = []
+  for tool in _TOOLS:
+    if results.get(tool):
+      out += [f'## Stage {tool}', _table(['', ''], [[key, _text(value)] for key, value in results[tool].items()])]
+  return out
 
 
 def _caveats(results: Mapping[str, Any]) -> str:

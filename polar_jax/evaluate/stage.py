@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.evaluate import baselines, statistics
-from polar_jax.scoring import Scorer
+from polar_jax.scoring.scorer import Scorer
 from polar_jax.synthesis import engine, pool
 from polar_jax.train import stages
 from polar_jax.train.checkpoint import FOLDER

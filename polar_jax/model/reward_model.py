@@ -15,6 +15,11 @@ from polar_jax.model.transformer import Decoder
 from polar_jax.types import GroupBatch, PairBatch
 
 
+def read_head(hidden_BQD: jax.Array, v_head_D: jax.Array) -> jax.Array:
+  """Scalars (B, Q) in true float32, which accelerators give only when asked: a product this small costs nothing."""
+  return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), v_head_D.astype(jnp.float32), precision='highest')
+
+
 class RewardModel(nnx.Module):
   """A decoder with `v_head`. It has no vocabulary projection and never builds logits."""
 
@@ -35,4 +40,4 @@ class RewardModel(nnx.Module):
 
   def _rewards(self, batch: PairBatch | GroupBatch, intervals: Sequence[Interval], index_BQ: jax.Array) -> jax.Array:
     hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, intervals, index_BQ)
-    return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), self.v_head[...].astype(jnp.float32))
+    return read_head(hidden_BQD, self.v_head[...])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
 from polar_jax.model.layers import param
+from polar_jax.model.reward_model import read_head
 from polar_jax.model.transformer import Decoder
 
 
@@ -21,4 +21,4 @@ class ValueModel(nnx.Module):
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
     """Values (B, T) in float32."""
     hidden_BTD = self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)])
-    return jnp.einsum('BTD,D->BT', hidden_BTD.astype(jnp.float32), self.v_head[...].astype(jnp.float32))
+    return read_head(hidden_BTD, self.v_head[...])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -87,13 +89,26 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: i
     )
 
 
-def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective: str) -> dict[str, Any]:
-  """Parameters of the newest checkpoint of another run, laid out as `abstract_params` says.
+def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str, Any]) -> None:
+  """Writes parameters alone, as step 0 of a run would hold them. `settings`: as a run's fingerprint."""
+  # Orbax copies what it writes: as much at a time as the largest array, which it could not write otherwise, or a gigabyte.
+  at_once = max(1e9, *(leaf.nbytes for leaf in jax.tree.leaves(params))) / 1e9
+  handlers = {
+    'state': ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once),
+    'data': ocp.JsonCheckpointHandler(),
+    'config': ocp.JsonCheckpointHandler(),
+  }
+  with ocp.CheckpointManager(folder.absolute() / FOLDER, item_handlers=handlers) as manager:
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave({'params': params}), data=ocp.args.JsonSave({}), config=ocp.args.JsonSave(settings))
+    manager.save(0, args=args)
 
-  From a run with the same objective all of them; from another (a reward model that starts from a language model) the decoder.
+
+@contextlib.contextmanager
+def _newest(folder: pathlib.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+  """The checkpoints of another run, to be read, and the newest step.
 
   Raises:
-    ConfigError: when there is no checkpoint, or its parameters have other names or shapes.
+    ConfigError: there is none.
   """
   root = folder.absolute() / FOLDER
   missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
@@ -105,11 +120,39 @@ def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective
     step = manager.latest_step()
     if step is None:
       raise missing
+    yield manager, step
+
+
+def load_settings(folder: pathlib.Path) -> dict[str, Any]:
+  """What the newest checkpoint of a run was made with: its fingerprint.
+
+  Raises:
+    ConfigError: when there is no checkpoint.
+  """
+  with _newest(folder) as (manager, step):
+    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+
+
+def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective: str, *, as_stored: bool = False) -> dict[str, Any]:
+  """Parameters of the newest checkpoint of another run, laid out as `abstract_params` says.
+
+  From a run with the same objective all of them; from another (a reward model that starts from a language model) the decoder.
+
+  Args:
+    as_stored: in the dtypes of the checkpoint instead of those of `abstract_params`.
+
+  Raises:
+    ConfigError: when there is no checkpoint, or its parameters have other names or shapes.
+  """
+  with _newest(folder) as (manager, step):
     saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
     if saved['objective'] != objective:
       abstract_params = {'decoder': abstract_params['decoder']}
     stored = manager.item_metadata(step)['state']['params']
     _check_same_shapes(stored, abstract_params, folder)
+    if as_stored:
+      keep = lambda wanted, have: jax.ShapeDtypeStruct(wanted.shape, have.dtype, sharding=wanted.sharding)
+      abstract_params = jax.tree.map(keep, abstract_params, {name: stored[name] for name in abstract_params})
     target = {'params': abstract_params}
     args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(state=args))['state']['params']

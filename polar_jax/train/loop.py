@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from polar_jax import sharding
+from polar_jax import pretrained, sharding
 from polar_jax.config import CheckpointingConfig, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.scaling import flops
 from polar_jax.train import step as step_lib
-from polar_jax.train.checkpoint import Checkpointer, load_params
+from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.metrics import MetricsLog, Progress, read_metrics, reward_histogram
 from polar_jax.train.objectives import NEXT_TOKEN, Objective
 from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -131,7 +131,7 @@ class _Trainer:
     if self.run.start_from is None:
       return None
     self.run.log(f'{self.run.name}: starts from the parameters in {self.run.start_from}')
-    return load_params(self.run.start_from, self.functions.abstract.params, self.run.objective.name)
+    return pretrained.start_params(self.run.start_from, self.run.model, pretrained.HEADS[self.run.objective.name], self.run.mesh)
 
   def run_to_end(self) -> dict[str, Any]:
     run, started, first = self.run, time.perf_counter(), self.step

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,6 +19,8 @@ from polar_jax.data import pipeline
 from polar_jax.data.sources import open_source
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
+from polar_jax.hf import tokenizer_files
+from polar_jax.pretrained import ASSETS, open_pretrained
 from polar_jax.synthesis import engine
 from polar_jax.train import loop
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
@@ -42,7 +46,24 @@ class Context:
     return self.workdir / 'data'
 
   def tokenizer(self) -> Tokenizer:
+    """
+    Raises:
+      UserError: there is no such tokenizer.
+    """
+    if self.config.tokenizer.kind == 'checkpoint':
+      return open_pretrained(self._checkpoint()).tokenizer()
     return load_tokenizer(self.config.tokenizer, self.data / 'tokenizer.json')
+
+  def _checkpoint(self) -> pathlib.Path:
+    """What tokenizer.kind 'checkpoint' means: the checkpoint that is given, or that the stage starts from."""
+    c = self.config
+    section = {'pretrain_lm': c.lm, 'pretrain': c.train, 'finetune': c.finetune}.get(c.stage)
+    start = c.checkpoint or (section.start_from if section else None)
+    if start in (None, 'scratch', 'lm', 'pretrain'):
+      raise ConfigError(
+        "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to its folder"
+      )
+    return pathlib.Path(start)
 
   def template(self, use_reference: bool = True) -> Template:
     settings = self.config.template
@@ -108,6 +129,7 @@ def pretrain_lm(context: Context) -> dict[str, Any]:
     prefetch=data.prefetch,
     log=context.log,
   )
+  _keep_tokenizer(context.tokenizer(), run.folder)
   return loop.train(run)
 
 
@@ -167,6 +189,7 @@ def _rank(
     prefetch=data.prefetch,
     log=context.log,
   )
+  _keep_tokenizer(template.tokenizer, run.folder)
   return loop.train(run)
 
 
@@ -240,6 +263,24 @@ def _rows_fingerprint(rows: Sequence[Triplet]) -> str:
   return f'{size}:{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}'
 
 
+def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+  path = getattr(tokenizer, 'path', None)
+  return 'byte' if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+  """Copies the tokenizer's files beside a run's checkpoints, so that the folder is all that scoring and exporting need."""
+  path = getattr(tokenizer, 'path', None)
+  if path is None or jax.process_index() != 0:
+    return
+  assets = folder / ASSETS
+  assets.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(path, assets / f'tokenizer{path.suffix}')
+  for name in set(tokenizer_files.TOKENIZER_FILES) - {'tokenizer.json', 'tokenizer.model'}:
+    if (path.parent / name).is_file():
+      shutil.copyfile(path.parent / name, assets / name)
+
+
 def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dict[str, Any]) -> dict[str, Any]:
   """Settings that must not change while a workdir is resumed: they decide what the run computes."""
   free = {'log_every', 'evaluate_every', 'evaluate_rows'}
@@ -247,4 +288,5 @@ def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dic
   model = {f'model.{k}': v for k, v in dataclasses.asdict(context.model_config()).items() if k not in same_maths}
   template = {f'template.{k}': v for k, v in dataclasses.asdict(context.config.template).items()}
   settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in free}
-  return {'objective': objective, 'seed': context.config.seed, **model, **template, **settings, **more}
+  tokenizer = _tokenizer_fingerprint(context.tokenizer())
+  return {'objective': objective, 'seed': context.config.seed, 'tokenizer': tokenizer, **model, **template, **settings, **more}

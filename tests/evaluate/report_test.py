@@ -104,6 +104,18 @@ def test_partial_report_names_what_is_missing(tmp_path):
   assert 'unseen_policies' not in text
 
 
+def test_a_workdir_that_only_scored_or_converted_warns_of_nothing(tmp_path):
+  report.write_report(
+    tmp_path, {'score': {'rows': 12, 'mean': -1.25}, 'convert': {'exact': True}, 'timing': {'score': 2.0, 'convert': 1.0}}
+  )
+  text = (tmp_path / 'report.md').read_text()
+  assert '## Stage score' in text and '| rows | 12 |' in text and '## Stage convert' in text and '| score | 2.0 |' in text
+  assert 'Missing' not in text and '## Caveats' not in text and 'Accuracy' not in text
+  report.write_report(tmp_path, {'score': {'rows': 12}, 'pretrain': {'loss': 0.6}})
+  text = (tmp_path / 'report.md').read_text()
+  assert '## Stage score' in text and 'Missing' in text and '## Caveats' in text
+
+
 def test_empty_and_single_sections_are_reports_too(tmp_path):
   report.write_report(tmp_path / 'empty', {})
   assert 'Results here: none.' in (tmp_path / 'empty' / 'report.md').read_text()

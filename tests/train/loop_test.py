@@ -18,7 +18,7 @@ import pytest
 
 from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig
 from polar_jax.data import pipeline
-from polar_jax.scoring import Scorer
+from polar_jax.scoring.scorer import Scorer
 from polar_jax.train import loop, stages
 from polar_jax.train.checkpoint import FOLDER, load_params
 from polar_jax.train.metrics import Progress, read_metrics

@@ -1,9 +1,13 @@
-"""Scores candidates with a reward model. Evaluation, PPO and serving all come here."""
+"""Scores candidates with a reward model, groups of them packed densely: evaluation and PPO come here.
+
+A reward differs in its last bits with what shares its batch; `polar_jax.scoring.exact` gives up density for rewards that do not.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,13 +58,7 @@ class Scorer:
     self._template, self._mesh, self._row_length, self._candidates = template, mesh, row_length, candidates
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
-    abstract = _abstract_model(model)
-    graphdef, _ = nnx.split(abstract)
-    self._forward = jax.jit(
-      lambda params, batch: nnx.merge(graphdef, params).score(batch),
-      in_shardings=(jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract, mesh)), sharding.batch_sharding(mesh)),
-      out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
+    self._forward = jit_rewards(lambda reward_model, batch: reward_model.score(batch), model, mesh)
 
   @classmethod
   def from_run(cls, folder: pathlib.Path, model: ModelConfig, template: Template, mesh: Mesh, **shape: Any) -> Scorer:
@@ -110,6 +108,29 @@ class Scorer:
         mine = step.to_device(jax.tree.map(lambda a: a[share], batch), self._mesh)
         scored.append((batch.index_BQ, self._forward(self.params, mine)))
     return jax.device_get(scored)
+
+
+def jit_rewards(
+  read: Callable[[RewardModel, Any], jax.Array], model: ModelConfig, mesh: Mesh, compiler_options: dict[str, Any] | None = None
+) -> Any:
+  """A jitted (params, batch) -> `read(model with params, batch)`, rows over the batch axes, the result on every device.
+
+  Computing in float32 means float32: left alone, accelerators multiply float32 matrices in TF32 or bfloat16.
+  """
+  abstract = _abstract_model(model)
+  graphdef, _ = nnx.split(abstract)
+
+  def rewards(params: dict[str, Any], batch: Any) -> jax.Array:
+    exact = jax.default_matmul_precision('highest') if model.compute_dtype == 'float32' else contextlib.nullcontext()
+    with exact:
+      return read(nnx.merge(graphdef, params), batch)
+
+  return jax.jit(
+    rewards,
+    in_shardings=(jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract, mesh)), sharding.batch_sharding(mesh)),
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+    compiler_options=compiler_options,
+  )
 
 
 def _abstract_model(model: ModelConfig) -> RewardModel:

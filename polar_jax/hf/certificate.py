@@ -1,0 +1,111 @@
+"""What a conversion proves about itself: parameters counted, every tensor's checksum, and rows scored before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from polar_jax import sharding
+from polar_jax.config import ModelConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.value_model import ValueModel
+from polar_jax.types import UserError
+
+FILE = 'certificate.json'
+
+# Token rows that are scored: the same for every model with the same vocabulary.
+_ROWS, _LENGTH = 8, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+  """A conversion's facts.
+
+  Attributes:
+    tensors: SHA-256 of every stored tensor's bytes in the dtype it is written in, (read from the source, read back).
+    exact: nothing was cast on the way, so that scores must be equal to the bit as well.
+    scores: of the fixed rows, (before, after).
+  """
+
+  source: str
+  output: str
+  family: str
+  head: str
+  parameters: int
+  dtypes: tuple[str, ...]
+  exact: bool
+  tensors: dict[str, tuple[str, str]]
+  scores: tuple[list[float], list[float]]
+
+  @property
+  def max_difference(self) -> float:
+    return float(np.max(np.abs(np.subtract(*self.scores))))
+
+  def check(self) -> None:
+    """
+    Raises:
+      UserError: what was written is not what was read, naming the tensor.
+    """
+    changed = [name for name, (before, after) in self.tensors.items() if before != after]
+    if changed:
+      raise UserError(f'{self.output}: tensor {changed[0]!r} reads back differently from {self.source} ({len(changed)} such); not kept')
+    if not np.isfinite(self.scores).all() or (self.exact and self.max_difference != 0):
+      raise UserError(f'{self.output}: scores differ by {self.max_difference:.3g} from those of {self.source}; not kept')
+
+  def lines(self) -> list[str]:
+    """For the terminal."""
+    equal = sum(before == after for before, after in self.tensors.values())
+    width = max(map(len, self.tensors), default=0)
+    table = [f'  {name:<{width}}  {a[:16]}{"" if a == b else f"  read back as {b[:16]}"}' for name, (a, b) in self.tensors.items()]
+    return [
+      'certificate: tensor, SHA-256 (its first 16 digits)',
+      *table,
+      f'{self.head} model of family {self.family}, {self.parameters:,} parameters, stored as {", ".join(self.dtypes)}',
+      f'{equal} of {len(self.tensors)} tensors read back equal to the bit' + ('' if self.exact else ', once cast to that type'),
+      f'{len(self.scores[0])} fixed rows scored before and after: max |difference| {self.max_difference:.3g}',
+    ]
+
+  def write(self, folder: pathlib.Path) -> None:
+    facts = dataclasses.asdict(self) | {'max_difference': self.max_difference}
+    (folder / FILE).write_text(json.dumps(facts, indent=2) + '\n')
+
+
+def fixed_rows_scores(params: dict[str, Any], model: ModelConfig, head: str, mesh: Mesh) -> list[float]:
+  """One number per row of fixed token ids, in float32: the reward or value at the last token, or the mean log-likelihood."""
+  shards = sharding.batch_shards(mesh)
+  rows = -(-_ROWS // shards) * shards  # on more devices the first come again
+  rng = np.random.default_rng(0)
+  tokens_BT = np.resize(rng.integers(0, model.vocab_size or 0, (_ROWS, _LENGTH), np.int32), (rows, _LENGTH))
+  last_B = np.resize(rng.integers(1, _LENGTH, _ROWS, np.int32), rows)
+  with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
+    scored_B = _score_rows(dataclasses.replace(model, compute_dtype='float32'), head, mesh)(params, tokens_BT, last_B)
+  return np.asarray(scored_B, np.float64)[:_ROWS].tolist()
+
+
+@functools.cache
+def _score_rows(model: ModelConfig, head: str, mesh: Mesh) -> Callable[[Any, np.ndarray, np.ndarray], jax.Array]:
+  """Compiled once for before and after: two compilations might add in another order."""
+  # A value model reads at every token what a reward model reads at one.
+  make = LanguageModel if head == 'lm' else ValueModel
+  graphdef = nnx.split(nnx.eval_shape(lambda: make(model, rngs=nnx.Rngs(params=0))))[0]
+
+  def score(params: Any, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+    position_BT = jnp.broadcast_to(jnp.arange(_LENGTH, dtype=jnp.int32), tokens_BT.shape)
+    out = nnx.merge(graphdef, params)(tokens_BT, position_BT, jnp.zeros_like(tokens_BT), position_BT + 1)
+    if head != 'lm':
+      return jnp.take_along_axis(out, last_B[:, None], axis=1)[:, 0]
+    next_BT1 = jnp.roll(tokens_BT, -1, axis=1)[..., None]
+    log_likelihood_BT = jnp.take_along_axis(jax.nn.log_softmax(out), next_BT1, axis=-1)[..., 0]
+    return jnp.sum(jnp.where(position_BT < last_B[:, None], log_likelihood_BT, 0.0), axis=1) / last_B
+
+  return jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,164 @@
+"""Stage `convert`: a checkpoint from elsewhere becomes one of ours, and one of ours a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polar_jax import pretrained
+from polar_jax.config import ConfigError
+from polar_jax.hf import exporter, importer, tokenizer_files
+from polar_jax.hf.certificate import Certificate, fixed_rows_scores
+from polar_jax.pretrained import Pretrained, open_pretrained
+from polar_jax.train import checkpoint
+from polar_jax.train.stages import Context
+from polar_jax.types import UserError
+
+_GIB = 2**30
+
+
+def convert(context: Context) -> dict[str, Any]:
+  """Converts `config.checkpoint` into the folder `config.output`, which must not exist, and prints a certificate.
+
+  The folder is written under another name and renamed when the certificate holds: nothing half-written is left behind.
+
+  Returns:
+    The certificate's facts for report.json.
+
+  Raises:
+    UserError: the checkpoint cannot be read, or what was written does not read back as it was.
+  """
+  config = context.config
+  if config.checkpoint is None or config.output is None:
+    raise ConfigError('convert needs --config.checkpoint (what to read) and --config.output (the folder to write)')
+  output = pathlib.Path(config.output)
+  if output.exists():
+    raise ConfigError(f'output {output} exists; remove it or name another folder')
+  opened = open_pretrained(config.checkpoint)
+  context.log(f'{opened.path}: {opened.kind}, {opened.head} model of family {opened.model.family}')
+  partial = output.with_name(output.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  try:
+    certificate = (_import if opened.source else _export)(context, opened, partial)
+    for line in certificate.lines():
+      context.log(line)
+    certificate.check()
+    if jax.process_index() == 0:
+      certificate.write(partial)
+      os.replace(partial, output)
+  finally:
+    if jax.process_index() == 0:
+      shutil.rmtree(partial, ignore_errors=True)
+  context.log(f'written: {output}')
+  facts = {'parameters': certificate.parameters, 'max_difference': certificate.max_difference, 'exact': certificate.exact}
+  return {'convert': {'source': certificate.source, 'output': str(output), 'tensors': len(certificate.tensors), **facts}}
+
+
+def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
+  """From Hugging Face, GGUF or llama2.c to ours."""
+  dtype, mesh = context.config.convert.dtype, context.mesh
+  before: dict[str, str] = {}
+
+  def note(name: str, array: np.ndarray) -> None:
+    with np.errstate(over='ignore'):  # the importer refuses it, by name
+      before[name] = importer.checksum(array if dtype is None else array.astype(jnp.dtype(dtype)))
+
+  params = opened.params(mesh, dtype, on_tensor=note)
+  stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
+  scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
+  checkpoint.save_params(folder, params, _settings(opened))
+  parameters = _count(params)
+  del params
+  try:
+    tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
+  except UserError as error:
+    context.log(f'no tokenizer: {error}')
+  written = open_pretrained(folder)
+  back = written.params(mesh)
+  after = {name: importer.checksum(array) for name, array in exporter.stored_arrays(back, opened.stored()) if name in before}
+  exact = dtype is None or stored_dtypes == {dtype}
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+
+
+def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
+  """From ours to a Hugging Face folder."""
+  dtype, mesh = context.config.convert.dtype, context.mesh
+  params, stored = opened.params(mesh), opened.stored()
+  held = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
+  exporter.write_weights(params, stored, folder, dtype, int(context.config.convert.shard_gib * _GIB))
+  before = {name: importer.checksum(array) for name, array in exporter.stored_arrays(params, stored, dtype)}
+  parameters, main_dtype = _count(params), str(params['decoder']['layers']['wq'].dtype)
+  del params
+  _write_small_files(context, opened, folder, dtype or main_dtype)
+  after: dict[str, str] = {}
+  written = open_pretrained(folder)
+  back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))
+  exact = dtype is None or held == {dtype}
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+
+
+def _certificate(
+  context: Context,
+  opened: Pretrained,
+  written: Pretrained,
+  back: dict[str, Any],
+  parameters: int,
+  exact: bool,
+  before: dict[str, str],
+  after: dict[str, str],
+  scores: list[float],
+) -> Certificate:
+  """`back`: the parameters that `written` holds. They are scored with its own settings: those must have come across as well."""
+  if _count(back) != parameters or before.keys() != after.keys():
+    raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; not kept')
+  return Certificate(
+    source=str(opened.path),
+    output=str(context.config.output),
+    family=opened.model.family,
+    head=opened.head,
+    parameters=parameters,
+    dtypes=tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(back)})),
+    exact=exact,
+    tensors={name: (before[name], after[name]) for name in before},
+    scores=(scores, fixed_rows_scores(back, written.compute_like(opened.model), opened.head, context.mesh)),
+  )
+
+
+def _count(params: dict[str, Any]) -> int:
+  return int(np.sum([leaf.size for leaf in jax.tree.leaves(params)], dtype=np.int64))
+
+
+def _settings(opened: Pretrained) -> dict[str, Any]:
+  """What a run's fingerprint would say of the checkpoint."""
+  model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
+  reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
+  return {'objective': pretrained.OBJECTIVES[opened.head], 'converted_from': opened.kind, **model, **reward}
+
+
+def _write_small_files(context: Context, opened: Pretrained, folder: pathlib.Path, dtype: str) -> None:
+  """Tokenizer files and config.json."""
+  template, special_ids = opened.template(context.config.template), {}
+  reward_token_id = template.reward_token_id
+  if opened.assets.is_dir():
+    tokenizer_files.copy_small_files(opened.assets, folder)
+  try:
+    tokenizer = opened.tokenizer()
+  except UserError as error:
+    context.log(f'no tokenizer is written: {error}')
+  else:
+    special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
+    if reward_token_id is None:
+      reward_token_id = tokenizer.special_id(template.reward_token)
+    added = {} if template.separator_id is None else {template.separator: template.separator_id}
+    tokenizer_files.write_for_transformers(tokenizer, folder, opened.model.family, added)
+  if opened.head != 'reward':
+    reward_token_id = None
+  exporter.write_config(folder, opened.model, opened.head, dtype=dtype, reward_token_id=reward_token_id, special_ids=special_ids)

@@ -1,0 +1,150 @@
+"""Rewards that depend on the row alone, to the last bit: not on the batch size, the order, or what else is scored.
+
+Every candidate is a row of its own, of shape (1, T), where T is a function of its own length. What does not give that:
+
+  a batch of rows  how a matmul rounds depends on its shape, so a row's reward would change with the number of its neighbours
+  jax.lax.map      XLA unrolls a loop of one iteration and fuses it with what is around it: one row is then another program than two
+  packing          a sequence is cut into other tiles of attention wherever in the row it begins
+
+The price is padding, a third of a long row at worst, and small matmuls for short ones. What remains: another device, number of
+devices along `tensor`, version of XLA or number of CPU threads may round differently.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from polar_jax import sharding
+from polar_jax.config import ModelConfig
+from polar_jax.data.packing import LENGTH_MULTIPLE
+from polar_jax.data.template import Template
+from polar_jax.scoring.scorer import jit_rewards
+from polar_jax.train import step
+from polar_jax.types import Group, PairBatch, UserError
+
+# Computations that the host may be ahead of the device. Their inputs are all that they hold there: a few integers for each token.
+_IN_FLIGHT = 32
+
+
+class RowError(UserError):
+  """A row that cannot be scored.
+
+  Attributes:
+    index: of the row in the call.
+    reason: without the row.
+  """
+
+  def __init__(self, index: int, reason: str):
+    super().__init__(f'row {index}: {reason}')
+    self.index, self.reason = index, reason
+
+  def __reduce__(self) -> tuple:
+    return type(self), (self.index, self.reason)
+
+
+class ExactScorer:
+  """A reward model with its template. One compilation for each row length of the ladder that occurs.
+
+  On a mesh with S shards of the batch, S rows of one length go together, one to a device (padding rows where there are fewer).
+  Parameters that are divided over `fsdp` are brought together for each call, which costs more than it does in training, where a
+  call is a whole batch: better `data`, where the model fits a device.
+
+  Args:
+    params: of a RewardModel, as `step.TrainState.params`, `load_params` or `Pretrained.params` give them.
+  """
+
+  def __init__(self, params: dict[str, Any], model: ModelConfig, template: Template, mesh: Mesh):
+    if model.vocab_size is None:
+      raise ValueError('ModelConfig.vocab_size must be set: it is that of the parameters')
+    self.params, self.model = params, model
+    self._template, self._mesh, self._vocab_size = template, mesh, model.vocab_size
+    # XLA times matmul kernels of a GPU whenever it compiles, and takes the fastest: another process may end up with another one.
+    on_gpu = mesh.devices.flat[0].platform in ('gpu', 'cuda', 'rocm')
+    options = {'xla_gpu_deterministic_ops': True} if on_gpu else None
+    self._forward = jit_rewards(lambda reward_model, batch: reward_model(batch)[:, 0, 0], model, mesh, options)
+
+  def score(self, rows: Sequence[Group]) -> np.ndarray:
+    """Rewards (rows,) of groups of one candidate each, float32, in order.
+
+    Raises:
+      RowError: naming the row: a text is no text, it has not one candidate, a token is none of the model's, its reward is not finite.
+    """
+    return self.score_sequences(self.encode(rows))
+
+  def encode(self, rows: Sequence[Group]) -> list[list[int]]:
+    """Token ids of each row. Raises RowError."""
+    sequences = []
+    for index, row in enumerate(rows):
+      if len(row.candidates) != 1:
+        raise RowError(index, f'has {len(row.candidates)} candidates; here every candidate is a row of its own')
+      try:
+        sequences += self._template.encode_candidates(row.prompt, row.reference, row.candidates, row.wrapper)
+      except UserError as error:
+        raise RowError(index, str(error)) from error
+    return sequences
+
+  def score_sequences(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rewards (sequences,) of token ids that end in the reward token, float32, in order. Raises RowError."""
+    for index, sequence in enumerate(sequences):
+      if not sequence or not 0 <= min(sequence) <= max(sequence) < self._vocab_size:
+        wrong = 'no tokens' if not sequence else f'the token {max(sequence) if min(sequence) >= 0 else min(sequence)}'
+        raise RowError(index, f"has {wrong}, and the model's go from 0 to {self._vocab_size - 1}; is this its tokenizer?")
+    rewards = np.full(len(sequences), np.nan, np.float32)
+    in_flight: collections.deque[tuple[list[int], jax.Array]] = collections.deque()
+    for members, reward_B in self._dispatch(sequences):
+      in_flight.append((members, reward_B))
+      if len(in_flight) > _IN_FLIGHT:
+        _fetch(in_flight, rewards)
+    while in_flight:
+      _fetch(in_flight, rewards)
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if bad.size:
+      raise RowError(int(bad[0]), f'its reward is {rewards[bad[0]]}: a parameter is not finite, or the compute type overflows')
+    return rewards
+
+  def _dispatch(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], jax.Array]]:
+    """(which sequences, their rewards, on the device) of every call; those of one row length one after another."""
+    shards, share = sharding.batch_shards(self._mesh), step.local_share(self._mesh)
+    by_length: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+      by_length.setdefault(ladder_length(len(sequence)), []).append(index)
+    for length, indices in sorted(by_length.items()):
+      for low in range(0, len(indices), shards):
+        members = indices[low : low + shards]
+        batch = _rows([sequences[i] for i in members], length, shards)
+        with jax.set_mesh(self._mesh):
+          mine = step.to_device(jax.tree.map(lambda a: a[share.rows(shards)], batch), self._mesh)
+          reward_B = self._forward(self.params, mine)
+        yield members, reward_B
+
+
+def _fetch(in_flight: collections.deque[tuple[list[int], jax.Array]], rewards: np.ndarray) -> None:
+  members, reward_B = in_flight.popleft()
+  rewards[members] = jax.device_get(reward_B)[: len(members)]
+
+
+def ladder_length(length: int) -> int:
+  """The row that a sequence gets: the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds it.
+
+  Powers of two and one and a half times them, as far as they are multiples of 128: few programs to compile, little padding.
+  """
+  power = max(LENGTH_MULTIPLE, 1 << (length - 1).bit_length())
+  between = power // 4 * 3
+  return between if length <= between and between % LENGTH_MULTIPLE == 0 else power
+
+
+def _rows(sequences: Sequence[Sequence[int]], length: int, rows: int) -> PairBatch:
+  """One sequence to a row, filled up with padding: tokens whose interval is empty, and rows of nothing else."""
+  tokens, positions, start, end = (np.zeros((rows, length), np.int32) for _ in range(4))
+  reward_index, index = np.zeros((rows, 1, 1), np.int32), np.full((rows, 1), -1, np.int32)
+  for b, sequence in enumerate(sequences):
+    size = len(sequence)
+    tokens[b, :size], positions[b, :size], end[b, :size] = sequence, np.arange(size), np.arange(1, size + 1)
+    reward_index[b], index[b] = size - 1, b
+  return PairBatch(tokens, positions, start, end, reward_index, (index >= 0).astype(np.float32), index)

