@@ -21,8 +21,9 @@ CORE = [
   'absl-py>=2.1',  # flags and app, which ml-collections' config_flags builds on
   'tokenizers>=0.21',  # trains the small BPE, reads tokenizer.json
   'sentencepiece>=0.2',  # reads POLAR's tokenizer.model
+  'protobuf>=5',  # the pieces of a tokenizer.model, which sentencepiece describes in it
   'safetensors>=0.8',  # checkpoint exchange without torch; the first version that lists tensors by their offset
-  'jinja2>=3.1',  # chat templates of policies, which are written in it
+  'jinja2>=3.1.6',  # chat templates of policies, which are somebody else's programs: older sandboxes had holes
   'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
   'matplotlib>=3.9',  # figures of the report
   'tqdm>=4.66',  # progress bars
@@ -42,7 +43,7 @@ EXTRAS = {
   'torch': ['torch>=2.6'],  # checkpoints in pytorch_model.bin, as POLAR's are; the restricted reader of older versions had a hole
   'gguf': GGUF,  # checkpoints in .gguf
   # What tests compare with. torch exactly: another one rounds differently. Weights to test on come separately (README).
-  'parity': ['torch==2.13.0', 'transformers>=5.23,<6', *GGUF],
+  'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', *GGUF],
   # What tests need to run GPU kernels in interpret mode, and to compile TPU kernels, on machines that have neither.
   'kernels': [*TOKAMAX, *TPU],
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.

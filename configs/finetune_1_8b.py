@@ -3,7 +3,8 @@
   python -m polar_jax.main --config=configs/finetune_1_8b.py --config.data.preferences=mine.jsonl --config.data.evaluation=held_out.jsonl
 
 Reads: data/preferences (rows of prompt, reference, chosen, rejected), checkpoints/polar_1_8b_base (the pre-trained reward
-model, internlm/POLAR-1_8B-Base as it is on Hugging Face, or a folder of ours). Paper: 150,000 rows, 16 H800 for half an hour. Not run at this size here.
+model, internlm/POLAR-1_8B-Base as on Hugging Face, or a folder of ours).
+Paper: 150,000 rows, 16 H800 for half an hour. Not run at this size here.
 """
 
 from polar_jax.recipes import finetuning

@@ -15,6 +15,7 @@ by a few tokens either way, and it exceeds `max_length` when two answers of `max
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -89,11 +90,7 @@ class Template:
     self.separator_id = own_separator if config.separator_id is None else config.separator_id
     added = {}
     if self.separator_id is None:
-      warnings.warn(
-        f'template.separator {config.separator!r} is no token of this tokenizer and is tokenised as ordinary text; '
-        'set template.separator_id if the model was trained with a single token',
-        stacklevel=2,
-      )
+      _warn_of_textual_separator(config.separator)
     elif self.separator_id != own_separator:
       added[config.separator] = self.separator_id
     if reward_token_id != own_reward:
@@ -179,6 +176,16 @@ class Template:
     if self._added_ids:
       ids = [i for i in ids if i not in self._added_ids]
     return self.tokenizer.decode(ids, skip_special=True)
+
+
+@functools.cache
+def _warn_of_textual_separator(separator: str) -> None:
+  """Once per process: a run makes several templates with the same settings."""
+  warnings.warn(
+    f'template.separator {separator!r} is no token of this tokenizer and is tokenised as ordinary text; '
+    'set template.separator_id if the model was trained with a single token',
+    stacklevel=3,
+  )
 
 
 def _last(ids: list[int], count: int) -> list[int]:

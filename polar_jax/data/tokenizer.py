@@ -7,22 +7,20 @@ and rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; B
 from __future__ import annotations
 
 import abc
+import importlib
 import json
 import pathlib
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from polar_jax.config import TokenizerConfig
-from polar_jax.types import UserError
+from polar_jax.data.special_tokens import NAMES, SpecialTokens, TokenizerError, read_json, read_special_tokens
 
 PAD, BOS, EOS, SEPARATOR, REWARD = '<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]'
+UNK = '<unk>'
 SPECIAL_TOKENS = (PAD, BOS, EOS, SEPARATOR, REWARD)  # of the tokenizers made here (bytes, and the BPE trained on the spot)
-
-
-class TokenizerError(UserError):
-  """A tokenizer file is missing, unreadable or of an unknown kind. The message is one line for the user."""
 
 
 @runtime_checkable
@@ -42,6 +40,9 @@ class Tokenizer(Protocol):
 
   @property
   def pad_id(self) -> int | None: ...
+
+  @property
+  def unk_id(self) -> int | None: ...
 
   def encode(self, text: str, add_bos: bool = False) -> list[int]: ...
 
@@ -85,6 +86,7 @@ class ByteTokenizer:
 
   vocab_size = 256 + len(SPECIAL_TOKENS)
   pad_id, bos_id, eos_id = 256, 257, 258
+  unk_id = None
 
   def __init__(self) -> None:
     self._specials = SpecialStrings({token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
@@ -122,7 +124,36 @@ class _FileTokenizer(abc.ABC):
     return type(self), (self.path,)
 
   @abc.abstractmethod
-  def _load(self) -> Any: ...
+  def _load(self) -> Any:
+    """What the file holds, with a `specials` and an `ids` (of 'bos', 'eos', 'pad', 'unk')."""
+
+  @property
+  def bos_id(self) -> int | None:
+    return self._model.ids['bos']
+
+  @property
+  def eos_id(self) -> int | None:
+    return self._model.ids['eos']
+
+  @property
+  def pad_id(self) -> int | None:
+    return self._model.ids['pad']
+
+  @property
+  def unk_id(self) -> int | None:
+    return self._model.ids['unk']
+
+  def encode(self, text: str, add_bos: bool = False) -> list[int]:
+    ids = self._encode(text)
+    return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+  @abc.abstractmethod
+  def _encode(self, text: str) -> list[int]: ...
+
+  def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+    # The batch call of `tokenizers` hands the texts to a thread pool: for a row's few texts that costs more than it saves, and
+    # the pool does not survive a fork.
+    return [self.encode(text, add_bos) for text in texts]
 
   @property
   def _model(self) -> Any:
@@ -131,14 +162,15 @@ class _FileTokenizer(abc.ABC):
         if self._loaded is None:
           try:
             self._loaded = self._load()
-          except ImportError:
+          except (ImportError, TokenizerError):
             raise
           except Exception as error:  # the libraries raise bare Exception and RuntimeError
-            raise TokenizerError(f'{self.path}: not a tokenizer file that can be read: {str(error).splitlines()[0]}') from error
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise TokenizerError(f'{self.path}: not a tokenizer file that can be read: {reason}') from error
     return self._loaded
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
   """The printable character that a byte-level BPE writes for each byte: itself where it is printable, else one past U+0100."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
   others = iter(range(256, 512))
@@ -152,146 +184,167 @@ def _byte_alphabet(spec: Mapping[str, Any]) -> bytes | None:
   """
   model, steps = spec['model'], spec['pre_tokenizer'] or {}
   steps = steps['pretokenizers'] if steps.get('type') == 'Sequence' else [steps]
-  keeps_text = all(step.get('type') == 'Split' and step['behavior'] != 'Removed' for step in steps[:-1])
+  keeps_text = all(step.get('type') == 'Digits' or (step.get('type') == 'Split' and step['behavior'] != 'Removed') for step in steps[:-1])
   bytes_last = steps[-1].get('type') == 'ByteLevel' and not steps[-1]['add_prefix_space']
   plain_bpe = model['type'] == 'BPE' and not any(model.get(key) for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'))
   if spec['normalizer'] is not None or (spec['decoder'] or {}).get('type') != 'ByteLevel' or not (keeps_text and bytes_last and plain_bpe):
     return None
-  return bytes(b for b, symbol in enumerate(_byte_symbols()) if symbol in model['vocab'])
+  return bytes(b for b, symbol in enumerate(byte_symbols()) if symbol in model['vocab'])
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text('utf-8')) if path.is_file() else {}
-
-
-def _named_token(settings: Mapping[str, Any], name: str) -> str:
-  """`bos_token` and its like are a string or {'content': string} in tokenizer_config.json."""
-  value = settings.get(name)
-  return str(value['content'] if isinstance(value, dict) else value)
+class _Bpe(NamedTuple):
+  model: Any
+  specials: SpecialStrings
+  ids: Mapping[str, int | None]
+  size: int
+  alphabet: bytes | None  # of _byte_alphabet
 
 
 class BpeTokenizer(_FileTokenizer):
   """A tokenizer.json of the `tokenizers` package.
 
-  The file does not say which token is BOS: a tokenizer_config.json beside it does, and without one `<s>`, `</s>`, `<pad>` count.
+  The file does not say which token is BOS: the files beside it do (special_tokens.py). Where they do not, the token that the
+  file's own post-processor puts in front counts, or else `<s>`, `</s>`, `<pad>` and `<unk>`.
   """
 
-  def _load(self) -> Any:
+  def _load(self) -> _Bpe:
     import tokenizers
 
     model = tokenizers.Tokenizer.from_file(str(self.path))
     model.no_truncation()  # a file may carry a truncation or padding that would silently change lengths
     model.no_padding()
+    said = read_special_tokens(self.path.parent)
+    self._add_missing(model, said)
+    spec = json.loads(model.to_str())
     added = {token.content: i for i, token in model.get_added_tokens_decoder().items()}
-    beside = self.path.parent / 'tokenizer_config.json'
-    settings = _read_json(beside) if beside.is_file() else {'bos_token': BOS, 'eos_token': EOS, 'pad_token': PAD}
-    named = {name: added.get(_named_token(settings, f'{name}_token')) for name in ('bos', 'eos', 'pad')}
+    defaults = {'bos': _leading_token(spec['post_processor']) or BOS, 'eos': EOS, 'pad': PAD, 'unk': spec['model'].get('unk_token') or UNK}
+    ids = {}
+    for name in NAMES:
+      token = said.named[name] if name in said.named else defaults[name]
+      ids[name] = None if token is None else added.get(token)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    return model, SpecialStrings(added), named, size, _byte_alphabet(json.loads(model.to_str()))
+    return _Bpe(model, SpecialStrings(added), ids, size, _byte_alphabet(spec))
+
+  def _add_missing(self, model: Any, said: SpecialTokens) -> None:
+    """Adds the tokens that only the files beside tokenizer.json know, as the Hugging Face tokenizers do.
+
+    A named token without an id that the vocabulary does not hold either stays unknown: an id past the model's embedding is no use.
+    """
+    import tokenizers
+
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
+    for token in [*said.named.values(), *said.marked]:
+      if token is not None and token not in known and token not in said.added and model.token_to_id(token) is not None:
+        model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
+    for token, (i, special, flags) in said.added.items():
+      if token in known:
+        continue
+      model.add_tokens([tokenizers.AddedToken(token, special=special, **{'normalized': not special, **flags})])
+      if model.token_to_id(token) != i:
+        raise TokenizerError(
+          f'{self.path} lacks the token {token!r}, to which a file beside it gives the id {i}, and would make it '
+          f'{model.token_to_id(token)}; add it to the added_tokens of tokenizer.json'
+        )
 
   @property
   def vocab_size(self) -> int:
-    return self._model[3]
+    return self._model.size
 
-  @property
-  def bos_id(self) -> int | None:
-    return self._model[2]['bos']
-
-  @property
-  def eos_id(self) -> int | None:
-    return self._model[2]['eos']
-
-  @property
-  def pad_id(self) -> int | None:
-    return self._model[2]['pad']
-
-  def encode(self, text: str, add_bos: bool = False) -> list[int]:
-    model, _, named, _, alphabet = self._model
+  def _encode(self, text: str) -> list[int]:
+    model, alphabet = self._model.model, self._model.alphabet
     if alphabet is not None and (unknown := text.encode('utf-8').translate(None, alphabet)):
       character = next(c for c in text if any(b in unknown for b in c.encode('utf-8')))
       raise TokenizerError(
         f'{self.path} has no token for {character!r} (in {text[:40]!r}...): it was trained on other text; use tokenizer.kind=byte, '
         'or another tokenizer file'
       )
-    ids = model.encode(text, add_special_tokens=False).ids  # the file's own post-processor might add an EOS too
-    return [named['bos'], *ids] if add_bos and named['bos'] is not None else ids
-
-  def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-    # The library's own batch call hands the texts to a thread pool: for a row's few texts that costs more than it saves, and
-    # the pool does not survive a fork.
-    return [self.encode(text, add_bos) for text in texts]
+    return model.encode(text, add_special_tokens=False).ids  # the file's own post-processor might add an EOS too
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    return self._model[0].decode(ids, skip_special_tokens=skip_special)
+    return self._model.model.decode(ids, skip_special_tokens=skip_special)
 
   def is_exact(self, text: str) -> bool:
-    alphabet = self._model[4]
+    alphabet = self._model.alphabet
     known = alphabet is not None and not text.encode('utf-8').translate(None, alphabet)
-    return known and not self._model[1].occur_in(text)
+    return known and not self._model.specials.occur_in(text)
 
   def special_id(self, token: str) -> int | None:
-    return self._model[1].ids.get(token)
+    return self._model.specials.ids.get(token)
+
+
+def _leading_token(post_processor: Mapping[str, Any] | None) -> str | None:
+  """The special token that a tokenizer.json's post-processor puts before a text."""
+  steps = (post_processor or {}).get('processors') or [post_processor or {}]
+  for step in steps:
+    if step.get('type') == 'TemplateProcessing' and step['single'] and 'SpecialToken' in step['single'][0]:
+      return step['single'][0]['SpecialToken']['id']
+  return None
+
+
+def sentencepiece_proto() -> Any:
+  """The class of a SentencePiece model's file. (It is made when its module is imported, so type checkers see no such name.)"""
+  return importlib.import_module('sentencepiece.sentencepiece_model_pb2').ModelProto
+
+
+class _SentencePiece(NamedTuple):
+  model: Any
+  specials: SpecialStrings
+  user_defined: Mapping[str, int]  # pieces that the model itself never splits, such as [UNUSED_TOKEN_130]
+  ids: Mapping[str, int | None]
+  names: Mapping[int, str]  # the string of an id, for decoding; user-defined pieces are decoded by the model
+  dropped: frozenset[int]  # by decoding with `skip_special`
 
 
 class SentencePieceTokenizer(_FileTokenizer):
-  """A SentencePiece tokenizer.model, with the added tokens of tokenizer_config.json or added_tokens.json beside it, if any.
+  """A SentencePiece tokenizer.model, with what the files beside it add, if any (special_tokens.py).
 
   As in the Hugging Face tokenizers of such models, `<s>` and the other control pieces inside a text become their ids, and
   decoding with `skip_special` drops control pieces, the unknown piece and added tokens marked special.
   """
 
-  def _load(self) -> Any:
+  def _load(self) -> _SentencePiece:
     import sentencepiece
 
     sentencepiece.set_min_log_level(2)  # it warns about a harmless null piece in InternLM2's model
     model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+    proto = sentencepiece_proto().FromString(model.serialized_model_proto())
+    user_defined = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == piece.USER_DEFINED}
     control = [i for i in range(model.vocab_size()) if model.IsControl(i) or model.IsUnknown(i)]
     strings = {model.IdToPiece(i): i for i in control}
     dropped = set(control)
-    settings = _read_json(self.path.parent / 'tokenizer_config.json')
-    marked = settings.get('additional_special_tokens') or []
-    for token, i in _read_json(self.path.parent / 'added_tokens.json').items():
-      strings[token] = int(i)
-      if token in marked:
-        dropped.add(int(i))
-    for i, token in settings.get('added_tokens_decoder', {}).items():
-      strings[token['content']] = int(i)
-      if token.get('special'):
-        dropped.add(int(i))
-    pad = strings.get(_named_token(settings, 'pad_token'), model.pad_id())
+    said = read_special_tokens(self.path.parent)
+    for token, (i, special, flags) in said.added.items():
+      if any(flags.get(flag) for flag in ('lstrip', 'rstrip', 'single_word')):
+        raise TokenizerError(f'{self.path}: the added token {token!r} wants lstrip, rstrip or single_word; give a tokenizer.json instead')
+      strings[token] = i
+      if special:
+        dropped.add(i)
+    own = (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
+    ids = {name: None if i < 0 else i for name, i in zip(NAMES, own, strict=True)}
+    for named in {*said.named.values(), *said.marked}:
+      if named is not None and (known := strings.get(named, _piece_id(model, named))) is not None:
+        strings[named] = known
+        dropped.add(known)
+    ids |= {name: None if token is None else strings.get(token) for name, token in said.named.items()}
     names = {i: token for token, i in strings.items()}
-    return model, SpecialStrings(strings), names, frozenset(dropped), None if pad < 0 else pad
+    return _SentencePiece(model, SpecialStrings(strings), user_defined, ids, names, frozenset(dropped))
+
+  def added_tokens(self) -> dict[str, tuple[int, bool]]:
+    """The control pieces and added tokens: id, and whether decoding with `skip_special` drops it."""
+    return {token: (i, i in self._model.dropped) for token, i in self._model.specials.ids.items()}
 
   @property
   def vocab_size(self) -> int:
-    model, specials, *_ = self._model
-    return max([model.vocab_size(), *(i + 1 for i in specials.ids.values())])
+    return max([self._model.model.vocab_size(), *(i + 1 for i in self._model.specials.ids.values())])
 
-  @property
-  def bos_id(self) -> int | None:
-    return None if self._model[0].bos_id() < 0 else self._model[0].bos_id()
-
-  @property
-  def eos_id(self) -> int | None:
-    return None if self._model[0].eos_id() < 0 else self._model[0].eos_id()
-
-  @property
-  def pad_id(self) -> int | None:
-    return self._model[4]
-
-  def encode(self, text: str, add_bos: bool = False) -> list[int]:
-    model, specials, *_ = self._model
-    ids = specials.encode(text, model.encode)
-    return [model.bos_id(), *ids] if add_bos and model.bos_id() >= 0 else ids
-
-  def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-    return [self.encode(text, add_bos) for text in texts]
+  def _encode(self, text: str) -> list[int]:
+    return self._model.specials.encode(text, self._model.model.encode)
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """The text between two added or control tokens is decoded on its own."""
-    model, _, names, dropped, _ = self._model
+    model, names = self._model.model, self._model.names
     if skip_special:
-      ids = [i for i in ids if i not in dropped]
+      ids = [i for i in ids if i not in self._model.dropped]
     if not any(i in names for i in ids):
       return model.decode(list(ids))
     out: list[str] = []
@@ -308,15 +361,58 @@ class SentencePieceTokenizer(_FileTokenizer):
     return False  # a model may normalise, and even the identity turns U+2581 into a space
 
   def special_id(self, token: str) -> int | None:
-    model, specials, *_ = self._model
-    if token in specials.ids:
-      return specials.ids[token]
-    ids = model.encode(token)  # a user-defined piece such as [UNUSED_TOKEN_130] is never split
-    return ids[0] if len(ids) == 1 and model.IdToPiece(ids[0]) == token else None
+    return {**self._model.user_defined, **self._model.specials.ids}.get(token)
+
+
+def _piece_id(model: Any, token: str) -> int | None:
+  i = model.PieceToId(token)  # the unknown piece stands for all that it does not know
+  return i if model.IdToPiece(i) == token else None
+
+
+def open_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+  """The tokenizer in a tokenizer.json, a tokenizer.model, or a folder with one: a checkpoint's or an `assets/` folder.
+
+  Of a folder that has both, tokenizer.json counts: it is what the Hugging Face tokenizers run.
+
+  Raises:
+    TokenizerError: there is no such file, its suffix is unknown, or the folder has neither.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    found = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), None)
+    if found is None:
+      names = sorted(child.name for child in path.iterdir())
+      held = ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '') or 'nothing'
+      raise TokenizerError(f'{path} holds neither a tokenizer.json nor a tokenizer.model (it holds {held})')
+    path = found
+  if path.suffix not in ('.json', '.model'):
+    raise TokenizerError(f'{path}: unknown suffix {path.suffix!r}; give a tokenizer.json, a tokenizer.model or a folder with one')
+  return BpeTokenizer(path) if path.suffix == '.json' else SentencePieceTokenizer(path)
+
+
+def stop_ids(folder: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """The ids that end a generated text: of generation_config.json in `folder`, else its config.json, else the tokenizer's EOS.
+
+  Raises:
+    TokenizerError: a file gives something else than an id or a list of ids.
+  """
+  for name in ('generation_config.json', 'config.json'):
+    path = pathlib.Path(folder) / name
+    value = read_json(path).get('eos_token_id')
+    if value is None:
+      continue
+    ids = value if isinstance(value, list) else [value]
+    if any(type(i) is not int for i in ids):
+      raise TokenizerError(f'{path}: eos_token_id must be an id or a list of ids, not {json.dumps(value)[:60]}')
+    if ids := [i for i in ids if i >= 0]:  # -1 is the GGUF and llama2.c way to say none
+      return tuple(dict.fromkeys(ids))
+  return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def load_tokenizer(config: TokenizerConfig, trained_path: pathlib.Path | None = None) -> Tokenizer:
   """The tokenizer that `config` names. `trained_path`: the tokenizer.json that the synthesize stage wrote, for kind 'trained'.
+
+  Kind 'checkpoint' is for those who know the checkpoint: they call `open_tokenizer` with its folder.
 
   Raises:
     TokenizerError: there is no such file, or its suffix is unknown.
@@ -328,9 +424,8 @@ def load_tokenizer(config: TokenizerConfig, trained_path: pathlib.Path | None = 
       where = f'{trained_path}: no such file' if trained_path else 'no path to it is known'
       raise TokenizerError(f"tokenizer.kind is 'trained', but {where}; run the synthesize stage, or set tokenizer.kind and tokenizer.path")
     return BpeTokenizer(trained_path)
+  if config.kind == 'checkpoint':
+    raise TokenizerError("tokenizer.kind is 'checkpoint', but there is no checkpoint here; set tokenizer.kind=file and tokenizer.path")
   if config.path is None:
-    raise TokenizerError("tokenizer.path must name a tokenizer.json or tokenizer.model when tokenizer.kind is 'file'")
-  suffix = pathlib.Path(config.path).suffix
-  if suffix not in ('.json', '.model'):
-    raise TokenizerError(f'tokenizer.path {config.path}: unknown suffix {suffix!r}; give a tokenizer.json or a tokenizer.model')
-  return BpeTokenizer(config.path) if suffix == '.json' else SentencePieceTokenizer(config.path)
+    raise TokenizerError("tokenizer.path must name a tokenizer.json, a tokenizer.model or a folder with one when tokenizer.kind is 'file'")
+  return open_tokenizer(config.path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import re
@@ -204,16 +205,46 @@ def test_configured_ids_win_and_stand_for_their_strings():
   assert bytes_template(rule='client', **settings).encode(row)[0] == [257, *b'pr', 900, *b'pcd', 901]
 
 
-def test_separator_that_is_no_token_is_text_with_one_warning():
-  with pytest.warns(UserWarning, match=r'template\.separator_id') as caught:
-    template = bytes_template(separator='###')
-    chosen, _ = template.encode(Triplet('p', 'r', 'c', 'd'))
+def test_separator_that_is_no_token_is_text_with_one_warning_per_process():
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    for separator in ('#', '##', '#', '##', '#'):
+      template = bytes_template(separator=separator)
+      chosen, _ = template.encode(Triplet('p', 'r', 'c', 'd'))
+      assert template.separator_id is None
+      assert chosen == [257, *f'p\nr{separator}p\nc'.encode(), 260]
+    bytes_template()
+  assert len(caught) == 2
+  assert all(issubclass(warning.category, UserWarning) and 'template.separator_id' in str(warning.message) for warning in caught)
+  assert all(warning.filename == __file__ or 'template_test' in warning.filename for warning in caught)
+
+
+@pytest.mark.data
+def test_where_the_id_of_the_separator_comes_from(data_folder, tmp_path):
+  """The checkpoint's tokenizer files; the configuration; nowhere."""
+  (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
+  row = Triplet('p', 'r', 'c', 'd')
+  bare = tokenizer_lib.open_tokenizer(tmp_path)
+
+  def encoded(tokenizer, **settings):
+    template = template_lib.Template(TemplateConfig(**settings), tokenizer)
+    return template.separator_id, template.encode(row)[0]
+
+  def expected(*separator):
+    return [1, *bare.encode('p\nr'), *separator, *bare.encode('p\nc'), 92527]
+
+  template_lib._warn_of_textual_separator.cache_clear()
+  with pytest.warns(UserWarning, match='tokenised as ordinary text') as caught:
+    assert encoded(bare) == (None, [1, *bare.encode('p\nr<|reward|>p\nc'), 92527])
+    assert encoded(bare)[0] is None
   assert len(caught) == 1
-  assert template.separator_id is None
-  assert chosen == [257, *b'p\nr###p\nc', 260]
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    bytes_template()
+    assert encoded(bare, separator_id=92530) == (92530, expected(92530))
+    added = {'92528': {'content': '<|reward|>', 'special': True}}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': added}))
+    assert encoded(tokenizer_lib.open_tokenizer(tmp_path)) == (92528, expected(92528))
+    assert encoded(tokenizer_lib.open_tokenizer(tmp_path), separator_id=92530) == (92530, expected(92530))
 
 
 def test_texts_that_need_no_cut_are_tokenised_once(monkeypatch):

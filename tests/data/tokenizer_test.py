@@ -190,6 +190,10 @@ def test_load_tokenizer(bpe_path, tmp_path):
     tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / 'gone.model')), None)
   with pytest.raises(tokenizer_lib.TokenizerError, match=r"unknown suffix '\.txt'"):
     tokenizer_lib.load_tokenizer(TokenizerConfig('file', 'vocab.txt'), None)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r'tokenizer\.path must name'):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('file'), None)
+  with pytest.raises(tokenizer_lib.TokenizerError, match='there is no checkpoint here'):
+    tokenizer_lib.load_tokenizer(TokenizerConfig('checkpoint'), None)
 
 
 @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer.model'])
@@ -211,3 +215,148 @@ def test_a_bpe_without_some_bytes_refuses_text_it_would_drop(tmp_path):
     with pytest.raises(tokenizer_lib.TokenizerError, match='no token for') as error:
       tokenizer.encode(text)
     assert character in str(error.value) and 'tokenizer.kind=byte' in str(error.value)
+
+
+@pytest.mark.data
+def test_a_folder_is_opened_by_what_it_holds(bpe_path, data_folder, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
+  piece = tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path)))
+  assert isinstance(piece, tokenizer_lib.SentencePieceTokenizer) and piece.bos_id == 1
+  (tmp_path / 'tokenizer.json').write_bytes(bpe_path.read_bytes())
+  assert isinstance(tokenizer_lib.open_tokenizer(tmp_path), tokenizer_lib.BpeTokenizer)
+  assert isinstance(tokenizer_lib.open_tokenizer(tmp_path / 'tokenizer.model'), tokenizer_lib.SentencePieceTokenizer)
+  (tmp_path / 'empty').mkdir()
+  for names, held in (((), 'nothing'), (('vocab.json', 'model.safetensors'), r'model\.safetensors, vocab\.json')):
+    for name in names:
+      (tmp_path / 'empty' / name).write_text('')
+    with pytest.raises(tokenizer_lib.TokenizerError, match=rf'empty holds neither a tokenizer\.json nor a .* \(it holds {held}\)'):
+      tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / 'empty')))
+  for i in range(30):
+    (tmp_path / 'empty' / f'a{i}').write_text('')
+  with pytest.raises(tokenizer_lib.TokenizerError, match='and 12 more'):
+    tokenizer_lib.open_tokenizer(tmp_path / 'empty')
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r"gone: unknown suffix ''"):
+    tokenizer_lib.open_tokenizer(tmp_path / 'gone')
+
+
+def ids_of(tokenizer):
+  return tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id
+
+
+def write_json(path, value):
+  path.write_text(json.dumps(value))
+
+
+def llama3_like(path):
+  """Names, regular expression and post-processor as in Llama 3's file, over bytes alone."""
+  bpe = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [], ignore_merges=True))
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(r'\p{N}{1,3}| ?\p{L}+|\s+'), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  bpe.decoder = decoders.ByteLevel()
+  bpe.add_special_tokens(['<|begin_of_text|>', '<|end_of_text|>', '<|eot_id|>'])
+  template = processors.TemplateProcessing(single='<|begin_of_text|> $A', special_tokens=[('<|begin_of_text|>', 256)])
+  bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), template])
+  bpe.save(str(path))
+
+
+def test_llama3_style(tmp_path):
+  llama3_like(tmp_path / 'tokenizer.json')
+  tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
+  assert ids_of(tokenizer) == (256, None, None, None)  # what the post-processor puts in front, as no file says more
+  assert len(tokenizer.encode('a 1')) == 3 and tokenizer.encode('a 1', add_bos=True)[0] == 256
+  assert tokenizer.is_exact('a 1é')
+  write_json(tmp_path / 'tokenizer_config.json', {'bos_token': '<|begin_of_text|>', 'eos_token': '<|eot_id|>', 'add_bos_token': False})
+  end = {'content': '<|end_of_text|>'}
+  write_json(tmp_path / 'special_tokens_map.json', {'eos_token': end, 'pad_token': end})
+  assert ids_of(tokenizer_lib.open_tokenizer(tmp_path)) == (256, 258, 257, None)
+  write_json(tmp_path / 'tokenizer_config.json', {'bos_token': None, 'eos_token': None, 'pad_token': '[PAD]'})
+  # null in the newer file, a token in the older one; a token that has no id at all stays unknown
+  tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
+  assert ids_of(tokenizer) == (None, 257, None, None) and tokenizer.vocab_size == 259
+
+
+def test_tokens_that_only_the_files_beside_know(tmp_path):
+  llama3_like(tmp_path / 'tokenizer.json')
+  write_json(tmp_path / 'added_tokens.json', {'<|reward|>': 259, '<plain>': 260})
+  decoder = {'262': {'content': '<y>'}, '261': {'content': '<x>', 'special': False, 'rstrip': True}, '256': '<|begin_of_text|>'}
+  settings = {'additional_special_tokens': [{'content': '<|reward|>'}, '<y>'], 'unk_token': '!', 'added_tokens_decoder': decoder}
+  write_json(tmp_path / 'tokenizer_config.json', settings)
+  tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
+  ids = tokenizer.encode('a<|reward|><plain>b<x>  c<y>')
+  assert ids[1:3] == [259, 260] and ids[4:] == [261, *tokenizer.encode('c'), 262]
+  assert tokenizer.decode(ids) == 'a<plain>b<x>c'
+  assert tokenizer.unk_id == tokenizer.special_id('!') == tokenizer.encode('a!')[1]  # named, so special, as transformers has it
+  write_json(tmp_path / 'added_tokens.json', {'<|reward|>': 300})
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r"lacks the token '<x>', to which .* gives the id 261, and would make it 259"):
+    tokenizer_lib.open_tokenizer(tmp_path).encode('a')
+
+
+@pytest.mark.data
+def test_polar_style(data_folder, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
+  entry = {'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False, 'special': True}
+  decoder = {str(i): {'content': token, **entry} for i, token in ((0, '<unk>'), (1, '<s>'), (2, '</s>'), (92538, '<|im_start|>'))}
+  settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '</s>', 'auto_map': {}, 'added_tokens_decoder': decoder}
+  for separator_id in (92528, 92527):  # its own, or that of [UNUSED_TOKEN_130], as in the older internlm2-1_8b-reward
+    decoder[str(separator_id)] = {'content': '<|reward|>', **entry}
+    write_json(tmp_path / 'tokenizer_config.json', settings)
+    tokenizer = pickle.loads(pickle.dumps(tokenizer_lib.open_tokenizer(tmp_path)))
+    assert ids_of(tokenizer) == (1, 2, 2, 0)
+    assert tokenizer.special_id('<|reward|>') == separator_id and tokenizer.special_id('[UNUSED_TOKEN_130]') == 92527
+    assert tokenizer.encode('a<|reward|>b[UNUSED_TOKEN_130]')[1::2] == [separator_id, 92527]
+    assert tokenizer.decode(tokenizer.encode('a<|reward|>b<|im_start|>')) == 'ab'
+    del decoder[str(separator_id)]
+  write_json(tmp_path / 'tokenizer_config.json', {'bos_token': None, 'eos_token': '[UNUSED_TOKEN_145]'})
+  tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
+  assert ids_of(tokenizer) == (None, 92542, None, 0)
+  assert tokenizer.encode('a', add_bos=True) == tokenizer.encode('a')
+  assert tokenizer.decode(tokenizer.encode('a[UNUSED_TOKEN_145]')) == 'a'
+  write_json(tmp_path / 'added_tokens.json', {'<|x|>': 92544})
+  write_json(tmp_path / 'tokenizer_config.json', {'added_tokens_decoder': {'92544': {'content': '<|x|>', 'rstrip': True}}})
+  with pytest.raises(tokenizer_lib.TokenizerError, match='wants lstrip, rstrip or single_word'):
+    tokenizer_lib.open_tokenizer(tmp_path).encode('a')
+
+
+@pytest.mark.data
+def test_an_ordinary_piece_is_no_special_token(piece):
+  assert len(piece.encode('the')) == len(piece.encode('###')) == 1
+  assert piece.special_id('the') is None and piece.special_id('###') is None
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('tokenizer_config.json', '{', r'tokenizer_config\.json: not JSON'),
+    ('tokenizer_config.json', '[]', 'must hold a JSON object, not list'),
+    ('tokenizer_config.json', '{"bos_token": 3}', 'bos_token: a token must be a string, null or an object with a content, not 3'),
+    ('tokenizer_config.json', '{"added_tokens_decoder": {"x": "a"}}', "added_tokens_decoder 'x' must give a token for an id"),
+    ('tokenizer_config.json', '{"added_tokens_decoder": {"3": null}}', "added_tokens_decoder '3' must give"),
+    ('special_tokens_map.json', '{"additional_special_tokens": [1]}', r'special_tokens_map\.json: additional_special_tokens: a token'),
+    ('added_tokens.json', '{"a": "3"}', 'added_tokens.json: \'a\' must have an id, not "3"'),
+  ],
+)
+def test_damaged_files_beside_are_named(bpe_path, tmp_path, name, content, message):
+  (tmp_path / 'tokenizer.json').write_bytes(bpe_path.read_bytes())
+  (tmp_path / name).write_text(content)
+  with pytest.raises(tokenizer_lib.TokenizerError, match=message):
+    tokenizer_lib.open_tokenizer(tmp_path).encode('a')
+
+
+def test_stop_ids(tmp_path, bpe):
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (2,)
+  write_json(tmp_path / 'config.json', {'eos_token_id': 7})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (7,)
+  write_json(tmp_path / 'generation_config.json', {'eos_token_id': None})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (7,)
+  write_json(tmp_path / 'generation_config.json', {'eos_token_id': [128001, 128009, 128001]})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (128001, 128009)
+  write_json(tmp_path / 'generation_config.json', {'eos_token_id': -1})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (7,)
+  for bad in ('</s>', [True], 2.0):
+    write_json(tmp_path / 'generation_config.json', {'eos_token_id': bad})
+    with pytest.raises(tokenizer_lib.TokenizerError, match=r'generation_config\.json: eos_token_id must be an id or a list of ids'):
+      tokenizer_lib.stop_ids(tmp_path, bpe)

@@ -1,0 +1,106 @@
+"""What the small files beside a tokenizer say of its special tokens.
+
+Hugging Face folders say it in up to three places, of different ages: tokenizer_config.json, special_tokens_map.json and
+added_tokens.json. A token is written as a string, as {'content': string, ...}, or as null.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from polar_jax.types import UserError
+
+NAMES = ('bos', 'eos', 'pad', 'unk')
+FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')  # how an added token is looked for in a text
+
+
+class TokenizerError(UserError):
+  """A tokenizer file is missing, unreadable or of an unknown kind. The message is one line for the user."""
+
+
+class AddedToken(NamedTuple):
+  """A string that becomes one id wherever it stands. Special ones are dropped when text is decoded."""
+
+  id: int
+  special: bool
+  flags: Mapping[str, bool]
+
+
+class SpecialTokens(NamedTuple):
+  """What the files of a folder say.
+
+  Attributes:
+    named: 'bos', 'eos', 'pad', 'unk' to its string, or to None where a file says null. A name that no file mentions is absent.
+    marked: strings that a file lists as special without giving their id.
+    added: string to id and flags, in the order of ids.
+  """
+
+  named: Mapping[str, str | None]
+  marked: frozenset[str]
+  added: Mapping[str, AddedToken]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file; {} where there is no such file.
+
+  Raises:
+    TokenizerError: the file holds no JSON object.
+  """
+  if not path.is_file():
+    return {}
+  try:
+    value = json.loads(path.read_text('utf-8'))
+  except ValueError as error:
+    raise TokenizerError(f'{path}: not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise TokenizerError(f'{path}: must hold a JSON object, not {type(value).__name__}')
+  return value
+
+
+def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
+  """Reads the files of `folder` that exist. tokenizer_config.json counts before the two older ones.
+
+  Raises:
+    TokenizerError: naming the file and the entry that cannot be read.
+  """
+  files = [folder / 'tokenizer_config.json', folder / 'special_tokens_map.json']
+  settings = [read_json(path) for path in files]
+  named: dict[str, str | None] = {}
+  marked: set[str] = set()
+  for path, found in zip(files, settings, strict=True):
+    for name in NAMES:
+      key = f'{name}_token'
+      if key in found and named.get(name) is None:
+        named[name] = _content(found[key], f'{path}: {key}')
+    for key in ('additional_special_tokens', 'extra_special_tokens'):
+      values = found.get(key) or []
+      values = list(values.values()) if isinstance(values, dict) else values
+      marked.update(content for value in values if (content := _content(value, f'{path}: {key}')) is not None)
+  special = marked | {token for token in named.values() if token is not None}
+  added = {token: AddedToken(i, token in special, {}) for token, i in _added_tokens_json(folder / 'added_tokens.json').items()}
+  for key, value in (settings[0].get('added_tokens_decoder') or {}).items():
+    content = _content(value, f'{files[0]}: added_tokens_decoder {key}')
+    if content is None or not key.isdecimal():
+      raise TokenizerError(f'{files[0]}: added_tokens_decoder {key!r} must give a token for an id')
+    entry = value if isinstance(value, dict) else {}
+    flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
+    added[content] = AddedToken(int(key), bool(entry.get('special')) or content in special, flags)
+  return SpecialTokens(named, frozenset(marked), dict(sorted(added.items(), key=lambda item: item[1].id)))
+
+
+def _content(value: Any, where: str) -> str | None:
+  content = value.get('content') if isinstance(value, dict) else value
+  if content is not None and not isinstance(content, str):
+    raise TokenizerError(f'{where}: a token must be a string, null or an object with a content, not {json.dumps(value)[:60]}')
+  return content or None  # an empty string marks the absence of a token in some files
+
+
+def _added_tokens_json(path: pathlib.Path) -> dict[str, int]:
+  tokens = read_json(path)
+  for token, i in tokens.items():
+    if type(i) is not int or i < 0:
+      raise TokenizerError(f'{path}: {token!r} must have an id, not {json.dumps(i)[:60]}')
+  return tokens

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import jinja2
+import pytest
+import transformers
+
+from polar_jax.data import chat as chat_lib
+from polar_jax.types import UserError
+
+CONVERSATIONS = [
+  [{'role': 'user', 'content': 'Hi'}],
+  [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': ' two  spaces \n'}, {'role': 'assistant', 'content': ''}],
+  [
+    {'role': 'user', 'content': 'naïve 日本語 🦊 <b>&\'"</b>'},
+    {'role': 'assistant', 'content': 'e\u0301'},
+    {'role': 'user', 'content': '<|im_end|>'},
+  ],
+  [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': '<think>\nhm\n</think>\n\nyes'}, {'role': 'user', 'content': 'y'}],
+  [
+    {'role': 'user', 'content': 'call'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [{'function': {'name': 'f', 'arguments': {'é': [1, None, '<']}}}]},
+    {'role': 'tool', 'content': '42'},
+    {'role': 'user', 'content': [{'type': 'text', 'text': 'part'}]},
+  ],
+]
+TOOLS = [{'type': 'function', 'function': {'name': 'f', 'description': 'désc <&>', 'parameters': {'b': 1, 'a': [True]}}}]
+
+TEMPLATES = {
+  'loops and whitespace': """
+    {%- for message in messages %}
+      {% if loop.first and message.role != 'system' %}
+  <<first>>
+      {% endif %}
+      {% if message.role == 'tool' %}{% continue %}{% endif %}
+      {% if loop.index0 > 2 %}{% break %}{% endif %}
+      {{- '[' ~ loop.index ~ '/' ~ messages|length ~ '] ' + message['role'] + ': ' }}
+      {{ message.content }}
+    {% endfor %}
+  {% if add_generation_prompt %}{{ bos_token }}go{% endif %}
+""",
+  'namespace, set, macro, slices': """
+{%- macro show(m, tag='t') %}<{{ tag }}>{{ m.content|default('none')|string|trim }}</{{ tag }}>{% endmacro -%}
+{%- set ns = namespace(n=0, last=none, self='s') -%}
+{%- for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}{% set ns.last = m %}{{ show(m, tag=m.role) }}{% endfor -%}
+{{ ns.n }} {{ ns.self }} {{ ns.last.role }} {{ messages[1:]|map(attribute='role')|join(',') }} {{ dict(a=1, **{'b': 2}) }}
+{{- 'x'.upper() }} {{ range(3)|list }} {{ 'abc'[-1] }} {{ messages|selectattr('role', 'equalto', 'user')|list|length }}
+""",
+  'tojson': '{{ messages|tojson }}\n{{ messages[0]|tojson(indent=2, sort_keys=true) }}\n{{ messages|tojson(ensure_ascii=true) }}'
+  "{{ tools|tojson(separators=(',', ':')) if tools else 'no tools' }}{{ documents is none }}",
+  'generation': '{% for m in messages %}{% set x = 1 %}{{ m.role }}\n{% if m.role == "assistant" %}\n  {% generation %}\n'
+  '  {% set x = 2 %}\n'
+  '{{ m.content }}{{ eos_token }}{{ loop.index }}\n  {% endgeneration %}\n{% endif %}{{ x }}{% endfor %}',
+  'variables': "{{ enable_thinking is defined }} {{ tools is defined }} {{ unk_token is defined }} {{ bos_token|default('no bos') }}"
+  "{{ strftime_now('%Y')|length }}{{ pad_token }}{{ missing }}",
+  'raises': "{% if messages[0].role == 'system' %}{{ raise_exception('no system role, please') }}{% endif %}{{ messages[0].content }}",
+  'type error': "{{ 'a' + (messages|length if messages|length > 1 else 'b') }}",
+}
+
+
+@pytest.fixture(scope='module')
+def qwen(data_folder):
+  return transformers.AutoTokenizer.from_pretrained(data_folder / 'tokenizers/qwen3', local_files_only=True)
+
+
+def both(template, tokenizer, conversation, source=None, **variables):
+  """What we render and what transformers renders; None where it raises."""
+  try:
+    theirs = tokenizer.apply_chat_template(conversation, chat_template=source, tokenize=False, **variables)
+  except (jinja2.TemplateError, TypeError, ValueError):
+    theirs = None
+  try:
+    ours = template.render(conversation, **variables)
+  except UserError as error:
+    assert '\n' not in str(error)
+    ours = None
+  return ours, theirs
+
+
+@pytest.mark.data
+def test_qwen_equals_transformers(qwen, data_folder):
+  template = chat_lib.ChatTemplate.from_folder(data_folder / 'tokenizers/qwen3')
+  rendered = 0
+  for conversation in CONVERSATIONS:
+    for variables in ({}, {'enable_thinking': False}, {'tools': TOOLS}):
+      for add_generation_prompt in (False, True):
+        ours, theirs = both(template, qwen, conversation, add_generation_prompt=add_generation_prompt, **variables)
+        assert ours == theirs
+        rendered += ours is not None
+  assert rendered >= 24
+
+
+@pytest.mark.data
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_every_feature_equals_transformers(qwen, name):
+  # The template is the same object for all: nothing of one rendering may leak into the next.
+  tokens = {key: value for key, value in qwen.special_tokens_map.items() if isinstance(value, str)}
+  template = pickle.loads(pickle.dumps(chat_lib.ChatTemplate(TEMPLATES[name], tokens)))
+  rendered = 0
+  for conversation in CONVERSATIONS:
+    for variables in ({}, {'tools': TOOLS, 'enable_thinking': True}, {'bos_token': '<BOS>'}):
+      for add_generation_prompt in (False, True):
+        ours, theirs = both(template, qwen, conversation, TEMPLATES[name], add_generation_prompt=add_generation_prompt, **variables)
+        assert ours == theirs
+        rendered += ours is not None
+  assert rendered >= 6
+
+
+def write(folder, **files):
+  for name, content in files.items():
+    (folder / name.replace('__', '.')).write_text(content if isinstance(content, str) else json.dumps(content))
+  return folder
+
+
+def test_where_the_template_is_looked_for(tmp_path):
+  messages = [{'role': 'user', 'content': 'é'}]
+  settings = {'bos_token': {'content': '<s>'}, 'eos_token': None, 'pad_token': '<pad>'}
+  source = '{{ bos_token }}|{{ eos_token is defined }}|{{ pad_token }}|{{ messages[0].content }}|{{ add_generation_prompt }}'
+  write(tmp_path, tokenizer_config__json={**settings, 'chat_template': source})
+  assert chat_lib.ChatTemplate.from_folder(tmp_path).render(messages) == '<s>|False|<pad>|é|True'
+  named = [{'name': 'tool_use', 'template': 'tools'}, {'name': 'default', 'template': 'default {{ bos_token }}'}]
+  write(tmp_path, tokenizer_config__json={**settings, 'chat_template': named})
+  assert chat_lib.ChatTemplate.from_folder(tmp_path).render(messages) == 'default <s>'
+  write(tmp_path, chat_template__jinja='{{ bos_token }} from its own file\n')
+  assert chat_lib.ChatTemplate.from_folder(tmp_path).render(messages) == '<s> from its own file'
+
+
+def test_bad_templates_are_one_line(tmp_path):
+  messages = [{'role': 'user', 'content': 'x'}]
+  with pytest.raises(chat_lib.NoChatTemplateError, match='has no chat template'):
+    chat_lib.ChatTemplate.from_folder(tmp_path)
+  for value, message in (
+    ('{% for m in messages %}', r'tokenizer_config\.json: chat_template: not a Jinja template: line 1: .*endfor'),
+    ([{'name': 'rag', 'template': ''}], "no template named 'default', only: rag"),
+    (3, 'must be a string or a list'),
+  ):
+    write(tmp_path, tokenizer_config__json={'chat_template': value})
+    with pytest.raises(chat_lib.ChatTemplateError, match=message) as error:
+      chat_lib.ChatTemplate.from_folder(tmp_path)
+    assert '\n' not in str(error.value)
+  for source, message in (
+    ("a\n{{ raise_exception('only\nusers') }}", r'here: line 2 of the template: only users$'),
+    ('{{ messages[3].content }}', 'line 1 of the template: .*no element 3'),
+    ("{{ 'a' + 1 }}", 'TypeError: '),
+    ('{{ messages.append(1) }}', 'unsafe|not safely'),
+    ("{{ ''.__class__ }}{{ ''.__class__.__mro__ }}", 'unsafe'),
+    ('{% set ns = namespace() %}{% set ns.__len__ = 1 %}', 'underscore'),
+    ("{% set ns = namespace({'__class__': 1}) %}", 'underscore'),
+    ('{{ dict.fromkeys([1]) }}', 'fromkeys'),
+  ):
+    with pytest.raises(chat_lib.ChatTemplateError, match=message) as error:
+      chat_lib.ChatTemplate(source, where='here').render(messages)
+    assert '\n' not in str(error.value)
+  for bad, message in (([], 'no messages'), (['x'], r'messages\[0\] must be a message')):
+    with pytest.raises(chat_lib.ChatTemplateError, match=message):
+      chat_lib.ChatTemplate('').render(bad)
