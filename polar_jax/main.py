@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +84,13 @@ def _fail(message: str) -> None:
   sys.exit(2)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+  """Ours are written for the user, in one line; those of libraries keep their place in the code."""
+  ours = issubclass(category, UserWarning) and pathlib.Path(filename).is_relative_to(pathlib.Path(__file__).parent)
+  text = f'polar_jax: warning: {message}\n' if ours else warnings.formatwarning(message, category, filename, lineno, line)
+  print(text, end='', file=file or sys.stderr, flush=True)
+
+
 def main(_: Sequence[str]) -> int:
   """Runs a stage. Exit status: 0 done or saved after SIGTERM, 1 stopped by an error that a message explains, 2 bad settings."""
   try:
@@ -91,6 +99,7 @@ def main(_: Sequence[str]) -> int:
     _fail(str(error))
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')
   logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
+  warnings.showwarning = _show_warning
 
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from polar_jax import main
+
 ROOT = pathlib.Path(__file__).parent.parent
 GOOD = """
 from polar_jax.config import default_config
@@ -101,3 +103,11 @@ def test_workdir_is_named_after_the_config(command, tmp_path):
   result = command('--config=good.py', '--config.stage=pretrain')
   assert result.stdout.startswith('polar_jax: stage pretrain, workdir runs/good\n')
   assert (tmp_path / 'runs/good/config.json').exists()
+
+
+def test_our_warnings_are_one_plain_line_and_those_of_libraries_are_not(capsys):
+  ours = str(ROOT / 'polar_jax' / 'data' / 'template.py')
+  main._show_warning(UserWarning('no such token'), UserWarning, ours, 3)
+  assert capsys.readouterr().err == 'polar_jax: warning: no such token\n'
+  main._show_warning(UserWarning('of a library'), UserWarning, '/lib/site-packages/other.py', 3)
+  assert '/lib/site-packages/other.py:3: UserWarning: of a library' in capsys.readouterr().err

@@ -151,14 +151,15 @@ def _write_small_files(context: Context, opened: Pretrained, folder: pathlib.Pat
     tokenizer_files.copy_small_files(opened.assets, folder)
   try:
     tokenizer = opened.tokenizer()
-  except UserError as error:
-    context.log(f'no tokenizer is written: {error}')
-  else:
     special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
+    if special_ids['pad_token_id'] is None:  # transformers scores no batch without one, and asks for nothing but an id
+      special_ids['pad_token_id'] = tokenizer.eos_id
     if reward_token_id is None:
       reward_token_id = tokenizer.special_id(template.reward_token)
     added = {} if template.separator_id is None else {template.separator: template.separator_id}
     tokenizer_files.write_for_transformers(tokenizer, folder, opened.model.family, added)
+  except UserError as error:
+    context.log(f'the tokenizer is not written for transformers: {error}')
   if opened.head != 'reward':
     reward_token_id = None
   exporter.write_config(folder, opened.model, opened.head, dtype=dtype, reward_token_id=reward_token_id, special_ids=special_ids)

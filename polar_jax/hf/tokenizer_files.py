@@ -271,7 +271,8 @@ def _settings_for(tokenizer: Tokenizer, path: pathlib.Path) -> dict[str, Any]:
   from tokenizers import Tokenizer as Library
 
   model = Library.from_file(str(path))
-  ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': tokenizer.pad_id, 'unk': tokenizer.unk_id}
+  pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id  # as InternLM2 does: without one nothing is batched
+  ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': pad, 'unk': tokenizer.unk_id}
   named = {f'{name}_token': None if i is None else model.id_to_token(i) for name, i in ids.items()}
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
   return {**settings, 'add_bos_token': tokenizer.bos_id is not None, **named}
