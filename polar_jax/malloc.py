@@ -20,6 +20,19 @@ def runs_on_cpu() -> bool:
   return not any(True for pattern in accelerators for _ in pathlib.Path('/dev').glob(pattern))
 
 
+def _glibc() -> ctypes.CDLL | None:
+  if not sys.platform.startswith('linux'):
+    return None
+  libc = ctypes.CDLL(None)
+  return libc if hasattr(libc, 'gnu_get_libc_version') else None
+
+
+def give_back() -> None:
+  """Returns what is free to the system, once: after work that needed much more than what follows."""
+  if libc := _glibc():
+    libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
   """Tells glibc to keep freed memory for the next allocation. Returns whether it did (elsewhere there is nothing to tell).
 
@@ -27,10 +40,8 @@ def keep_freed_memory() -> bool:
   a page fault per 4 KiB per step, a tenth of a CPU step's time. Call it before JAX starts its threads. Memory once used stays
   with the process.
   """
-  if not sys.platform.startswith('linux'):
-    return False
-  libc = ctypes.CDLL(None)
-  if not hasattr(libc, 'gnu_get_libc_version'):
+  libc = _glibc()
+  if libc is None:
     return False
   # Blocks of any size from the one arena that grows at its top: other arenas map and unmap large blocks. The top is never given
   # back (-1; a number would have to be less than 2 GiB, and a step's temporaries can be more).

@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
-from polar_jax.model.language_model import LanguageModel
-from polar_jax.model.value_model import ValueModel
+from polar_jax.model.layers import rms_norm
+from polar_jax.model.reward_model import read_head
+from polar_jax.model.transformer import Block, Rows
 from polar_jax.types import UserError
 
 FILE = 'certificate.json'
@@ -81,31 +82,48 @@ class Certificate:
 
 
 def fixed_rows_scores(params: dict[str, Any], model: ModelConfig, head: str, mesh: Mesh) -> list[float]:
-  """One number per row of fixed token ids, in float32: the reward or value at the last token, or the mean log-likelihood."""
+  """One number per row of fixed token ids, in float32: the reward or value at the last token, or the mean log-likelihood.
+
+  Layer by layer, so that no more than one of them is ever held in float32 beside the stored weights.
+  """
   shards = sharding.batch_shards(mesh)
   rows = -(-_ROWS // shards) * shards  # on more devices the first come again
   rng = np.random.default_rng(0)
   tokens_BT = np.resize(rng.integers(0, model.vocab_size or 0, (_ROWS, _LENGTH), np.int32), (rows, _LENGTH))
   last_B = np.resize(rng.integers(1, _LENGTH, _ROWS, np.int32), rows)
+  decoder = params['decoder']
+  vocabulary_VD = params.get('lm_head', decoder['embedding'])
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
-    scored_B = _score_rows(dataclasses.replace(model, compute_dtype='float32'), head, mesh)(params, tokens_BT, last_B)
+    embed, apply_layer, read = _programs(dataclasses.replace(model, compute_dtype='float32'), head, mesh)
+    x_BTD = embed(decoder['embedding'], tokens_BT)
+    for layer in range(model.num_layers):
+      x_BTD = apply_layer({name: weights[layer] for name, weights in decoder['layers'].items()}, x_BTD)
+    scored_B = read(decoder['norm'], vocabulary_VD if head == 'lm' else params['v_head'], x_BTD, tokens_BT, last_B)
   return np.asarray(scored_B, np.float64)[:_ROWS].tolist()
 
 
 @functools.cache
-def _score_rows(model: ModelConfig, head: str, mesh: Mesh) -> Callable[[Any, np.ndarray, np.ndarray], jax.Array]:
+def _programs(model: ModelConfig, head: str, mesh: Mesh) -> tuple[Callable[..., jax.Array], ...]:
   """Compiled once for before and after: two compilations might add in another order."""
-  # A value model reads at every token what a reward model reads at one.
-  make = LanguageModel if head == 'lm' else ValueModel
-  graphdef = nnx.split(nnx.eval_shape(lambda: make(model, rngs=nnx.Rngs(params=0))))[0]
+  graphdef = nnx.split(nnx.eval_shape(lambda: Block(model, rngs=nnx.Rngs(params=0))))[0]
 
-  def score(params: Any, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
-    position_BT = jnp.broadcast_to(jnp.arange(_LENGTH, dtype=jnp.int32), tokens_BT.shape)
-    out = nnx.merge(graphdef, params)(tokens_BT, position_BT, jnp.zeros_like(tokens_BT), position_BT + 1)
+  def positions(tokens_BT: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(_LENGTH, dtype=jnp.int32), tokens_BT.shape)
+
+  def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    return jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.float32)
+
+  def apply_layer(weights: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+    position_BT = positions(x_BTD[..., 0])
+    return nnx.merge(graphdef, weights)(x_BTD, Rows(position_BT, [(jnp.zeros_like(position_BT), position_BT + 1)], model))
+
+  def read(norm_D: jax.Array, head_weights: jax.Array, x_BTD: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+    x_BTD = rms_norm(x_BTD, norm_D, model.norm_eps)
     if head != 'lm':
-      return jnp.take_along_axis(out, last_B[:, None], axis=1)[:, 0]
+      return jnp.take_along_axis(read_head(x_BTD, head_weights), last_B[:, None], axis=1)[:, 0]
+    logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, head_weights.astype(jnp.float32))
     next_BT1 = jnp.roll(tokens_BT, -1, axis=1)[..., None]
-    log_likelihood_BT = jnp.take_along_axis(jax.nn.log_softmax(out), next_BT1, axis=-1)[..., 0]
-    return jnp.sum(jnp.where(position_BT < last_B[:, None], log_likelihood_BT, 0.0), axis=1) / last_B
+    log_likelihood_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), next_BT1, axis=-1)[..., 0]
+    return jnp.sum(jnp.where(positions(tokens_BT) < last_B[:, None], log_likelihood_BT, 0.0), axis=1) / last_B
 
-  return jax.jit(score, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(embed), jax.jit(apply_layer), jax.jit(read, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polar_jax import pretrained
+from polar_jax import malloc, pretrained
 from polar_jax.config import ConfigError
 from polar_jax.hf import exporter, importer, tokenizer_files
 from polar_jax.hf.certificate import Certificate, fixed_rows_scores
@@ -76,6 +76,7 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   checkpoint.save_params(folder, params, _settings(opened))
   parameters = _count(params)
   del params
+  malloc.give_back()
   try:
     tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
   except UserError as error:
@@ -97,6 +98,7 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   before = {name: importer.checksum(array) for name, array in exporter.stored_arrays(params, stored, dtype)}
   parameters, main_dtype = _count(params), str(params['decoder']['layers']['wq'].dtype)
   del params
+  malloc.give_back()
   _write_small_files(context, opened, folder, dtype or main_dtype)
   after: dict[str, str] = {}
   written = open_pretrained(folder)

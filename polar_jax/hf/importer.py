@@ -119,7 +119,7 @@ class _Target:
       self._arrays[part.path] = whole if whole.dtype == dtype else whole.astype(dtype)
       return _is_finite(self._arrays[part.path])
     if part.path not in self._arrays:
-      self._arrays[part.path] = _zeros(wanted.shape, dtype.name, wanted.sharding)
+      self._arrays[part.path] = _zeros(wanted.sharding)(wanted.shape, dtype.name)
     stack = self._arrays[part.path]
     if stack.dtype != dtype:
       raise CheckpointFileError(f'{named} is stored as {dtype}, and other layers as {stack.dtype}; set convert.dtype to one of them')
@@ -137,8 +137,9 @@ def _place(piece: np.ndarray, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(piece.shape, sharding, lambda index: piece[index])
 
 
-def _zeros(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> jax.Array:
-  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.cache
+def _zeros(sharding: NamedSharding) -> Callable[[tuple[int, ...], str], jax.Array]:
+  return jax.jit(lambda shape, dtype: jnp.zeros(shape, dtype), static_argnums=(0, 1), out_shardings=sharding)
 
 
 @jax.jit

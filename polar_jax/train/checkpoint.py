@@ -89,12 +89,15 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: i
     )
 
 
+def _at_once(params: dict[str, Any]) -> float:
+  """Gigabytes of copies that Orbax may hold while it writes or reads: a little, or the largest array, which it takes whole."""
+  return max([1e9, *(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))]) / 1e9
+
+
 def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str, Any]) -> None:
   """Writes parameters alone, as step 0 of a run would hold them. `settings`: as a run's fingerprint."""
-  # Orbax copies what it writes: as much at a time as the largest array, which it could not write otherwise, or a gigabyte.
-  at_once = max(1e9, *(leaf.nbytes for leaf in jax.tree.leaves(params))) / 1e9
   handlers = {
-    'state': ocp.PyTreeCheckpointHandler(save_concurrent_gb=at_once),
+    'state': ocp.PyTreeCheckpointHandler(save_concurrent_gb=_at_once(params)),
     'data': ocp.JsonCheckpointHandler(),
     'config': ocp.JsonCheckpointHandler(),
   }
@@ -104,8 +107,11 @@ def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str
 
 
 @contextlib.contextmanager
-def _newest(folder: pathlib.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+def _newest(folder: pathlib.Path, at_once: float | None = None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
   """The checkpoints of another run, to be read, and the newest step.
+
+  Args:
+    at_once: see `_at_once`; None: no limit.
 
   Raises:
     ConfigError: there is none.
@@ -114,7 +120,11 @@ def _newest(folder: pathlib.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]
   missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
   if not root.exists():
     raise missing
-  handlers = {'state': ocp.PyTreeCheckpointHandler(), 'config': ocp.JsonCheckpointHandler(), 'data': ocp.JsonCheckpointHandler()}
+  handlers = {
+    'state': ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once),
+    'config': ocp.JsonCheckpointHandler(),
+    'data': ocp.JsonCheckpointHandler(),
+  }
   options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
   with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
     step = manager.latest_step()
@@ -144,7 +154,7 @@ def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective
   Raises:
     ConfigError: when there is no checkpoint, or its parameters have other names or shapes.
   """
-  with _newest(folder) as (manager, step):
+  with _newest(folder, _at_once(abstract_params)) as (manager, step):
     saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
     if saved['objective'] != objective:
       abstract_params = {'decoder': abstract_params['decoder']}
