@@ -251,7 +251,7 @@ def write_for_transformers(
     written.append(path.name)
   if model_family == 'qwen2' and not _is_like_qwen(spec):
     warnings.warn(
-      f"transformers' AutoTokenizer reads the tokenizer of every qwen2 model in Qwen's way, which is wrong for this one; "
+      "transformers' AutoTokenizer reads the tokenizer of every qwen2 model in Qwen's way, which is wrong for this one; "
       'load it with PreTrainedTokenizerFast.from_pretrained',
       stacklevel=2,
     )
