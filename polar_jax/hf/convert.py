@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from polar_jax import malloc, pretrained
 from polar_jax.config import ConfigError
@@ -44,21 +45,35 @@ def convert(context: Context) -> dict[str, Any]:
   opened = open_pretrained(config.checkpoint)
   context.log(f'{opened.path}: {opened.kind}, {opened.head} model of family {opened.model.family}')
   partial = output.with_name(output.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  _remove(partial)  # of a run that was killed
   try:
     certificate = (_import if opened.source else _export)(context, opened, partial)
     for line in certificate.lines():
       context.log(line)
     certificate.check()
-    if jax.process_index() == 0:
+    if _leads():
       certificate.write(partial)
       os.replace(partial, output)
   finally:
-    if jax.process_index() == 0:
-      shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
   context.log(f'written: {output}')
   facts = {'parameters': certificate.parameters, 'max_difference': certificate.max_difference, 'exact': certificate.exact}
   return {'convert': {'source': certificate.source, 'output': str(output), 'tensors': len(certificate.tensors), **facts}}
+
+
+def _leads() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def _wait_for_all(what: str) -> None:
+  """Returns once every process came here: what process 0 wrote is then there for all."""
+  multihost_utils.sync_global_devices(f'convert: {what}')
+
+
+def _remove(folder: pathlib.Path) -> None:
+  if _leads():
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
@@ -70,21 +85,24 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
     with np.errstate(over='ignore'):  # the importer refuses it, by name
       before[name] = importer.checksum(array if dtype is None else array.astype(jnp.dtype(dtype)))
 
-  params = opened.params(mesh, dtype, on_tensor=note)
   stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
-  scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
+  exact = dtype is None or stored_dtypes == {dtype}
+  scores = [] if exact else fixed_rows_scores(opened.params(mesh), opened.model, opened.head, mesh)
+  params = opened.params(mesh, dtype, on_tensor=note)
+  scores = scores or fixed_rows_scores(params, opened.model, opened.head, mesh)
   checkpoint.save_params(folder, params, _settings(opened))
   parameters = _count(params)
   del params
   malloc.give_back()
-  try:
-    tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
-  except UserError as error:
-    context.log(f'no tokenizer: {error}')
+  if _leads():
+    try:
+      tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
+    except UserError as error:
+      context.log(f'no tokenizer: {error}')
+  _wait_for_all('written')
   written = open_pretrained(folder)
   back = written.params(mesh)
   after = {name: importer.checksum(array) for name, array in exporter.stored_arrays(back, opened.stored()) if name in before}
-  exact = dtype is None or stored_dtypes == {dtype}
   return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
 
 
@@ -99,7 +117,9 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   parameters, main_dtype = _count(params), str(params['decoder']['layers']['wq'].dtype)
   del params
   malloc.give_back()
-  _write_small_files(context, opened, folder, dtype or main_dtype)
+  if _leads():
+    _write_small_files(context, opened, folder, dtype or main_dtype)
+  _wait_for_all('written')
   after: dict[str, str] = {}
   written = open_pretrained(folder)
   back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))

@@ -79,7 +79,7 @@ def write_config(
   reward_token_id: int | None,
   special_ids: Mapping[str, int | None],
 ) -> None:
-  """config.json, and for InternLM2, which transformers does not know, the code of the model.
+  """config.json, and for InternLM2, which transformers does not know, the code of the model, unless it came with the weights.
 
   A config.json that is there, because it came with the weights, is kept with every key that we do not know, as long as it still
   describes the model.
@@ -91,8 +91,12 @@ def write_config(
   config['torch_dtype'] = dtype
   if reward_token_id is not None:
     config['reward_token_id'] = reward_token_id
-  if model.family == 'internlm2':
-    _add_remote_code(folder, config, config_json.to_json(model, head, dtype=dtype)['auto_map'])
+  if not _code_is_there(folder, config):
+    config.pop('auto_map', None)
+    if model.family == 'internlm2':
+      config['auto_map'] = config_json.to_json(model, head, dtype=dtype)['auto_map']
+      for file in sorted(_REMOTE_CODE.glob('*.py')):
+        shutil.copyfile(file, folder / file.name)
   (folder / 'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
@@ -105,11 +109,7 @@ def _kept_config(file: pathlib.Path, model: ModelConfig, head: str) -> dict[str,
   return config if (said.model, said.head) == (shape.model, shape.head) else None
 
 
-def _add_remote_code(folder: pathlib.Path, config: dict[str, Any], ours: dict[str, str]) -> None:
-  """Code that came with the checkpoint stays with it; where it did not come, ours takes its place."""
+def _code_is_there(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Whether the code that a config.json names for its model came with the checkpoint."""
   named = {reference.split('.')[0] for key, reference in (config.get('auto_map') or {}).items() if key in ('AutoConfig', 'AutoModel')}
-  if named and all((folder / f'{module}.py').is_file() for module in named):
-    return
-  config['auto_map'] = ours
-  for file in sorted(_REMOTE_CODE.glob('*.py')):
-    shutil.copyfile(file, folder / file.name)
+  return bool(named) and all((folder / f'{module}.py').is_file() for module in named)

@@ -89,6 +89,11 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: i
     )
 
 
+def exists(folder: pathlib.Path) -> bool:
+  """Whether a run has a complete checkpoint."""
+  return any(step.name.isdigit() for step in (folder / FOLDER).glob('*'))
+
+
 def _at_once(params: dict[str, Any]) -> float:
   """Gigabytes of copies that Orbax may hold while it writes or reads: a little, or the largest array, which it takes whole."""
   return max([1e9, *(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))]) / 1e9

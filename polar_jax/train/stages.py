@@ -22,7 +22,7 @@ from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
 from polar_jax.hf import tokenizer_files
 from polar_jax.pretrained import ASSETS, open_pretrained
 from polar_jax.synthesis import engine
-from polar_jax.train import loop
+from polar_jax.train import checkpoint, loop
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.types import Triplet
 
@@ -269,9 +269,12 @@ def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-  """Copies the tokenizer's files beside a run's checkpoints, so that the folder is all that scoring and exporting need."""
+  """Copies the tokenizer's files beside a run's checkpoints, so that the folder is all that scoring and exporting need.
+
+  A run that has a checkpoint keeps its own: another tokenizer is refused later, when the run is resumed.
+  """
   path = getattr(tokenizer, 'path', None)
-  if path is None or jax.process_index() != 0:
+  if path is None or jax.process_index() != 0 or checkpoint.exists(folder):
     return
   assets = folder / ASSETS
   assets.mkdir(parents=True, exist_ok=True)

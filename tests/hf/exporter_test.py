@@ -133,6 +133,15 @@ def test_code_of_internlm2_stays_or_is_added(tmp_path, auto_map, files, stays):
   assert all((tmp_path / name).read_text() == 'raise SystemExit' for name in files)
 
 
+def test_code_of_another_family_that_did_not_come_is_not_named(tmp_path):
+  for files in ([], ['configuration_own.py', 'modeling_own.py']):
+    kept(tmp_path, auto_map=OWN)
+    for name in files:
+      (tmp_path / name).write_text('raise SystemExit')
+    said = write(tmp_path)
+    assert said.get('auto_map') == (OWN if files else None)
+
+
 # ---- transformers ----
 
 
