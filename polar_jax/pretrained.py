@@ -186,6 +186,8 @@ def start_params(path: pathlib.Path, model: ModelConfig, head: str, mesh: Mesh) 
   Raises:
     ConfigError: the checkpoint is of another shape, or computes something else with the same shapes.
   """
+  if not path.exists():
+    raise ConfigError(f'no checkpoint to start from in {path}: run the stage that writes it first, or name another')
   opened = open_pretrained(path)
   with_logits = head == opened.head == 'lm'
   have, want = _what_it_computes(opened.model, with_logits), _what_it_computes(model, with_logits)
