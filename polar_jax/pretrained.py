@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import tempfile
@@ -17,13 +16,13 @@ from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
+from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from polar_jax.hf import config_json, families, gguf, importer, llama2c, storage, tokenizer_files
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.train import checkpoint
-from polar_jax.types import UserError
 
 ASSETS = 'assets'  # folder beside a run's checkpoints: tokenizer files and, of imported models, config.json and its like
 
@@ -141,13 +140,7 @@ def open_pretrained(path: str | pathlib.Path) -> Pretrained:
     return _open_run(path)
   if (path / 'config.json').is_file():
     file = path / 'config.json'
-    try:
-      content = json.loads(file.read_text('utf-8'))
-    except ValueError as error:
-      raise UserError(f'{file}: not JSON ({error})') from error
-    if not isinstance(content, dict):
-      raise UserError(f'{file}: must hold a JSON object')
-    c = config_json.from_json(content, str(file))
+    c = config_json.from_json(read_json(file), str(file))
     return Pretrained(path, 'hugging_face', c.model, c.head, c.architecture, c.reward_token_id, source=storage.open_folder(path))
   held = ', '.join(sorted(p.name for p in path.iterdir())[:10]) or 'nothing'
   raise ConfigError(
