@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from polar_jax.types import UserError
 
-STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'convert', 'score')
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'convert', 'score')
 FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
@@ -100,6 +100,8 @@ class DataConfig:
   triplets: str | None = None  # TFDS folder, .jsonl, .jsonl.gz or .parquet
   preferences: str | None = None
   evaluation: str | None = None  # held-out rows, needed when the training rows are a single file; None: the other splits beside them
+  prompts: str | None = None  # of rft: TFDS folder, .jsonl, .jsonl.gz or .parquet (the official format, or prompt and reference)
+  prompts_evaluation: str | None = None  # held-out ones, of which rft only measures; None: the split `test` beside them, if there is one
   text: str | None = None  # folder or file of .txt for pretrain_lm
   on_bad_row: str = _field('raise', choices=('raise', 'skip'))
   row_length: int | None = _field(None, low=8)  # tokens of a row, which holds as many triplets as fit; None: chosen from the data
@@ -129,14 +131,9 @@ class SynthesisConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-  """One training run: `lm` (next token), `train` (contrastive pre-training) and `finetune` each have one."""
+class OptimizerConfig:
+  """AdamW, its warm-up and its cosine. A `final_lr_ratio` of 1 keeps the rate constant after the warm-up."""
 
-  steps: int | None = _field(None, low=1)  # None: one epoch
-  batch_size: int = _field(64, low=1)  # rows of the global batch: triplets, or text windows for `lm`
-  accumulation: int = _field(1, low=1)  # micro-batches per step; the result does not depend on it
-  sequence_length: int = _field(128, low=8)  # tokens of a text window (`lm` only)
-  start_from: str = 'lm'  # 'scratch', 'lm', 'pretrain' (a stage of this workdir) or the workdir of another run
   learning_rate: float = _field(1e-3, low=0, open_low=True)
   warmup_ratio: float = _field(0.03, low=0, high=1)
   final_lr_ratio: float = _field(0.1, low=0, high=1)  # of learning_rate, at the end of the cosine
@@ -145,9 +142,118 @@ class TrainConfig:
   eps: float = _field(1e-8, low=0, open_low=True)
   weight_decay: float = _field(0.0, low=0)
   clip_norm: float | None = _field(1.0, low=0, open_low=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(OptimizerConfig):
+  """One training run: `lm` (next token), `train` (contrastive pre-training) and `finetune` each have one."""
+
+  steps: int | None = _field(None, low=1)  # None: one epoch
+  batch_size: int = _field(64, low=1)  # rows of the global batch: triplets, or text windows for `lm`
+  accumulation: int = _field(1, low=1)  # micro-batches per step; the result does not depend on it
+  sequence_length: int = _field(128, low=8)  # tokens of a text window (`lm` only)
+  start_from: str = 'lm'  # 'scratch', 'lm', 'pretrain' (a stage of this workdir) or the workdir of another run
   log_every: int = _field(10, low=1)  # plain progress lines; metrics.jsonl has every step
   evaluate_every: int | None = _field(None, low=1)  # validation during training; None: only at the end
   evaluate_rows: int = _field(512, low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """How the policy answers prompts."""
+
+  max_prompt: int = _field(1_024, low=1)  # tokens; longer prompts are left out, counted and reported
+  max_new: int = _field(1_024, low=1)  # tokens of an answer, its stop token included
+  temperature: float = _field(1.0, low=0)  # 0: the likeliest token
+  top_p: float = _field(1.0, low=0, high=1, open_low=True)
+  top_k: int | None = _field(None, low=1)
+  stop: str | None = None  # tokens that end an answer, separated by spaces; None: the tokenizer's EOS and what its chat template ends with
+  slots: int = _field(64, low=1)  # answers decoded at a time: a finished one makes room for the next prompt
+  chat: str = _field('auto', choices=('auto', 'none'))  # auto: with the policy's chat template, if its folder has one
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+  """What an answer earns: a weighted sum of the reward model's score and of a rule, then normalised, clipped and shaped.
+
+  The paper's recipe is the raw score of the model: the defaults.
+  """
+
+  source: str = _field('model', choices=('model', 'http'))  # in this process, or a server of the official kinds
+  checkpoint: str = 'finetune'  # 'pretrain' or 'finetune' (a stage of this workdir), or any checkpoint with a reward head
+  server: str = _field('sglang', choices=('sglang', 'vllm', 'lmdeploy'))
+  address: str = '127.0.0.1:30000'
+  server_model: str | None = None  # name that the request carries; None: the last part of `checkpoint`
+  timeout: float = _field(30.0, low=0, open_low=True)  # seconds for one request
+  patience: float = _field(180.0, low=0)  # seconds that a failing server is asked again before the run saves and stops
+  wrapper: str = _field('sft', choices=('sft', 'pretrain'))
+  strip_thinking: bool = True  # score what follows the first </think> (official rule)
+  model_weight: float = 1.0
+  rule_weight: float = 0.0
+  rule: str = _field('last_number', choices=('last_number',))  # 1 if the last number of the answer is that of the reference, else 0
+  normalize: str = _field('none', choices=('none', 'running', 'group', 'reference'))
+  clip: float | None = _field(None, low=0, open_low=True)  # the normalised reward is kept within +- this
+  missing_eos_penalty: float = _field(0.0, low=0)  # taken from answers that were cut at max_new
+  length_buffer: int | None = _field(None, low=1)  # tokens before max_new over which `length_penalty` grows from 0; None: no length control
+  length_penalty: float = _field(1.0, low=0)
+  row_length: int | None = _field(None, low=8)  # tokens of a scored row; None: chosen from the template and the rollouts
+  rows: int = _field(16, low=1)  # of a scored batch
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+  """When a run looks like reward hacking. None: this alarm is off. Each looks at the mean over the last `window` steps."""
+
+  action: str = _field('warn', choices=('warn', 'stop'))  # stop: save, and end the run there
+  window: int = _field(5, low=1)  # steps
+  max_kl: float | None = _field(None, low=0, open_low=True)  # nats per token, to the start
+  min_entropy: float | None = _field(None, low=0)  # nats per token
+  max_truncated: float | None = _field(None, low=0, high=1)  # share of answers cut at max_new
+  min_shuffled_gap: float | None = None  # raw score minus that under another prompt's reference
+  max_overlap: float | None = _field(None, low=0, high=1)  # share of an answer's words that stand in its reference
+
+
+@dataclasses.dataclass(frozen=True)
+class RftConfig:
+  """Reinforcement fine-tuning by PPO. Defaults are the official scripts' (docs/rft.md)."""
+
+  policy: str = 'lm'  # 'lm' (a stage of this workdir), or any checkpoint with a language-model head
+  epochs: int = _field(1, low=1)  # over the prompts, when `steps` is None
+  steps: int | None = _field(None, low=1)
+  prompts: int = _field(1_024, low=1)  # of a step
+  samples: int = _field(1, low=1)  # answers to each prompt
+  minibatch: int | None = _field(None, low=1)  # answers of an update; None: all of a step
+  update_epochs: int = _field(1, low=1)  # passes over the answers of a step
+  recompute_logprobs: bool = True  # False: those noted while sampling are the old ones, which spares a pass
+  row_length: int | None = _field(None, low=8)  # tokens of a training row, which holds as many answers as fit; None: max_prompt + max_new
+  rows: int = _field(8, low=1)  # of a micro-batch; no result depends on it
+  advantage: str = _field('gae', choices=('gae', 'grpo', 'rloo'))
+  gamma: float = _field(1.0, low=0, high=1)
+  lam: float = _field(1.0, low=0, high=1)
+  whiten: bool = True  # advantages of `gae`, over the tokens of a step
+  kl_in: str = _field('none', choices=('none', 'reward', 'loss'))
+  kl_estimator: str = _field('k1', choices=('k1', 'k2', 'k3'))
+  kl_coef: float = _field(0.01, low=0)
+  kl_target: float | None = _field(None, low=0, open_low=True)  # nats per answer that kl_coef is steered to; None: kl_coef stays
+  kl_horizon: float = _field(10_000.0, low=0, open_low=True)  # answers over which it is steered
+  track_kl: bool = True  # measure the KL to the start, which a frozen copy of it is kept for
+  clip: float = _field(0.2, low=0, open_low=True)
+  clip_high: float | None = _field(None, low=0, open_low=True)  # upper side of the clip; None: `clip`
+  dual_clip: float | None = _field(3.0, low=1)
+  value_clip: float | None = _field(0.5, low=0, open_low=True)
+  loss_mean: str = _field('token', choices=('token', 'sequence'))
+  entropy_coef: float = _field(0.0, low=0)
+  critic_warmup: int = _field(0, low=0)  # first steps in which only the critic learns
+  shuffled_every: int = _field(1, low=1)  # steps between scorings under shuffled references
+  evaluate_every: int | None = _field(None, low=1)  # steps between measurements on held-out prompts; None: before and after
+  evaluate_prompts: int = _field(256, low=1)
+  log_every: int = _field(1, low=1)  # plain progress lines; metrics.jsonl has every step
+  seeds: int = _field(1, low=1)  # runs of the miniature's study
+  actor: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, final_lr_ratio=1.0, b2=0.999, weight_decay=0.01)
+  critic: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
+  rollout: RolloutConfig = RolloutConfig()
+  reward: RewardConfig = RewardConfig()
+  alarms: AlarmConfig = AlarmConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +312,7 @@ class Config:
   lm: TrainConfig = TrainConfig(start_from='scratch')
   train: TrainConfig = TrainConfig()
   finetune: TrainConfig = TrainConfig(start_from='pretrain')
+  rft: RftConfig = RftConfig()
   ablations: bool = False  # also fine-tune without pre-training, and without the reference (Table 7 of the paper)
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
@@ -313,6 +420,11 @@ def _check_together(c: Config) -> None:
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes are positive, and at most one is -1')
+  r = c.rft
+  if r.minibatch is not None and r.minibatch > r.prompts * r.samples:
+    raise ConfigError(f'rft.minibatch ({r.minibatch}) exceeds the {r.prompts * r.samples} answers of a step (rft.prompts x rft.samples)')
+  if r.samples == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
+    raise ConfigError("rft.samples is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare answers to one prompt")
   for section in ('lm', 'train', 'finetune'):
     t = getattr(c, section)
     if t.batch_size % t.accumulation:

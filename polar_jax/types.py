@@ -7,6 +7,7 @@ Shape letters (suffixes of array names):
   D  model width                F  feed-forward width             L  layers
   N  query heads                K  key/value heads                G  N / K
   H  head dimension             V  vocabulary
+  R  rollouts of a PPO step; in (R, T) arrays T counts the tokens of the answer alone
 
 Words:
   trajectory  a policy's continuation of, or answer to, a prompt
@@ -14,6 +15,7 @@ Words:
               samples of one policy and rejected is a sample of another; in fine-tuning they are ranked by preference
   row         a fixed number of token slots of a batch; holds one or more triplets
   interval    the keys [start, end) that a query token may attend to
+  rollout     an answer that the policy being trained samples; a step of PPO samples R of them
 """
 
 from __future__ import annotations
@@ -53,6 +55,27 @@ class Group:
   wrapper: str = 'sft'
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """One row of a data set for reinforcement fine-tuning."""
+
+  prompt: Text
+  reference: Text
+  answer: str = ''  # what a rule compares with, if that is not the reference itself
+  category: str = ''  # the official files' `ability`
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Rollouts(NamedTuple):
+  """What a policy answered. Arrays are numpy; behind an answer's end they hold 0."""
+
+  prompts: Sequence[Sequence[int]]  # token ids of each rollout's prompt
+  tokens_RT: Any  # int32
+  length_R: Any  # int32, at least 1, the stop token included
+  logprob_RT: Any  # float32: log-probability of each token at the sampling temperature, before top-p and top-k
+  stopped_R: Any  # bool: a stop token ended the answer; False: it was cut at the most tokens allowed
+
+
 class PairBatch(NamedTuple):
   """Rows of triplets. Arrays are numpy on the host and jax on devices; padding has empty intervals (start = end)."""
 
@@ -76,6 +99,18 @@ class GroupBatch(NamedTuple):
   prefix_end_BT: Any  # int32
   reward_index_BQ: Any  # int32, where the reward tokens stand
   index_BQ: Any  # int32, which candidate of the call this is; -1 for padding
+
+
+class PolicyBatch(NamedTuple):
+  """Rows of prompts with their answers. What belongs to an answer's token stands where it is predicted: one token before it."""
+
+  tokens_BT: Any  # int32
+  positions_BT: Any  # int32, of the sequence
+  start_BT: Any  # int32
+  end_BT: Any  # int32
+  target_BT: Any  # int32, the next token
+  rollout_BT: Any  # int32, which rollout the target belongs to; -1 where the target is no token of an answer
+  answer_BT: Any  # int32, which of the answer's tokens the target is
 
 
 class TextBatch(NamedTuple):

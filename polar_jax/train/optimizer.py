@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from polar_jax.config import TrainConfig
+from polar_jax.config import OptimizerConfig
 
 
-def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear from 0 over `warmup_ratio * steps` steps, then a cosine down to `final_lr_ratio` of the peak at `steps`."""
   warmup = round(config.warmup_ratio * steps)
   if warmup >= steps:
@@ -19,7 +19,7 @@ def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
   return optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, steps, end)
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """The optimizer of a run. Weight decay leaves norm scales and the reward head alone."""
   clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
   adamw = optax.adamw(
