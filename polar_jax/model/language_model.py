@@ -22,14 +22,15 @@ class LanguageModel(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
     """Next-token logits (B, T, V) in float32."""
-    return self._logits(self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)]))
+    return self.logits(self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)]))
 
   def extend(self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Logits (B, V) of what follows the last of each row's `count_B` new tokens, and the cache with them. See `Decoder.extend`."""
     hidden_BTD, cache = self.decoder.extend(tokens_BT, count_B, cache)
     last_B1D = jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
-    return self._logits(last_B1D)[:, 0], cache
+    return self.logits(last_B1D)[:, 0], cache
 
-  def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
+  def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+    """(B, T, V) in float32 of hidden states."""
     head = self.decoder.embedding if self.decoder.config.tie_embeddings else self.lm_head
     return jnp.einsum('BTD,VD->BTV', hidden_BTD, head[...].astype(hidden_BTD.dtype), preferred_element_type=jnp.float32)
