@@ -217,6 +217,7 @@ class AlarmConfig:
 class RftConfig:
   """Reinforcement fine-tuning by PPO. Defaults are the official scripts' (docs/rft.md)."""
 
+  method: str = _field('ppo', choices=('ppo', 'sft'))  # sft: the references themselves are the answers, and imitated
   policy: str = 'lm'  # 'lm' (a stage of this workdir), or any checkpoint with a language-model head
   epochs: int = _field(1, low=1)  # over the prompts, when `steps` is None
   steps: int | None = _field(None, low=1)
@@ -234,7 +235,7 @@ class RftConfig:
   kl_in: str = _field('none', choices=('none', 'reward', 'loss'))
   kl_estimator: str = _field('k1', choices=('k1', 'k2', 'k3'))
   kl_coef: float = _field(0.01, low=0)
-  kl_target: float | None = _field(None, low=0, open_low=True)  # nats per answer that kl_coef is steered to; None: kl_coef stays
+  kl_target: float | None = _field(None, low=0, open_low=True)  # nats per token that kl_coef is steered to; None: kl_coef stays
   kl_horizon: float = _field(10_000.0, low=0, open_low=True)  # answers over which it is steered
   track_kl: bool = True  # measure the KL to the start, which a frozen copy of it is kept for
   clip: float = _field(0.2, low=0, open_low=True)

@@ -13,7 +13,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from polar_jax.config import CheckpointingConfig, ConfigError
-from polar_jax.train.step import TrainState
 
 FOLDER = 'checkpoints'
 
@@ -47,8 +46,14 @@ class Checkpointer:
     """The newest complete step."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]):
-    """Starts saving; returns once the state may be overwritten. `metrics` (empty: none) decide which checkpoint is the best."""
+  def save(self, step: int, state: Any, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]):
+    """Starts saving; returns once the state may be overwritten.
+
+    Args:
+      state: a TrainState, or another named tuple of which `params` is what a checkpoint is read for.
+      iterator_state: what must come back beside it, as JSON.
+      metrics: decide which checkpoint is the best; empty: none.
+    """
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
       data=ocp.args.JsonSave(iterator_state),
@@ -57,7 +62,7 @@ class Checkpointer:
     if step != self._manager.latest_step():
       self._manager.save(step, args=args, metrics=metrics)
 
-  def restore(self, abstract: TrainState, fingerprint: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+  def restore(self, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(state, iterator state) of the newest step, laid out as `abstract` says.
 
     Raises:
@@ -68,7 +73,7 @@ class Checkpointer:
     _check_same_settings(saved, fingerprint, step)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
-    return TrainState(**restored['state']), restored['data']
+    return type(abstract)(**restored['state']), restored['data']
 
   def wait(self) -> None:
     """Returns once everything saved is complete on disk."""

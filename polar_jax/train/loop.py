@@ -82,7 +82,7 @@ def train(run: Run) -> dict[str, Any]:
       trainer.close()
 
 
-class _SigtermFlag:
+class SigtermFlag:
   """Set by SIGTERM while in scope. Signals reach the main thread only; elsewhere (a notebook's worker) nothing changes."""
 
   def __enter__(self) -> threading.Event:
@@ -135,7 +135,7 @@ class _Trainer:
 
   def run_to_end(self) -> dict[str, Any]:
     run, started, first = self.run, time.perf_counter(), self.step
-    with _SigtermFlag() as stop:
+    with SigtermFlag() as stop:
       while self.step < run.steps:
         host_batch = next(self.iterator)
         batch = step_lib.to_device(host_batch, run.mesh)

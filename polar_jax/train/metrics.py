@@ -16,13 +16,15 @@ from polar_jax.types import UserError
 FILE = 'metrics.jsonl'
 
 
-def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a run's metrics.jsonl. A last line without its newline that does not parse was torn by a kill, and is left out.
+def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
+  """The rows of a run's metrics.jsonl, or of another log of its steps.
+
+  A last line without its newline that does not parse was torn by a kill, and is left out.
 
   Raises:
     UserError: for any other line that is no JSON object with a `step`, naming file and line.
   """
-  path = folder / FILE
+  path = folder / file
   text = path.read_text(encoding='utf-8') if path.exists() else ''
   lines, rows = text.splitlines(), []
   for number, line in enumerate(lines, 1):
@@ -38,36 +40,24 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-class MetricsLog:
-  """Appends rows; on a resume drops those after the restored step, which the run will write again."""
+class StepLog:
+  """Appends rows to a file of JSON lines; on a resume drops those after the restored step, which the run will write again."""
 
-  def __init__(self, folder: pathlib.Path, resume_step: int):
+  def __init__(self, folder: pathlib.Path, resume_step: int, file: str):
     self._file: TextIO | None = None
-    self._tensorboard: Any = None
     if jax.process_index() != 0:
       return
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in read_metrics(folder) if row['step'] <= resume_step]
-    temporary = folder / (FILE + '.tmp')
-    temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    os.replace(temporary, folder / FILE)
-    self._file = (folder / FILE).open('a')
-    from tensorboardX import SummaryWriter  # takes 0.2 s to import, and only the first process needs it
-
-    self._tensorboard = SummaryWriter(str(folder / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30)
+    kept = [row for row in read_metrics(folder, file) if row['step'] <= resume_step]
+    temporary = folder / (file + '.tmp')
+    temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
+    os.replace(temporary, folder / file)
+    self._file = (folder / file).open('a', encoding='utf-8')
 
   def write(self, row: dict[str, Any]) -> None:
-    """One line of metrics.jsonl; numbers go to TensorBoard too."""
-    if self._file is None:
-      return
-    self._file.write(json.dumps(row) + '\n')
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and name != 'step':
-        self._tensorboard.add_scalar(name, value, row['step'])
-
-  def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-    if self._tensorboard is not None:
-      self._tensorboard.add_histogram(name, values, step)
+    """One line; the row has a `step`."""
+    if self._file is not None:
+      self._file.write(json.dumps(row) + '\n')
 
   def flush(self) -> None:
     """Everything written so far is on disk afterwards: called before a checkpoint may say that these steps are done."""
@@ -79,6 +69,36 @@ class MetricsLog:
     if self._file is not None:
       self.flush()
       self._file.close()
+
+
+class MetricsLog(StepLog):
+  """metrics.jsonl, and its numbers in TensorBoard."""
+
+  def __init__(self, folder: pathlib.Path, resume_step: int):
+    super().__init__(folder, resume_step, FILE)
+    self._tensorboard: Any = None
+    if self._file is None:
+      return
+    from tensorboardX import SummaryWriter  # takes 0.2 s to import, and only the first process needs it
+
+    self._tensorboard = SummaryWriter(str(folder / 'tensorboard'), purge_step=resume_step + 1, flush_secs=30)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """One line of metrics.jsonl; numbers go to TensorBoard too."""
+    super().write(row)
+    if self._tensorboard is None:
+      return
+    for name, value in row.items():
+      if isinstance(value, (int, float)) and name != 'step':
+        self._tensorboard.add_scalar(name, value, row['step'])
+
+  def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+    if self._tensorboard is not None:
+      self._tensorboard.add_histogram(name, values, step)
+
+  def close(self) -> None:
+    super().close()
+    if self._tensorboard is not None:
       self._tensorboard.close()
 
 

@@ -94,20 +94,28 @@ def build(
     loss, sums, rows = objective.loss_sums(nnx.merge(graphdef, params), batch)
     return {'count': objective.count(batch), 'sums': {'loss': loss, **sums}, 'rows': rows}
 
-  abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
+  abstract, shardings = state_layout(abstract_model, init, tx, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
-  param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
-  opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
-  shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
-  abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
   rows_sharding = sharding.batch_sharding(mesh)
   return StepFunctions(
     init=jax.jit(init, out_shardings=shardings),
     # Without out_shardings the partitioner may move the state's layout after a step, and compile again.
     train=jax.jit(train, in_shardings=(shardings, rows_sharding), out_shardings=(shardings, replicated), donate_argnums=0),
-    evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows_sharding), out_shardings=replicated),
+    evaluate=jax.jit(evaluate, in_shardings=(shardings.params, rows_sharding), out_shardings=replicated),
     abstract=abstract,
   )
+
+
+def state_layout(
+  abstract_model: nnx.Module, init: Callable[..., TrainState], tx: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+  """(shapes and types, shardings) of what `init` makes: moments lie where their parameters lie."""
+  abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
+  opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
+  shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings), shardings
 
 
 def local_share(mesh: Mesh) -> Share:
