@@ -190,7 +190,7 @@ class RewardConfig:
   strip_thinking: bool = True  # score what follows the first </think> (official rule)
   model_weight: float = 1.0
   rule_weight: float = 0.0
-  rule: str = _field('last_number', choices=('last_number',))  # 1 if the last number of the answer is that of the reference, else 0
+  rule: str | None = _field(None, choices=('last_number',))  # 1 if an answer's last number is the reference's, else 0; weight 0: measured only
   normalize: str = _field('none', choices=('none', 'running', 'group', 'reference'))
   clip: float | None = _field(None, low=0, open_low=True)  # the normalised reward is kept within +- this
   missing_eos_penalty: float = _field(0.0, low=0)  # taken from answers that were cut at max_new
@@ -426,6 +426,10 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'rft.minibatch ({r.minibatch}) exceeds the {r.prompts * r.samples} answers of a step (rft.prompts x rft.samples)')
   if r.samples == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
     raise ConfigError("rft.samples is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare answers to one prompt")
+  if r.reward.rule_weight and r.reward.rule is None:
+    raise ConfigError('rft.reward.rule_weight is set, and no rule is: set rft.reward.rule')
+  if not r.reward.model_weight and not r.reward.rule_weight:
+    raise ConfigError('rft.reward.model_weight and rule_weight are both 0: nothing is rewarded')
   for section in ('lm', 'train', 'finetune'):
     t = getattr(c, section)
     if t.batch_size % t.accumulation:

@@ -96,12 +96,16 @@ class Context:
       raise ConfigError(f'data.evaluation must name held-out rows: {path} is a single file, and its rows are trained on')
     if not path.exists():
       raise ConfigError(f'{setting}: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
-    rows = open_source(path, split, self.config.data.on_bad_row)
-    skipped = getattr(rows, 'skipped', [])
-    if skipped:
-      named = '; '.join(f'row {row}: {reason}' for row, reason in skipped[:20])
-      self.log(f'{path}: skipped {len(skipped)} bad rows of {len(rows) + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})')
-    return rows
+    return report_skipped(open_source(path, split, self.config.data.on_bad_row), path, self.log)
+
+
+def report_skipped(rows: Sequence[Any], path: pathlib.Path, log: Callable[[str], None]) -> Sequence[Any]:
+  """`rows` of a file, after saying which of them were left out as bad."""
+  skipped = getattr(rows, 'skipped', [])
+  if skipped:
+    named = '; '.join(f'row {row}: {reason}' for row, reason in skipped[:20])
+    log(f'{path}: skipped {len(skipped)} bad rows of {len(rows) + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})')
+  return rows
 
 
 def pretrain_lm(context: Context) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def pretrain_lm(context: Context) -> dict[str, Any]:
     prefetch=data.prefetch,
     log=context.log,
   )
-  _keep_tokenizer(context.tokenizer(), run.folder)
+  keep_tokenizer(context.tokenizer(), run.folder)
   return loop.train(run)
 
 
@@ -189,7 +193,7 @@ def _rank(
     prefetch=data.prefetch,
     log=context.log,
   )
-  _keep_tokenizer(template.tokenizer, run.folder)
+  keep_tokenizer(template.tokenizer, run.folder)
   return loop.train(run)
 
 
@@ -257,18 +261,22 @@ def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
 
 
 def _rows_fingerprint(rows: Sequence[Triplet]) -> str:
+  return texts_fingerprint(rows, lambda r: (r.prompt, r.reference, r.chosen, r.rejected))
+
+
+def texts_fingerprint(rows: Sequence[Any], read: Callable[[Any], tuple]) -> str:
   """The number of rows and a digest of a few of them: enough to notice that a resumed run reads another file."""
   size = len(rows)
-  texts = [(r.prompt, r.reference, r.chosen, r.rejected) for r in (rows[i] for i in sorted({0, size // 3, size // 2, size - 1}))]
+  texts = [read(rows[i]) for i in sorted({0, size // 3, size // 2, size - 1})]
   return f'{size}:{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}'
 
 
-def _tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
   path = getattr(tokenizer, 'path', None)
   return 'byte' if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
   """Copies the tokenizer's files beside a run's checkpoints, so that the folder is all that scoring and exporting need.
 
   A run that has a checkpoint keeps its own: another tokenizer is refused later, when the run is resumed.
@@ -291,5 +299,5 @@ def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dic
   model = {f'model.{k}': v for k, v in dataclasses.asdict(context.model_config()).items() if k not in same_maths}
   template = {f'template.{k}': v for k, v in dataclasses.asdict(context.config.template).items()}
   settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in free}
-  tokenizer = _tokenizer_fingerprint(context.tokenizer())
+  tokenizer = tokenizer_fingerprint(context.tokenizer())
   return {'objective': objective, 'seed': context.config.seed, 'tokenizer': tokenizer, **model, **template, **settings, **more}

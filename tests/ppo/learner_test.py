@@ -1,0 +1,188 @@
+"""Updates equal those of one sequence at a time, and depend neither on packing nor on micro-batches nor on devices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax import sharding
+from polar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RftConfig, RolloutConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.value_model import ValueModel
+from polar_jax.ppo import experience, learner, rows
+from polar_jax.ppo.learner import ActorTargets, CriticTargets
+from polar_jax.types import Rollouts
+
+MODEL = ModelConfig(
+  vocab_size=23, num_layers=2, d_model=16, d_ff=24, num_heads=2, num_kv_heads=1, head_dim=8, init_std=0.3, v_head_init='normal'
+)
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3)
+CONFIG = RftConfig(
+  actor=OPTIMIZER,
+  critic=OPTIMIZER,
+  rollout=RolloutConfig(temperature=0.7),
+  kl_in='loss',
+  kl_estimator='k3',
+  entropy_coef=0.03,
+  dual_clip=1.5,
+  value_clip=0.1,
+)
+KL_COEF = 0.2
+
+
+@pytest.fixture(scope='module')
+def rollouts() -> Rollouts:
+  rng = np.random.default_rng(3)
+  length = np.array([5, 1, 7, 3, 4, 6, 2], np.int32)
+  tokens = rng.integers(1, 23, (7, 7)).astype(np.int32) * (np.arange(7)[None] < length[:, None])
+  prompts = [rng.integers(1, 23, n).tolist() for n in (3, 6, 1, 4, 2, 5, 3)]
+  return Rollouts(prompts, tokens, length, np.zeros((7, 7), np.float32), np.ones(7, bool))
+
+
+@pytest.fixture(scope='module')
+def values(rollouts):
+  """Old log-probabilities far enough from the model's for every kind of clip, and the like."""
+  rng, mask = np.random.default_rng(4), rows.token_mask(rollouts)
+  draw = lambda mean, std: (rng.normal(mean, std, mask.shape) * mask).astype(np.float32)
+  weight = mask / mask.sum()
+  return {'old': draw(-3, 0.7), 'reference': draw(-3, 0.5), 'advantage': draw(0, 1), 'weight': weight, 'value': draw(0, 1), 'return': draw(0, 1)}
+
+
+def test_actor_reads_what_the_model_says_of_each_sequence(rollouts, one):
+  mesh, actor, _ = one
+  params = actor.init(jax.random.key(0), None).params
+  logprob, entropy = experience.read(actor.read, params, rows.pack(rollouts, range(7), 24, 2), mesh, rollouts, 2)
+  for r in range(7):
+    logits = full_logits(params, rollouts, r) / CONFIG.rollout.temperature
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    n = rollouts.length_R[r]
+    np.testing.assert_allclose(logprob[r, :n], np.log(p)[np.arange(n), rollouts.tokens_RT[r, :n]], atol=2e-5)
+    np.testing.assert_allclose(entropy[r, :n], -(p * np.log(p)).sum(-1), atol=2e-5)
+    assert not logprob[r, n:].any()
+
+
+def full_logits(params, rollouts, r) -> np.ndarray:
+  """Float64 copies of the logits (answer tokens, V) of one sequence alone, unpacked."""
+  sequence = np.zeros((1, 16), np.int32)
+  whole = [*rollouts.prompts[r], *rollouts.tokens_RT[r, : rollouts.length_R[r]].tolist()]
+  sequence[0, : len(whole)] = whole
+  first = len(rollouts.prompts[r]) - 1
+  return np.asarray(_forward(params, sequence)[0, first : first + rollouts.length_R[r]], np.float64)
+
+
+@jax.jit
+def _forward(params, sequence):
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0))))
+  position = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
+  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+
+
+@jax.jit
+def _value(params, sequence):
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: ValueModel(MODEL, rngs=nnx.Rngs(0))))
+  position = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
+  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+
+
+def mesh_of(devices: int, **axes: int):
+  return sharding.make_mesh(MeshConfig(**axes), jax.devices()[:devices])
+
+
+@pytest.fixture(scope='module')
+def one():
+  mesh = mesh_of(1)
+  return mesh, learner.build_actor(MODEL, CONFIG, 10, mesh), learner.build_critic(MODEL, CONFIG, 10, mesh)
+
+
+def update(model, kind, names, mesh, rollouts, values, row_length, height):
+  """One step from the same start: (parameters, sums, norm)."""
+  with jax.set_mesh(mesh):
+    state = model.init(jax.random.key(0), None)
+    grads, sums = model.zeros(state.params)
+    for batch in rows.pack(rollouts, range(7), row_length, height):
+      targets = kind(*(rows.place(values[name], batch) for name in names))
+      batch, targets = experience.to_device((batch, targets), mesh)
+      grads, sums = model.accumulate(grads, sums, state.params, batch, targets, np.float32(KL_COEF))
+    state, norm = model.apply(state, grads)
+    return jax.device_get((state.params, sums, norm))
+
+
+ACTOR = (ActorTargets, ('old', 'reference', 'advantage', 'weight'))
+CRITIC = (CriticTargets, ('value', 'return', 'weight'))
+
+
+def oracle_sums(params, rollouts, values, which):
+  """The metrics of an update by loops over tokens in float64, each sequence read alone."""
+  total = dict.fromkeys(('policy_loss', 'entropy', 'clip_fraction', 'approx_kl', 'value_loss', 'value_clip_fraction'), 0.0)
+  for r in range(7):
+    logits = full_logits(params, rollouts, r) / 0.7 if which == 'actor' else None
+    for t in range(rollouts.length_R[r]):
+      w = values['weight'][r, t]
+      if which == 'actor':
+        p = np.exp(logits[t] - logits[t].max())
+        p /= p.sum()
+        lp, old, a = np.log(p[rollouts.tokens_RT[r, t]]), values['old'][r, t], values['advantage'][r, t]
+        ratio = np.exp(lp - old)
+        plain, clipped = -a * ratio, -a * min(max(ratio, 0.8), 1.2)
+        loss = max(plain, clipped)
+        if a < 0:
+          loss = min(loss, -a * 1.5)
+        total['policy_loss'] += w * loss
+        total['entropy'] += w * -(p * np.log(p)).sum()
+        total['clip_fraction'] += w * (clipped > plain)
+        total['approx_kl'] += w * (old - lp)
+      else:
+        sequence = np.zeros((1, 16), np.int32)
+        whole = [*rollouts.prompts[r], *rollouts.tokens_RT[r, : rollouts.length_R[r]].tolist()]
+        sequence[0, : len(whole)] = whole
+        v = float(_value(params, sequence)[0, len(rollouts.prompts[r]) - 1 + t])
+        old, ret = values['value'][r, t], values['return'][r, t]
+        clipped = min(max(v, old - 0.1), old + 0.1)
+        total['value_loss'] += w * 0.5 * max((v - ret) ** 2, (clipped - ret) ** 2)
+        total['value_clip_fraction'] += w * ((clipped - ret) ** 2 > (v - ret) ** 2)
+  return total
+
+
+@pytest.mark.parametrize('which', ['actor', 'critic'])
+def test_update_equals_loops_over_single_sequences(which, rollouts, values, one):
+  mesh, actor, critic = one
+  model, (kind, names) = (actor, ACTOR) if which == 'actor' else (critic, CRITIC)
+  _, sums, norm = update(model, kind, names, mesh, rollouts, values, 24, 2)
+  expected = oracle_sums(jax.device_get(model.init(jax.random.key(0), None).params), rollouts, values, which)
+  assert norm > 0 and 0 < float(sums.get('clip_fraction', sums.get('value_clip_fraction'))) < 1
+  for name, value in sums.items():
+    np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('which', ['actor', 'critic'])
+def test_packing_and_devices_do_not_matter(which, rollouts, values, one):
+  build, (kind, names) = (learner.build_actor, ACTOR) if which == 'actor' else (learner.build_critic, CRITIC)
+  wanted = update(one[1] if which == 'actor' else one[2], kind, names, one[0], rollouts, values, 24, 2)
+  padded = mesh_of(1)
+  many = mesh_of(8, data=2, fsdp=2, tensor=2)
+  for mesh, row_length, height in ((padded, 13, 7), (many, 16, 4)):
+    got = update(build(MODEL, CONFIG, 10, mesh), kind, names, mesh, rollouts, values, row_length, height)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, wanted)
+
+
+def test_accumulating_compiles_once(rollouts, values, one):
+  mesh, actor, _ = one
+  before = actor.accumulate._cache_size()
+  update(actor, *ACTOR, mesh, rollouts, values, 24, 2)
+  few = rollouts._replace(length_R=np.minimum(rollouts.length_R, 2))
+  update(actor, *ACTOR, mesh, few, values, 24, 2)
+  assert actor.accumulate._cache_size() == max(before, 1)
+
+
+def test_logits_in_pieces_give_the_same(rollouts, values, one, monkeypatch):
+  wanted = update(one[1], *ACTOR, one[0], rollouts, values, 24, 2)
+  monkeypatch.setattr(learner, '_LOGITS', 2 * 6 * 23)
+  config = dataclasses.replace(CONFIG, log_every=2)  # another key of the cache of builds
+  got = update(learner.build_actor(MODEL, config, 10, one[0]), *ACTOR, one[0], rollouts, values, 24, 2)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, wanted)
