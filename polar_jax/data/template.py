@@ -108,16 +108,39 @@ class Template:
     chosen, rejected = self._sequences(triplet.prompt, triplet.reference, candidates, triplet.wrapper)
     return chosen, rejected
 
-  def encode_candidates(self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft') -> list[list[int]]:
+  def encode_candidates(
+    self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
+  ) -> list[list[int]]:
     """One sequence per candidate. With the trainer's rule the prompt is cut alike for all, so that they share their prefix.
+
+    Args:
+      alone: cut the prompt for each candidate as if there were no other, whatever the rule.
 
     Raises:
       TemplateError: a text is no text, or the wrapper is unknown.
     """
     texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
-    return self._sequences(prompt, reference, texts, wrapper)
+    return self._sequences(prompt, reference, texts, wrapper, alone)
 
-  def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str) -> list[list[int]]:
+  def candidate_texts(
+    self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
+  ) -> list[str]:
+    """What `encode_candidates` encodes, with the reward token as text: for the official servers, which tokenise and add the BOS.
+
+    Raises:
+      TemplateError: a text is no text, or the wrapper is unknown.
+    """
+    texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
+    return [text + self.config.reward_token for text in self._texts(prompt, reference, texts, wrapper, alone)]
+
+  def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool = False) -> list[list[int]]:
+    texts = self._texts(prompt, reference, candidates, wrapper, alone)
+    if self.config.rule == 'client':
+      return self._encode_texts([text + self.config.reward_token for text in texts])
+    return [[*ids, self.reward_token_id] for ids in self._encode_texts(texts)]
+
+  def _texts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[str]:
+    """Without the reward token."""
     check_wrapper(wrapper)
     if not candidates:
       return []
@@ -126,21 +149,22 @@ class Template:
     if c.use_reference:
       texts.append(join_messages(reference, 'reference'))
     texts += candidates
-    prompts, answers = ([texts[0]] * len(candidates), texts[1:]) if self._certainly_uncut(texts) else self._cut(texts)
+    prompts, answers = ([texts[0]] * len(candidates), texts[1:]) if self._certainly_uncut(texts) else self._cut(texts, alone)
     out = []
     for prompt_text, candidate in zip(prompts, answers[-len(candidates) :], strict=True):
       text = self._join(prompt_text, candidate, wrapper)
       if c.use_reference:
         text = self._join(prompt_text, answers[0], wrapper) + c.separator + text
-      out.append(text + c.reward_token if c.rule == 'client' else text)
-    sequences = self._encode_texts(out)
-    return sequences if c.rule == 'client' else [[*ids, self.reward_token_id] for ids in sequences]
+      out.append(text)
+    return out
 
-  def _cut(self, texts: list[str]) -> tuple[list[str], list[str]]:
+  def _cut(self, texts: list[str], alone: bool) -> tuple[list[str], list[str]]:
     """Prompt, (reference,) candidates as text -> a cut prompt for each candidate, and the cut (reference and) candidates."""
     prompt, *answers = self._encode_texts(texts)
     answers = [ids[: self.config.max_response_length] for ids in answers]
     rooms = self._prompt_rooms([len(ids) for ids in answers])
+    if self.config.rule == 'trainer' and not alone:
+      rooms = [min(rooms)] * len(rooms)
     prompts = {room: self._decode(_last(prompt, room)) for room in set(rooms)}
     return [prompts[room] for room in rooms], [self._decode(ids) for ids in answers]
 
@@ -158,8 +182,7 @@ class Template:
       lengths: of (the reference and) the candidates, in tokens.
     """
     reference, copies, candidates = (lengths[0], 2, lengths[1:]) if self.config.use_reference else (0, 1, lengths)
-    rooms = [(self.config.max_length - _RESERVED - reference - length) // copies for length in candidates]
-    return rooms if self.config.rule == 'client' else [min(rooms)] * len(rooms)
+    return [(self.config.max_length - _RESERVED - reference - length) // copies for length in candidates]
 
   def _join(self, prompt: str, answer: str, wrapper: str) -> str:
     if wrapper == 'pretrain' or (answer == '' and self.config.rule == 'trainer'):

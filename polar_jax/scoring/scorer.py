@@ -66,8 +66,11 @@ class Scorer:
     params = load_params(folder, sharding.abstract_params(_abstract_model(model), mesh), RANKING.name)
     return cls(params, model, template, mesh, **shape)
 
-  def score(self, groups: Sequence[Group]) -> list[np.ndarray]:
+  def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
     """Rewards of each group's candidates, float32, in order. Groups may have any number of candidates, none included.
+
+    Args:
+      alone: where a prompt has to be cut, cut it for each candidate as if its group had no other: no reward depends on the others.
 
     Raises:
       UserError: a text is no text, or a candidate is longer than a row, naming the group and the candidate.
@@ -77,7 +80,7 @@ class Scorer:
     starts = np.concatenate([[0], np.cumsum([len(group.candidates) for group in groups], dtype=int)])
     for g, group in enumerate(groups):
       try:
-        sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper)
+        sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
         made = lay_out(sequences, self._row_length or sum(map(len, sequences)), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error

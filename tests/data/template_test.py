@@ -141,6 +141,8 @@ def check_against_oracle(tokenizer, functions, rows, seed, **settings):
     wrapper = rng.choice(['sft', 'pretrain'])
     prompt, reference, chosen, rejected, *more = (random_value(rng, rng.choice([3, 10, 25])) for _ in range(rng.randint(4, 7)))
     expected = oracle.rows(prompt, reference, [chosen, rejected], wrapper)
+    alone = [oracle.rows(prompt, reference, [candidate], wrapper)[0] for candidate in (chosen, rejected)]
+    assert template.encode_candidates(prompt, reference, [chosen, rejected], wrapper, alone=True) == alone
     assert list(template.encode(Triplet(prompt, reference, chosen, rejected, wrapper))) == expected
     candidates = [chosen, rejected, *more]
     assert template.encode_candidates(prompt, reference, candidates, wrapper) == oracle.rows(prompt, reference, candidates, wrapper)
@@ -178,6 +180,43 @@ def test_by_hand():
   messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
   assert bytes_template().encode_candidates(messages, 'r', ['c'])[0] == [257, *b'a\nb\nr', 259, *b'a\nb\nc', 260]
   assert bytes_template().encode_candidates('p', 'r', []) == []
+
+
+def test_texts_by_hand():
+  assert bytes_template().candidate_texts('p', 'r', ['c', ''], 'sft') == [
+    'p\nr<|reward|>p\nc[UNUSED_TOKEN_130]',
+    'p\nr<|reward|>p[UNUSED_TOKEN_130]',
+  ]
+  assert bytes_template(rule='client').candidate_texts('p', 'r', [''], 'pretrain') == ['pr<|reward|>p[UNUSED_TOKEN_130]']
+  assert bytes_template(use_reference=False).candidate_texts('p', 'r', ['c']) == ['p\nc[UNUSED_TOKEN_130]']
+  assert bytes_template().candidate_texts('p', 'r', []) == []
+  with pytest.raises(template_lib.TemplateError, match=r'candidates\[1\] must be'):
+    bytes_template().candidate_texts('p', 'r', ['a', None])
+
+
+def check_texts_encode_to_the_sequences(tokenizer, seed, **settings):
+  rng = random.Random(seed)
+  for _ in range(200):
+    sizes = {'max_length': rng.choice([24, 80, 16_384]), 'max_response_length': rng.choice([5, 12, 4_096])}
+    template = template_lib.Template(TemplateConfig(rule=rng.choice(['trainer', 'client']), **sizes, **settings), tokenizer)
+    prompt, reference, *candidates = (random_value(rng, rng.choice([3, 25])) for _ in range(5))
+    for alone in (False, True):
+      arguments = (prompt, reference, candidates, rng.choice(['sft', 'pretrain']), alone)
+      texts = template.candidate_texts(*arguments)
+      assert tokenizer.encode_batch(texts, add_bos=True) == template.encode_candidates(*arguments)
+
+
+def test_a_server_that_tokenises_the_texts_sees_the_same_sequences(bpe_path):
+  check_texts_encode_to_the_sequences(tokenizer_lib.ByteTokenizer(), 3)
+  check_texts_encode_to_the_sequences(tokenizer_lib.BpeTokenizer(bpe_path), 4)
+
+
+@pytest.mark.data
+def test_a_server_with_the_official_tokenizer_sees_the_same_sequences(data_folder, tmp_path):
+  (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
+  added = {'92528': {'content': '<|reward|>', 'special': True}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': added}))
+  check_texts_encode_to_the_sequences(tokenizer_lib.open_tokenizer(tmp_path), 5)
 
 
 def test_prompt_room_is_shared_by_the_trainer_and_not_by_the_client():
