@@ -250,6 +250,7 @@ class RftConfig:
   evaluate_prompts: int = _field(256, low=1)
   log_every: int = _field(1, low=1)  # plain progress lines; metrics.jsonl has every step
   seeds: int = _field(1, low=1)  # runs of the miniature's study
+  start_steps: int = _field(100, low=1)  # of the language model that each of them starts from
   actor: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, final_lr_ratio=1.0, b2=0.999, weight_decay=0.01)
   critic: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
   rollout: RolloutConfig = RolloutConfig()

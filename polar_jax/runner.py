@@ -18,6 +18,7 @@ from polar_jax.config import Config
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
+from polar_jax.ppo import stage as reinforcement
 from polar_jax.scoring import stage as scoring
 from polar_jax.synthesis import engine
 from polar_jax.train import stages
@@ -118,6 +119,7 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'pretrain': lambda context: {'pretrain': stages.pretrain(context)},
   'finetune': _finetune,
   'evaluate': evaluation.evaluate,
+  'rft': reinforcement.rft,
   'score': scoring.score,
   'convert': convert.convert,
 }

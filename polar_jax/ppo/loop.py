@@ -16,7 +16,7 @@ import numpy as np
 
 from polar_jax.data import pipeline
 from polar_jax.data.template import join_messages
-from polar_jax.ppo import advantages, diagnostics, experience, learner, measure, rows, shaping
+from polar_jax.ppo import advantages, diagnostics, experience, measure, rows, shaping
 from polar_jax.ppo.experience import Experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner
 from polar_jax.ppo.reward_http import RewardServerError
@@ -56,15 +56,12 @@ class Trainer:
   def __init__(self, run: Run):
     self.run, c = run, run.config
     self.rollouts_per_step = c.prompts * c.samples
-    minibatch = c.minibatch or self.rollouts_per_step
-    updates = run.steps * c.update_epochs * math.ceil(self.rollouts_per_step / minibatch)
-    self.actor = learner.build_actor(run.model, c, updates, run.mesh)
-    self.critic = learner.build_critic(run.model, c, updates, run.mesh) if run.has_critic else None
+    self.actor, self.critic = run.actor(), run.critic()
     self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
     self.row_length = run.row_length
     self.order = pipeline.global_order(len(run.prompts), run.seed)
     # All at once: one by one they would queue behind the running step.
-    self.rates = [np.asarray(learning_rate_schedule(o, updates)(jnp.arange(updates))) for o in (c.actor, c.critic)]
+    self.rates = [np.asarray(learning_rate_schedule(o, run.updates)(jnp.arange(run.updates))) for o in (c.actor, c.critic)]
     self.checkpointer = Checkpointer(run.folder, run.checkpointing, 'evaluation_raw', best_is_lower=False)
     self._start()
     self.metrics = MetricsLog(run.folder, self.step if self.resumed else -1)
@@ -143,7 +140,7 @@ class Trainer:
     learned = self._update(rollouts, batches, made)
     clock.lap('update')
     self.tokens += int(rollouts.length_R.sum())
-    row = {
+    row: dict[str, Any] = {
       'stage': run.name,
       'step': self.step + 1,
       **scores.metrics,
@@ -221,13 +218,13 @@ class Trainer:
     weight_RT = np.asarray(_weights(inside_RT, mode=c.loss_mean))
     out: dict[str, float] = {}
     if self.step >= c.critic_warmup or not self.critic:
-      values = (made.old_logprob_RT, made.reference_logprob_RT, made.advantage_RT, weight_RT)
-      self.actor_state, sums, norm = self._learn(self.actor, self.actor_state, batches, values, ActorTargets)
+      known = (made.old_logprob_RT, made.reference_logprob_RT, made.advantage_RT, weight_RT)
+      self.actor_state, sums, norm = self._learn(self.actor, self.actor_state, batches, known, ActorTargets)
       out |= {**sums, 'grad_norm': norm, 'learning_rate': float(self.rates[0][min(number, len(self.rates[0]) - 1)])}
     if self.critic and self.critic_state:
       number = int(self.critic_state.step)
-      values = (made.value_RT, made.return_RT, weight_RT)
-      self.critic_state, sums, norm = self._learn(self.critic, self.critic_state, batches, values, CriticTargets)
+      expected = (made.value_RT, made.return_RT, weight_RT)
+      self.critic_state, sums, norm = self._learn(self.critic, self.critic_state, batches, expected, CriticTargets)
       out |= {**sums, 'critic_grad_norm': norm, 'critic_learning_rate': float(self.rates[1][min(number, len(self.rates[1]) - 1)])}
     return out
 
@@ -367,5 +364,3 @@ class _Clock:
   @property
   def total(self) -> float:
     return time.perf_counter() - self._started
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from polar_jax.config import CheckpointingConfig, ModelConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.ppo.learner import Learner, build_actor, build_critic
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.reward import Mixture
 from polar_jax.train.step import TrainState
@@ -59,6 +61,20 @@ class Run:
   def steps(self) -> int:
     """Of the whole run."""
     return self.config.steps or max(self.config.epochs * len(self.prompts) // self.config.prompts, 1)
+
+  @property
+  def updates(self) -> int:
+    """Steps of the optimizers, which their learning rates' schedules are over."""
+    answers = self.config.prompts * self.config.samples
+    return self.steps * self.config.update_epochs * math.ceil(answers / (self.config.minibatch or answers))
+
+  def actor(self) -> Learner:
+    """The policy's jitted functions."""
+    return build_actor(self.model, self.config, self.updates, self.mesh)
+
+  def critic(self) -> Learner | None:
+    """The critic's; None for methods without one."""
+    return build_critic(self.model, self.config, self.updates, self.mesh) if self.has_critic else None
 
   @property
   def has_critic(self) -> bool:

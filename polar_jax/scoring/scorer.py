@@ -39,6 +39,7 @@ class Scorer:
   Args:
     params: of a RewardModel, as `step.TrainState.params` or `load_params` give them.
     row_length: tokens of a row; a group that does not fit one is divided. None: chosen for each call.
+    grow: double the row length, at the price of a compilation, whenever a candidate alone does not fit; else that is an error.
     rows: of a batch, rounded up to what the mesh divides.
     candidates: of a row, at most.
   """
@@ -53,9 +54,10 @@ class Scorer:
     row_length: int | None = None,
     rows: int = 16,
     candidates: int = 64,
+    grow: bool = False,
   ):
     self.params = params
-    self._template, self._mesh, self._row_length, self._candidates = template, mesh, row_length, candidates
+    self._template, self._mesh, self._row_length, self._candidates, self._grow = template, mesh, row_length, candidates, grow
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
     self._forward = jit_rewards(lambda reward_model, batch: reward_model.score(batch), model, mesh)
@@ -81,6 +83,8 @@ class Scorer:
     for g, group in enumerate(groups):
       try:
         sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
+        while self._grow and self._row_length and max(map(len, sequences), default=0) > self._row_length:
+          self._row_length *= 2
         made = lay_out(sequences, self._row_length or sum(map(len, sequences)), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error

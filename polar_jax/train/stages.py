@@ -110,31 +110,38 @@ def report_skipped(rows: Sequence[Any], path: pathlib.Path, log: Callable[[str],
 
 def pretrain_lm(context: Context) -> dict[str, Any]:
   """Next-token pre-training of the language model that the reward model starts from."""
-  config, data = context.config, context.config.data
+  config = context.config
   train_ids, validation_ids = text_tokens(context)
   length = config.lm.sequence_length
   windows = pipeline.TextWindows(train_ids, length, config.seed)
-  held_out = pipeline.TextWindows(validation_ids, length, config.seed)
-  run = loop.Run(
-    name=LM,
-    folder=context.workdir / LM,
+  run = text_run(context, LM, config.lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
+  keep_tokenizer(context.tokenizer(), run.folder)
+  return loop.train(run)
+
+
+def text_run(
+  context: Context, name: str, lm: TrainConfig, windows: pipeline.TextWindows, held_out: pipeline.TextWindows | None, seed: int
+) -> loop.Run:
+  """A run of next-token prediction on `windows`, in the folder `name` of the workdir."""
+  config, data = context.config, context.config.data
+  return loop.Run(
+    name=name,
+    folder=context.workdir / name,
     objective=NEXT_TOKEN,
     model=context.model_config(),
-    train=config.lm,
+    train=lm,
     checkpointing=config.checkpointing,
     mesh=context.mesh,
-    seed=config.seed,
+    seed=seed,
     num_rows=len(windows),
-    batches=lambda plan, steps: (pipeline.text_batches(windows, plan, steps=steps, seed=config.seed), pipeline.text_rows(plan)),
-    validation=lambda plan: _text_validation(held_out, plan, config.lm.evaluate_rows),
-    start_from=_start_folder(context, config.lm),
-    fingerprint=_fingerprint(context, config.lm, NEXT_TOKEN.name, {'data.text': data.text}),
+    batches=lambda plan, steps: (pipeline.text_batches(windows, plan, steps=steps, seed=seed), pipeline.text_rows(plan)),
+    validation=None if held_out is None else lambda plan: _text_validation(held_out, plan, lm.evaluate_rows),
+    start_from=_start_folder(context, lm),
+    fingerprint=_fingerprint(context, lm, NEXT_TOKEN.name, {'data.text': data.text, 'seed': seed}),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
   )
-  keep_tokenizer(context.tokenizer(), run.folder)
-  return loop.train(run)
 
 
 def pretrain(context: Context) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def alone(make_scorer, groups):
     (1, {'rows': 2, 'row_length': 128}),  # several batches
     (1, {'rows': 1, 'row_length': 96, 'candidates': 3}),  # groups divided between rows
     (8, {'rows': 3, 'row_length': 256}),
+    (1, {'rows': 2, 'row_length': 32, 'grow': True}),  # candidates of up to 90 tokens
   ],
 )
 def test_each_candidate_gets_the_reward_it_gets_alone(make_scorer, groups, alone, devices, shape):
