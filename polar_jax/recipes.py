@@ -10,6 +10,8 @@ from polar_jax.model.presets import PRESETS
 PRETRAIN_ROW = 14_464
 # A fine-tuning row is two sequences of at most 16,384 tokens that share all but their candidates: 16,384 + 4,096, and room.
 FINETUNE_ROW = 20_608
+# A row of reinforcement fine-tuning: two prompts and answers of the greatest lengths (1,024 + 1,024), and more of shorter ones.
+RFT_ROW = 4_096
 
 
 def base(preset: str) -> ml_collections.ConfigDict:
@@ -46,6 +48,31 @@ def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_coll
   config.finetune.start_from = start_from
   config.finetune.learning_rate = learning_rate
   config.finetune.batch_size = 320
+  return config
+
+
+def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: int, slots: int = 512) -> ml_collections.ConfigDict:
+  """One epoch of PPO with POLAR-7B as the reward (section E.3 of the paper; where it is silent, the official scripts).
+
+  `RftConfig`'s defaults are those settings: here stands what depends on the model and on the machine.
+
+  Args:
+    preset: of the policy; the reward model's shape comes from its checkpoint.
+    tensor: devices that key/value heads, feed-forward and vocabulary are divided over; all others divide the model's width.
+    rows: of a micro-batch, of `RFT_ROW` tokens each.
+    slots: answers decoded at a time.
+  """
+  config = base(preset)
+  config.stage = 'rft'
+  config.data.prompts = prompts
+  config.rft.policy = policy
+  config.rft.reward.checkpoint = 'checkpoints/polar_7b'
+  config.rft.row_length = RFT_ROW
+  config.rft.rows = rows
+  config.rft.rollout.slots = slots
+  config.rft.shuffled_every = 10
+  config.mesh.tensor = tensor
+  config.checkpointing.every_steps = 50
   return config
 
 

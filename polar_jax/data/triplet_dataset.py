@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from polar_jax import types
+from polar_jax.data.template import join_messages
 
 VERSION = '1.0.0'
 _TEXTS = ('prompt', 'reference', 'chosen', 'rejected')
@@ -92,6 +93,27 @@ def write_triplets(
     builder.download_and_prepare(download_dir=str(downloads), download_config=config)
   shutil.rmtree(downloads, ignore_errors=True)
   return target
+
+
+def write_prompts(
+  folder: pathlib.Path, name: str, splits: Mapping[str, Iterable[types.Prompt]], description: str, metadata: Mapping[str, Any]
+) -> pathlib.Path:
+  """As `write_triplets`, of prompts: triplets with empty candidates, which `sources.open_prompts` reads.
+
+  Messages are stored joined, as the reward model reads them, and whole in the row's metadata, where the policy's prompt stands.
+
+  Raises:
+    As `write_triplets`.
+  """
+  return write_triplets(folder, name, {split: map(_triplet_of, rows) for split, rows in splits.items()}, description, metadata)
+
+
+def _triplet_of(row: types.Prompt) -> types.Triplet:
+  prompt, reference = join_messages(row.prompt, 'prompt'), join_messages(row.reference, 'reference')
+  more: dict[str, Any] = {'answer': row.answer} if row.answer else {}
+  if not isinstance(row.prompt, str):
+    more['policy_prompt'] = row.prompt
+  return types.Triplet(prompt, reference, '', '', category=row.category, metadata=more | dict(row.metadata))
 
 
 def open_triplets(folder: pathlib.Path) -> dict[str, TripletSequence]:

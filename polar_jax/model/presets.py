@@ -92,7 +92,7 @@ SMOLLM2_135M = {
   'tie_embeddings': True,
 }
 
-# The base models; the instruct models differ in max_position (32,768), and the 32B in norm_eps (1e-6).
+# The base models.
 QWEN2_5_7B = {
   'family': 'qwen2',
   'vocab_size': 152_064,
@@ -122,6 +122,10 @@ QWEN2_5_32B = {
   'norm_eps': 1e-5,
   'qkv_bias': True,
 }
+
+# The instruct models, which reinforcement fine-tuning starts from. (Those of InternLM3 and Llama 3.1 have the shape above.)
+QWEN2_5_7B_INSTRUCT = QWEN2_5_7B | {'max_position': 32_768}
+QWEN2_5_32B_INSTRUCT = QWEN2_5_32B | {'max_position': 32_768, 'norm_eps': 1e-6}
 
 # Short of triplets long before they are short of parameters. init_std is about 1 / sqrt(d_model); all layers are unrolled,
 # which a CPU likes.
@@ -156,6 +160,8 @@ PRESETS = {
   'smollm2_135m': SMOLLM2_135M,
   'qwen2_5_7b': QWEN2_5_7B,
   'qwen2_5_32b': QWEN2_5_32B,
+  'qwen2_5_7b_instruct': QWEN2_5_7B_INSTRUCT,
+  'qwen2_5_32b_instruct': QWEN2_5_32B_INSTRUCT,
   'mini_tiny': MINI_TINY,
   'mini_small': MINI_SMALL,
 }
