@@ -28,7 +28,6 @@ def policy_loss(
   """
   ratio = jnp.exp(jnp.clip(logprob - old_logprob, -LOG_RATIO, LOG_RATIO))
   free, bound = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-  # `where`, not `maximum`: of two equal branches maximum passes on half of each gradient.
   clipped = bound > free
   loss = jnp.where(clipped, bound, free)
   if dual_clip is not None:

@@ -119,10 +119,10 @@ def test_penalties_come_after_the_clip():
 
 
 def test_the_clip_comes_after_the_normalisation():
-  got, _ = shaped([100, 101, 102, 140], [1] * 4, [True] * 4, normalize='running', clip=1.0)
+  got, metrics = shaped([100, 101, 102, 140], [1] * 4, [True] * 4, normalize='running', clip=1.0)
   z = (np.array([100, 101, 102, 140]) - 110.75) / np.std([100, 101, 102, 140])
   np.testing.assert_allclose(got, np.clip(z, -1, 1), rtol=1e-5)
-  assert got[3] == 1
+  assert got[3] == 1 and metrics['reward_clipped'] == 0.25
 
 
 def test_length_penalty_against_dapo():
