@@ -111,8 +111,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisConfig:
-  """The policy pool and what is sampled from it."""
+  """The policy pool and what is sampled from it; or, in the arithmetic world, word problems."""
 
+  world: str = _field('ngram', choices=('ngram', 'arithmetic'))
   vocab_size: int = _field(1_024, low=300)  # of the BPE trained on the spot
   policies: int = _field(256, low=8)
   unseen_policies: int = _field(48, low=2)  # of `policies`, kept for evaluation only

@@ -6,6 +6,7 @@ stages started as separate processes, one after the other, add up. Accuracies ar
   evaluate     by_split[SPLIT], baselines[NAME][SPLIT], margin_over_best_baseline[SPLIT] = {baseline, difference, low, high}
   finetune     arms[ARM], by_category[CATEGORY], baselines[NAME]; optionally margin_over_best_baseline; figures of the training
   pretrain_lm, pretrain  loss, steps, tokens, accuracy and whatever else the training reports
+  rft          see `polar_jax.evaluate.rft_report`
   timing       seconds by stage, and `total`
   environment  see `environment`
 """
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.evaluate import baselines as baselines_lib
-from polar_jax.evaluate import plots
+from polar_jax.evaluate import markdown, plots, rft_report
 from polar_jax.train.metrics import FILE, read_metrics
 from polar_jax.types import UserError
 
@@ -95,7 +96,10 @@ def write_report(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None
   workdir = pathlib.Path(workdir)
   plain = _write_json(workdir, results)
   figures = _draw(workdir, plain)
-  _write_atomically(workdir / MARKDOWN_NAME, _markdown(plain, figures))
+  rft_runs, rft = rft_report.read_runs(workdir), plain.get('rft', {})
+  figures |= rft_report.draw(workdir, rft, rft_runs)
+  tuning = rft_report.section(rft, figures, rft_report.read_samples(workdir), rft_runs)
+  _write_atomically(workdir / MARKDOWN_NAME, _markdown(plain, figures, tuning))
 
 
 def environment() -> dict[str, Any]:
@@ -175,9 +179,10 @@ def _write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def _metrics_by_stage(workdir: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
-  """Rows of every */metrics.jsonl of a workdir, in the order in which stages run."""
-  read = {path.parent.name: read_metrics(path.parent) for path in sorted(pathlib.Path(workdir).glob(f'*/{FILE}'))}
-  return {stage: read[stage] for stage in _ordered(read, _TRAINING) if read[stage]}
+  """Rows of every */metrics.jsonl of a workdir, in the order in which stages run; PPO has curves of its own."""
+  folders = [path.parent for path in sorted(pathlib.Path(workdir).glob(f'*/{FILE}')) if path.parent.name != rft_report.FOLDER]
+  read = {folder.name: read_metrics(folder) for folder in folders}
+  return {stage: read[stage] for stage in markdown.ordered(read, _TRAINING) if read[stage]}
 
 
 def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
@@ -189,29 +194,32 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
   if metrics:
     plots.loss_curves(metrics, workdir / links['loss'])
     drawn['loss'] = links['loss']
-  by_split = {s: evaluate.get('by_split', {})[s] for s in _ordered(evaluate.get('by_split', {}), SPLITS)}
+  by_split = {s: evaluate.get('by_split', {})[s] for s in markdown.ordered(evaluate.get('by_split', {}), SPLITS)}
   if by_split:
     plots.accuracy_bars(by_split, evaluate.get('baselines', {}), workdir / links['accuracy'])
     drawn['accuracy'] = links['accuracy']
-  arms = {a: finetune.get('arms', {})[a] for a in _ordered(finetune.get('arms', {}), ARMS)}
+  arms = {a: finetune.get('arms', {})[a] for a in markdown.ordered(finetune.get('arms', {}), ARMS)}
   if arms:
     plots.arm_bars(arms, finetune.get('baselines', {}), workdir / links['arms'])
     drawn['arms'] = links['arms']
   return drawn
 
 
-def _markdown(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
-  # A workdir in which a file was scored or a checkpoint converted, and nothing was learned, has nothing to warn of.
-  studied = any(results.get(stage) for stage in _STAGES) or not any(results.get(tool) for tool in _TOOLS)
+def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: Sequence[str]) -> str:
+  # A workdir in which a file was scored, a checkpoint converted or a policy tuned, and no reward model was learned, has nothing to warn of.
+  studied = any(results.get(stage) for stage in _STAGES) or not (tuning or any(results.get(tool) for tool in _TOOLS))
   parts = ['# Report of a polar_jax run', *([_what_was_run(results)] if studied else [])]
-  for section in (_policies(results, figures), _preferences(results, figures), _training(results, figures), _tools(results)):
+  for section in (_policies(results, figures), _preferences(results, figures), _training(results, figures), tuning, _tools(results)):
     parts += section
   if results.get('timing'):
     seconds = results['timing']
-    stages = [*(s for s in _ordered(seconds, (*_STAGES, *_TOOLS)) if s != 'total'), *(['total'] if 'total' in seconds else [])]
-    parts += ['## Time', _table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]
+    stages = [
+      *(s for s in markdown.ordered(seconds, (*_STAGES, 'rft', *_TOOLS)) if s != 'total'),
+      *(['total'] if 'total' in seconds else []),
+    ]
+    parts += ['## Time', markdown.table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]
   if results.get('environment'):
-    parts += ['## Environment', _table(['', ''], [[k, _text(v)] for k, v in sorted(results['environment'].items())])]
+    parts += ['## Environment', markdown.table(['', ''], [[k, markdown.text(v)] for k, v in sorted(results['environment'].items())])]
   if studied:
     parts += ['## Caveats', _caveats(results)]
   return '\n\n'.join(parts) + '\n'
@@ -242,7 +250,7 @@ def _what_was_run(results: Mapping[str, Any]) -> str:
 def _policies(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
   evaluate = results.get('evaluate', {})
   by_split, baselines = evaluate.get('by_split', {}), evaluate.get('baselines', {})
-  splits = _ordered({**by_split, **{s: 0 for b in baselines.values() for s in b}}, SPLITS)
+  splits = markdown.ordered({**by_split, **{s: 0 for b in baselines.values() for s in b}}, SPLITS)
   if not splits:
     return []
   rows = [['**pre-trained model**', *(_accuracy(by_split.get(s)) for s in splits)]] if by_split else []
@@ -252,9 +260,9 @@ def _policies(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[st
   out = [
     '## Telling policies apart',
     'Chosen and reference are two samples of one policy, rejected is a sample of another. Accuracy in %.',
-    _table(['', *(f'{s} (n = {counts[s]})' if counts[s] is not None else s for s in splits)], rows),
+    markdown.table(['', *(f'{s} (n = {counts[s]})' if counts[s] is not None else s for s in splits)], rows),
   ]
-  out += _figure(figures, 'accuracy', 'Accuracy by split, with 95% intervals')
+  out += markdown.figure(figures, 'accuracy', 'Accuracy by split, with 95% intervals')
   margins = evaluate.get('margin_over_best_baseline', {})
   sentences = []
   for split in splits:
@@ -270,10 +278,10 @@ def _preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list
   arms, rules, categories = (finetune.get(key, {}) for key in ('arms', 'baselines', 'by_category'))
   out = []
   if arms or rules:
-    rows = [[f'**{a}**', _ARM_MEANING.get(a, ''), _accuracy(arms[a]), str(arms[a]['n'])] for a in _ordered(arms, ARMS)]
+    rows = [[f'**{a}**', _ARM_MEANING.get(a, ''), _accuracy(arms[a]), str(arms[a]['n'])] for a in markdown.ordered(arms, ARMS)]
     rows += [[_baseline_name(name), '', _accuracy(rules[name]), str(rules[name]['n'])] for name in _baseline_order(rules)]
-    out += ['## Preferences', 'Accuracy in % on held-out preference rows.', _table(['', 'meaning', 'accuracy', 'n'], rows)]
-    out += _figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')
+    out += ['## Preferences', 'Accuracy in % on held-out preference rows.', markdown.table(['', 'meaning', 'accuracy', 'n'], rows)]
+    out += markdown.figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')
     main = arms.get(ARMS[0])
     comparable = {name: v for name, v in rules.items() if name not in baselines_lib.NOT_RULES}
     if 'margin_over_best_baseline' in finetune:
@@ -282,7 +290,7 @@ def _preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list
       out.append(_unpaired_verdict(main, comparable))
   if categories:
     rows = [[name, _accuracy(v), str(v['n'])] for name, v in sorted(categories.items())]
-    out += ['### By category', _table(['category', 'accuracy', 'n'], rows)]
+    out += ['### By category', markdown.table(['category', 'accuracy', 'n'], rows)]
     few = [name for name, v in sorted(categories.items()) if v['n'] < _FEW_ROWS]
     if few:
       out.append(f'Fewer than {_FEW_ROWS} rows, so little can be said of one category alone: {", ".join(few)}.')
@@ -298,11 +306,11 @@ def _training(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[st
     return []
   out = ['## Training']
   if stages:
-    keys = _ordered({k: 0 for s in stages for k in scalars[s]}, ('steps', 'tokens', 'loss', 'accuracy'))
-    rows = [[key, *(_text(scalars[s][key]) if key in scalars[s] else '-' for s in stages)] for key in keys]
-    out.append(_table(['', *stages], rows))
+    keys = markdown.ordered({k: 0 for s in stages for k in scalars[s]}, ('steps', 'tokens', 'loss', 'accuracy'))
+    rows = [[key, *(markdown.text(scalars[s][key]) if key in scalars[s] else '-' for s in stages)] for key in keys]
+    out.append(markdown.table(['', *stages], rows))
   out += [f'Rule of `mfu`: {rule}.' for rule in rules]
-  return out + _figure(figures, 'loss', 'Loss and accuracy during training; the dashed lines are chance')
+  return out + markdown.figure(figures, 'loss', 'Loss and accuracy during training; the dashed lines are chance')
 
 
 def _tools(results: Mapping[str, Any]) -> list[str]:
@@ -310,7 +318,7 @@ def _tools(results: Mapping[str, Any]) -> list[str]:
   out = []
   for tool in _TOOLS:
     if results.get(tool):
-      out += [f'## Stage {tool}', _table(['', ''], [[key, _text(value)] for key, value in results[tool].items()])]
+      out += [f'## Stage {tool}', markdown.table(['', ''], [[key, markdown.text(value)] for key, value in results[tool].items()])]
   return out
 
 
@@ -360,15 +368,6 @@ def _unpaired_verdict(main: Mapping[str, Any], rules: Mapping[str, Mapping[str, 
   return f'{start} does NOT beat {rule}.'
 
 
-def _figure(figures: Mapping[str, str], name: str, caption: str) -> list[str]:
-  return [f'![{caption}]({figures[name]})'] if name in figures else []
-
-
-def _ordered(keys: Mapping[str, Any], first: Sequence[str]) -> list[str]:
-  """Known keys in their order, then the others by name."""
-  return [k for k in first if k in keys] + sorted(k for k in keys if k not in first)
-
-
 def _baseline_order(baselines: Mapping[str, Any]) -> list[str]:
   """Rules by name, then the coin, then the ceiling."""
   return sorted(baselines, key=lambda name: (name == 'bayes', name == 'random', name))
@@ -380,14 +379,3 @@ def _baseline_name(name: str) -> str:
 
 def _accuracy(value: Mapping[str, Any] | None) -> str:
   return '-' if value is None else f'{100 * value["accuracy"]:.1f} [{100 * value["low"]:.1f}, {100 * value["high"]:.1f}]'
-
-
-def _text(value: Any) -> str:
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    return ', '.join(map(str, value)) if isinstance(value, list) else str(value)
-  return f'{value:,}' if isinstance(value, int) else f'{value:.4g}'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [head, ['---'] * len(head), *rows]
-  return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in line) + ' |' for line in lines)

@@ -24,11 +24,10 @@ class LanguageModel(nnx.Module):
     """Next-token logits (B, T, V) in float32."""
     return self.logits(self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)]))
 
-  def extend(self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Logits (B, V) of what follows the last of each row's `count_B` new tokens, and the cache with them. See `Decoder.extend`."""
-    hidden_BTD, cache = self.decoder.extend(tokens_BT, count_B, cache)
-    last_B1D = jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
-    return self.logits(last_B1D)[:, 0], cache
+  def next(self, token_B: jax.Array, cache: KVCache, active_B: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Logits (B, V) of what follows one more token of each row, and the cache with it for the rows that are active."""
+    hidden_BD, k_LBKH, v_LBKH = self.decoder.next(token_B, cache)
+    return self.logits(hidden_BD[:, None])[:, 0], cache.append(k_LBKH, v_LBKH, active_B)
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
     """(B, T, V) in float32 of hidden states."""

@@ -71,24 +71,38 @@ class Block(nnx.Module):
       x_BTD, h_BTD = (jnp.take_along_axis(a, index_BQ[..., None], axis=1) for a in (x_BTD, h_BTD))
     return self._attend_and_feed(x_BTD, h_BTD, k_BSKH, v_BSKH, rows)
 
-  def extend(self, x_BTD: jax.Array, rows: Rows, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, KVCache]:
-    """The block's output at tokens that follow those in `cache`, and the cache with their keys and values in layer `layer`."""
+  def read(self, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The block's output, keys and values at every token."""
     h_BTD = rms_norm(x_BTD, self.attention_norm[...], self.config.norm_eps)
-    cache = cache.write(layer, *self._keys_and_values(h_BTD, rows))
-    return self._attend_and_feed(x_BTD, h_BTD, *cache.read(layer, x_BTD.dtype), rows), cache
+    k_BTKH, v_BTKH = self._keys_and_values(h_BTD, rows)
+    return self._attend_and_feed(x_BTD, h_BTD, k_BTKH, v_BTKH, rows), k_BTKH, v_BTKH
+
+  def keys_and_values(self, x_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """Those alone: all that is needed of the last layer, where nothing is predicted."""
+    return self._keys_and_values(rms_norm(x_BTD, self.attention_norm[...], self.config.norm_eps), rows)
+
+  def next(self, x_B1D: jax.Array, rows: Rows, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The block's output at the token that follows those in layer `layer` of `cache`, and the token's key and value (B, K, H)."""
+    h_B1D = rms_norm(x_B1D, self.attention_norm[...], self.config.norm_eps)
+    k_B1KH, v_B1KH = self._keys_and_values(h_B1D, rows)
+    mixed_BNH = cache.attend(layer, self._queries(h_B1D, rows)[:, 0], k_B1KH[:, 0], v_B1KH[:, 0])
+    return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), k_B1KH[:, 0], v_B1KH[:, 0]
 
   def _keys_and_values(self, h_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
     k_BTKH, v_BTKH = project(h_BTD, self.wk[...], bias=self.bk), project(h_BTD, self.wv[...], bias=self.bv)
     return apply_rope(k_BTKH, rows.cos_BTh, rows.sin_BTh), v_BTKH
 
   def _attend_and_feed(self, x_BTD: jax.Array, h_BTD: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, rows: Rows) -> jax.Array:
-    c = self.config
+    return self._mix_and_feed(x_BTD, attention.attend(self.config.attention, self._queries(h_BTD, rows), k_BSKH, v_BSKH, rows.intervals))
+
+  def _queries(self, h_BTD: jax.Array, rows: Rows) -> jax.Array:
     q_BTNH = apply_rope(project(h_BTD, self.wq[...], bias=self.bq), rows.cos_BTh, rows.sin_BTh)
-    q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
-    mixed_BTNH = attention.attend(c.attention, q_BTNH, k_BSKH, v_BSKH, rows.intervals)
+    return constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
+
+  def _mix_and_feed(self, x_BTD: jax.Array, mixed_BTNH: jax.Array) -> jax.Array:
     x_BTD = x_BTD + project(mixed_BTNH, self.wo[...], inputs=2)
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
-    h_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.norm_eps)
+    h_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.norm_eps)
     hidden_BTF = swiglu(project(h_BTD, self.w_gate[...]), project(h_BTD, self.w_up[...]))
     x_BTD = x_BTD + project(hidden_BTF, self.w_down[...])
     return constrain(x_BTD, 'batch', 'length', 'act_embed')
@@ -124,23 +138,33 @@ class Decoder(nnx.Module):
       x_BTD = _remat(lambda x, block: block(x, rows, index_BQ), c.remat)(x_BTD, last)
     return rms_norm(x_BTD, self.norm[...], c.norm_eps)
 
-  def extend(self, tokens_BT: jax.Array, count_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Normed hidden states (B, T, D) of tokens that follow those in `cache`, and the cache with them.
-
-    Only the first `count_B` tokens of each row are real; what stands behind them is overwritten by the next call. The caller sees
-    to it that the cache has room for all T: `cache.capacity - max(cache.length_B) >= T`.
-    """
+  def read(self, tokens_BT: jax.Array, positions_BT: jax.Array, intervals: Sequence[Interval]) -> tuple[jax.Array, jax.Array]:
+    """Keys and values (L, B, T, K, H) of tokens that nothing is predicted from, for `KVCache.fill`."""
     c = self.config
-    positions_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    rows = Rows(positions_BT, [(jnp.zeros_like(positions_BT), positions_BT + 1)], c)
+    rows = Rows(positions_BT, intervals, c)
 
-    def body(carry, indexed):
-      (x_BTD, cache), (block, layer) = carry, indexed
-      return block.extend(x_BTD, rows, cache, layer), None
+    def body(x_BTD, block):
+      x_BTD, *cached = block.read(x_BTD, rows)
+      return x_BTD, cached
+
+    x_BTD, cached = jax.lax.scan(body, self._embed(tokens_BT), jax.tree.map(lambda p: p[:-1], self.layers), unroll=c.scan_unroll)
+    last = jax.tree.map(lambda p: p[-1], self.layers).keys_and_values(x_BTD, rows)
+    k_LBTKH, v_LBTKH = (jnp.concatenate([before, new[None]]) for before, new in zip(cached, last, strict=True))
+    return k_LBTKH, v_LBTKH
+
+  def next(self, token_B: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed hidden states (B, D) of one token behind those in `cache`, and its keys and values (L, B, K, H) for `KVCache.append`."""
+    c = self.config
+    rows = Rows(cache.length_B[:, None], (), c)
+
+    def body(x_B1D, indexed):
+      block, layer = indexed
+      x_B1D, *cached = block.next(x_B1D, rows, cache, layer)
+      return x_B1D, cached
 
     indexed = (self.layers, jnp.arange(c.num_layers))
-    (x_BTD, cache), _ = jax.lax.scan(body, (self._embed(tokens_BT), cache), indexed, unroll=c.scan_unroll)
-    return rms_norm(x_BTD, self.norm[...], c.norm_eps), cache._replace(length_B=cache.length_B + count_B)
+    x_B1D, (k_LBKH, v_LBKH) = jax.lax.scan(body, self._embed(token_B[:, None]), indexed, unroll=c.scan_unroll)
+    return rms_norm(x_B1D, self.norm[...], c.norm_eps)[:, 0], k_LBKH, v_LBKH
 
   def _embed(self, tokens_BT: jax.Array) -> jax.Array:
     # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.

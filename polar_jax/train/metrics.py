@@ -110,6 +110,10 @@ def reward_histogram(rewards_NC: np.ndarray, bins: int = 12) -> dict[str, Any]:
   return {'low': low, 'high': high, 'chosen': chosen, 'rejected': rejected}
 
 
+# What a person watches: of training on rows, and of tuning by reward.
+_SHOWN = ('loss', 'accuracy', 'validation_loss', 'validation_accuracy', 'reward', 'kl', 'length')
+
+
 class Progress:
   """A bar in a terminal, a plain line every `every` steps elsewhere. Only the first process speaks."""
 
@@ -124,13 +128,13 @@ class Progress:
   def update(self, row: dict[str, Any]) -> None:
     if self._silent:
       return
-    shown = {k: row[k] for k in ('loss', 'accuracy', 'validation_loss', 'validation_accuracy') if k in row}
+    shown = {k: row[k] for k in _SHOWN if k in row}
     if self._bar is not None:
       self._bar.update(row['step'] - self._bar.n)
-      self._bar.set_postfix({k: f'{v:.3f}' for k, v in shown.items()})
+      self._bar.set_postfix({k: f'{v:.{1 if k == "length" else 3}f}' for k, v in shown.items()})
     elif row['step'] % self._every == 0 or row['step'] == self._total or 'validation_loss' in row:
       rate = f'  {row["tokens_per_second"]:,.0f} tokens/s' if 'tokens_per_second' in row else ''
-      values = '  '.join(f'{k} {v:.4f}' for k, v in shown.items())
+      values = '  '.join(f'{k} {v:.{1 if k == "length" else 4}f}' for k, v in shown.items())
       print(f'{self._name}  step {row["step"]}/{self._total}  {values}{rate}', flush=True)
 
   def close(self) -> None:

@@ -1,0 +1,190 @@
+"""The policy answers prompts: slots that decode together, and a queue that fills every slot that becomes free.
+
+An answer is a pure function of the seed, of its place among the prompts and of the logits: which slot it gets, and what the other
+slots do meanwhile, changes it only as far as logits round differently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from polar_jax import sharding
+from polar_jax.config import ModelConfig, RolloutConfig
+from polar_jax.model import cache, generation
+from polar_jax.model.generation import Answered, Entering, Slots
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.types import Rollouts, UserError
+
+_SHORTEST_ROW, _LONGEST_ROW = 32, 512  # tokens of a row of packed prompts; longer if a prompt may be
+
+
+class _Functions(NamedTuple):
+  """The jitted functions of one model, mesh and configuration."""
+
+  prepare: Callable[[dict[str, Any]], dict[str, Any]]  # float32 parameters -> those that decoding reads
+  vacant: Callable[[], Slots]
+  admit: Callable[[dict[str, Any], Slots, Entering], Slots]
+  advance: Callable[[dict[str, Any], Slots, Any, Any], tuple[Slots, Answered]]
+
+
+class RolloutEngine:
+  """Samples answers from a policy.
+
+  Args:
+    model: shape of the policy, a `LanguageModel`.
+    mesh: where its parameters lie.
+    config: lengths, sampling, and how many answers are decoded at a time.
+    stop_ids: tokens that end an answer.
+  """
+
+  def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int]):
+    shards = sharding.batch_shards(mesh)
+    slots = -(-config.slots // shards) * shards
+    # What the functions do not depend on is set to the same for all, so that engines share them.
+    self._config = dataclasses.replace(config, slots=slots, stop=None, chat='auto')
+    self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))
+    self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids)
+
+  def generate(
+    self, params: dict[str, Any], prompts: Sequence[Sequence[int]], seed: tuple[int, ...], limits: Sequence[int] | None = None
+  ) -> Rollouts:
+    """Answers every prompt. In several processes all of them call it with the same arguments and get all rollouts.
+
+    Args:
+      params: a pure dict of a `LanguageModel`'s parameters, laid out on the mesh.
+      prompts: token ids.
+      seed: non-negative integers; the same give the same rollouts.
+      limits: the most tokens of each answer, where that is less than `max_new`.
+
+    Raises:
+      UserError: a prompt is empty, or longer than `max_prompt`.
+    """
+    self._check(prompts)
+    c, f = self._config, self._functions
+    most = np.full(len(prompts), c.max_new, np.int32) if limits is None else np.clip(np.asarray(limits, np.int32), 1, c.max_new)
+    out = _Answers(len(prompts), c.max_new)
+    key = np.random.SeedSequence(seed).generate_state(2)
+    waiting, running = deque(range(len(prompts))), np.full(c.slots, -1)
+    place_B = np.zeros(c.slots, np.int32)
+    with jax.set_mesh(self._mesh):
+      weights, slots = f.prepare(params), f.vacant()
+      while waiting or (running >= 0).any():
+        while waiting and (running < 0).any():
+          entering = self._pack(prompts, most, waiting, running)
+          place_B[entering.fresh_B] = 0
+          slots = f.admit(weights, slots, entering)
+        # A short answer that ends makes room at once; when nothing waits there is nothing to stop for.
+        leave = max(1, c.slots // 32) if waiting else c.slots + 1
+        slots, answered = f.advance(weights, slots, key, np.int32(leave))
+        answered = jax.device_get(answered)
+        out.append(running, place_B, answered)
+        place_B = answered.place_B.copy()
+        running[~answered.active_B] = -1
+    stopped_R = np.isin(out.tokens_RT[np.arange(len(prompts)), out.length_R - 1], self._stop_ids)
+    return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
+
+  def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+    for i, prompt in enumerate(prompts):
+      if not len(prompt):
+        raise UserError(f'prompt {i} has no tokens: a policy needs at least one to answer')
+      if len(prompt) > self._config.max_prompt:
+        raise UserError(
+          f'prompt {i} has {len(prompt)} tokens, more than rollout.max_prompt={self._config.max_prompt}: raise it, or leave the prompt out'
+        )
+
+  def _pack(self, prompts: Sequence[Sequence[int]], most: np.ndarray, waiting: deque[int], running: np.ndarray) -> Entering:
+    """Takes prompts off the queue, as many as there are free slots and as rows of the longest kind hold; notes them in `running`."""
+    longest = _row_length(max(self._config.max_prompt - 1, _LONGEST_ROW))
+    rows: list[list[tuple[int, int]]] = [[] for _ in range(self._rows)]  # (prompt, slot)
+    used = [0] * self._rows
+    for slot in np.flatnonzero(running < 0):
+      if not waiting:
+        break
+      size = len(prompts[waiting[0]]) - 1
+      row = used.index(min(used))
+      if used[row] + size > longest:
+        break
+      running[slot] = waiting.popleft()
+      rows[row].append((int(running[slot]), int(slot)))
+      used[row] += size
+    shape, batch = (self._rows, _row_length(max(used))), len(running)
+    zeros = lambda shape: np.zeros(shape, np.int32)
+    new = Entering(*(zeros(shape) for _ in range(3)), zeros(shape) - 1, np.zeros(batch, bool), *(zeros(batch) for _ in range(4)))
+    for p, row in enumerate(rows):
+      low = 0
+      for i, slot in row:
+        size = len(prompts[i]) - 1
+        at = np.s_[p, low : low + size]
+        new.tokens_PT[at], new.positions_PT[at] = prompts[i][:-1], np.arange(size)
+        new.start_PT[at], new.slot_PT[at] = low, slot
+        new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = True, size, prompts[i][-1]
+        new.rollout_B[slot], new.limit_B[slot] = i, most[i]
+        low += size
+    return new
+
+
+class _Answers:
+  """The answers as far as they go."""
+
+  def __init__(self, prompts: int, max_new: int):
+    self.tokens_RT = np.zeros((prompts, max_new), np.int32)
+    self.logprob_RT = np.zeros((prompts, max_new), np.float32)
+    self.length_R = np.zeros(prompts, np.int32)
+
+  def append(self, running: np.ndarray, place_B: np.ndarray, answered: Answered) -> None:
+    for b in np.flatnonzero(running >= 0):
+      i, low, high = running[b], place_B[b], answered.place_B[b]
+      self.tokens_RT[i, low:high] = answered.tokens_MB[: high - low, b]
+      self.logprob_RT[i, low:high] = answered.logprob_MB[: high - low, b]
+      self.length_R[i] = high
+
+
+def _row_length(tokens: int) -> int:
+  """Rows have few lengths, so that few are compiled: powers of two."""
+  return max(_SHORTEST_ROW, 1 << max(tokens - 1, 0).bit_length())
+
+
+@functools.cache
+def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tuple[int, ...]) -> _Functions:
+  abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+  graphdef, _ = nnx.split(abstract)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  rows = sharding.batch_sharding(mesh)
+  with jax.set_mesh(mesh):
+    cached = NamedSharding(mesh, cache.spec(model.num_kv_heads))
+  slots: Any = Slots(cache.KVCache(cached, cached, rows), *(rows,) * 5)
+
+  def prepare(params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
+
+  def admit(weights: dict[str, Any], slots: Slots, new: Entering) -> Slots:
+    return generation.admit(nnx.merge(graphdef, weights), slots, new)
+
+  def advance(weights: dict[str, Any], slots: Slots, key: Any, leave: Any) -> tuple[Slots, Answered]:
+    key = jax.random.wrap_key_data(key, impl='threefry2x32')
+    return generation.advance(nnx.merge(graphdef, weights), slots, key, leave, config, stop_ids)
+
+  # Decoding reads every weight for every token: no device may have to ask another for it.
+  whole = jax.tree.map(lambda a: NamedSharding(mesh, _without(a.sharding.spec, 'fsdp')), sharding.abstract_params(abstract, mesh))
+  return _Functions(
+    prepare=jax.jit(prepare, out_shardings=whole),
+    vacant=jax.jit(lambda: generation.vacant(model, config.slots, config.max_prompt + config.max_new), out_shardings=slots),
+    admit=jax.jit(admit, in_shardings=(whole, slots, replicated), out_shardings=slots, donate_argnums=1),
+    advance=jax.jit(
+      advance, in_shardings=(whole, slots, replicated, replicated), out_shardings=(slots, replicated), donate_argnums=1
+    ),
+  )
+
+
+def _without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+  keep = lambda part: None if part == axis else tuple(a for a in part if a != axis) or None if isinstance(part, tuple) else part
+  return PartitionSpec(*map(keep, spec))
