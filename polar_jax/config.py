@@ -128,6 +128,8 @@ class SynthesisConfig:
   evaluation_rows: int = _field(2_000, low=1)  # each of validation, unseen_prompts, unseen_policies
   preference_rows: int = _field(8_000, low=1)
   preference_evaluation_rows: int = _field(2_000, low=1)  # each of the same splits
+  largest: int = _field(12, low=6)  # number in an arithmetic problem and its answer
+  two_steps: float = _field(0.25, low=0, high=1)  # share of arithmetic problems that take two steps
   workers: int = _field(2, low=1)
 
 
@@ -165,6 +167,7 @@ class RolloutConfig:
 
   max_prompt: int = _field(1_024, low=1)  # tokens; longer prompts are left out, counted and reported
   max_new: int = _field(1_024, low=1)  # tokens of an answer, its stop token included
+  min_new: int = _field(1, low=1)  # tokens before which no stop token is sampled
   temperature: float = _field(1.0, low=0)  # 0: the likeliest token
   top_p: float = _field(1.0, low=0, high=1, open_low=True)
   top_k: int | None = _field(None, low=1)
@@ -432,6 +435,8 @@ def _check_together(c: Config) -> None:
     raise ConfigError('rft.reward.rule_weight is set, and no rule is: set rft.reward.rule')
   if not r.reward.model_weight and not r.reward.rule_weight:
     raise ConfigError('rft.reward.model_weight and rule_weight are both 0: nothing is rewarded')
+  if r.rollout.min_new > r.rollout.max_new:
+    raise ConfigError(f'rft.rollout.min_new ({r.rollout.min_new}) exceeds rft.rollout.max_new ({r.rollout.max_new})')
   for section in ('lm', 'train', 'finetune'):
     t = getattr(c, section)
     if t.batch_size % t.accumulation:

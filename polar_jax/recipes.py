@@ -94,3 +94,45 @@ def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_colle
   for run in (config.lm, config.train, config.finetune):
     run.log_every = 100
   return config
+
+
+def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
+  """A small instruction model on arithmetic that a rule can check; groups of answers take the place of a critic."""
+  config = default_config()
+  config.stage = 'all'
+  config.ablations = True  # also with the rule as the only reward
+  config.synthesis.world = 'arithmetic'
+  config.synthesis.train_rows = 4_000
+  config.synthesis.evaluation_rows = 256
+  config.synthesis.preference_rows = 1_600
+  config.synthesis.preference_evaluation_rows = 200
+  config.model.update(PRESETS[preset])
+  config.tokenizer.kind = 'checkpoint'
+  # Special tokens of its vocabulary that plain text never holds.
+  config.template.separator = '<file_sep>'
+  config.template.reward_token = '<repo_name>'
+  config.finetune.start_from = checkpoint
+  config.finetune.batch_size = 16
+  config.finetune.learning_rate = 3e-5
+  config.finetune.log_every = 5
+  config.finetune.evaluate_rows = 200
+  config.rft.policy = checkpoint
+  config.rft.advantage = 'rloo'
+  config.rft.steps = 60
+  config.rft.prompts = 16
+  config.rft.samples = 6
+  config.rft.rows = 8
+  config.rft.row_length = 256
+  config.rft.track_kl = False  # a third of a step's time on a CPU
+  config.rft.evaluate_prompts = 256
+  config.rft.evaluate_every = 20
+  config.rft.shuffled_every = 5
+  config.rft.actor.learning_rate = 5e-6
+  config.rft.rollout.max_prompt = 96
+  config.rft.rollout.max_new = 32
+  config.rft.rollout.slots = 48
+  config.rft.reward.rule = 'last_number'
+  config.rft.reward.rows = 8
+  config.checkpointing.every_steps = 20
+  config.checkpointing.keep = 1
+  return config

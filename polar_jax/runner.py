@@ -20,7 +20,7 @@ from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
 from polar_jax.ppo import stage as reinforcement
 from polar_jax.scoring import stage as scoring
-from polar_jax.synthesis import engine
+from polar_jax.synthesis import arithmetic, engine
 from polar_jax.train import stages
 from polar_jax.train.loop import NonFiniteError, Preempted
 from polar_jax.types import UserError
@@ -74,7 +74,9 @@ def _write_config(config: Config, workdir: pathlib.Path) -> None:
 def _stage_names(config: Config) -> list[str]:
   if config.stage != 'all':
     return [config.stage]
-  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate']
+  if config.synthesis.world == 'arithmetic':  # a real language model is the start of everything
+    return ['synthesize', 'finetune', 'rft']
+  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft']
 
 
 def _timed(context: stages.Context, name: str, stage: Callable[[stages.Context], dict[str, Any] | None]) -> None:
@@ -101,6 +103,8 @@ def _finish(workdir: pathlib.Path, seconds: float) -> None:
 
 
 def _synthesize(context: stages.Context) -> dict[str, Any]:
+  if context.config.synthesis.world == 'arithmetic':
+    return {'synthesize': arithmetic.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)}
   result = engine.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)
   facts = dataclasses.asdict(result)
   return {'synthesize': {name: facts[name] for name in ('rows', 'rows_per_minute', 'fingerprints', 'seconds')}}

@@ -6,16 +6,22 @@ numbers, so that no split holds a problem of another one under other names.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from polar_jax import types
+from polar_jax.config import SynthesisConfig
 
 SPLITS = ('train', 'validation', 'test')
+_FORMAT = 1  # raised whenever the same settings give other rows
+_MARKER = 'arithmetic.json'  # written last: its presence means that the files are complete
 INSTRUCTION = 'Answer in one short sentence.'
 _MOST_FACTOR = 12  # both factors of a product, the divisor and the quotient
 
@@ -56,7 +62,12 @@ TEMPLATES = (
   _t('a+b', 'small', '{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?', '{n} has {x} {t}'),
   _t('a+b', 'food', 'There are {a} {t} in a bowl and {b} {t} in a bag. How many {t} are there in all?', 'there are {x} {t} in all'),
   _t('a+b', 'none', '{n} read {a} pages on Monday and {b} pages on Tuesday. How many pages did {n} read?', '{n} read {x} pages'),
-  _t('a+b', 'none', 'A bus carries {a} people. At the {p} {b} more people get on. How many people are on the bus?', '{x} people are on the bus'),
+  _t(
+    'a+b',
+    'none',
+    'A bus carries {a} people. At the {p} {b} more people get on. How many people are on the bus?',
+    '{x} people are on the bus',
+  ),
   _t('a+b', 'none', '{n} scored {a} points in the first game and {b} in the second. How many points is that?', '{n} scored {x} points'),
   _t('a+b', 'animals', '{a} {t} stood by the {p}, and {b} {t} joined them. How many {t} are by the {p} now?', '{x} {t} are by the {p}'),
   _t('a+b', 'none', '{n} drove {a} miles to the {p} and then {b} miles to see {m}. How many miles did {n} drive?', '{n} drove {x} miles'),
@@ -72,7 +83,12 @@ TEMPLATES = (
   _t('a-b', 'none', 'A rope is {a} feet long. {n} cuts off {b} feet. How long is the rest?', 'the rest is {x} feet long'),
   _t('a-b', 'big', 'There were {a} {t} in the {p}. {n} carried {b} of them away. How many {t} are still there?', '{x} {t} are still there'),
   _t('a-b', 'none', '{n} needs {a} dollars and has saved {b} dollars. How many dollars are missing?', '{x} dollars are missing'),
-  _t('a-b', 'none', '{a} children came to the {p}. {b} of them walked and the others took the bus. How many took the bus?', '{x} took the bus'),
+  _t(
+    'a-b',
+    'none',
+    '{a} children came to the {p}. {b} of them walked and the others took the bus. How many took the bus?',
+    '{x} took the bus',
+  ),
   _t('a-b', 'food', '{n} and {m} picked {a} {t} together. {n} picked {b} of them. How many did {m} pick?', '{m} picked {x} {t}'),
   _t('a-b', 'none', 'A film lasts {a} minutes. {n} has watched {b} minutes. How many minutes are left?', '{x} minutes are left'),
   # One step: products.
@@ -92,23 +108,49 @@ TEMPLATES = (
   _t('a/b', 'none', 'A book has {a} pages. {n} reads {b} pages a day. How many days does {n} need?', '{n} needs {x} days'),
   # Two steps.
   _t('a+b _-c', 'small', '{n} has {a} {t}, finds {b} more and gives {c} to {m}. How many {t} does {n} have now?', '{n} has {x} {t}'),
-  _t('a-b _+c', 'none', 'A train has {a} passengers. At the {p} {b} get off and {c} get on. How many are on it now?', '{x} are on the train'),
+  _t(
+    'a-b _+c', 'none', 'A train has {a} passengers. At the {p} {b} get off and {c} get on. How many are on it now?', '{x} are on the train'
+  ),
   _t('a-b _-c', 'none', '{n} had {a} dollars and spent {b} on lunch and {c} on a book. How many dollars are left?', '{x} dollars are left'),
   _t('a+b _+c', 'food', '{n} picked {a} {t}, {m} picked {b} and {o} picked {c}. How many {t} is that?', 'they picked {x} {t}'),
   _t('a*b _+c', 'small', '{n} had {c} {t} and buys {b} boxes of {a} {t}. How many {t} does {n} have now?', '{n} has {x} {t}'),
   _t('a*b _-c', 'food', 'There are {b} bags with {a} {t} each, and {c} of the {t} are bad. How many {t} are good?', '{x} {t} are good'),
-  _t('a*b c-_', 'none', '{n} buys {b} tickets for {a} dollars each and pays with {c} dollars. How much change is due?', 'the change is {x} dollars'),
+  _t(
+    'a*b c-_',
+    'none',
+    '{n} buys {b} tickets for {a} dollars each and pays with {c} dollars. How much change is due?',
+    'the change is {x} dollars',
+  ),
   _t('a/b _+c', 'small', '{n} gives {a} {t} in equal shares to {b} children who had {c} each. How many has each now?', 'each has {x} {t}'),
-  _t('a/b _-c', 'food', '{n} gets {a} {t} into {b} equal bags and eats {c} from one bag. How many are left in it?', '{x} {t} are left in it'),
+  _t(
+    'a/b _-c', 'food', '{n} gets {a} {t} into {b} equal bags and eats {c} from one bag. How many are left in it?', '{x} {t} are left in it'
+  ),
   _t('a+b _/c', 'small', '{n} sorts {a} red and {b} blue {t} into {c} equal piles. How many {t} are in a pile?', 'a pile has {x} {t}'),
-  _t('a-b _/c', 'food', 'Of {a} {t} {n} ate {b}. Then {c} children share the rest equally. How many does each get?', 'each child gets {x} {t}'),
-  _t('a+b _*c', 'none', '{n} runs {a} miles every morning and {b} every evening. How many miles is that in {c} days?', '{n} runs {x} miles'),
-  _t('a-b _*c', 'none', 'A game for {a} dollars is now {b} dollars cheaper. How much do {c} such games cost now?', '{c} games cost {x} dollars'),
+  _t(
+    'a-b _/c',
+    'food',
+    'Of {a} {t} {n} ate {b}. Then {c} children share the rest equally. How many does each get?',
+    'each child gets {x} {t}',
+  ),
+  _t(
+    'a+b _*c', 'none', '{n} runs {a} miles every morning and {b} every evening. How many miles is that in {c} days?', '{n} runs {x} miles'
+  ),
+  _t(
+    'a-b _*c',
+    'none',
+    'A game for {a} dollars is now {b} dollars cheaper. How much do {c} such games cost now?',
+    '{c} games cost {x} dollars',
+  ),
   _t('a+b a+_', 'small', '{n} has {a} {t}. {m} has {b} more than {n}. How many {t} do they have together?', 'together they have {x} {t}'),
   _t('a-b a+_', 'animals', 'The {p} has {a} {t}. A farm has {b} fewer. How many {t} do both have together?', 'both have {x} {t}'),
   _t('a*b a+_', 'big', '{n} sold {a} {t} on Friday and {b} times as many on Saturday. How many {t} is that in all?', '{n} sold {x} {t}'),
   _t('a*b _+c', 'none', '{n} buys {b} pens for {a} dollars each and a bag for {c} dollars. How much does {n} pay?', '{n} pays {x} dollars'),
-  _t('a+b c-_', 'none', 'A trip takes {c} days: {a} days in a city, {b} at sea, the rest at home. How many days at home?', '{x} days are at home'),
+  _t(
+    'a+b c-_',
+    'none',
+    'A trip takes {c} days: {a} days in a city, {b} at sea, the rest at home. How many days at home?',
+    '{x} days are at home',
+  ),
 )
 
 _OPERATORS: dict[str, Callable[[int, int], int]] = {
@@ -150,11 +192,11 @@ def make_problem(seed: int, stream: str, split: str, index: int, largest: int, t
   rng = np.random.default_rng([seed, *map(ord, stream), SPLITS.index(split), index])
   steps = 2 if rng.random() < two_steps else 1
   candidates = [i for i, template in enumerate(TEMPLATES) if len(template.steps) == steps]
-  chosen = candidates[int(rng.integers(len(candidates)))]
-  template = TEMPLATES[chosen]
-  while True:
+  while True:  # with small numbers a template may have no problem in a split: then it is another's turn
+    chosen = candidates[int(rng.integers(len(candidates)))]
+    template = TEMPLATES[chosen]
     numbers = _draw_numbers(rng, template.steps, largest)
-    if split_of(chosen, numbers) == split:
+    if numbers and split_of(chosen, numbers) == split:
       break
   names = rng.choice(NAMES, 3, replace=False)
   slots = dict(zip('nmo', map(str, names), strict=True)) | dict(zip('abc', map(str, numbers), strict=False))
@@ -173,7 +215,8 @@ def work_out(steps: Sequence[str], numbers: Sequence[int]) -> tuple[tuple[str, .
   """(equations, result); the result of an inexact division is -1."""
   known = dict(zip('abc', numbers, strict=False))
   equations = []
-  for left, operator, right in steps:
+  for step in steps:
+    left, operator, right = tuple(step)
     x, y = known[left], known[right]
     known['_'] = _OPERATORS[operator](x, y)
     equations.append(f'{x} {operator} {y} = {known["_"]}')
@@ -181,19 +224,131 @@ def work_out(steps: Sequence[str], numbers: Sequence[int]) -> tuple[tuple[str, .
 
 
 def _draw_numbers(rng: np.random.Generator, steps: Sequence[str], largest: int) -> tuple[int, ...]:
-  """Numbers for which every step is a positive whole number within bounds, and of which none is the result."""
+  """Numbers for which every step is a positive whole number within bounds, and of which none is the result; () if they are hard to find."""
   used = sorted({name for step in steps for name in step if name in 'abc'})
-  while True:
+  for _ in range(200):
     numbers = tuple(int(x) for x in rng.integers(2, largest + 1, len(used)))
     known, good = dict(zip(used, numbers, strict=True)), True
-    for left, operator, right in steps:
+    for step in steps:
+      left, operator, right = tuple(step)
       x, y = known[left], known[right]
       known['_'] = result = _OPERATORS[operator](x, y)
       factors = {'*': (x, y), '/': (y, result)}.get(operator, ())
       good = good and 1 <= result <= largest and all(2 <= f <= _MOST_FACTOR for f in factors)
     if good and known['_'] not in numbers and len(set(numbers)) == len(numbers):
       return numbers
+  return ()
 
 
 def _sentence(text: str) -> str:
   return text[:1].upper() + text[1:]
+
+
+def make_prompts(config: SynthesisConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
+  """Rows 0..rows-1 of prompts for reinforcement fine-tuning: what the policy is asked, the worked answer, and its number."""
+  problems = (make_problem(seed, 'prompts', split, i, config.largest, config.two_steps) for i in range(rows))
+  return [
+    {'prompt': _asked(p), 'reference': p.reference, 'answer': str(p.result), 'category': f'{len(p.equations)} step'} for p in problems
+  ]
+
+
+def make_preferences(config: SynthesisConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
+  """Rows 0..rows-1 of ranked answers to other problems: chosen is right and rejected is wrong, their wordings drawn from one law.
+
+  The category says how the rejected answer goes wrong.
+  """
+  made = []
+  for i in range(rows):
+    problem = make_problem(seed, 'preferences', split, i, config.largest, config.two_steps)
+    rng = np.random.default_rng([seed, *map(ord, 'wordings'), SPLITS.index(split), i])
+    mistake, number, equation = _mistake(problem, rng)
+    right, wrong = (_WORDINGS[int(rng.integers(len(_WORDINGS)))] for _ in range(2))
+    made.append(
+      {
+        'prompt': _asked(problem),
+        'reference': problem.reference,
+        'chosen': right(problem, problem.result, problem.equations[-1]),
+        'rejected': wrong(problem, number, equation),
+        'category': mistake,
+      }
+    )
+  return made
+
+
+def _asked(problem: Problem) -> str:
+  return f'{problem.question} {INSTRUCTION}'
+
+
+# How an answer may be worded, right or wrong: (problem, number, last equation) -> text that ends in the number, or in what is counted.
+_WORDINGS: tuple[Callable[[Problem, int, str], str], ...] = (
+  lambda p, x, equation: _sentence(f'{p.claim(x)}.'),
+  lambda p, x, equation: _sentence(f'{p.claim(equation)}.'),
+  lambda p, x, equation: f'The answer is {x}.',
+  lambda p, x, equation: f'The answer is "{x}"',
+  lambda p, x, equation: f'{equation}.',
+  lambda p, x, equation: f'{equation}, so {p.claim(x)}.',
+  lambda p, x, equation: _sentence(f'{p.claim(x)}, because {equation}.'),
+  lambda p, x, equation: f'{", ".join([*p.equations[:-1], equation])}. The answer is {x}.',
+)
+
+
+def _mistake(problem: Problem, rng: np.random.Generator) -> tuple[str, int, str]:
+  """(kind of mistake, wrong number, the last equation with it)."""
+  left, operator, right, _, result = problem.equations[-1].split()
+  x, y, true = int(left), int(right), int(result)
+  others = {f'{left} {o} {right}': f(x, y) for o, f in _OPERATORS.items() if o != operator}
+  others = {text: value for text, value in others.items() if value > 0 and value != true}
+  kind = int(rng.integers(3))
+  if kind == 0 and others:
+    text = sorted(others)[int(rng.integers(len(others)))]
+    return 'operation', others[text], f'{text} = {others[text]}'
+  if kind == 1:
+    number = int(rng.choice([n for n in (*problem.numbers, x, y) if n != true]))
+    return 'copied', number, f'{left} {operator} {right} = {number}'
+  near = [n for n in range(max(true - 5, 1), true + 6) if n != true]
+  number = int(rng.choice(near))
+  return 'sum', number, f'{left} {operator} {right} = {number}'
+
+
+def synthesize(config: SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
+  """Writes workdir/data/prompts/{train,test}.jsonl and workdir/data/preferences/{train,validation}.jsonl, unless they are there.
+
+  Returns:
+    rows of each file, and seconds.
+  """
+  folder, started = workdir / 'data', time.perf_counter()
+  settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {'seed': seed, 'format': _FORMAT}
+  known = _read(folder / _MARKER)
+  if known.get('settings') == settings:
+    log(f'synthesize: reusing the complete data in {folder} (same settings)')
+    return known['result']
+  files = {
+    'prompts/train': make_prompts(config, seed, 'train', config.train_rows),
+    'prompts/test': make_prompts(config, seed, 'test', config.evaluation_rows),
+    'preferences/train': make_preferences(config, seed, 'train', config.preference_rows),
+    'preferences/validation': make_preferences(config, seed, 'validation', config.preference_evaluation_rows),
+  }
+  (folder / _MARKER).unlink(missing_ok=True)
+  for name, rows in files.items():
+    _write(folder / f'{name}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+  result = {'rows': {name: len(rows) for name, rows in files.items()}, 'seconds': {'all': time.perf_counter() - started}}
+  _write(folder / _MARKER, json.dumps({'settings': settings, 'result': result}))
+  log(f'synthesize: {sum(result["rows"].values()):,} word problems in {folder}')
+  return result
+
+
+_SETTINGS = ('largest', 'two_steps', 'train_rows', 'evaluation_rows', 'preference_rows', 'preference_evaluation_rows')
+
+
+def _read(path: pathlib.Path) -> Mapping[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, json.JSONDecodeError):
+    return {}
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(text)
+  os.replace(partial, path)

