@@ -102,12 +102,17 @@ class GroupBatch(NamedTuple):
 
 
 class PolicyBatch(NamedTuple):
-  """Rows of prompts with their answers. What belongs to an answer's token stands where it is predicted: one token before it."""
+  """Rows of prompts with their answers. What belongs to an answer's token stands where it is predicted: one token before it.
+
+  Answers to one prompt share it: a token of an answer sees its own part [start, end) and the prefix.
+  """
 
   tokens_BT: Any  # int32
   positions_BT: Any  # int32, of the sequence
   start_BT: Any  # int32
   end_BT: Any  # int32
+  prefix_start_BT: Any  # int32; empty intervals where nothing is shared
+  prefix_end_BT: Any  # int32
   target_BT: Any  # int32, the next token
   rollout_BT: Any  # int32, which rollout the target belongs to; -1 where the target is no token of an answer
   answer_BT: Any  # int32, which of the answer's tokens the target is

@@ -30,10 +30,13 @@ class GroupPart(NamedTuple):
   candidates: Sequence[int]  # which of the group's
 
 
-def lay_out(sequences: Sequence[Sequence[int]], row_length: int, most: int) -> list[GroupPart]:
+def lay_out(sequences: Sequence[Sequence[int]], row_length: int, most: int, shared: int | None = None) -> list[GroupPart]:
   """Token sequences of one group, each ending in its reward token -> parts of at most `row_length` tokens and `most` candidates.
 
   One part, unless the group is too large for a row: then each part repeats the prefix.
+
+  Args:
+    shared: tokens that the sequences share at most, as far as the layout goes; None: as many as they do.
 
   Raises:
     UserError: for a candidate that does not fit a row by itself, naming it.
@@ -46,6 +49,7 @@ def lay_out(sequences: Sequence[Sequence[int]], row_length: int, most: int) -> l
     return []
   # Each tail keeps at least its reward token.
   prefix = min(min(len(s) - 1 for s in ids), *(shared_prefix_length(ids[0], s) for s in ids))
+  prefix = prefix if shared is None else min(prefix, shared)
   parts: list[list[int]] = [[]]
   room = row_length - prefix
   for c, sequence in enumerate(ids):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 
 from polar_jax.config import ModelConfig
+from polar_jax.model.attention import Interval
 from polar_jax.model.layers import param
 from polar_jax.model.reward_model import read_head
 from polar_jax.model.transformer import Decoder
@@ -20,5 +23,8 @@ class ValueModel(nnx.Module):
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> jax.Array:
     """Values (B, T) in float32."""
-    hidden_BTD = self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)])
-    return read_head(hidden_BTD, self.v_head[...])
+    return self.values(tokens_BT, positions_BT, [(start_BT, end_BT)])
+
+  def values(self, tokens_BT: jax.Array, positions_BT: jax.Array, intervals: Sequence[Interval]) -> jax.Array:
+    """The same where a token sees the keys of several intervals."""
+    return read_head(self.decoder(tokens_BT, positions_BT, intervals), self.v_head[...])

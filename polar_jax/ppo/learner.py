@@ -66,9 +66,13 @@ class Learner(NamedTuple):
   abstract: TrainState
 
 
-def read_actor(model: LanguageModel, batch: PolicyBatch, temperature: float) -> tuple[jax.Array, jax.Array]:
-  """(log-probability of each target, entropy), both (B, T) float32, of the law at `temperature` (0: as at 1)."""
-  hidden_BTD = model.decoder(batch.tokens_BT, batch.positions_BT, [(batch.start_BT, batch.end_BT)])
+def read_actor(model: LanguageModel, batch: PolicyBatch, temperature: float, shared: bool) -> tuple[jax.Array, jax.Array]:
+  """(log-probability of each target, entropy), both (B, T) float32, of the law at `temperature` (0: as at 1).
+
+  Args:
+    shared: whether answers may share a prompt.
+  """
+  hidden_BTD = model.decoder(batch.tokens_BT, batch.positions_BT, intervals(batch, shared))
   scale = 1.0 / temperature if temperature else 1.0
 
   def piece(hidden_BtD, target_Bt):
@@ -86,14 +90,20 @@ def read_actor(model: LanguageModel, batch: PolicyBatch, temperature: float) -> 
   return logprob_BT, entropy_BT
 
 
-def read_critic(model: ValueModel, batch: PolicyBatch) -> tuple[jax.Array]:
+def read_critic(model: ValueModel, batch: PolicyBatch, shared: bool) -> tuple[jax.Array]:
   """(values (B, T) in float32,): what the model expects before each target."""
-  return (model(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT),)
+  return (model.values(batch.tokens_BT, batch.positions_BT, intervals(batch, shared)),)
+
+
+def intervals(batch: PolicyBatch, shared: bool) -> list[tuple[Any, Any]]:
+  """The keys that each token sees. The second interval costs time, so it is left out where nothing is shared."""
+  own = [(batch.start_BT, batch.end_BT)]
+  return [*own, (batch.prefix_start_BT, batch.prefix_end_BT)] if shared else own
 
 
 def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array):
   """(loss, sums of metrics) of a micro-batch: clipped policy gradient, less the entropy bonus, plus KL to the start where it is a loss."""
-  logprob_BT, entropy_BT = read_actor(model, batch, config.rollout.temperature)
+  logprob_BT, entropy_BT = read_actor(model, batch, config.rollout.temperature, config.samples > 1)
   t = targets
   total = lambda x_BT: jnp.sum(jnp.where(t.weight_BT > 0, x_BT, 0.0) * t.weight_BT)
   high = config.clip if config.clip_high is None else config.clip_high
@@ -114,7 +124,7 @@ def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targ
 def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, targets: CriticTargets, kl_coef: jax.Array):
   """(loss, sums of metrics) of a micro-batch: half the squared error of the returns, clipped."""
   del kl_coef
-  (value_BT,) = read_critic(model, batch)
+  (value_BT,) = read_critic(model, batch, config.samples > 1)
   t = targets
   total = lambda x_BT: jnp.sum(jnp.where(t.weight_BT > 0, x_BT, 0.0) * t.weight_BT)
   error_BT, clipped_BT = losses.value_loss(value_BT, t.old_value_BT, t.return_BT, config.value_clip)
@@ -125,7 +135,7 @@ def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, target
 @functools.cache
 def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   """The policy. `updates`: of the whole run, which the learning rate's schedule is over."""
-  read = functools.partial(read_actor, temperature=config.rollout.temperature)
+  read = functools.partial(read_actor, temperature=config.rollout.temperature, shared=config.samples > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
   return _build(lambda rngs: LanguageModel(model, rngs=rngs), read, loss, names, config.actor, updates, mesh)
@@ -136,7 +146,8 @@ def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh
   """The critic: a backbone of its own, with a value at every token."""
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
-  return _build(lambda rngs: ValueModel(model, rngs=rngs), read_critic, loss, names, config.critic, updates, mesh)
+  read = functools.partial(read_critic, shared=config.samples > 1)
+  return _build(lambda rngs: ValueModel(model, rngs=rngs), read, loss, names, config.critic, updates, mesh)
 
 
 def _build(

@@ -26,5 +26,5 @@ def rft(context: stages.Context) -> dict[str, Any]:
   arms = {RFT: config.rft}
   if config.ablations and config.rft.reward.rule:
     rule_alone = dataclasses.replace(config.rft.reward, model_weight=0.0, rule_weight=1.0)
-    arms = {f'{RFT}/model': config.rft, f'{RFT}/rule': dataclasses.replace(config.rft, reward=rule_alone)}
+    arms = {f'{RFT}/rule': dataclasses.replace(config.rft, reward=rule_alone), f'{RFT}/model': config.rft}
   return {'rft': {'runs': {name.removeprefix(f'{RFT}/'): loop.train(open_run(context, name, arm)) for name, arm in arms.items()}}}

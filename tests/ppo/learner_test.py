@@ -31,6 +31,7 @@ CONFIG = RftConfig(
   entropy_coef=0.03,
   dual_clip=1.5,
   value_clip=0.1,
+  samples=2,
 )
 KL_COEF = 0.2
 
@@ -40,7 +41,9 @@ def rollouts() -> Rollouts:
   rng = np.random.default_rng(3)
   length = np.array([5, 1, 7, 3, 4, 6, 2], np.int32)
   tokens = rng.integers(1, 23, (7, 7)).astype(np.int32) * (np.arange(7)[None] < length[:, None])
-  prompts = [rng.integers(1, 23, n).tolist() for n in (3, 6, 1, 4, 2, 5, 3)]
+  prompts = [rng.integers(1, 23, n).tolist() for n in (3, 6, 1, 4, 2, 5)]
+  prompts.insert(4, prompts[1])  # two answers to one prompt
+  prompts[6] = prompts[1]
   return Rollouts(prompts, tokens, length, np.zeros((7, 7), np.float32), np.ones(7, bool))
 
 
@@ -50,7 +53,14 @@ def values(rollouts):
   rng, mask = np.random.default_rng(4), rows.token_mask(rollouts)
   draw = lambda mean, std: (rng.normal(mean, std, mask.shape) * mask).astype(np.float32)
   weight = mask / mask.sum()
-  return {'old': draw(-3, 0.7), 'reference': draw(-3, 0.5), 'advantage': draw(0, 1), 'weight': weight, 'value': draw(0, 1), 'return': draw(0, 1)}
+  return {
+    'old': draw(-3, 0.7),
+    'reference': draw(-3, 0.5),
+    'advantage': draw(0, 1),
+    'weight': weight,
+    'value': draw(0, 1),
+    'return': draw(0, 1),
+  }
 
 
 def test_actor_reads_what_the_model_says_of_each_sequence(rollouts, one):
@@ -166,7 +176,7 @@ def test_packing_and_devices_do_not_matter(which, rollouts, values, one):
   wanted = update(one[1] if which == 'actor' else one[2], kind, names, one[0], rollouts, values, 24, 2)
   padded = mesh_of(1)
   many = mesh_of(8, data=2, fsdp=2, tensor=2)
-  for mesh, row_length, height in ((padded, 13, 7), (many, 16, 4)):
+  for mesh, row_length, height in ((padded, 13, 7), (many, 16, 4)):  # in rows of 13 no two answers fit behind one prompt
     got = update(build(MODEL, CONFIG, 10, mesh), kind, names, mesh, rollouts, values, row_length, height)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, wanted)
 

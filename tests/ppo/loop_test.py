@@ -32,7 +32,8 @@ from polar_jax.config import (
   TokenizerConfig,
   TrainConfig,
 )
-from polar_jax.ppo import loop, open as opening, stage
+from polar_jax.ppo import loop, stage
+from polar_jax.ppo import open as opening
 from polar_jax.ppo.reward import Mixture, RewardError
 from polar_jax.ppo.reward_http import RewardServerError
 from polar_jax.train import stages

@@ -12,9 +12,10 @@ from polar_jax.types import Rollouts
 
 
 def make(shapes: list[tuple[int, int]], width: int = 6) -> Rollouts:
-  """Rollouts of (prompt tokens, answer tokens) whose tokens are all different."""
+  """Rollouts of (prompt tokens, answer tokens) whose tokens are all different; prompts of one length are the same prompt."""
   count = iter(range(1, 10_000))
-  prompts = [[next(count) for _ in range(p)] for p, _ in shapes]
+  kinds = {p: [next(count) for _ in range(p)] for p, _ in shapes}
+  prompts = [kinds[p] for p, _ in shapes]
   tokens = np.zeros((len(shapes), width), np.int32)
   for r, (_, n) in enumerate(shapes):
     tokens[r, :n] = [next(count) for _ in range(n)]
@@ -36,7 +37,8 @@ def test_every_answer_token_is_predicted_once_from_its_own_prefix(shapes, row_le
       r, a = int(batch.rollout_BT[b, t]), int(batch.answer_BT[b, t])
       assert batch.target_BT[b, t] == rollouts.tokens_RT[r, a]
       # What it attends to is exactly what came before it.
-      before = batch.tokens_BT[b, batch.start_BT[b, t] : batch.end_BT[b, t]].tolist()
+      before = batch.tokens_BT[b, batch.prefix_start_BT[b, t] : batch.prefix_end_BT[b, t]].tolist()
+      before += batch.tokens_BT[b, batch.start_BT[b, t] : batch.end_BT[b, t]].tolist()
       assert before == [*rollouts.prompts[r], *rollouts.tokens_RT[r, :a].tolist()]
       assert batch.positions_BT[b, t] == len(before) - 1
       seen.add((r, a))
@@ -62,8 +64,15 @@ def test_a_part_of_the_rollouts():
   assert set(batch.rollout_BT[batch.rollout_BT >= 0].tolist()) == {0, 2}
 
 
+def test_answers_to_one_prompt_share_it():
+  (batch,) = rows.pack(make([(5, 3), (5, 4), (5, 2)]), range(3), 16, 1)
+  assert (batch.end_BT > batch.start_BT).sum() == 4 + 3 + 4 + 2  # the prompt once but for its last token, which each answer has
+  (batch,) = rows.pack(make([(5, 3)]), [0], 16, 1)
+  assert not batch.prefix_end_BT.any()
+
+
 def test_too_long_for_a_row():
-  with pytest.raises(ValueError, match='does not fit a row of 7'):
+  with pytest.raises(ValueError, match=r'8 tokens.* row length 7'):
     rows.pack(make([(4, 5)]), [0], 7, 1)
 
 
