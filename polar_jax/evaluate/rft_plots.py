@@ -19,26 +19,29 @@ _COLUMNS = 4
 _FAINT = 0.22
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
+  """One figure of the dashboard, or a few of one unit."""
+
   title: str
   unit: str
   series: Mapping[str, str]  # key of a row -> its name in the legend
   zero: bool = False  # a line at 0, the value that means something
+  unscaled: str = ''  # a key that may leave the panel, for it can be of any size
 
 
 _PANELS = (
-  _Panel('reward that PPO optimises', '', {'reward': 'reward'}),
-  _Panel('score', '', {'raw': 'own reference', 'shuffled': 'shuffled', 'length_free': 'length-free'}),
-  _Panel('score: own minus shuffled', '', {'shuffled_gap': 'gap'}, zero=True),
-  _Panel('rule', 'share right', {'rule': 'rule'}),
-  _Panel('KL to the start', 'nats per token', {'kl': 'KL'}, zero=True),
-  _Panel('entropy', 'nats per token', {'entropy': 'entropy'}),
-  _Panel('length', 'tokens', {'length': 'length'}),
-  _Panel('cut or empty', 'share of answers', {'truncated': 'cut', 'empty': 'empty'}),
-  _Panel('overlap with the reference', 'share of words', {'overlap': 'overlap'}),
-  _Panel('distinct n-grams', 'share', {'distinct_2': 'bigrams', 'distinct_1': 'words'}),
-  _Panel('clip fraction', 'share of tokens', {'clip_fraction': 'policy', 'value_clip_fraction': 'value'}),
-  _Panel('explained variance', '', {'explained_variance': 'critic'}, zero=True),
+  Panel('reward that PPO optimises', '', {'reward': 'reward'}),
+  Panel('score', '', {'raw': 'own reference', 'shuffled': 'shuffled', 'length_free': 'length-free'}, unscaled='length_free'),
+  Panel('score: own minus shuffled', '', {'shuffled_gap': 'gap'}, zero=True),
+  Panel('rule', 'share right', {'rule': 'rule'}),
+  Panel('KL to the start', 'nats per token', {'kl': 'KL'}, zero=True),
+  Panel('entropy', 'nats per token', {'entropy': 'entropy'}),
+  Panel('length', 'tokens', {'length': 'length'}),
+  Panel('cut or empty', 'share of answers', {'truncated': 'cut', 'empty': 'empty'}),
+  Panel('overlap with the reference', 'share of words', {'overlap': 'overlap'}),
+  Panel('distinct n-grams', 'share', {'distinct_2': 'bigrams', 'distinct_1': 'words'}),
+  Panel('clip fraction', 'share of tokens', {'clip_fraction': 'policy', 'value_clip_fraction': 'value'}),
+  Panel('explained variance', '', {'explained_variance': 'critic'}, zero=True),
 )
 _HELD_OUT = {'raw': 'evaluation_raw', 'rule': 'evaluation_rule', 'length': 'evaluation_length', 'overlap': 'evaluation_overlap'}
 
@@ -59,7 +62,7 @@ def dashboard(runs: Mapping[str, Rows], path: str | pathlib.Path) -> None:
     runs: name of a run -> rows of its metrics.jsonl.
     path: of the PNG.
   """
-  panels = [p for p in _PANELS if any(finite_points(rows, key)[0].size for rows in runs.values() for key in p.series)]
+  panels = panels_of(runs)
   if not panels:
     raise ValueError('dashboard: no run has a row of metrics')
   plt = plots._pyplot()
@@ -75,6 +78,11 @@ def dashboard(runs: Mapping[str, Rows], path: str | pathlib.Path) -> None:
         axes.flat[i].set_xlabel('step')
     _legend_of_runs(figure, axes, runs)
     plots._save(plt, figure, path)
+
+
+def panels_of(runs: Mapping[str, Rows]) -> list[Panel]:
+  """The panels that some run has a finite value for."""
+  return [p for p in _PANELS if any(finite_points(rows, key)[0].size for rows in runs.values() for key in p.series)]
 
 
 def comparison(policies: Mapping[str, Mapping[str, Sequence[float]]], path: str | pathlib.Path) -> None:
@@ -104,7 +112,7 @@ def comparison(policies: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     plots._save(plt, figure, path)
 
 
-def _draw_panel(ax: Any, panel: _Panel, runs: Mapping[str, Rows]) -> None:
+def _draw_panel(ax: Any, panel: Panel, runs: Mapping[str, Rows]) -> None:
   apart = len(runs) == 1
   shown = [key for key in panel.series if any(finite_points(rows, key)[0].size for rows in runs.values())]
   dots = False
@@ -124,8 +132,17 @@ def _draw_panel(ax: Any, panel: _Panel, runs: Mapping[str, Rows]) -> None:
   ax.set_title(panel.title)
   ax.set_ylabel(panel.unit)
   ax.margins(y=0.1)
+  _scale(ax, [finite_points(rows, key)[1] for rows in runs.values() for key in shown if key != panel.unscaled])
   ax.grid(alpha=0.25)
   _legend_of_series(ax, [panel.series[key] for key in shown], dots, apart)
+
+
+def _scale(ax: Any, series: Sequence[np.ndarray]) -> None:
+  """Keeps the axis within a span of these series, above them and below."""
+  values = np.concatenate([*series, np.zeros(0)])
+  if values.size and np.ptp(values):
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, values.min() - np.ptp(values)), min(high, values.max() + np.ptp(values)))
 
 
 def finite_points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:

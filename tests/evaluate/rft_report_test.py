@@ -90,6 +90,18 @@ def written(workdir, results):
   return (workdir / 'report.md').read_text()
 
 
+@pytest.fixture
+def unsaved(monkeypatch):
+  """Figures are laid out but not rendered, which takes most of the time."""
+  monkeypatch.setattr(rft_plots.plots, '_save', lambda plt, figure, path: plt.close(figure))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  """No figures: these tests read the words."""
+  monkeypatch.setattr(rft_report, 'draw', lambda workdir, results, runs: {})
+
+
 def test_study_has_tables_figures_and_samples_of_every_seed(tmp_path):
   for seed in range(2):
     write(tmp_path / 'rft' / f'seed_{seed}', metric_rows(20), [*samples_of(5), *samples_of(20, 6)])
@@ -111,7 +123,7 @@ def test_study_has_tables_figures_and_samples_of_every_seed(tmp_path):
   assert report.load_results(tmp_path) == {'rft': study()}
 
 
-def test_words_say_exactly_what_moved_and_who_is_nearer(tmp_path):
+def test_words_say_exactly_what_moved_and_who_is_nearer(tmp_path, undrawn):
   text = written(tmp_path, {'rft': study()})
   assert '- The reward rose for every one of 2 seeds (by seed +1 to +1.5, mean +1.25).' in text
   assert '- The NLL under the target fell for every one of 2 seeds (by seed -0.5 to -0.2, mean -0.35 nats per token).' in text
@@ -124,7 +136,7 @@ def test_words_say_exactly_what_moved_and_who_is_nearer(tmp_path):
   assert 'likelier under the whole pool' not in text
 
 
-def test_a_fall_that_the_whole_pool_shares_is_named(tmp_path):
+def test_a_fall_that_the_whole_pool_shares_is_named(tmp_path, undrawn):
   text = written(tmp_path, {'rft': {**study(), 'relative_nll_after': [0.6, 0.1]}})
   assert "- The NLL relative to the pool's mean fell for 1 of 2 seeds only" in text
   assert 'likelier under the whole pool, not nearer to the target.' in text
@@ -144,7 +156,7 @@ def test_verdicts_claim_no_more_than_their_numbers(changes, words):
   assert rft_report._moved('X', '', changes, -1) == words
 
 
-def test_runs_show_held_out_prompts_alarms_and_hacking(tmp_path):
+def test_runs_show_held_out_prompts_alarms_and_hacking(tmp_path, undrawn):
   for name in arms():
     write(tmp_path / 'rft' / name, metric_rows(10), samples_of(10))
   text = written(tmp_path, {'rft': {'runs': arms()}, 'timing': {'rft': 9.0}})
@@ -154,29 +166,51 @@ def test_runs_show_held_out_prompts_alarms_and_hacking(tmp_path):
   assert '- rule: the share that the rule calls right rose: 10.0% to 35.0% (+25.0 points).' in text and 'rule: the reward model' not in text
   assert '- model: ALARM, step 7: kl 0.9 > 0.5 nats per token' in text and '- rule: none of the alarms that were set was raised.' in text
   assert '| rft | 9.0 |' in text
+  level = {'model': {'evaluation_before': {'model': 0.0, 'rule': 0.1}, 'evaluation_after': {'model': 1.0, 'rule': 0.1}}}
+  text = written(tmp_path, {'rft': {'runs': level}})
+  assert 'did NOT rise: 10.0% to 10.0% (+0.0 points).' in text and 'and the rule did NOT: a sign of reward hacking.' in text
 
 
-def test_gap_and_gains_are_read_from_the_metrics(tmp_path):
+def test_gap_and_gains_are_read_from_the_metrics(tmp_path, undrawn):
   write(tmp_path / 'a' / 'rft', metric_rows(20, gap=1.5))
   text = written(tmp_path / 'a', {})
   assert '## Reinforcement fine-tuning' in text and 'answers score 1.5 higher with their own reference' in text
-  assert "The score rose by 0.9; moved along each batch's line to the first step's length, by 0.45." in text
+  assert "- rft: the score rose by 0.9; moved along each batch's line to the first step's length, by 0.45." in text
   # Every second step: the first is step 2, the last step 20.
-  assert 'The score rose by 0.9; under the references of other prompts, by 0.9.' in text
+  assert 'The score rose by 0.9; under the references of other prompts, by 0.9: most of the rise does not come from the reference' in text
+  assert 'EMPTY' not in text
   write(tmp_path / 'b' / 'rft', metric_rows(20, gap=-0.1))
   assert 'do NOT score higher with their own reference than with that of another prompt: rft.' in written(tmp_path / 'b', {})
 
 
+def test_collapse_is_said_in_words(tmp_path, undrawn):
+  rows = [{'step': s, 'raw': s, 'shuffled': 0.4 * s, 'length_free': -9.0 * s, 'length': 40.0 / s, 'empty': 0.08 * s} for s in range(1, 11)]
+  write(tmp_path / 'rft', rows)
+  text = written(tmp_path, {})
+  assert '- The score rose by 9; under the references of other prompts, by 3.6.\n' in text
+  assert '- rft: length went from 40 to 4 tokens; no line within a batch' in text and 'moved along' not in text
+  assert '- rft: at the end 80% of the answers are EMPTY.' in text
+
+
+def test_a_series_of_any_size_does_not_set_the_scale(tmp_path, monkeypatch):
+  rows = [{'step': s, 'raw': 0.1 * s, 'length_free': -100.0 * s} for s in range(11)]
+  seen = {}
+  monkeypatch.setattr(
+    rft_plots.plots, '_save', lambda plt, figure, path: (seen.update(limits=figure.axes[0].get_ylim()), plt.close(figure))
+  )
+  rft_plots.dashboard({'rft': rows}, tmp_path / 'x.png')
+  low, high = seen['limits']
+  assert -1.0 <= low <= 0.0 and 1.0 <= high <= 3.0
+
+
 @pytest.mark.parametrize('kept', [*itertools.combinations(study(), 1), *itertools.combinations(study(), len(study()) - 1)], ids='-'.join)
-def test_any_part_of_a_study_is_a_report(tmp_path, monkeypatch, kept):
-  monkeypatch.setattr(rft_plots.plots, '_save', lambda plt, figure, path: plt.close(figure))
+def test_any_part_of_a_study_is_a_report(tmp_path, unsaved, kept):
   text = written(tmp_path, {'rft': {key: study()[key] for key in kept}})
   assert ('## Reinforcement fine-tuning' in text) == (not set(kept) <= {'seeds', 'best_of'})
   assert '0 seeds' not in text and 'nan' not in text
 
 
-def test_any_part_of_a_comparison_of_a_run_and_of_the_metrics_is_a_report(tmp_path, monkeypatch):
-  monkeypatch.setattr(rft_plots.plots, '_save', lambda plt, figure, path: plt.close(figure))
+def test_any_part_of_a_comparison_of_a_run_and_of_the_metrics_is_a_report(tmp_path, unsaved):
   full = study()['comparison']
   for name, figures in full.items():
     written(tmp_path / name, {'rft': {'comparison': {name: figures}}})
@@ -199,7 +233,7 @@ def test_nothing_of_it_is_no_section(tmp_path):
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, np.float32('nan')])
-def test_non_finite_results_are_refused_and_the_old_report_stays(tmp_path, bad):
+def test_non_finite_results_are_refused_and_the_old_report_stays(tmp_path, undrawn, bad):
   before = written(tmp_path, {'rft': study()})
   with pytest.raises(report.ReportError, match=r'rft\.relative_nll_after\[1\] is (nan|inf)'):
     report.write_report(tmp_path, {'rft': {**study(), 'relative_nll_after': [0.1, bad]}})
@@ -213,7 +247,7 @@ def test_steps_that_are_not_finite_are_left_out_of_figures_and_means(tmp_path):
 
 
 @pytest.mark.parametrize('file', ['metrics.jsonl', 'samples.jsonl'])
-def test_broken_line_is_named_and_a_torn_one_dropped(tmp_path, file):
+def test_broken_line_is_named_and_a_torn_one_dropped(tmp_path, undrawn, file):
   write(tmp_path / 'rft' / 'a', metric_rows(4), samples_of(4))
   with (tmp_path / 'rft' / 'a' / file).open('a') as out:
     out.write('{"step": 5, "ra')
