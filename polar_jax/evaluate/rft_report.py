@@ -1,7 +1,8 @@
 """The section of report.md on reinforcement fine-tuning, from the section `rft` of report.json and the logs of the runs.
 
   study        `seeds`, the number of runs; FIGURE_before, FIGURE_after and `kl`: one number per seed;
-               comparison[POLICY][FIGURE]: one number per seed, policies start, ppo, best_of_n, sft, target
+               comparison[POLICY][FIGURE]: one number per seed, policies start, ppo, best_of_n, sft, target;
+               `target`, the policy that wrote every reference
   other runs   runs[RUN]: numbers of the run, `evaluation_before` and `evaluation_after` on held-out prompts, `alarms`
 
 Figures: reward; target_nll, in nats per token; relative_nll, the same minus the mean over the pool; kl to the start, in nats per token;
@@ -106,7 +107,13 @@ def section(
     samples: name of a run -> rows of its samples.jsonl.
     runs: name of a run -> rows of its metrics.jsonl.
   """
-  parts = [*_study(results), *_beside(results, figures), *_runs(results), *_signs(runs or {}, figures), *_samples(samples)]
+  parts = [
+    *_study(results),
+    *_beside(results, figures),
+    *_runs(results),
+    *_signs(runs or {}, figures, 'target' in results),
+    *_samples(samples),
+  ]
   return ['## Reinforcement fine-tuning', *parts] if parts else []
 
 
@@ -174,6 +181,7 @@ def _beside(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
       if numbers and len(numbers) == len(ppo):
         lines.append(_below(what, _name(other, results), [a - b for a, b in zip(ppo, numbers, strict=True)]))
     lines += _share_of_the_way(compared, key)
+  lines += _beyond_the_target(compared)
   return [*out, _bullets(lines)] if lines else out
 
 
@@ -184,6 +192,15 @@ def _share_of_the_way(compared: Mapping[str, Mapping[str, list[float]]], key: st
   shares = [100 * (s - p) / (s - t) for s, p, t in zip(start, ppo, target, strict=True)]
   seeds = '' if len(shares) == 1 else f' (by seed {min(shares):.0f}% to {max(shares):.0f}%)'
   return [f"By that figure PPO went {np.mean(shares):.0f}% of the way from the start to the target's own samples{seeds}."]
+
+
+def _beyond_the_target(compared: Mapping[str, Mapping[str, list[float]]]) -> list[str]:
+  ppo, target = (compared.get(name, {}).get('reward', []) for name in ('ppo', 'target'))
+  beyond = sum(p > t for p, t in zip(ppo, target, strict=True)) if len(ppo) == len(target) else 0
+  if not beyond:
+    return []
+  which = 'in the one run' if len(ppo) == 1 else f'for {beyond} of {len(ppo)} seeds'
+  return [f"The reward of PPO is above that of the target's own samples {which}: what lies above is no nearness to the target."]
 
 
 def _runs(results: Mapping[str, Any]) -> list[str]:
@@ -224,10 +241,10 @@ def _verdict_of_run(name: str, before: Mapping[str, float], after: Mapping[str, 
   return out
 
 
-def _signs(runs: Mapping[str, rft_plots.Rows], figures: Mapping[str, str]) -> list[str]:
-  """The dashboard in numbers: how each run began and ended."""
-  caption = 'The runs step by step; the score under shuffled references should stay behind; dots are greedy answers to held-out prompts'
-  out = markdown.figure(figures, 'rft', caption)
+def _signs(runs: Mapping[str, rft_plots.Rows], figures: Mapping[str, str], one_writer: bool) -> list[str]:
+  """The dashboard in numbers: how each run began and ended. `one_writer`: all references are of one policy."""
+  shuffled = '' if one_writer else 'the score under shuffled references should stay behind; '
+  out = markdown.figure(figures, 'rft', f'The runs step by step; {shuffled}dots are greedy answers to held-out prompts')
   ends = {name: {key: both for key in _SIGNS if (both := _ends(rows, key))} for name, rows in runs.items()}
   ends = {name: values for name, values in ends.items() if values}
   if ends:
@@ -238,13 +255,19 @@ def _signs(runs: Mapping[str, rft_plots.Rows], figures: Mapping[str, str]) -> li
       "From the mean of a run's first tenth of steps to that of its last tenth, on the prompts that it trains on:",
       markdown.table(['', *ends], rows),
     ]
-    lines = _gap_lines(ends) + _gain_lines(ends) + _empty_lines(ends)
+    lines = _gap_lines(ends, one_writer) + _gain_lines(ends, one_writer) + _empty_lines(ends)
     out += [_bullets(lines)] if lines else []
   return ['### Signs of reward hacking', *out] if out else []
 
 
-def _gap_lines(ends: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
+def _gap_lines(ends: Mapping[str, Mapping[str, tuple[float, float]]], one_writer: bool) -> list[str]:
   gaps = {name: values['shuffled_gap'][1] for name, values in ends.items() if 'shuffled_gap' in values}
+  if gaps and one_writer:
+    spread = _spread([*gaps.values()], '+')
+    return [
+      f'Own minus shuffled references at the end: {spread}. One policy wrote all references here, and the reward model compares policies: '
+      "another prompt's reference asks for the same policy, so that no gap is by itself no sign of reward hacking."
+    ]
   blind = [name for name, gap in gaps.items() if gap <= 0]
   if blind:
     return [f'At the end answers do NOT score higher with their own reference than with that of another prompt: {", ".join(blind)}.']
@@ -254,14 +277,16 @@ def _gap_lines(ends: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[st
   return [f'At the end answers score {gap} higher with their own reference than with that of another prompt.']
 
 
-def _gain_lines(ends: Mapping[str, Mapping[str, tuple[float, float]]]) -> list[str]:
+def _gain_lines(ends: Mapping[str, Mapping[str, tuple[float, float]]], one_writer: bool) -> list[str]:
   """How much of the rise in score is there without the reference, and without the change in length."""
   gain = lambda key, names: float(np.mean([ends[n][key][1] - ends[n][key][0] for n in names]))
   out = []
   names = [n for n in ends if {'raw', 'shuffled'} <= ends[n].keys()]
   if names and (risen := gain('raw', names)) > 0:
     mean, shuffled = '' if len(names) == 1 else 'on average ', gain('shuffled', names)
-    hacked = ': most of the rise does not come from the reference, a sign of reward hacking' if shuffled > risen / 2 else ''
+    hacked = (
+      ': most of the rise does not come from the reference, a sign of reward hacking' if shuffled > risen / 2 and not one_writer else ''
+    )
     out.append(f'The score rose {mean}by {risen:.3g}; under the references of other prompts, by {shuffled:.3g}{hacked}.')
   for name in (n for n in ends if {'raw', 'length_free', 'length'} <= ends[n].keys()):
     (before, after), risen = ends[name]['length'], gain('raw', [name])

@@ -203,6 +203,24 @@ def test_a_series_of_any_size_does_not_set_the_scale(tmp_path, monkeypatch):
   assert -1.0 <= low <= 0.0 and 1.0 <= high <= 3.0
 
 
+def test_no_gap_accuses_nobody_where_one_policy_wrote_all_references(tmp_path, undrawn):
+  for seed in range(2):
+    write(tmp_path / 'rft' / f'seed_{seed}', metric_rows(20, gap=-0.1))
+  accused = written(tmp_path, {'rft': study()})
+  assert 'do NOT score higher with their own reference' in accused and 'a sign of reward hacking' in accused
+  known = written(tmp_path, {'rft': {**study(), 'target': {'name': 'p7', 'order': 4}}})
+  assert 'NOT score higher' not in known and 'a sign of reward hacking' not in known
+  assert 'Own minus shuffled references at the end: -0.100 [-0.100, -0.100]. One policy wrote all references here' in known
+  assert 'The score rose on average by 0.9; under the references of other prompts, by 0.9.' in known  # the figures stay
+
+
+def test_a_reward_above_that_of_the_target_is_named(tmp_path, undrawn):
+  assert "above that of the target's own samples" not in written(tmp_path, {'rft': study()})
+  above = {**study()['comparison'], 'ppo': {**PPO, 'reward': [1.5, 0.9]}}
+  text = written(tmp_path, {'rft': {**study(), 'comparison': above}})
+  assert "- The reward of PPO is above that of the target's own samples for 1 of 2 seeds: " in text
+
+
 @pytest.mark.parametrize('kept', [*itertools.combinations(study(), 1), *itertools.combinations(study(), len(study()) - 1)], ids='-'.join)
 def test_any_part_of_a_study_is_a_report(tmp_path, unsaved, kept):
   text = written(tmp_path, {'rft': {key: study()[key] for key in kept}})
