@@ -194,7 +194,7 @@ class RewardConfig:
   strip_thinking: bool = True  # score what follows the first </think> (official rule)
   model_weight: float = 1.0
   rule_weight: float = 0.0
-  rule: str | None = _field(None, choices=('last_number',))  # 1 if an answer's last number is the reference's, else 0; weight 0: measured only
+  rule: str | None = _field(None, choices=('last_number',))  # 1 if an answer's last number is the reference's; weight 0: measured
   normalize: str = _field('none', choices=('none', 'running', 'group', 'reference'))
   clip: float | None = _field(None, low=0, open_low=True)  # the normalised reward is kept within +- this
   missing_eos_penalty: float = _field(0.0, low=0)  # taken from answers that were cut at max_new
@@ -213,6 +213,7 @@ class AlarmConfig:
   max_kl: float | None = _field(None, low=0, open_low=True)  # nats per token, to the start
   min_entropy: float | None = _field(None, low=0)  # nats per token
   max_truncated: float | None = _field(None, low=0, high=1)  # share of answers cut at max_new
+  max_empty: float | None = _field(None, low=0, high=1)  # share of answers without text
   min_shuffled_gap: float | None = None  # raw score minus that under another prompt's reference
   max_overlap: float | None = _field(None, low=0, high=1)  # share of an answer's words that stand in its reference
 
@@ -244,7 +245,7 @@ class RftConfig:
   track_kl: bool = True  # measure the KL to the start, which a frozen copy of it is kept for
   clip: float = _field(0.2, low=0, open_low=True)
   clip_high: float | None = _field(None, low=0, open_low=True)  # upper side of the clip; None: `clip`
-  dual_clip: float | None = _field(3.0, low=1)
+  dual_clip: float | None = _field(3.0, low=1, open_low=True)
   value_clip: float | None = _field(0.5, low=0, open_low=True)
   loss_mean: str = _field('token', choices=('token', 'sequence'))
   entropy_coef: float = _field(0.0, low=0)
@@ -431,6 +432,10 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'rft.minibatch ({r.minibatch}) exceeds the {r.prompts * r.samples} answers of a step (rft.prompts x rft.samples)')
   if r.samples == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
     raise ConfigError("rft.samples is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare answers to one prompt")
+  if r.kl_in == 'loss' and r.kl_estimator == 'k1':
+    raise ConfigError("rft.kl_in is 'loss' and rft.kl_estimator 'k1': its gradient is 0 in the mean; take 'k2' or 'k3'")
+  if r.kl_target is not None and r.kl_horizon <= 0.2 * r.prompts * r.samples:
+    raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {r.prompts * r.samples} answers of a step')
   if r.reward.rule_weight and r.reward.rule is None:
     raise ConfigError('rft.reward.rule_weight is set, and no rule is: set rft.reward.rule')
   if not r.reward.model_weight and not r.reward.rule_weight:

@@ -177,3 +177,23 @@ def test_locked_config_refuses_new_keys():
 def test_placeholders_keep_their_type():
   with pytest.raises(TypeError):
     default_config().train.steps = 'many'
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'kl_in': 'loss'}, 'k2'),
+    ({'kl_target': 0.1, 'kl_horizon': 100.0}, 'kl_horizon'),
+    ({'samples': 2, 'minibatch': 5_000}, 'minibatch'),
+    ({'advantage': 'rloo'}, 'samples is 1'),
+    ({'dual_clip': 1.0}, 'dual_clip'),
+    ({'reward': {'rule_weight': 1.0}}, r'rft\.reward\.rule\b'),
+    ({'reward': {'model_weight': 0.0}}, 'nothing is rewarded'),
+    ({'rollout': {'min_new': 9, 'max_new': 8}}, 'min_new'),
+  ],
+)
+def test_settings_of_reinforcement_that_contradict_each_other(settings, message):
+  config = default_config()
+  config.rft.update(settings)
+  with pytest.raises(ConfigError, match=message):
+    parse(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from polar_jax import runner
@@ -20,6 +21,8 @@ def small_config(**changes):
   config.lm.steps = config.train.steps = config.finetune.steps = 3
   config.lm.batch_size = config.train.batch_size = config.finetune.batch_size = 8
   config.train.evaluate_rows = config.lm.evaluate_rows = config.finetune.evaluate_rows = 8
+  config.rft.update({'seeds': 2, 'start_steps': 2, 'steps': 2, 'prompts': 4, 'minibatch': 4, 'rows': 4, 'evaluate_prompts': 12})
+  config.rft.rollout.update({'slots': 8})
   config.update(changes)
   return parse(config)
 
@@ -46,13 +49,28 @@ def test_report_is_the_interface(workdir):
   assert all(map(is_interval, arms.values())) and all(map(is_interval, report['finetune']['by_category'].values()))
   assert sum(c['n'] for c in report['finetune']['by_category'].values()) == 40
   assert report['pretrain']['steps'] == 3 and report['pretrain']['tokens'] > 0 and 0.6 < report['pretrain']['loss'] < 0.8
-  assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'total'} <= set(report['timing'])
+  assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'total'} <= set(report['timing'])
   assert {'python', 'jax', 'devices'} <= set(report['environment'])
+
+
+def test_tuning_towards_a_policy_is_reported(workdir):
+  rft = json.loads((workdir / 'report.json').read_text())['rft']
+  figures = ('reward', 'target_nll', 'relative_nll')
+  lists = [rft[f'{figure}_{when}'] for figure in figures for when in ('before', 'after')] + [rft['kl']]
+  assert rft['seeds'] == 2 and all(len(values) == 2 and np.isfinite(values).all() for values in lists)
+  assert set(rft['comparison']) == {'start', 'ppo', 'best_of_n', 'sft', 'target'}
+  for seed in range(2):
+    of = {name: {f: rft['comparison'][name][f][seed] for f in figures} for name in rft['comparison']}
+    # The target is likelier under its own law than anybody else's text, and best-of-n is chosen by the reward.
+    assert of['target']['target_nll'] < min(of[name]['target_nll'] for name in ('start', 'ppo', 'best_of_n', 'sft'))
+    assert of['target']['relative_nll'] < 0 and of['best_of_n']['reward'] >= of['start']['reward']
+    assert rft['comparison']['start']['kl'][seed] == pytest.approx(0, abs=1e-5)
+    assert all(abs(rft['comparison'][name]['kl'][seed]) > 1e-5 for name in ('ppo', 'sft'))  # an estimate, which may be negative
 
 
 def test_readable_report_and_figures(workdir):
   text = (workdir / 'report.md').read_text()
-  for figure in ('accuracy', 'arms', 'loss'):
+  for figure in ('accuracy', 'arms', 'loss', 'rft'):
     assert f'figures/{figure}.png' in text and (workdir / 'figures' / f'{figure}.png').stat().st_size > 5_000
   assert str(workdir) not in text and str(workdir) not in (workdir / 'report.json').read_text()
 

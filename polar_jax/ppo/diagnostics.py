@@ -233,6 +233,13 @@ _ALARMS = (
     'raise rft.rollout.max_new, or set rft.reward.missing_eos_penalty or rft.reward.length_buffer',
   ),
   _Alarm(
+    'max_empty',
+    'empty',
+    'of the answers',
+    'saying nothing earns more than what the policy has to say',
+    'set rft.rollout.min_new, and see what the reward model gives to empty answers',
+  ),
+  _Alarm(
     'min_shuffled_gap',
     'shuffled_gap',
     'score',

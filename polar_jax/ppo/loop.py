@@ -265,7 +265,7 @@ class Trainer:
     """Says which alarms are up; True if the run is to stop."""
     messages = diagnostics.Alarms(self.run.config.alarms).check(self.history)
     for message in messages:
-      self.run.log(f'{self.run.name}: step {self.step}: {message}')
+      self.run.log(f'{self.run.name}: {message}')
     if messages:
       self.metrics.write({'stage': self.run.name, 'step': self.step, 'alarms': messages})
     return bool(messages) and self.run.config.alarms.action == 'stop'

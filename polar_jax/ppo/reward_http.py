@@ -18,8 +18,10 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from polar_jax.config import ConfigError, RewardConfig
 from polar_jax.data.template import Template
@@ -74,6 +76,25 @@ class HttpReward:
       self._template.candidate_texts(prompt.prompt, prompt.reference, [output], wrapper)[0]
       for prompt, output in zip(prompts, outputs, strict=True)
     ]
+    return check_rewards(self._ask_once(texts), self._url, prompts, outputs)
+
+  def _ask_once(self, texts: list[str]) -> np.ndarray:
+    """Of several processes the first asks for all, so that all have the same bits."""
+    rewards, failure = np.zeros(len(texts), np.float32), None
+    if jax.process_index() == 0:
+      try:
+        rewards = self._ask_all(texts)
+      except RewardServerError as error:
+        failure = error
+    if jax.process_count() > 1:
+      rewards, failed = multihost_utils.broadcast_one_to_all((rewards, np.bool_(failure is not None)))
+      if failed and failure is None:
+        failure = RewardServerError(f'{self._url}: the first process got no rewards; it says why')
+    if failure is not None:
+      raise failure
+    return np.asarray(rewards)
+
+  def _ask_all(self, texts: list[str]) -> np.ndarray:
     rewards = np.zeros(len(texts), np.float32)
     for low in range(0, len(texts), self._batch):
       some = texts[low : low + self._batch]
@@ -87,7 +108,7 @@ class HttpReward:
         ) from error
       with np.errstate(over='ignore'):  # too large for float32: infinite, and so refused below
         rewards[low : low + self._batch] = numbers
-    return check_rewards(rewards, self._url, prompts, outputs)
+    return rewards
 
   def _request(self, texts: list[str]) -> urllib.request.Request:
     """A list, even of one text: for a bare string sglang answers in another form."""

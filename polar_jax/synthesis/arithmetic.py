@@ -1,7 +1,7 @@
 """Word problems of one or two steps of arithmetic, whose answers a rule can check: a world for tuning a real language model.
 
-Row i of a split is a function of (settings, seed, split, i) alone. Which split a problem may stand in follows from a hash of its template and its
-numbers, so that no split holds a problem of another one under other names.
+Row i of a split is a function of (settings, seed, split, i) alone. Which split a problem may stand in follows from a hash of its
+template and its numbers, so that no split holds a problem of another one under other names.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ class Template(NamedTuple):
   claim: str
 
 
-NAMES = tuple(
-  'Ada Ben Cleo Dan Eva Finn Gita Hugo Ines Jon Kira Leo Mina Nils Olga Paul Rosa Sam Tara Umar Vera Will Yara Zoe Anna Omar Lena Igor Maya Noah'
-  ' Lucy Ivan Emma Karl Nora Erik Lily Max Ruth Tom'.split()
+# fmt: off
+NAMES = (
+  'Ada', 'Ben', 'Cleo', 'Dan', 'Eva', 'Finn', 'Gita', 'Hugo', 'Ines', 'Jon', 'Kira', 'Leo', 'Mina', 'Nils', 'Olga', 'Paul', 'Rosa',
+  'Sam', 'Tara', 'Umar', 'Vera', 'Will', 'Yara', 'Zoe', 'Anna', 'Omar', 'Lena', 'Igor', 'Maya', 'Noah', 'Lucy', 'Ivan', 'Emma', 'Karl',
+  'Nora', 'Erik', 'Lily', 'Max', 'Ruth', 'Tom',
 )
+# fmt: on
 PLACES = ('school', 'park', 'museum', 'station', 'library', 'market', 'zoo', 'harbor', 'theater', 'stadium', 'town hall', 'beach')
 THINGS = {
   'small': ('marbles', 'stickers', 'coins', 'shells', 'cards', 'beads', 'buttons', 'stamps', 'pencils', 'toy cars', 'postcards', 'keys'),
