@@ -150,11 +150,12 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.rft.evaluate_prompts = 200
   config.rft.evaluate_every = 20
   config.rft.shuffled_every = 5
-  config.rft.actor.learning_rate = 1e-5
-  config.rft.actor.warmup_ratio = 0.1
+  config.rft.actor.learning_rate = 4e-5
+  config.rft.actor.warmup_ratio = 0.05
   config.rft.rollout.max_prompt = 96
   config.rft.rollout.max_new = 32
   config.rft.rollout.slots = 48
+  config.rft.rollout.temperature = 0.8
   config.rft.reward.rule = 'last_number'
   config.rft.reward.rows = 8
   config.checkpointing.every_steps = 10

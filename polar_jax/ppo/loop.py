@@ -107,6 +107,7 @@ class Trainer:
         self.metrics.write(row)
         for sample in batch_of_samples:
           self.samples.write(sample)
+        self.metrics.flush()  # steps take long, and somebody may be watching
         self.progress.update(row)
         alarmed = self._sound_alarms()
         every = run.config.evaluate_every
