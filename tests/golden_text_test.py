@@ -6,25 +6,22 @@ import importlib.metadata
 import pathlib
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
 
 from polar_jax import pretrained, sharding
-from polar_jax.config import MeshConfig
+from polar_jax.config import MeshConfig, RolloutConfig
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.tokenizer import stop_ids
 from polar_jax.hf import exporter
-from polar_jax.model import generation
+from polar_jax.ppo.rollout import RolloutEngine
 
 MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def _continue(opened: pretrained.Pretrained, params: dict, ids: list[int], tokens: int, stops: tuple[int, ...]) -> list[int]:
-  graphdef = nnx.split(pretrained.abstract_model(opened.model, 'lm'))[0]
-  greedy = jax.jit(lambda p, x, n: generation.greedy(nnx.merge(graphdef, p), x, n, max_new=tokens, stop_ids=stops))
-  out, count = greedy(params, np.array([ids], np.int32), np.array([len(ids)], np.int32))
-  return np.asarray(out)[0, : int(count[0])].tolist()
+  config = RolloutConfig(max_prompt=len(ids), max_new=tokens, temperature=0.0, slots=1)
+  rollouts = RolloutEngine(opened.model, MESH, config, stops).generate(params, [ids], (0,))
+  return rollouts.tokens_RT[0, : rollouts.length_R[0]].tolist()
 
 
 def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: pathlib.Path, ids: list[int], tokens: int) -> list[int]:

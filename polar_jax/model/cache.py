@@ -16,6 +16,8 @@ from polar_jax.model.attention.reference import EMPTY
 
 BLOCK = 128  # slots that attention reads at a time; a cache has a multiple of them
 
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 class KVCache(NamedTuple):
   """Head-major: the slots of one head lie together, which is how decoding reads them. Slot s of a row holds its token s.
@@ -49,37 +51,56 @@ class KVCache(NamedTuple):
     k_LBKSH, v_LBKSH = (put(a, new, row_PT, slot_PT) for a, new in ((self.k_LBKSH, k_LPTKH), (self.v_LBKSH, v_LPTKH)))
     return KVCache(k_LBKSH, v_LBKSH, length_B)
 
-  def append(self, k_LBKH: jax.Array, v_LBKH: jax.Array, active_B: jax.Array) -> KVCache:
-    """One more token for every active row; a row that is not keeps its tokens."""
-    cached, heads = self._specs()
+  def append(self, recent: Recent, count_B: jax.Array) -> KVCache:
+    """The first `count_B` tokens of `recent` behind those of each row, which must have `recent.capacity` free slots."""
+    cached, _ = self._specs()
 
-    def put(all_LBKSH: jax.Array, new_LBKH: jax.Array, slot_B: jax.Array) -> jax.Array:
+    def put(all_LBKSH: jax.Array, new_LBKMH: jax.Array, slot_B: jax.Array) -> jax.Array:
       def one(b: jax.Array, all_LBKSH: jax.Array) -> jax.Array:
-        new_LKH = jax.lax.dynamic_index_in_dim(new_LBKH, b, axis=1, keepdims=False)
-        return jax.lax.dynamic_update_slice(all_LBKSH, new_LKH[:, None, :, None].astype(all_LBKSH.dtype), (0, b, 0, slot_B[b], 0))
+        # What is behind the first `count_B` is written too, where nobody reads.
+        new_LbKMH = jax.lax.dynamic_slice_in_dim(new_LBKMH, b, 1, axis=1)
+        return jax.lax.dynamic_update_slice(all_LBKSH, new_LbKMH, (0, b, 0, slot_B[b], 0))
 
-      return jax.lax.fori_loop(0, new_LBKH.shape[1], one, all_LBKSH)
+      return jax.lax.fori_loop(0, new_LBKMH.shape[1], one, all_LBKSH)
 
-    rows = sharding.RULES['batch']
-    put = _on_mesh(put, (cached, PartitionSpec(None, rows, heads), PartitionSpec(rows)), cached)
-    # An idle row writes too, behind its last token, where nobody reads.
-    slot_B = jnp.minimum(self.length_B, self.capacity - 1)
-    k_LBKSH, v_LBKSH = put(self.k_LBKSH, k_LBKH, slot_B), put(self.v_LBKSH, v_LBKH, slot_B)
-    return KVCache(k_LBKSH, v_LBKSH, self.length_B + active_B.astype(jnp.int32))
+    put = _on_mesh(put, (cached, cached, PartitionSpec(sharding.RULES['batch'])), cached)
+    k_LBKSH, v_LBKSH = put(self.k_LBKSH, recent.k_LBKMH, self.length_B), put(self.v_LBKSH, recent.v_LBKMH, self.length_B)
+    return KVCache(k_LBKSH, v_LBKSH, self.length_B + count_B)
 
-  def attend(self, layer: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> jax.Array:
-    """Attention (B, N, H) of one token of each row over the row's tokens in `layer`, and over its own key and value.
+  def attend(self, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> jax.Array:
+    """Attention (B, N, H) of one token of each row over the row's tokens in `layer`, the first `step` of `recent`, and itself.
 
     Reads the filled slots only, in blocks with an online softmax (Milakov and Gimelshein, 2018).
     """
     cached, heads = self._specs()
     rows = sharding.RULES['batch']
     new = PartitionSpec(rows, heads)
-    call = _on_mesh(_attend, (cached, cached, PartitionSpec(rows), PartitionSpec(), new, new, new), new)
-    return call(self.k_LBKSH, self.v_LBKSH, self.length_B, jnp.asarray(layer), q_BNH, k_BKH, v_BKH)
+    here = (KVCache._make((cached, cached, PartitionSpec(rows))), PartitionSpec(), Recent._make((cached, cached)), PartitionSpec())
+    call = _on_mesh(_attend, (*here, new, new, new), new)
+    return call(self, jnp.asarray(layer), recent, jnp.asarray(step), q_BNH, k_BKH, v_BKH)
 
   def _specs(self) -> tuple[PartitionSpec, str | None]:
     return spec(self.k_LBKSH.shape[2]), _head_axis(self.k_LBKSH.shape[2])
+
+
+class Recent(NamedTuple):
+  """Tokens that every row got since the cache was last written, with room for M.
+
+  They lie apart so that the loop that decodes never writes to the cache it reads: XLA would copy all of it at every step.
+  """
+
+  k_LBKMH: jax.Array
+  v_LBKMH: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    """Tokens of a row."""
+    return self.k_LBKMH.shape[3]
+
+  def put(self, step: jax.Array, k_LBKH: jax.Array, v_LBKH: jax.Array) -> Recent:
+    """With token number `step` of every row."""
+    put = lambda all_LBKMH, new_LBKH: jax.lax.dynamic_update_index_in_dim(all_LBKMH, new_LBKH.astype(all_LBKMH.dtype), step, axis=3)
+    return Recent(put(self.k_LBKMH, k_LBKH), put(self.v_LBKMH, v_LBKH))
 
 
 def spec(num_kv_heads: int) -> PartitionSpec:
@@ -89,9 +110,17 @@ def spec(num_kv_heads: int) -> PartitionSpec:
 
 def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
   """A cache without tokens, in the compute dtype. At least `capacity` slots."""
-  shape = (config.num_layers, batch, config.num_kv_heads, -(-capacity // BLOCK) * BLOCK, config.head_dim)
-  zeros = lambda: jnp.zeros(shape, config.compute_dtype)
-  return KVCache(zeros(), zeros(), jnp.zeros(batch, jnp.int32))
+  return KVCache(*_zeros(config, batch, -(-capacity // BLOCK) * BLOCK), jnp.zeros(batch, jnp.int32))
+
+
+def no_recent(config: ModelConfig, batch: int, capacity: int) -> Recent:
+  """Room for `capacity` tokens of each row."""
+  return Recent(*_zeros(config, batch, capacity))
+
+
+def _zeros(config: ModelConfig, batch: int, slots: int) -> tuple[jax.Array, jax.Array]:
+  shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
+  return jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype)
 
 
 def _head_axis(num_kv_heads: int) -> str | None:
@@ -100,7 +129,7 @@ def _head_axis(num_kv_heads: int) -> str | None:
   return axis if not mesh.empty and num_kv_heads % mesh.shape[axis] == 0 else None
 
 
-def _on_mesh(function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Callable[..., Any]:
+def _on_mesh(function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec) -> Callable[..., Any]:
   """`function` on each device's rows and heads: loops are opaque to the partitioner, which would gather whole caches around them."""
   if jax.sharding.get_abstract_mesh().empty:
     return function
@@ -118,45 +147,46 @@ def _rows_at_a_time(batch: int) -> int:
 
 
 def _attend(
-  k_LBKSH: jax.Array,
-  v_LBKSH: jax.Array,
-  length_B: jax.Array,
-  layer: jax.Array,
-  q_BNH: jax.Array,
-  k_BKH: jax.Array,
-  v_BKH: jax.Array,
+  cache: KVCache, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array
 ) -> jax.Array:
   batch, heads, head_dim = q_BNH.shape
   kv_heads = k_BKH.shape[1]
-  some = _rows_at_a_time(batch)
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   q_BKGH = q_BNH.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
   # The token itself is the first key of the online softmax.
-  peak_BKG = dot('BKGH,BKH->BKG', q_BKGH, k_BKH)
+  peak_BKG = _dot('BKGH,BKH->BKG', q_BKGH, k_BKH)
   out_BKGH = jnp.broadcast_to(v_BKH[:, :, None].astype(jnp.float32), q_BKGH.shape)
-  rows = lambda a, first: jax.lax.dynamic_slice_in_dim(a, first, some, axis=0)
+  state: tuple[jax.Array, ...] = (out_BKGH, peak_BKG, jnp.ones_like(peak_BKG))
+  k_BKMH, v_BKMH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in recent)
+  state = _more_keys(state, q_BKGH, k_BKMH, v_BKMH, jnp.broadcast_to(step, batch))
+  some = _rows_at_a_time(batch)
+  size = (1, some, kv_heads, BLOCK, head_dim)
 
   def some_rows(i: jax.Array, out_BKGH: jax.Array) -> jax.Array:
     first = i * some
-    q_bKGH, length_b = rows(q_BKGH, first), rows(length_B, first)
+    state_b, q_bKGH = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, some), (state, q_BKGH))
+    length_b = jax.lax.dynamic_slice_in_dim(cache.length_B, first, some)
 
-    def block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      out_bKGH, peak_bKG, total_bKG = carry
-      size = (1, some, kv_heads, BLOCK, head_dim)
-      k_bKSH, v_bKSH = (jax.lax.dynamic_slice(a, (layer, first, 0, j * BLOCK, 0), size)[0] for a in (k_LBKSH, v_LBKSH))
-      seen_b11S = (j * BLOCK + jnp.arange(BLOCK))[None, None, None] < length_b[:, None, None, None]
-      logits_bKGS = jnp.where(seen_b11S, dot('bKGH,bKSH->bKGS', q_bKGH, k_bKSH), EMPTY)
-      new_peak_bKG = jnp.maximum(peak_bKG, jnp.max(logits_bKGS, axis=-1))
-      weights_bKGS = jnp.exp(logits_bKGS - new_peak_bKG[..., None])
-      shrink_bKG = jnp.exp(peak_bKG - new_peak_bKG)
-      mixed_bKGH = dot('bKGS,bKSH->bKGH', weights_bKGS.astype(v_bKSH.dtype), v_bKSH)
-      out_bKGH = out_bKGH * shrink_bKG[..., None] + mixed_bKGH
-      return out_bKGH, new_peak_bKG, total_bKG * shrink_bKG + jnp.sum(weights_bKGS, axis=-1)
+    def block(j: jax.Array, state_b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      at = (layer, first, 0, j * BLOCK, 0)
+      k_bKSH, v_bKSH = (jax.lax.dynamic_slice(a, at, size)[0] for a in (cache.k_LBKSH, cache.v_LBKSH))
+      return _more_keys(state_b, q_bKGH, k_bKSH, v_bKSH, length_b - j * BLOCK)
 
-    peak_bKG = rows(peak_BKG, first)
-    start = (rows(out_BKGH, first), peak_bKG, jnp.ones_like(peak_bKG))
-    out_bKGH, _, total_bKG = jax.lax.fori_loop(0, -(-jnp.max(length_b) // BLOCK), block, start)
+    out_bKGH, _, total_bKG = jax.lax.fori_loop(0, -(-jnp.max(length_b) // BLOCK), block, state_b)
     return jax.lax.dynamic_update_slice_in_dim(out_BKGH, out_bKGH / total_bKG[..., None], first, axis=0)
 
   out_BKGH = jax.lax.fori_loop(0, batch // some, some_rows, out_BKGH)
   return out_BKGH.astype(q_BNH.dtype).reshape(batch, heads, head_dim)
+
+
+def _more_keys(
+  state: tuple[jax.Array, ...], q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array
+) -> tuple[jax.Array, ...]:
+  """One step of the online softmax over the first `count_B` keys. State: weighted sum, peak and total so far."""
+  out_BKGH, peak_BKG, total_BKG = state
+  seen_B11S = jnp.arange(k_BKSH.shape[2])[None, None, None] < count_B[:, None, None, None]
+  logits_BKGS = jnp.where(seen_B11S, _dot('BKGH,BKSH->BKGS', q_BKGH, k_BKSH), EMPTY)
+  new_peak_BKG = jnp.maximum(peak_BKG, jnp.max(logits_BKGS, axis=-1))
+  weights_BKGS = jnp.exp(logits_BKGS - new_peak_BKG[..., None])
+  shrink_BKG = jnp.exp(peak_BKG - new_peak_BKG)
+  mixed_BKGH = _dot('BKGS,BKSH->BKGH', weights_BKGS.astype(v_BKSH.dtype), v_BKSH)
+  return out_BKGH * shrink_BKG[..., None] + mixed_BKGH, new_peak_BKG, total_BKG * shrink_BKG + jnp.sum(weights_BKGS, axis=-1)

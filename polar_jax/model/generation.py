@@ -8,7 +8,7 @@ first that `advance` reads, so every answer's token comes from the same computat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,17 @@ class Slots(NamedTuple):
 
 
 class Entering(NamedTuple):
-  """Texts that enter slots. Their prompts, without the last tokens, are packed into rows."""
+  """Texts that enter slots. Their prompts, without the last tokens, are packed into rows. int32."""
 
-  tokens_PT: jax.Array
-  positions_PT: jax.Array
-  start_PT: jax.Array  # a prompt's first column, at each of its tokens
-  slot_PT: jax.Array  # -1: padding
-  fresh_B: jax.Array  # bool: which slots are taken
-  length_B: jax.Array  # tokens of each prompt without its last
-  token_B: jax.Array
-  rollout_B: jax.Array
-  limit_B: jax.Array
+  tokens_PT: Any
+  positions_PT: Any
+  start_PT: Any  # a prompt's first column, at each of its tokens
+  slot_PT: Any  # -1: padding
+  fresh_B: Any  # 1 at the slots that are taken
+  length_B: Any  # tokens of each prompt without its last
+  token_B: Any
+  rollout_B: Any
+  limit_B: Any
 
 
 class Answered(NamedTuple):
@@ -58,14 +58,14 @@ class Answered(NamedTuple):
 def vacant(config: ModelConfig, slots: int, capacity: int) -> Slots:
   """Slots without texts, each with room for `capacity` tokens."""
   zeros = lambda: jnp.zeros(slots, jnp.int32)
-  return Slots(cache.empty(config, slots, capacity), zeros(), zeros(), zeros(), zeros(), jnp.zeros(slots, bool))
+  return Slots(cache.empty(config, slots, capacity + STEPS), zeros(), zeros(), zeros(), zeros(), jnp.zeros(slots, bool))
 
 
 def admit(model: LanguageModel, slots: Slots, new: Entering) -> Slots:
   """Reads the prompts of the texts that enter. Meant to be jitted, with `slots` donated."""
   positions_PT, end_PT = new.positions_PT, new.start_PT + new.positions_PT + 1
   k_LPTKH, v_LPTKH = model.decoder.read(new.tokens_PT, positions_PT, [(new.start_PT, jnp.where(new.slot_PT < 0, new.start_PT, end_PT))])
-  either = lambda new_B, old_B: jnp.where(new.fresh_B, new_B, old_B)
+  either = lambda new_B, old_B: jnp.where(new.fresh_B > 0, new_B, old_B)
   memory = slots.memory.fill(k_LPTKH, v_LPTKH, new.slot_PT, positions_PT, either(new.length_B, slots.memory.length_B))
   return Slots(
     memory,
@@ -73,7 +73,7 @@ def admit(model: LanguageModel, slots: Slots, new: Entering) -> Slots:
     either(new.rollout_B, slots.rollout_B),
     either(0, slots.place_B),
     either(new.limit_B, slots.limit_B),
-    slots.active_B | new.fresh_B,
+    slots.active_B | (new.fresh_B > 0),
   )
 
 
@@ -85,8 +85,10 @@ def advance(
   stops_I = jnp.asarray(tuple(stop_ids), jnp.int32)
   vocab = model.decoder.config.vocab_size or 0
   start = jnp.sum(slots.active_B)
-  # Only what changes travels through the loop.
-  fixed_rollout_B, fixed_limit_B = slots.rollout_B, slots.limit_B
+  # A slot whose text has ended has nothing that must be read.
+  memory = slots.memory._replace(length_B=jnp.where(slots.active_B, slots.memory.length_B, 0))
+
+  blocks = model.decoder.blocks()
 
   def unfinished(state):
     step, _, _, _, active_B, *_ = state
@@ -94,21 +96,24 @@ def advance(
     return (step < STEPS) & (left > 0) & (start - left < leave)
 
   def one(state):
-    step, memory, token_B, place_B, active_B, tokens_MB, logprob_MB = state
-    logits_BV, memory = model.next(token_B, memory, active_B)
-    noise_BM = sampling.noise(key, fixed_rollout_B, place_B, vocab)
+    step, recent, token_B, place_B, active_B, tokens_MB, logprob_MB = state
+    logits_BV, recent = model.next(token_B, memory, recent, step, blocks)
+    noise_BM = sampling.noise(key, slots.rollout_B, place_B, vocab)
+    barred_BV = (place_B + 1 < config.min_new)[:, None] & jnp.isin(jnp.arange(vocab), stops_I)[None] if config.min_new > 1 else None
     drawn_B, logprob_B = sampling.draw(
-      logits_BV, noise_BM, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k
+      logits_BV, noise_BM, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, barred_BV=barred_BV
     )
     token_B = jnp.where(active_B, drawn_B, token_B)
     place_B = place_B + active_B.astype(jnp.int32)
     put = lambda all_MB, new_B: jax.lax.dynamic_update_index_in_dim(all_MB, jnp.where(active_B, new_B, 0), step, axis=0)
     tokens_MB, logprob_MB = put(tokens_MB, token_B), put(logprob_MB, logprob_B)
-    active_B &= ~jnp.any(token_B[:, None] == stops_I[None], axis=1) & (place_B < fixed_limit_B)
-    return step + 1, memory, token_B, place_B, active_B, tokens_MB, logprob_MB
+    active_B &= ~jnp.any(token_B[:, None] == stops_I[None], axis=1) & (place_B < slots.limit_B)
+    return step + 1, recent, token_B, place_B, active_B, tokens_MB, logprob_MB
 
   out = (jnp.zeros((STEPS, batch), jnp.int32), jnp.zeros((STEPS, batch), jnp.float32))
-  state = (jnp.int32(0), slots.memory, slots.token_B, slots.place_B, slots.active_B, *out)
-  _, memory, token_B, place_B, active_B, *out = jax.lax.while_loop(unfinished, one, state)
-  slots = Slots(memory, token_B, fixed_rollout_B, place_B, fixed_limit_B, active_B)
-  return slots, Answered(*out, place_B, active_B)
+  recent = cache.no_recent(model.decoder.config, batch, STEPS)
+  state = (jnp.int32(0), recent, slots.token_B, slots.place_B, slots.active_B, *out)
+  _, recent, token_B, place_B, active_B, tokens_MB, logprob_MB = jax.lax.while_loop(unfinished, one, state)
+  memory = memory.append(recent, place_B - slots.place_B)
+  slots = Slots(memory, token_B, slots.rollout_B, place_B, slots.limit_B, active_B)
+  return slots, Answered(tokens_MB, logprob_MB, place_B, active_B)

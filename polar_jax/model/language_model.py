@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.model.cache import KVCache
+from polar_jax.model.cache import KVCache, Recent
 from polar_jax.model.layers import param
-from polar_jax.model.transformer import Decoder
+from polar_jax.model.transformer import Block, Decoder
 
 
 class LanguageModel(nnx.Module):
@@ -24,10 +26,12 @@ class LanguageModel(nnx.Module):
     """Next-token logits (B, T, V) in float32."""
     return self.logits(self.decoder(tokens_BT, positions_BT, [(start_BT, end_BT)]))
 
-  def next(self, token_B: jax.Array, cache: KVCache, active_B: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Logits (B, V) of what follows one more token of each row, and the cache with it for the rows that are active."""
-    hidden_BD, k_LBKH, v_LBKH = self.decoder.next(token_B, cache)
-    return self.logits(hidden_BD[:, None])[:, 0], cache.append(k_LBKH, v_LBKH, active_B)
+  def next(
+    self, token_B: jax.Array, cache: KVCache, recent: Recent, step: jax.Array, blocks: Sequence[Block] | None = None
+  ) -> tuple[jax.Array, Recent]:
+    """Logits (B, V) of what follows one more token of each row, number `step` of `recent`, and `recent` with it."""
+    hidden_BD, k_LBKH, v_LBKH = self.decoder.next(token_B, cache, recent, step, blocks)
+    return self.logits(hidden_BD[:, None])[:, 0], recent.put(step, k_LBKH, v_LBKH)
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
     """(B, T, V) in float32 of hidden states."""

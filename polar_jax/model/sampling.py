@@ -62,27 +62,41 @@ def _threshold(enough: Callable[[jax.Array], jax.Array], batch: int) -> jax.Arra
 
 
 def draw(
-  logits_BV: jax.Array, noise_BM: jax.Array, *, temperature: float, top_p: float = 1.0, top_k: int | None = None
+  logits_BV: jax.Array,
+  noise_BM: jax.Array,
+  *,
+  temperature: float,
+  top_p: float = 1.0,
+  top_k: int | None = None,
+  barred_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The token (B,) that the noise picks, and its log-probability (B,) under the law at `temperature` before top-k and top-p.
 
+  Tokens of `barred_BV` are not drawn; top-k and top-p choose among the others, of which one must be left.
   Temperature 0 picks the likeliest token, the first of equals, and gives its log-probability at temperature 1.
   """
-  batch, vocab = logits_BV.shape
   scaled_BV = logits_BV / temperature if temperature > 0 else logits_BV
   peak_B1 = jnp.max(scaled_BV, axis=1, keepdims=True)
   weight_BV = jnp.exp(scaled_BV - peak_B1)
   log_total_B = jnp.log(jnp.sum(weight_BV, axis=1)) + peak_B1[:, 0]
+  allowed_BV = scaled_BV if barred_BV is None else jnp.where(barred_BV, -jnp.inf, scaled_BV)
   if temperature > 0:
+    if barred_BV is not None:  # anew, since the heaviest that is left may be much lighter
+      weight_BV = jnp.exp(allowed_BV - jnp.max(allowed_BV, axis=1, keepdims=True))
     if top_p < 1 or top_k is not None:
       weight_BV = jnp.where(kept(weight_BV, top_p, top_k), weight_BV, 0.0)
-    padded_BV = jnp.pad(weight_BV, [(0, 0), (0, -vocab % _GROUP)])
-    weight_BgI = padded_BV.reshape(batch, -1, _GROUP)
-    groups = weight_BgI.shape[1]
-    group_B = jnp.argmax(jnp.log(jnp.sum(weight_BgI, axis=2)) + noise_BM[:, :groups], axis=1)
-    weight_BI = jnp.take_along_axis(weight_BgI, group_B[:, None, None], axis=1)[:, 0]
-    token_B = group_B * _GROUP + jnp.argmax(jnp.log(weight_BI) + noise_BM[:, groups:], axis=1)
+    token_B = _race(weight_BV, noise_BM)
   else:
-    token_B = jnp.argmax(logits_BV, axis=1)
+    token_B = jnp.argmax(allowed_BV, axis=1)
   chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
   return token_B.astype(jnp.int32), chosen_B - log_total_B
+
+
+def _race(weight_BV: jax.Array, noise_BM: jax.Array) -> jax.Array:
+  """A token (B,) with a probability in proportion to its weight."""
+  batch, vocab = weight_BV.shape
+  weight_BgI = jnp.pad(weight_BV, [(0, 0), (0, -vocab % _GROUP)]).reshape(batch, -1, _GROUP)
+  groups = weight_BgI.shape[1]
+  group_B = jnp.argmax(jnp.log(jnp.sum(weight_BgI, axis=2)) + noise_BM[:, :groups], axis=1)
+  weight_BI = jnp.take_along_axis(weight_BgI, group_B[:, None, None], axis=1)[:, 0]
+  return group_B * _GROUP + jnp.argmax(jnp.log(weight_BI) + noise_BM[:, groups:], axis=1)

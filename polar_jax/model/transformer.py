@@ -6,6 +6,7 @@ Layers are stored stacked along a leading axis and applied with `lax.scan`, so c
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +17,7 @@ from polar_jax.config import ModelConfig
 from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
-from polar_jax.model.cache import KVCache
+from polar_jax.model.cache import KVCache, Recent
 from polar_jax.model.layers import apply_rope, param, project, rms_norm, rope_tables, swiglu
 from polar_jax.sharding import constrain
 
@@ -81,11 +82,13 @@ class Block(nnx.Module):
     """Those alone: all that is needed of the last layer, where nothing is predicted."""
     return self._keys_and_values(rms_norm(x_BTD, self.attention_norm[...], self.config.norm_eps), rows)
 
-  def next(self, x_B1D: jax.Array, rows: Rows, cache: KVCache, layer: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The block's output at the token that follows those in layer `layer` of `cache`, and the token's key and value (B, K, H)."""
+  def next(
+    self, x_B1D: jax.Array, rows: Rows, cache: KVCache, recent: Recent, step: jax.Array, layer: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `Decoder.next`, of layer `layer`: the output (B, 1, D), and the token's key and value (B, K, H)."""
     h_B1D = rms_norm(x_B1D, self.attention_norm[...], self.config.norm_eps)
     k_B1KH, v_B1KH = self._keys_and_values(h_B1D, rows)
-    mixed_BNH = cache.attend(layer, self._queries(h_B1D, rows)[:, 0], k_B1KH[:, 0], v_B1KH[:, 0])
+    mixed_BNH = cache.attend(layer, recent, step, self._queries(h_B1D, rows)[:, 0], k_B1KH[:, 0], v_B1KH[:, 0])
     return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), k_B1KH[:, 0], v_B1KH[:, 0]
 
   def _keys_and_values(self, h_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -152,18 +155,37 @@ class Decoder(nnx.Module):
     k_LBTKH, v_LBTKH = (jnp.concatenate([before, new[None]]) for before, new in zip(cached, last, strict=True))
     return k_LBTKH, v_LBTKH
 
-  def next(self, token_B: jax.Array, cache: KVCache) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normed hidden states (B, D) of one token behind those in `cache`, and its keys and values (L, B, K, H) for `KVCache.append`."""
+  def blocks(self) -> list[Block] | None:
+    """The layers apart, where all are unrolled: a loop over tokens that took them from the stack would copy them at every token."""
     c = self.config
-    rows = Rows(cache.length_B[:, None], (), c)
+    if c.scan_unroll < c.num_layers:
+      return None
+    return [jax.tree.map(operator.itemgetter(i), self.layers) for i in range(c.num_layers)]
 
-    def body(x_B1D, indexed):
-      block, layer = indexed
-      x_B1D, *cached = block.next(x_B1D, rows, cache, layer)
-      return x_B1D, cached
+  def next(
+    self, token_B: jax.Array, cache: KVCache, recent: Recent, step: jax.Array, blocks: Sequence[Block] | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed hidden states (B, D) of one token behind those in `cache` and the first `step` of `recent`.
 
-    indexed = (self.layers, jnp.arange(c.num_layers))
-    x_B1D, (k_LBKH, v_LBKH) = jax.lax.scan(body, self._embed(token_B[:, None]), indexed, unroll=c.scan_unroll)
+    And the token's keys and values (L, B, K, H), for `Recent.put`. `blocks`: what that method gave.
+    """
+    c = self.config
+    rows = Rows((cache.length_B + step)[:, None], (), c)
+    x_B1D = self._embed(token_B[:, None])
+    if blocks is not None:
+      cached = []
+      for layer, block in enumerate(blocks):
+        x_B1D, *new = block.next(x_B1D, rows, cache, recent, step, jnp.int32(layer))
+        cached.append(new)
+      k_LBKH, v_LBKH = (jnp.stack(new) for new in zip(*cached, strict=True))
+    else:
+
+      def body(x_B1D, indexed):
+        block, layer = indexed
+        x_B1D, *new = block.next(x_B1D, rows, cache, recent, step, layer)
+        return x_B1D, new
+
+      x_B1D, (k_LBKH, v_LBKH) = jax.lax.scan(body, x_B1D, (self.layers, jnp.arange(c.num_layers)), unroll=c.scan_unroll)
     return rms_norm(x_B1D, self.norm[...], c.norm_eps)[:, 0], k_LBKH, v_LBKH
 
   def _embed(self, tokens_BT: jax.Array) -> jax.Array:

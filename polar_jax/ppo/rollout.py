@@ -80,7 +80,7 @@ class RolloutEngine:
       while waiting or (running >= 0).any():
         while waiting and (running < 0).any():
           entering = self._pack(prompts, most, waiting, running)
-          place_B[entering.fresh_B] = 0
+          place_B[entering.fresh_B > 0] = 0
           slots = f.admit(weights, slots, entering)
         # A short answer that ends makes room at once; when nothing waits there is nothing to stop for.
         leave = max(1, c.slots // 32) if waiting else c.slots + 1
@@ -106,7 +106,7 @@ class RolloutEngine:
     longest = _row_length(max(self._config.max_prompt - 1, _LONGEST_ROW))
     rows: list[list[tuple[int, int]]] = [[] for _ in range(self._rows)]  # (prompt, slot)
     used = [0] * self._rows
-    for slot in np.flatnonzero(running < 0):
+    for slot in np.flatnonzero(running < 0).tolist():
       if not waiting:
         break
       size = len(prompts[waiting[0]]) - 1
@@ -114,19 +114,19 @@ class RolloutEngine:
       if used[row] + size > longest:
         break
       running[slot] = waiting.popleft()
-      rows[row].append((int(running[slot]), int(slot)))
+      rows[row].append((int(running[slot]), slot))
       used[row] += size
-    shape, batch = (self._rows, _row_length(max(used))), len(running)
-    zeros = lambda shape: np.zeros(shape, np.int32)
-    new = Entering(*(zeros(shape) for _ in range(3)), zeros(shape) - 1, np.zeros(batch, bool), *(zeros(batch) for _ in range(4)))
-    for p, row in enumerate(rows):
+    packed, each = (self._rows, _row_length(max(used))), (len(running),)
+    new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
+    new.slot_PT[:] = -1
+    for p, texts in enumerate(rows):
       low = 0
-      for i, slot in row:
+      for i, slot in texts:
         size = len(prompts[i]) - 1
         at = np.s_[p, low : low + size]
         new.tokens_PT[at], new.positions_PT[at] = prompts[i][:-1], np.arange(size)
         new.start_PT[at], new.slot_PT[at] = low, slot
-        new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = True, size, prompts[i][-1]
+        new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = 1, size, prompts[i][-1]
         new.rollout_B[slot], new.limit_B[slot] = i, most[i]
         low += size
     return new
@@ -161,7 +161,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
   rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
     cached = NamedSharding(mesh, cache.spec(model.num_kv_heads))
-  slots: Any = Slots(cache.KVCache(cached, cached, rows), *(rows,) * 5)
+  slots = Slots._make((cache.KVCache._make((cached, cached, rows)), *(rows,) * 5))
 
   def prepare(params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
@@ -179,9 +179,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     prepare=jax.jit(prepare, out_shardings=whole),
     vacant=jax.jit(lambda: generation.vacant(model, config.slots, config.max_prompt + config.max_new), out_shardings=slots),
     admit=jax.jit(admit, in_shardings=(whole, slots, replicated), out_shardings=slots, donate_argnums=1),
-    advance=jax.jit(
-      advance, in_shardings=(whole, slots, replicated, replicated), out_shardings=(slots, replicated), donate_argnums=1
-    ),
+    advance=jax.jit(advance, in_shardings=(whole, slots, replicated, replicated), out_shardings=(slots, replicated), donate_argnums=1),
   )
 
 
