@@ -334,7 +334,10 @@ def synthesize(config: SynthesisConfig, seed: int, workdir: pathlib.Path, log: C
   (folder / _MARKER).unlink(missing_ok=True)
   for name, rows in files.items():
     _write(folder / f'{name}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
-  result = {'rows': {name: len(rows) for name, rows in files.items()}, 'seconds': {'all': time.perf_counter() - started}}
+  result: dict[str, dict[str, Any]] = {
+    'rows': {name: len(rows) for name, rows in files.items()},
+    'seconds': {'all': time.perf_counter() - started},
+  }
   _write(folder / _MARKER, json.dumps({'settings': settings, 'result': result}))
   log(f'synthesize: {sum(result["rows"].values()):,} word problems in {folder}')
   return result
