@@ -48,7 +48,8 @@ EXTRAS = {
   'kernels': [*TOKAMAX, *TPU],
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
-  'test': ['pytest>=8.3', 'hypothesis>=6.100', *PARQUET],
+  # xdist: compiling tiny graphs is most of the tests' time, and takes one core; two files at a time halve it.
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *PARQUET],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1'],  # exact: another version formats and judges differently
 }
 

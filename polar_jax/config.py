@@ -432,6 +432,8 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'rft.minibatch ({r.minibatch}) exceeds the {r.prompts * r.samples} answers of a step (rft.prompts x rft.samples)')
   if r.samples == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
     raise ConfigError("rft.samples is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare answers to one prompt")
+  if r.row_length is not None and r.row_length < r.rollout.max_prompt + r.rollout.max_new:
+    raise ConfigError(f'rft.row_length ({r.row_length}) is less than rft.rollout.max_prompt + max_new: a prompt with its answer must fit')
   if r.kl_in == 'loss' and r.kl_estimator == 'k1':
     raise ConfigError("rft.kl_in is 'loss' and rft.kl_estimator 'k1': its gradient is 0 in the mean; take 'k2' or 'k3'")
   if r.kl_target is not None and r.kl_horizon <= 0.2 * r.prompts * r.samples:

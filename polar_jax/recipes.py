@@ -134,10 +134,10 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.template.separator = '<file_sep>'
   config.template.reward_token = '<repo_name>'
   config.finetune.start_from = checkpoint
-  config.finetune.batch_size = 16
+  config.finetune.batch_size = 8
+  config.finetune.steps = 80
   config.finetune.learning_rate = 3e-5
-  config.finetune.log_every = 5
-  config.finetune.evaluate_rows = 200
+  config.finetune.evaluate_rows = 120
   config.rft.policy = checkpoint
   config.rft.advantage = 'rloo'
   config.rft.steps = 40

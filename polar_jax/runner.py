@@ -112,7 +112,8 @@ def _synthesize(context: stages.Context) -> dict[str, Any]:
 
 def _finetune(context: stages.Context) -> dict[str, Any]:
   runs = {'finetune': stages.finetune(context)}
-  if context.config.ablations:
+  # Word problems have no language model of their own, and no pre-training to leave out.
+  if context.config.ablations and context.config.synthesis.world == 'ngram':
     runs |= {'finetune_only': stages.finetune_only(context), 'finetune_no_reference': stages.finetune_no_reference(context)}
   return {'finetune': {'runs': runs}}
 

@@ -40,7 +40,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   left_out = [item for some in dropped.values() for item in some]
   if left_out:
     config.hook.pytest_deselected(items=left_out)
-  config.stash[_DROPPED] = {name: len(some) for name, some in dropped.items()}
+  counts = {name: len(some) for name, some in dropped.items()}
+  config.stash[_DROPPED] = counts
+  if hasattr(config, 'workeroutput'):  # a process of xdist: the one that reports never sees the tests themselves
+    config.workeroutput['dropped'] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+  """Every process of xdist collects the same tests, so any one's counts are those of the run."""
+  node.config.stash[_DROPPED] = getattr(node, 'workeroutput', {}).get('dropped', {})
 
 
 _DROPPED = pytest.StashKey[dict]()

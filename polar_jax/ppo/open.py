@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_jax.config import Config, ConfigError, ModelConfig, RewardConfig, RftConfig
-from polar_jax.data.sources import open_prompts
+from polar_jax.data.sources import NoSplitError, open_prompts
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo import prompts
@@ -21,7 +21,7 @@ from polar_jax.train import stages
 from polar_jax.types import Prompt
 
 # Settings that may change while a workdir is resumed.
-_FREE = ('log_every', 'evaluate_every', 'evaluate_prompts', 'alarms', 'seeds', 'shuffled_every')
+_FREE = ('log_every', 'evaluate_every', 'evaluate_prompts', 'alarms', 'seeds')
 
 
 def open_run(context: stages.Context, name: str, config: RftConfig) -> Run:
@@ -130,13 +130,14 @@ def _rows(context: stages.Context, split: str) -> Sequence[Prompt]:
     path = pathlib.Path(data.prompts_evaluation)
   elif not path.exists():
     raise ConfigError(f'data.prompts: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
-  elif split == 'test' and (path.is_file() or not _has_split(path, split)):
+  elif split == 'test' and path.is_file():
     return []
-  return stages.report_skipped(open_prompts(path, split, data.on_bad_row), path, context.log)
-
-
-def _has_split(folder: pathlib.Path, split: str) -> bool:
-  return any(folder.glob(f'{split}.*')) or any(folder.rglob(f'*-{split}.*'))
+  try:
+    return stages.report_skipped(open_prompts(path, split, data.on_bad_row), path, context.log)
+  except NoSplitError:
+    if split == 'test' and not data.prompts_evaluation:
+      return []
+    raise
 
 
 def fingerprint(config: Config, rft_config: RftConfig, model: ModelConfig, tokenizer: Tokenizer, rows: Sequence[Prompt]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def fingerprint(config: Config, rft_config: RftConfig, model: ModelConfig, token
     'tokenizer': stages.tokenizer_fingerprint(tokenizer),
     **{f'model.{k}': v for k, v in dataclasses.asdict(model).items() if k not in same_maths},
     **_flat('rft', {k: v for k, v in dataclasses.asdict(rft_config).items() if k not in _FREE}),
-    'rows': stages.texts_fingerprint(rows, lambda p: (p.prompt, p.reference, p.answer)),
+    'rows': stages.texts_fingerprint(rows, lambda p: (p.prompt, p.reference, p.answer, p.metadata.get('policy_prompt'))),
   }
 
 
