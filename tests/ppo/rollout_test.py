@@ -1,0 +1,145 @@
+"""Answers equal what the full forward pass says, whatever the slots, the refills and the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax import sharding
+from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.ppo.rollout import RolloutEngine
+from polar_jax.types import UserError
+
+MODEL = ModelConfig(vocab_size=31, num_layers=2, d_model=24, d_ff=40, num_heads=4, num_kv_heads=2, head_dim=6, init_std=0.4)
+CONFIG = RolloutConfig(max_prompt=12, max_new=9, temperature=0.0, slots=3)
+STOP = 16
+WIDTH = 24
+
+
+def mesh_of(devices: int = 1, **axes: int):
+  return sharding.make_mesh(MeshConfig(**axes), jax.devices()[:devices])
+
+
+@pytest.fixture(scope='module')
+def params():
+  make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(MODEL, rngs=nnx.Rngs(2)), nnx.Param)))
+  return jax.device_get(make())
+
+
+@pytest.fixture(scope='module')
+def prompts() -> list[list[int]]:
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 31, n).tolist() for n in (3, 12, 1, 7, 5, 2, 9)]
+
+
+@jax.jit
+def _forward(params, sequence):
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0))))
+  position = jnp.arange(WIDTH, dtype=jnp.int32)[None]
+  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+
+
+def logits_behind(params, sequence) -> np.ndarray:
+  """Float64 (tokens, V): what the model says behind each token of a sequence, read at once."""
+  row = np.zeros((1, WIDTH), np.int32)
+  row[0, : len(sequence)] = sequence
+  return np.asarray(_forward(params, row)[0, : len(sequence)], np.float64)
+
+
+def greedy(params, prompt, stop=STOP, most=9, least=1) -> list[int]:
+  answer: list[int] = []
+  while len(answer) < most and (not answer or answer[-1] != stop):
+    logits = logits_behind(params, prompt + answer)[-1]
+    if len(answer) + 1 < least:
+      logits[stop] = -np.inf
+    answer.append(int(logits.argmax()))
+  return answer
+
+
+def answers(rollouts) -> list[list[int]]:
+  return [row[:n].tolist() for row, n in zip(rollouts.tokens_RT, rollouts.length_R, strict=True)]
+
+
+@pytest.fixture(scope='module')
+def expected(params, prompts):
+  return [greedy(params, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize('slots', [1, 3, 16])
+def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expected, slots):
+  engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, slots=slots), [STOP])
+  got = engine.generate(params, prompts, (0,))
+  assert answers(got) == expected
+  assert got.stopped_R.tolist() == [a[-1] == STOP for a in expected] and got.prompts == prompts
+  assert len({len(a) for a in expected}) > 1  # some end early, so that slots are refilled while others run
+  assert not got.tokens_RT[np.arange(9)[None] >= got.length_R[:, None]].any()
+
+
+def test_devices_do_not_matter(params, prompts, expected):
+  mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, jax.tree.map(lambda a: a.sharding, sharding.abstract_params(_abstract(), mesh)))
+  got = RolloutEngine(MODEL, mesh, CONFIG, [STOP]).generate(placed, prompts, (0,))
+  assert answers(got) == expected
+
+
+def _abstract():
+  return nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0)))
+
+
+def test_log_probabilities_are_those_of_the_law_before_truncation(params, prompts):
+  config = dataclasses.replace(CONFIG, temperature=0.8, top_p=0.9, top_k=6)
+  got = RolloutEngine(MODEL, mesh_of(), config, [STOP]).generate(params, prompts, (1,))
+  for r, answer in enumerate(answers(got)):
+    logits = logits_behind(params, prompts[r] + answer)[len(prompts[r]) - 1 : -1] / 0.8
+    wanted = logits[np.arange(len(answer)), answer] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(got.logprob_RT[r, : len(answer)], wanted, atol=2e-5)
+    assert not got.logprob_RT[r, len(answer) :].any()
+    for row, token in zip(logits, answer, strict=True):
+      assert (row > row[token]).sum() < 6
+
+
+def test_the_seed_decides_and_the_slots_do_not(params, prompts):
+  config = dataclasses.replace(CONFIG, temperature=1.0)
+  engine = RolloutEngine(MODEL, mesh_of(), config, [STOP])
+  first, again, other = (engine.generate(params, prompts, seed) for seed in ((3, 1), (3, 1), (3, 2)))
+  assert first.tokens_RT.tobytes() == again.tokens_RT.tobytes() and first.logprob_RT.tobytes() == again.logprob_RT.tobytes()
+  assert answers(first) != answers(other)
+  more = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(config, slots=16), [STOP]).generate(params, prompts, (3, 1))
+  assert answers(more) == answers(first)  # the noise belongs to the answer, not to the slot
+  same = engine.generate(params, [prompts[0]] * 6, (4,))
+  assert len({tuple(a) for a in answers(same)}) > 3  # answers to one prompt differ
+
+
+def test_limits_stops_and_least_tokens(params, prompts, expected):
+  engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
+  limits = [2, 9, 1, 4, 3, 9, 5]
+  got = engine.generate(params, prompts, (0,), limits)
+  assert answers(got) == [a[:n] for a, n in zip(expected, limits, strict=True)]
+  longer = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, min_new=6), [STOP]).generate(params, prompts, (0,))
+  assert answers(longer) == [greedy(params, prompt, least=6) for prompt in prompts] and longer.length_R.min() >= 6
+  never = RolloutEngine(MODEL, mesh_of(), CONFIG, []).generate(params, prompts, (0,))
+  assert (never.length_R == 9).all() and not never.stopped_R.any()
+
+
+def test_nothing_is_compiled_twice(params, prompts):
+  engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
+  engine.generate(params, prompts, (0,))
+  sizes = [f._cache_size() for f in engine._functions]
+  engine.generate(params, prompts[::-1], (1,))
+  RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP]).generate(params, prompts[:2], (2,))
+  assert [f._cache_size() for f in engine._functions] == sizes
+
+
+def test_prompts_that_cannot_be_answered_are_named(params):
+  engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
+  with pytest.raises(UserError, match='prompt 1 has no tokens'):
+    engine.generate(params, [[1], []], (0,))
+  with pytest.raises(UserError, match='prompt 0 has 13 tokens'):
+    engine.generate(params, [[1] * 13], (0,))
