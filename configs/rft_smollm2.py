@@ -5,8 +5,8 @@
 
 Makes the problems, fine-tunes a reward model from the language model on right and wrong answers, and tunes the policy twice: by the
 reward model's score against the worked answer, and by the rule that compares the last number. Held-out accuracy is
-`evaluation_rule`. Figures and times: docs/rft_smollm2.md. Short: --config.rft.steps=3 --config.synthesis.preference_rows=64
---config.rft.evaluate_prompts=32
+`evaluation_rule`. What was seen of it so far is in docs/log.md. On two CPU cores a step takes about a minute, the reward model 20.
+Short: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
 """
 
 import importlib.util
