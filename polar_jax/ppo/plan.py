@@ -1,0 +1,302 @@
+"""What reinforcement fine-tuning needs of each chip, found by compiling its steps for a TPU slice that is not there.
+
+The functions are those of the loop, compiled for shapes alone: nothing is allocated, and no TPU runtime starts. A compiled function
+says what its arguments, results and temporaries take; beside them lies what the loop holds at that time, which is counted here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from polar_jax import sharding
+from polar_jax.config import Config, ConfigError, ModelConfig, RftConfig
+from polar_jax.data import packing
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.ppo import experience
+from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner, build_actor, build_critic
+from polar_jax.ppo.rollout import RolloutEngine
+from polar_jax.pretrained import abstract_model
+from polar_jax.scoring.scorer import jit_rewards
+from polar_jax.train.step import TrainState
+from polar_jax.types import GroupBatch, PolicyBatch
+
+GIB = 1 << 30
+HBM_GIB = {'v5e': 16, 'v5p': 95, 'v6e': 32}  # of a chip, as Google Cloud states it
+_CANDIDATES = 64  # of a scored row, as `Scorer` has it
+_UPDATES = 1_000  # of a run, which only the learning rate's schedule depends on
+_TOO_MUCH = re.compile(r'Used ([\d.]+)([KMGT]) of')
+
+
+class Call(NamedTuple):
+  """One function of the loop, when the loop calls it."""
+
+  phase: str
+  name: str
+  function: Any  # jitted
+  args: tuple[Any, ...]
+  reads: tuple[str, ...]  # what of the held things are its arguments
+
+
+class Memory(NamedTuple):
+  """Of one call, in bytes of a chip."""
+
+  phase: str
+  name: str
+  argument: int
+  output: int
+  alias: int  # part of the results that takes the place of arguments
+  temporary: int
+  code: int
+  beside: int  # what the loop holds that is no argument
+  seconds: float  # to compile
+  refused: int = 0  # what the compiler said it would need, where it found more than the chip has; else 0
+  failure: str = ''  # why there is nothing compiled, if that is not for want of memory; then only arguments are counted
+
+  @property
+  def peak(self) -> int:
+    """All that is in memory while the function runs."""
+    if self.refused:
+      return self.refused + self.beside
+    return self.argument + self.output - self.alias + self.temporary + self.code + self.beside
+
+
+class Plan(NamedTuple):
+  """`held`: bytes of a chip by name. Those of `PHASE_HOLDS` are there in some phases only, all others always."""
+
+  topology: str
+  mesh: dict[str, int]
+  hbm: int
+  held: dict[str, int]
+  calls: list[Memory]
+
+  @property
+  def phases(self) -> dict[str, int]:
+    """The most that is in memory in each phase."""
+    names = dict.fromkeys(call.phase for call in self.calls)
+    return {name: max(call.peak for call in self.calls if call.phase == name) for name in names}
+
+  @property
+  def peak(self) -> int:
+    return max(self.phases.values())
+
+  @property
+  def fits(self) -> bool:
+    return self.peak <= self.hbm and not any(call.refused for call in self.calls)
+
+
+# What is held in one phase only.
+PHASE_HOLDS = {
+  'rollout': ('sampling weights', 'keys and values'),
+  'update actor': ('actor gradients',),
+  'update critic': ('critic gradients',),
+}
+# Call -> what is held of its results until the phase ends.
+_MAKES = {'prepare': 'sampling weights', 'vacant': 'keys and values'}
+_PASSING = {name for names in PHASE_HOLDS.values() for name in names}
+
+
+def plan(config: Config, topology: str, reward: ModelConfig, log: Callable[[str], None] = lambda _: None) -> Plan:
+  """Compiles every step of PPO for a slice and adds up its memory.
+
+  Args:
+    config: of a run; shapes of policy and critic are those of `model`.
+    topology: chip and slice, such as v5p:4x4x4.
+    reward: shape of the reward model; how it is computed follows `config.model`, as in a run.
+
+  Raises:
+    ConfigError: the chip is not known, the slice does not exist, or the mesh does not fit it.
+  """
+  chip = topology.split(':')[0]
+  if chip not in HBM_GIB:
+    raise ConfigError(f'topology {topology!r}: the chip must be one of {", ".join(HBM_GIB)}, as in v5p:4x4x4')
+  try:
+    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  except Exception as error:
+    raise ConfigError(f'topology {topology!r}: {" ".join(str(error).split())[:200]}') from error
+  mesh = sharding.make_mesh(config.mesh, devices)
+  maker = _Maker(config, reward, mesh)
+  calls = []
+  with jax.set_mesh(mesh), _as_on_a_tpu():
+    for call in maker.calls():
+      there = {name: size for name, size in maker.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
+      beside = sum(size for name, size in there.items() if name not in call.reads)
+      memory, outputs = _compile(call, beside, sum(there.values()) - beside)
+      if call.name in _MAKES:
+        maker.held[_MAKES[call.name]] = outputs or _bytes(jax.eval_shape(call.function, *call.args))
+      calls.append(memory)
+      log(f'{call.phase}: {call.name}: {memory.peak / GIB:.1f} GiB, compiled in {memory.seconds:.0f} s')
+  return Plan(topology, dict(mesh.shape), HBM_GIB[chip] * GIB, maker.held, calls)
+
+
+class _Maker:
+  """The calls of a step in their order, and what the loop holds, in bytes of a chip."""
+
+  def __init__(self, config: Config, reward: ModelConfig, mesh: Mesh):
+    self._c, self._model, self._mesh = config.rft, config.model, mesh
+    compute = {name: getattr(config.model, name) for name in ('compute_dtype', 'attention', 'remat', 'scan_unroll')}
+    self._reward_model = ModelConfig(**{**vars(reward), **compute})
+    c = self._c
+    self._actor = build_actor(config.model, c, _UPDATES, mesh)
+    critic = c.method == 'ppo' and c.advantage == 'gae'
+    self._critic = build_critic(config.model, c, _UPDATES, mesh) if critic else None
+    abstract = lambda model, head: sharding.abstract_params(abstract_model(model, head), mesh, config.model.compute_dtype)
+    tracked = c.track_kl or (c.method == 'ppo' and c.kl_in != 'none')
+    self._start = abstract(config.model, 'lm') if tracked else None
+    local = c.reward.model_weight != 0 and c.reward.source == 'model'
+    self._reward = abstract(self._reward_model, 'reward') if local else None
+    self.held: dict[str, int] = {}
+    for name, learner in (('actor', self._actor), ('critic', self._critic)):
+      if learner is not None:
+        self.held[f'{name} parameters'] = _bytes(learner.abstract.params)
+        self.held[f'{name} moments'] = _bytes(learner.abstract.opt_state)
+        self.held[f'{name} gradients'] = _bytes(learner.abstract.params)
+    for name, params in (('frozen start', self._start), ('reward model', self._reward)):
+      if params is not None:
+        self.held[name] = _bytes(params)
+
+  def calls(self) -> Iterator[Call]:
+    if self._c.method == 'ppo':
+      yield from self._rollout()
+    if self._reward is not None:
+      yield self._scoring()
+    yield from self._reading()
+    yield from self._learning('actor', self._actor, ActorTargets)
+    if self._critic is not None:
+      yield from self._learning('critic', self._critic, CriticTargets)
+
+  def _rollout(self) -> Iterator[Call]:
+    engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
+    f, c = engine._functions, engine._config
+    prompts = [[0] * c.max_prompt] * c.slots
+    entering = engine._pack(prompts, np.full(c.slots, c.max_new, np.int32), deque(range(c.slots)), np.full(c.slots, -1))
+    params = self._actor.abstract.params
+    weights, slots = jax.eval_shape(f.prepare, params), jax.eval_shape(f.vacant)
+    yield Call('rollout', 'prepare', f.prepare, (params,), ('actor parameters', 'sampling weights', 'keys and values'))
+    yield Call('rollout', 'vacant', f.vacant, (), ('keys and values',))
+    read = ('sampling weights', 'keys and values')
+    yield Call('rollout', 'admit', f.admit, (weights, slots, jax.tree.map(_shape, entering)), read)
+    key, leave = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+    yield Call('rollout', 'advance', f.advance, (weights, slots, key, leave), read)
+
+  def _scoring(self) -> Call:
+    c = self._c
+    shards = sharding.batch_shards(self._mesh)
+    rows, length = -(-c.reward.rows // shards) * shards, scored_row_length(c)
+    tokens, ends = (self._array((rows, width), jnp.int32) for width in (length, _CANDIDATES))
+    batch = GroupBatch(**{name: ends if name.endswith('_BQ') else tokens for name in GroupBatch._fields})
+    score = jit_rewards(RewardModel.score, self._reward_model, self._mesh)
+    return Call('reward', 'score', score, (self._reward, batch), ('reward model',))
+
+  def _reading(self) -> Iterator[Call]:
+    batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
+    yield Call('logprobs', 'read actor', self._actor.read, (self._actor.abstract.params, batch), ('actor parameters',))
+    if self._start is not None:
+      yield Call('logprobs', 'read start', self._actor.read, (self._start, batch), ('frozen start',))
+    if self._critic is not None:
+      yield Call('logprobs', 'read critic', self._critic.read, (self._critic.abstract.params, batch), ('critic parameters',))
+
+  def _learning(self, name: str, learner: Learner, targets: Any) -> Iterator[Call]:
+    state: TrainState = learner.abstract
+    batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
+    known = targets(**dict.fromkeys(targets._fields, self._tokens(jnp.float32)))
+    _, sums = jax.eval_shape(learner.zeros, state.params)
+    phase, scalar = f'update {name}', jax.ShapeDtypeStruct((), jnp.float32)
+    params, grads = f'{name} parameters', f'{name} gradients'
+    # Gradients have the layout and type of the parameters.
+    yield Call(phase, 'accumulate', learner.accumulate, (state.params, sums, state.params, batch, known, scalar), (params, grads))
+    yield Call(phase, 'apply', learner.apply, (state, state.params), (params, grads, f'{name} moments'))
+
+  def _tokens(self, dtype: Any) -> jax.ShapeDtypeStruct:
+    c = self._c
+    length = c.row_length or -(-(c.rollout.max_prompt + c.rollout.max_new) // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
+    return self._array((experience.rows_of_batch(c, self._mesh), length), dtype)
+
+  def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self._mesh))
+
+
+def scored_row_length(config: RftConfig) -> int:
+  """Tokens of a scored row. A run measures its prompts; here a prompt has the most tokens, and a reference as many as an answer."""
+  prompt, answer = config.rollout.max_prompt, config.rollout.max_new
+  # The prompt stands there twice, before the reference and before the answer, which may become longer in another tokenizer.
+  return config.reward.row_length or -(-(2 * prompt + answer + 2 * answer) // 128) * 128
+
+
+def _compile(call: Call, beside: int, held: int) -> tuple[Memory, int]:
+  """(what the compiler says of a call, bytes of its results). `held`: those of its arguments that the loop holds."""
+  began = time.perf_counter()
+  try:
+    found = call.function.lower(*call.args).compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    used, nothing = _TOO_MUCH.search(str(error)), Memory(call.phase, call.name, 0, 0, 0, 0, 0, beside, time.perf_counter() - began)
+    if 'RESOURCE_EXHAUSTED' in str(error) and used:
+      return nothing._replace(refused=int(float(used[1]) * 1024 ** ('KMGT'.index(used[2]) + 1))), 0
+    return nothing._replace(argument=held, failure=' '.join(str(error).split())[:300]), 0
+  seconds = time.perf_counter() - began
+  sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes, found.temp_size_in_bytes)
+  return Memory(call.phase, call.name, *sizes, found.generated_code_size_in_bytes, beside, seconds), found.output_size_in_bytes
+
+
+@contextlib.contextmanager
+def _as_on_a_tpu() -> Iterator[None]:
+  """The package chooses kernels by the default backend, which here is a CPU's."""
+  with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
+    yield
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _bytes(tree: Any) -> int:
+  """Of a device; what has no layout counts in full."""
+  local = lambda a: a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
+  return sum(math.prod(local(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def table(found: Plan) -> list[str]:
+  """Lines for people, in Markdown. GiB of a chip."""
+  show = lambda size: f'{size / GIB:.2f}'
+  mesh = ', '.join(f'{axis} {size}' for axis, size in found.mesh.items() if size > 1)
+  lines = [f'{found.topology}: mesh {mesh or "of one chip"}; {found.hbm // GIB} GiB a chip', '']
+  lines += ['| held | GiB | when |', '|---|---|---|']
+  when = {name: phase for phase, names in PHASE_HOLDS.items() for name in names}
+  lines += [f'| {name} | {show(size)} | {when.get(name, "always")} |' for name, size in found.held.items()]
+  columns = ('phase', 'function', 'arguments', 'temporary', 'new results', 'code', 'held beside', 'in all', 'seconds to compile')
+  lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
+  for m in found.calls:
+    parts = [show(x) for x in (m.argument, m.temporary, m.output - m.alias, m.code)] if not m.refused else ['refused'] * 4
+    parts = [parts[0], *['not compiled'] * 3] if m.failure else parts
+    lines.append(f'| {m.phase} | {m.name} | {" | ".join(parts)} | {show(m.beside)} | {show(m.peak)} | {m.seconds:.0f} |')
+  most = max(found.phases, key=lambda phase: found.phases[phase])
+  verdict = 'fits' if found.fits else 'does not fit'
+  lines += [f'not compiled: {m.phase}: {m.name}: {m.failure}' for m in found.calls if m.failure]
+  return [*lines, '', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+  """The same for programs: sizes in bytes of a chip."""
+  return {
+    'topology': found.topology,
+    'mesh': found.mesh,
+    'hbm': found.hbm,
+    'held': found.held,
+    'calls': [{**call._asdict(), 'peak': call.peak} for call in found.calls],
+    'phases': found.phases,
+    'peak': found.peak,
+    'fits': found.fits,
+    'compile_seconds': round(sum(call.seconds for call in found.calls), 1),
+  }

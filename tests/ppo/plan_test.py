@@ -1,0 +1,67 @@
+"""The plan of a run for a slice: a tiny model's steps, compiled for chips that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+from polar_jax.config import default_config
+
+
+def get_config():
+  config = default_config()
+  config.stage = 'rft'
+  config.model.update(dict(vocab_size=512, num_layers=2, d_model=256, d_ff=512, num_heads=2, num_kv_heads=2, head_dim=128))
+  config.model.compute_dtype = 'bfloat16'
+  config.model.remat = 'full'
+  config.mesh.fsdp, config.mesh.tensor = 2, 2
+  config.rft.rows = 4
+  config.rft.row_length = 512
+  config.rft.reward.row_length = 512
+  config.rft.rollout.max_prompt = 128
+  config.rft.rollout.max_new = 128
+  config.rft.rollout.slots = 8
+  return config
+"""
+
+
+def plan_of(folder: pathlib.Path, *settings: str) -> dict:
+  """In a process of its own: libtpu reads its environment once."""
+  (folder / 'tiny.py').write_text(CONFIG)
+  command = [
+    sys.executable,
+    ROOT / 'benchmarks' / 'rft_plan.py',
+    f'--config={folder / "tiny.py"}',
+    '--topology=v5e:2x2',
+    '--reward=smollm2_135m',
+  ]
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
+  small = plan_of(tmp_path)
+  names = [(call['phase'], call['name']) for call in small['calls']]
+  learned = [(f'update {model}', name) for model in ('actor', 'critic') for name in ('accumulate', 'apply')]
+  read = [('logprobs', f'read {model}') for model in ('actor', 'start', 'critic')]
+  assert names == [*(('rollout', name) for name in ('prepare', 'vacant', 'admit', 'advance')), ('reward', 'score'), *read, *learned]
+  assert all(call['peak'] > call['beside'] > 0 for call in small['calls'])
+  assert all(size > 0 for size in small['held'].values())
+  # Two moments of Adam; frozen weights in half the bytes of the trained ones.
+  assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=16)
+  assert small['held']['frozen start'] == small['held']['actor parameters'] / 2
+  assert small['fits'] and small['peak'] == max(small['phases'].values()) < small['hbm'] == 16 << 30
+
+  large = plan_of(tmp_path, '--config.rft.rows=65536')
+  assert not large['fits'] and max(large['phases'], key=large['phases'].get) in ('logprobs', 'update actor', 'update critic')
