@@ -67,8 +67,8 @@ class KVCache(NamedTuple):
     k_LBKSH, v_LBKSH = put(self.k_LBKSH, recent.k_LBKMH, self.length_B), put(self.v_LBKSH, recent.v_LBKMH, self.length_B)
     return KVCache(k_LBKSH, v_LBKSH, self.length_B + count_B)
 
-  def attend(self, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> jax.Array:
-    """Attention (B, N, H) of one token of each row over the row's tokens in `layer`, the first `step` of `recent`, and itself.
+  def attend(self, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array) -> jax.Array:
+    """Attention (B, N, H) of token number `step` of `recent` over the row's tokens in `layer`, and over `recent` up to itself.
 
     Reads the filled slots only, in blocks with an online softmax (Milakov and Gimelshein, 2018).
     """
@@ -76,8 +76,7 @@ class KVCache(NamedTuple):
     rows = sharding.RULES['batch']
     new = PartitionSpec(rows, heads)
     here = (KVCache._make((cached, cached, PartitionSpec(rows))), PartitionSpec(), Recent._make((cached, cached)), PartitionSpec())
-    call = _on_mesh(_attend, (*here, new, new, new), new)
-    return call(self, jnp.asarray(layer), recent, jnp.asarray(step), q_BNH, k_BKH, v_BKH)
+    return _on_mesh(_attend, (*here, new), new)(self, jnp.asarray(layer), recent, jnp.asarray(step), q_BNH)
 
   def _specs(self) -> tuple[PartitionSpec, str | None]:
     return spec(self.k_LBKSH.shape[2]), _head_axis(self.k_LBKSH.shape[2])
@@ -97,10 +96,11 @@ class Recent(NamedTuple):
     """Tokens of a row."""
     return self.k_LBKMH.shape[3]
 
-  def put(self, step: jax.Array, k_LBKH: jax.Array, v_LBKH: jax.Array) -> Recent:
-    """With token number `step` of every row."""
-    put = lambda all_LBKMH, new_LBKH: jax.lax.dynamic_update_index_in_dim(all_LBKMH, new_LBKH.astype(all_LBKMH.dtype), step, axis=3)
-    return Recent(put(self.k_LBKMH, k_LBKH), put(self.v_LBKMH, v_LBKH))
+  def put(self, layer: jax.Array, step: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> Recent:
+    """With the keys and values of one layer of token number `step` of every row."""
+    at = (layer, 0, 0, step, 0)
+    put = lambda all_LBKMH, new_BKH: jax.lax.dynamic_update_slice(all_LBKMH, new_BKH[None, :, :, None].astype(all_LBKMH.dtype), at)
+    return Recent(put(self.k_LBKMH, k_BKH), put(self.v_LBKMH, v_BKH))
 
 
 def spec(num_kv_heads: int) -> PartitionSpec:
@@ -146,18 +146,14 @@ def _rows_at_a_time(batch: int) -> int:
   return 1 if jax.default_backend() == 'cpu' else batch
 
 
-def _attend(
-  cache: KVCache, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array
-) -> jax.Array:
+def _attend(cache: KVCache, layer: jax.Array, recent: Recent, step: jax.Array, q_BNH: jax.Array) -> jax.Array:
   batch, heads, head_dim = q_BNH.shape
-  kv_heads = k_BKH.shape[1]
+  kv_heads = recent.k_LBKMH.shape[2]
   q_BKGH = q_BNH.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
-  # The token itself is the first key of the online softmax.
-  peak_BKG = _dot('BKGH,BKH->BKG', q_BKGH, k_BKH)
-  out_BKGH = jnp.broadcast_to(v_BKH[:, :, None].astype(jnp.float32), q_BKGH.shape)
-  state: tuple[jax.Array, ...] = (out_BKGH, peak_BKG, jnp.ones_like(peak_BKG))
+  out_BKGH = jnp.zeros(q_BKGH.shape, jnp.float32)
   k_BKMH, v_BKMH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in recent)
-  state = _more_keys(state, q_BKGH, k_BKMH, v_BKMH, jnp.broadcast_to(step, batch))
+  start = (out_BKGH, jnp.full(q_BKGH.shape[:3], EMPTY), jnp.zeros(q_BKGH.shape[:3]))
+  state = _more_keys(start, q_BKGH, k_BKMH, v_BKMH, jnp.broadcast_to(step + 1, batch))
   some = _rows_at_a_time(batch)
   size = (1, some, kv_heads, BLOCK, head_dim)
 

@@ -30,8 +30,8 @@ class LanguageModel(nnx.Module):
     self, token_B: jax.Array, cache: KVCache, recent: Recent, step: jax.Array, blocks: Sequence[Block] | None = None
   ) -> tuple[jax.Array, Recent]:
     """Logits (B, V) of what follows one more token of each row, number `step` of `recent`, and `recent` with it."""
-    hidden_BD, k_LBKH, v_LBKH = self.decoder.next(token_B, cache, recent, step, blocks)
-    return self.logits(hidden_BD[:, None])[:, 0], recent.put(step, k_LBKH, v_LBKH)
+    hidden_BD, recent = self.decoder.next(token_B, cache, recent, step, blocks)
+    return self.logits(hidden_BD[:, None])[:, 0], recent
 
   def logits(self, hidden_BTD: jax.Array) -> jax.Array:
     """(B, T, V) in float32 of hidden states."""

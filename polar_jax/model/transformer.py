@@ -84,12 +84,13 @@ class Block(nnx.Module):
 
   def next(
     self, x_B1D: jax.Array, rows: Rows, cache: KVCache, recent: Recent, step: jax.Array, layer: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `Decoder.next`, of layer `layer`: the output (B, 1, D), and the token's key and value (B, K, H)."""
+  ) -> tuple[jax.Array, Recent]:
+    """As `Decoder.next`, of layer `layer` alone: the output (B, 1, D), and `recent`."""
     h_B1D = rms_norm(x_B1D, self.attention_norm[...], self.config.norm_eps)
     k_B1KH, v_B1KH = self._keys_and_values(h_B1D, rows)
-    mixed_BNH = cache.attend(layer, recent, step, self._queries(h_B1D, rows)[:, 0], k_B1KH[:, 0], v_B1KH[:, 0])
-    return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), k_B1KH[:, 0], v_B1KH[:, 0]
+    recent = recent.put(layer, step, k_B1KH[:, 0], v_B1KH[:, 0])
+    mixed_BNH = cache.attend(layer, recent, step, self._queries(h_B1D, rows)[:, 0])
+    return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), recent
 
   def _keys_and_values(self, h_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
     k_BTKH, v_BTKH = project(h_BTD, self.wk[...], bias=self.bk), project(h_BTD, self.wv[...], bias=self.bv)
@@ -164,29 +165,27 @@ class Decoder(nnx.Module):
 
   def next(
     self, token_B: jax.Array, cache: KVCache, recent: Recent, step: jax.Array, blocks: Sequence[Block] | None = None
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normed hidden states (B, D) of one token behind those in `cache` and the first `step` of `recent`.
+  ) -> tuple[jax.Array, Recent]:
+    """Normed hidden states (B, D) of one token behind those in `cache` and the first `step` of `recent`, and `recent` with it.
 
-    And the token's keys and values (L, B, K, H), for `Recent.put`. `blocks`: what that method gave.
+    `blocks`: what that method gave.
     """
     c = self.config
     rows = Rows((cache.length_B + step)[:, None], (), c)
-    x_B1D = self._embed(token_B[:, None])
-    if blocks is not None:
-      cached = []
-      for layer, block in enumerate(blocks):
-        x_B1D, *new = block.next(x_B1D, rows, cache, recent, step, jnp.int32(layer))
-        cached.append(new)
-      k_LBKH, v_LBKH = (jnp.stack(new) for new in zip(*cached, strict=True))
+    state = self._embed(token_B[:, None]), recent
+
+    def body(state, indexed):
+      block, layer = indexed
+      x_B1D, recent = state
+      return block.next(x_B1D, rows, cache, recent, step, layer), None
+
+    if blocks is None:
+      state, _ = jax.lax.scan(body, state, (self.layers, jnp.arange(c.num_layers)), unroll=c.scan_unroll)
     else:
-
-      def body(x_B1D, indexed):
-        block, layer = indexed
-        x_B1D, *new = block.next(x_B1D, rows, cache, recent, step, layer)
-        return x_B1D, new
-
-      x_B1D, (k_LBKH, v_LBKH) = jax.lax.scan(body, x_B1D, (self.layers, jnp.arange(c.num_layers)), unroll=c.scan_unroll)
-    return rms_norm(x_B1D, self.norm[...], c.norm_eps)[:, 0], k_LBKH, v_LBKH
+      for layer, block in enumerate(blocks):
+        state, _ = body(state, (block, jnp.int32(layer)))
+    x_B1D, recent = state
+    return rms_norm(x_B1D, self.norm[...], c.norm_eps)[:, 0], recent
 
   def _embed(self, tokens_BT: jax.Array) -> jax.Array:
     # Gathered over fsdp before the look-up: else the partitioner replicates the activations of the whole batch.

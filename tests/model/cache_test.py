@@ -118,15 +118,14 @@ def test_more_than_one_block_of_keys():
   kv, query = (2, 3, 2, 2 * cache.BLOCK, 6), rng.normal(size=(3, 4, 6)).astype(np.float32)
   keys, values = (rng.normal(size=kv).astype(np.float32) for _ in range(2))
   recent = cache.Recent(*(rng.normal(size=(2, 3, 2, 5, 6)).astype(np.float32) for _ in range(2)))
-  own_k, own_v = (rng.normal(size=(3, 2, 6)).astype(np.float32) for _ in range(2))
   length = np.array([cache.BLOCK + 9, 0, cache.BLOCK], np.int32)
   attend = jax.jit(lambda memory, *rest: memory.attend(*rest))
-  got = attend(cache.KVCache(keys, values, length), 1, recent, 3, query, own_k, own_v)
+  got = attend(cache.KVCache(keys, values, length), 1, recent, 3, query)
   for b, head in np.ndindex(3, 4):
-    join = lambda old, new, own, b=b, k=head // 2: np.concatenate([old[1, b, k, : length[b]], new[1, b, k, :3], own[b, k][None]])
-    scores = join(keys, recent.k_LBKMH, own_k) @ query[b, head] / 6**0.5
+    join = lambda old, new, b=b, k=head // 2: np.concatenate([old[1, b, k, : length[b]], new[1, b, k, :4]])
+    scores = join(keys, recent.k_LBKMH) @ query[b, head] / 6**0.5
     weights = np.exp(scores - scores.max())
-    np.testing.assert_allclose(got[b, head], weights @ join(values, recent.v_LBKMH, own_v) / weights.sum(), atol=1e-5)
+    np.testing.assert_allclose(got[b, head], weights @ join(values, recent.v_LBKMH) / weights.sum(), atol=1e-5)
 
 
 def test_greedy_is_the_likeliest_token_of_the_full_forward(model, prompts):
