@@ -101,7 +101,7 @@ class Trainer:
         self._evaluate()
       while self.step < run.steps and not alarmed:
         with self._saving_if_the_server_fails():
-          row, batch_of_samples = self._one_step()
+          row, batch_of_samples = self.one_step()
         self.step += 1
         self.history.append(row)
         self.metrics.write(row)
@@ -127,7 +127,7 @@ class Trainer:
         raise Preempted(run.name, self.step)
     return summary
 
-  def _one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  def one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(metrics, samples) of one step; only its last part, the updates, changes the state of the models."""
     run, c, clock = self.run, self.run.config, _Clock()
     prompts, rollouts = self._answer()

@@ -58,7 +58,8 @@ def make_context(world) -> Callable[..., stages.Context]:
   return make
 
 
-@pytest.fixture(scope='session', autouse=True)
+# For the modules of this folder alone: a process that runs several files keeps what a whole session sets.
+@pytest.fixture(scope='module', autouse=True)
 def known_peak():
   """The CPU's peak is not measured anew for every run."""
   with pytest.MonkeyPatch.context() as patch:
@@ -66,12 +67,18 @@ def known_peak():
     yield
 
 
-@pytest.fixture(scope='session', autouse=True)
-def compile_once(tmp_path_factory):
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory) -> pathlib.Path:
+  """Where compiled functions are kept."""
+  return tmp_path_factory.mktemp('compiled')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(compiled):
   """Runs of the same shape share their compiled functions: compiling is most of the time of a short run."""
   names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
   old = [getattr(jax.config, name) for name in names]
-  for name, value in zip(names, (str(tmp_path_factory.mktemp('compiled')), 0), strict=True):
+  for name, value in zip(names, (str(compiled), 0), strict=True):
     jax.config.update(name, value)
   yield
   for name, value in zip(names, old, strict=True):
