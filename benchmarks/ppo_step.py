@@ -1,20 +1,22 @@
-"""Where the time of a PPO step goes: rollout, reward, log-probabilities and values, updates; and whether anything is compiled again.
+"""Where the time of a PPO step goes, and whether any step after the first compiles something.
 
-  python benchmarks/ppo_step.py
+    python benchmarks/ppo_step.py
 
-Random weights: a policy of about 3.5M parameters on bytes, a critic and a reward model of the same shape; 32 prompts, 4 answers to
-each of up to 64 tokens. Once with a critic (GAE), once with groups of answers in its place (GRPO). A few minutes on two CPU cores.
+A policy of 3.3M parameters on bytes, random weights, a reward model of its size, and a critic where advantages are GAE; 16 prompts a
+step, 4 answers to each of at most 64 tokens, every answer scored under a shuffled reference too. The two runs take turns; the last
+line is a JSON object. What is compiled late is named: reading prompts (`admit`) is compiled for every power of two of their rows'
+length, each when it first occurs.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import argparse
+import dataclasses
 import pathlib
 import statistics
 import tempfile
-
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+from collections.abc import Sequence
+from typing import Any
 
 from polar_jax.malloc import keep_freed_memory
 
@@ -23,6 +25,7 @@ keep_freed_memory()
 import jax
 import jax.monitoring
 import numpy as np
+import timing
 from flax import nnx
 
 from polar_jax import sharding
@@ -31,91 +34,123 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.ppo import loop
+from polar_jax.ppo.loop import Trainer
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.reward import Mixture, ModelReward
 from polar_jax.ppo.run import Run
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.train.metrics import read_metrics
 from polar_jax.types import Prompt
 
-STEPS = 7  # the first compiles
 PHASES = ('rollout', 'reward', 'logprobs', 'update')
 MODEL = ModelConfig(
-  vocab_size=261, num_layers=4, d_model=256, d_ff=768, num_heads=4, num_kv_heads=2, head_dim=64, v_head_init='normal', scan_unroll=4
+  vocab_size=ByteTokenizer.vocab_size,
+  num_layers=4,
+  d_model=256,
+  d_ff=768,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=64,
+  v_head_init='normal',
+  scan_unroll=4,
 )
+CONFIG = RftConfig(
+  prompts=16,
+  samples=4,
+  rows=4,
+  row_length=512,
+  rollout=RolloutConfig(max_prompt=128, max_new=64, slots=32),
+  reward=RewardConfig(rows=8, row_length=768),
+)
+# A random policy stops after some 30 tokens: answers differ in length, as they do in earnest.
+STOP_IDS = (ByteTokenizer.eos_id, *range(5))
 
 
-def make_run(folder: pathlib.Path, mesh: jax.sharding.Mesh, advantage: str) -> Run:
-  """A run on prompts of random letters."""
-  tokenizer, rng = ByteTokenizer(), np.random.default_rng(0)
-  text = lambda low, high: bytes(rng.integers(97, 123, int(rng.integers(low, high))).tolist()).decode()
-  prompts = [Prompt(text(20, 100), text(20, 60)) for _ in range(256)]
-  config = RftConfig(
-    steps=STEPS,
-    prompts=32,
-    samples=4,
-    advantage=advantage,
-    rows=4,
-    row_length=512,
-    rollout=RolloutConfig(max_prompt=128, max_new=64, slots=64),
-    reward=RewardConfig(),
-  )
-  params = lambda kind: jax.jit(lambda: nnx.to_pure_dict(nnx.state(kind(MODEL, rngs=nnx.Rngs(0)), nnx.Param)))()
-  scorer = Scorer(params(RewardModel), MODEL, Template(TemplateConfig(), tokenizer), mesh, row_length=768, rows=8)
-  return Run(
-    name=advantage,
-    folder=folder / advantage,
-    config=config,
-    model=MODEL,
-    checkpointing=CheckpointingConfig(every_steps=1_000, keep_best=0),
-    mesh=mesh,
-    seed=0,
-    prompts=PolicyPrompts(prompts, tokenizer, None, 128),
-    held_out=None,
-    tokenizer=tokenizer,
-    stop_ids=(tokenizer.eos_id,),
-    reward=Mixture({'model': (1.0, ModelReward(scorer, config.reward))}, strip_thinking=True),
-    start=lambda: params(LanguageModel),
-    fingerprint={'objective': 'next_token'},
-    log=lambda message: None,
-  )
+class Letters(ByteTokenizer):
+  """A letter for every token. Random bytes are no UTF-8: the signs that replace them would make each answer three times as long."""
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    return ''.join(chr(97 + i % 26) for i in ids)
 
 
-def measure(advantage: str, mesh: jax.sharding.Mesh) -> dict[str, float]:
-  """Medians over the steps after the first, and how much was compiled during them."""
-  compiled: list[float] = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, seconds, **_: compiled.append(seconds) if event.endswith('backend_compile_duration') else None
-  )
-  with tempfile.TemporaryDirectory() as folder:
-    run = make_run(pathlib.Path(folder), mesh, advantage)
-    with jax.set_mesh(mesh):
-      trainer = loop.Trainer(run)
-      rows = []
-      for step in range(STEPS):
-        if step == 1:
-          compiled.clear()
-        rows.append(trainer.one_step()[0])
-        trainer.step += 1
-      again = len(compiled)
-      trainer.close()
-    assert not read_metrics(run.folder)  # nothing but steps was timed
-  found = {phase: statistics.median(row[f'seconds_{phase}'] for row in rows[1:]) for phase in PHASES}
-  total = statistics.median(row['step_seconds'] for row in rows[1:])
-  tokens = statistics.median(row['tokens_per_second'] for row in rows[1:])
-  return {**found, 'step': total, 'tokens_per_second': tokens, 'compilations_after_the_first_step': again}
+class Steps:
+  """The steps of one run: each phase's seconds, and the functions that were compiled after the first step."""
+
+  def __init__(self, advantage: str, scorer: Scorer, mesh: jax.sharding.Mesh, folder: pathlib.Path, steps: int):
+    config = dataclasses.replace(CONFIG, advantage=advantage, steps=steps)
+    tokenizer, rng = Letters(), np.random.default_rng(0)
+    words = lambda low, high: tokenizer.decode(rng.integers(0, 26, int(rng.integers(low, high))).tolist())
+    run = Run(
+      name=advantage,
+      folder=folder / advantage,
+      config=config,
+      model=MODEL,
+      checkpointing=CheckpointingConfig(),
+      mesh=mesh,
+      seed=0,
+      prompts=PolicyPrompts([Prompt(words(20, 100), words(20, 60)) for _ in range(256)], tokenizer, None, config.rollout.max_prompt),
+      held_out=None,
+      tokenizer=tokenizer,
+      stop_ids=STOP_IDS,
+      reward=Mixture({'model': (1.0, ModelReward(scorer, config.reward))}, strip_thinking=True),
+      start=lambda: draw(LanguageModel, 0),
+      fingerprint={},
+      log=print,
+    )
+    self.trainer, self.rows, self.compiled = Trainer(run), list[dict[str, Any]](), list[str]()
+    self.recording = False
+    jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+  def _heard(self, event: str, seconds: float, **about: Any) -> None:
+    if self.recording and event == '/jax/core/compile/backend_compile_duration':
+      self.compiled.append(str(about.get('fun_name', '?')))
+
+  def step(self) -> float:
+    self.recording = bool(self.rows)
+    row, _ = self.trainer.one_step()
+    self.recording = False
+    self.trainer.step += 1
+    self.rows.append(row)
+    return row['step_seconds']
+
+  def median(self, key: str) -> float:
+    """Over the steps after the first."""
+    return statistics.median(row[key] for row in self.rows[1:])
+
+
+def draw(kind: type[nnx.Module], seed: int) -> Any:
+  """Random parameters."""
+  return jax.jit(lambda: nnx.to_pure_dict(nnx.state(kind(MODEL, rngs=nnx.Rngs(params=seed)), nnx.Param)))()
 
 
 def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--rounds', type=int, default=5, help='steps of each run after the first')
+  args = parser.parse_args()
   mesh = sharding.make_mesh(MeshConfig())
-  results = {advantage: measure(advantage, mesh) for advantage in ('gae', 'grpo')}
-  print('| | ' + ' | '.join(PHASES) + ' | step, s | answer tokens/s | compiled again |')
-  print('|---' * (len(PHASES) + 4) + '|')
-  for name, r in results.items():
-    shares = ' | '.join(f'{100 * r[phase] / r["step"]:.0f}%' for phase in PHASES)
-    print(f'| {name} | {shares} | {r["step"]:.2f} | {r["tokens_per_second"]:,.0f} | {r["compilations_after_the_first_step"]} |')
-  print(json.dumps({'steps': STEPS - 1, 'results': results}))
+  with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+    template, c = Template(TemplateConfig(), Letters()), CONFIG.reward
+    scorer = Scorer(draw(RewardModel, 1), MODEL, template, mesh, row_length=c.row_length, rows=c.rows)
+    runs = {name: Steps(name, scorer, mesh, pathlib.Path(folder), args.rounds + 1) for name in ('gae', 'grpo')}
+    seconds = timing.alternate({name: run.step for name, run in runs.items()}, args.rounds)
+    for run in runs.values():
+      run.trainer.close()
+  parameters = sum(p.size for p in jax.tree.leaves(runs['gae'].trainer.actor_state.params))
+  answers = CONFIG.prompts * CONFIG.samples
+  print(f'{parameters / 1e6:.1f}M parameters each, {answers} answers a step, {len(mesh.devices.flat)} x {mesh.devices.flat[0].device_kind}')
+  rows, figures = [], {}
+  for name, run in runs.items():
+    share = {p: statistics.median(row[f'seconds_{p}'] / row['step_seconds'] for row in run.rows[1:]) for p in PHASES}
+    speed, length = run.median('tokens_per_second'), run.median('length')
+    again = len(run.compiled)
+    shares = (f'{100 * s:.0f}%' for s in share.values())
+    rows.append((name, timing.milliseconds(seconds[name]), *shares, f'{speed:,.0f}', f'{length:.1f}', again))
+    figures[name] = {f'share_{p}': round(s, 3) for p, s in share.items()}
+    figures[name] |= {'seconds': round(statistics.median(seconds[name]), 3), 'tokens_per_second': round(speed, 1), 'compiled_again': again}
+  print(timing.table(('run', 'ms a step: median [range]', *PHASES, 'tokens/s', 'length', 'compiled again'), rows))
+  for name, run in runs.items():
+    if run.compiled:
+      print(f'{name}: compiled after the first step: {", ".join(run.compiled)}')
+  timing.report(**figures, parameters=parameters, answers=answers, rounds=args.rounds)
 
 
 if __name__ == '__main__':
