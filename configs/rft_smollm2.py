@@ -5,8 +5,8 @@
 
 Makes the problems, fine-tunes a reward model from the language model on right and wrong answers, and tunes the policy twice: by the
 reward model's score against the worked answer, and by the rule that compares the last number. Held-out accuracy is
-`evaluation_rule`. What was seen of it so far is in docs/log.md. On two CPU cores a step takes about a minute, the reward model 20.
-Short: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
+`evaluation_rule`: 13.0% before, 57.0% after 40 steps by the reward model and 46.0% by the rule, on 200 problems (docs/rft_smollm2.md).
+Two CPU cores: about two hours. Short: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
 """
 
 import importlib.util

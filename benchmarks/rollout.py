@@ -1,0 +1,187 @@
+"""Tokens a second of rollouts, beside transformers' generate in static batches and its continuous batching.
+
+    pip install -e '.[bench]' && python benchmarks/rollout.py
+
+One Llama of 26M parameters with the same weights in both, float32, two threads, sampling at temperature 1, no stop tokens: every
+answer has a length that is given. Lengths as drawn from a chat model's answers (log-normal, mean near 160 tokens, a long tail), or
+with --responses=FILE those of real responses (a .jsonl.gz with `response`, and a --tokenizer=tokenizer.json); and a fixed length.
+All run in turns; the last line is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+THREADS = 2
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
+if hasattr(os, 'sched_setaffinity'):  # XLA has no other way to be told how many threads to use
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+
+from polar_jax.malloc import keep_freed_memory
+
+keep_freed_memory()
+
+import gzip
+import json
+import pathlib
+
+import jax
+import numpy as np
+import timing
+import torch
+import transformers
+from flax import nnx
+
+from polar_jax import sharding
+from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig, TokenizerConfig
+from polar_jax.data.tokenizer import load_tokenizer
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.ppo.rollout import RolloutEngine
+
+MODEL = ModelConfig(
+  vocab_size=8_192, num_layers=8, d_model=512, d_ff=1_248, num_heads=8, num_kv_heads=4, head_dim=64, rope_theta=1e4, scan_unroll=8
+)
+LONGEST_PROMPT, LONGEST = 128, 512
+
+
+def torch_model(params: dict[str, Any]) -> transformers.LlamaForCausalLM:
+  """Llama with our parameters, attention by sdpa."""
+  c, decoder, layers = MODEL, params['decoder'], params['decoder']['layers']
+  model = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=c.vocab_size,
+      hidden_size=c.d_model,
+      intermediate_size=c.d_ff,
+      num_hidden_layers=c.num_layers,
+      num_attention_heads=c.num_heads,
+      num_key_value_heads=c.num_kv_heads,
+      head_dim=c.head_dim,
+      rope_theta=c.rope_theta,
+      rms_norm_eps=c.norm_eps,
+      max_position_embeddings=4_096,
+      tie_word_embeddings=False,
+      attn_implementation='sdpa',
+    )
+  )
+  names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}
+  tensors = {
+    'model.embed_tokens.weight': decoder['embedding'],
+    'model.norm.weight': decoder['norm'],
+    'lm_head.weight': params['lm_head'],
+  }
+  for i in range(c.num_layers):
+    at = f'model.layers.{i}.'
+    tensors |= {f'{at}{theirs}.weight': layers[ours][i].reshape(c.d_model, -1).T for ours, theirs in names.items()}
+    tensors[f'{at}self_attn.o_proj.weight'] = layers['wo'][i].reshape(-1, c.d_model).T
+    tensors[f'{at}mlp.down_proj.weight'] = layers['w_down'][i].T
+    tensors[f'{at}input_layernorm.weight'] = layers['attention_norm'][i]
+    tensors[f'{at}post_attention_layernorm.weight'] = layers['mlp_norm'][i]
+  model.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
+  return model.float().eval()
+
+
+class _Limits(transformers.StoppingCriteria):
+  """Each row ends at its own length."""
+
+  def __init__(self, width: int, limits: Sequence[int]):
+    self._ends = torch.tensor([width + n for n in limits])
+
+  def __call__(self, input_ids, scores, **_: Any):
+    return input_ids.shape[1] >= self._ends
+
+
+def static(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]], limits: Sequence[int], batch: int) -> None:
+  """generate, `batch` prompts at a time, padded on the left; a batch ends with its longest answer."""
+  for low in range(0, len(prompts), batch):
+    rows, most = prompts[low : low + batch], limits[low : low + batch]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    with torch.inference_mode():
+      model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=max(most),
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=transformers.StoppingCriteriaList([_Limits(width, most)]),
+      )
+
+
+def continuous(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]], limits: Sequence[int]) -> None:
+  """transformers' continuous batching, every request with its own length."""
+  config = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=max(limits), eos_token_id=-1, pad_token_id=0)
+  manager = model.init_continuous_batching(generation_config=config)
+  manager.start()
+  try:
+    for prompt, limit in zip(prompts, limits, strict=True):
+      manager.add_request(list(prompt), max_new_tokens=int(limit))
+    tokens = [len(manager.get_result(timeout=300).generated_tokens) for _ in prompts]
+  finally:
+    manager.stop(block=True)
+  if sorted(tokens) != sorted(map(int, limits)):
+    raise RuntimeError('continuous batching gave answers of other lengths')
+
+
+def drawn_lengths(count: int, responses: str | None, tokenizer: str | None) -> np.ndarray:
+  """Tokens of `count` answers, at most LONGEST."""
+  rng = np.random.default_rng(0)
+  if responses is None:
+    return np.clip(rng.lognormal(4.9, 0.6, count), 16, LONGEST).astype(int)
+  with gzip.open(responses, 'rt', encoding='utf-8') as file:
+    texts = [json.loads(line)['response'] for line in file]
+  read = load_tokenizer(TokenizerConfig(kind='file', path=tokenizer), pathlib.Path())
+  chosen = rng.choice(len(texts), count, replace=False)
+  return np.clip([len(read.encode(texts[i])) for i in chosen], 1, LONGEST)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--prompts', type=int, default=64)
+  parser.add_argument('--slots', type=int, default=32)
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--responses')
+  parser.add_argument('--tokenizer')
+  args = parser.parse_args()
+  torch.set_num_threads(THREADS)
+  mesh = sharding.make_mesh(MeshConfig())
+  params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(MODEL, rngs=nnx.Rngs(0)), nnx.Param)))()
+  theirs = torch_model(jax.device_get(params))
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(1, MODEL.vocab_size, int(n)).tolist() for n in rng.integers(24, LONGEST_PROMPT, args.prompts)]
+  config = RolloutConfig(max_prompt=LONGEST_PROMPT, max_new=LONGEST, slots=args.slots)
+  engine = RolloutEngine(MODEL, mesh, config, ())
+  cases = {'real lengths': drawn_lengths(args.prompts, args.responses, args.tokenizer), 'fixed length': np.full(args.prompts, 128)}
+  rows, figures = [], dict[str, Any]()
+  for case, limits in cases.items():
+    most = [int(n) for n in limits]
+
+    def ours(most=most) -> None:
+      found = engine.generate(params, prompts, (0,), most)
+      assert found.length_R.tolist() == most
+
+    steps: dict[str, Callable[[], None]] = {'ours': ours, 'static': lambda most=most: static(theirs, prompts, most, args.slots)}
+    try:
+      continuous(theirs, prompts, most)
+      steps['continuous'] = lambda most=most: continuous(theirs, prompts, most)
+    except Exception as error:  # it was made for GPUs, and what it needs changes from version to version
+      print(f'continuous batching does not run here: {type(error).__name__}: {str(error)[:200]}', flush=True)
+    seconds = timing.alternate(steps, args.rounds)
+    for name, values in seconds.items():
+      speed = sum(most) / statistics.median(values)
+      times = timing.ratio(values, seconds['ours'])
+      rows.append((case, name, f'{sum(most):,}', f'{max(most)}', f'{speed:,.0f}', f'{times:.2f}'))
+      figures |= {f'{case} {name} tokens_per_second': speed, f'{case} {name} times_ours': times}
+  print(timing.table(('answers', 'engine', 'tokens', 'longest', 'tokens/s', 'times our time'), rows))
+  timing.report(**{name.replace(' ', '_'): value for name, value in figures.items()})
+
+
+if __name__ == '__main__':
+  main()
