@@ -14,7 +14,7 @@ from polar_jax import sharding
 from polar_jax.config import ModelConfig
 from polar_jax.model.attention.reference import EMPTY
 
-BLOCK = 128  # slots that attention reads at a time; a cache has a multiple of them
+BLOCK = 256  # slots that attention reads at a time; a cache has a multiple of them, or half of them
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -110,7 +110,8 @@ def spec(num_kv_heads: int) -> PartitionSpec:
 
 def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
   """A cache without tokens, in the compute dtype. At least `capacity` slots."""
-  return KVCache(*_zeros(config, batch, -(-capacity // BLOCK) * BLOCK), jnp.zeros(batch, jnp.int32))
+  slots = BLOCK // 2 if capacity <= BLOCK // 2 else -(-capacity // BLOCK) * BLOCK
+  return KVCache(*_zeros(config, batch, slots), jnp.zeros(batch, jnp.int32))
 
 
 def no_recent(config: ModelConfig, batch: int, capacity: int) -> Recent:
@@ -154,8 +155,8 @@ def _attend(cache: KVCache, layer: jax.Array, recent: Recent, step: jax.Array, q
   k_BKMH, v_BKMH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in recent)
   start = (out_BKGH, jnp.full(q_BKGH.shape[:3], EMPTY), jnp.zeros(q_BKGH.shape[:3]))
   state = _more_keys(start, q_BKGH, k_BKMH, v_BKMH, jnp.broadcast_to(step + 1, batch))
-  some = _rows_at_a_time(batch)
-  size = (1, some, kv_heads, BLOCK, head_dim)
+  some, length = _rows_at_a_time(batch), min(BLOCK, cache.capacity)
+  size = (1, some, kv_heads, length, head_dim)
 
   def some_rows(i: jax.Array, out_BKGH: jax.Array) -> jax.Array:
     first = i * some
@@ -163,11 +164,11 @@ def _attend(cache: KVCache, layer: jax.Array, recent: Recent, step: jax.Array, q
     length_b = jax.lax.dynamic_slice_in_dim(cache.length_B, first, some)
 
     def block(j: jax.Array, state_b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      at = (layer, first, 0, j * BLOCK, 0)
+      at = (layer, first, 0, j * length, 0)
       k_bKSH, v_bKSH = (jax.lax.dynamic_slice(a, at, size)[0] for a in (cache.k_LBKSH, cache.v_LBKSH))
-      return _more_keys(state_b, q_bKGH, k_bKSH, v_bKSH, length_b - j * BLOCK)
+      return _more_keys(state_b, q_bKGH, k_bKSH, v_bKSH, length_b - j * length)
 
-    out_bKGH, _, total_bKG = jax.lax.fori_loop(0, -(-jnp.max(length_b) // BLOCK), block, state_b)
+    out_bKGH, _, total_bKG = jax.lax.fori_loop(0, -(-jnp.max(length_b) // length), block, state_b)
     return jax.lax.dynamic_update_slice_in_dim(out_BKGH, out_bKGH / total_bKG[..., None], first, axis=0)
 
   out_BKGH = jax.lax.fori_loop(0, batch // some, some_rows, out_BKGH)

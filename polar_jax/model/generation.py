@@ -17,6 +17,7 @@ from polar_jax.config import ModelConfig, RolloutConfig
 from polar_jax.model import cache, sampling
 from polar_jax.model.cache import KVCache
 from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.transformer import Block
 
 STEPS = 32  # tokens at most between two looks of the host
 
@@ -78,17 +79,24 @@ def admit(model: LanguageModel, slots: Slots, new: Entering) -> Slots:
 
 
 def advance(
-  model: LanguageModel, slots: Slots, key: jax.Array, leave: jax.Array, config: RolloutConfig, stop_ids: Sequence[int]
+  model: LanguageModel,
+  blocks: Sequence[Block] | None,
+  slots: Slots,
+  key: jax.Array,
+  leave: jax.Array,
+  config: RolloutConfig,
+  stop_ids: Sequence[int],
 ) -> tuple[Slots, Answered]:
-  """Up to `STEPS` tokens for every active slot, or until `leave` of them have ended. Meant to be jitted, with `slots` donated."""
+  """Up to `STEPS` tokens for every active slot, or until `leave` of them have ended. Meant to be jitted, with `slots` donated.
+
+  `blocks`: what `Decoder.blocks` gave.
+  """
   batch = len(slots.token_B)
   stops_I = jnp.asarray(tuple(stop_ids), jnp.int32)
   vocab = model.decoder.config.vocab_size or 0
   start = jnp.sum(slots.active_B)
   # A slot whose text has ended has nothing that must be read.
   memory = slots.memory._replace(length_B=jnp.where(slots.active_B, slots.memory.length_B, 0))
-
-  blocks = model.decoder.blocks()
 
   def unfinished(state):
     step, _, _, _, active_B, *_ = state

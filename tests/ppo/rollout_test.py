@@ -81,12 +81,17 @@ def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expe
   assert not got.tokens_RT[np.arange(9)[None] >= got.length_R[:, None]].any()
 
 
-def test_devices_do_not_matter(params, prompts, expected):
+@pytest.mark.parametrize('unroll', [1, 2])
+def test_devices_do_not_matter(params, prompts, expected, unroll):
   mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, jax.tree.map(lambda a: a.sharding, sharding.abstract_params(_abstract(), mesh)))
-  got = RolloutEngine(MODEL, mesh, CONFIG, [STOP]).generate(placed, prompts, (0,))
+  engine = RolloutEngine(dataclasses.replace(MODEL, scan_unroll=unroll), mesh, CONFIG, [STOP])
+  got = engine.generate(placed, prompts, (0,))
   assert answers(got) == expected
+  sizes = [f._cache_size() for f in engine._functions]
+  assert answers(engine.generate(placed, prompts, (1,))) == expected
+  assert [f._cache_size() for f in engine._functions] == sizes
 
 
 def _abstract():
@@ -130,9 +135,10 @@ def test_limits_stops_and_least_tokens(params, prompts, expected):
 
 def test_nothing_is_compiled_twice(params, prompts):
   engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
-  engine.generate(params, prompts, (0,))
+  engine.generate(params, [[1]], (0,))
   sizes = [f._cache_size() for f in engine._functions]
-  engine.generate(params, prompts[::-1], (1,))
+  engine.generate(params, [[2] * 12] * 5, (1,))  # three of them take a longer row
+  engine.generate(params, prompts, (1,))
   RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP]).generate(params, prompts[:2], (2,))
   assert [f._cache_size() for f in engine._functions] == sizes
 
