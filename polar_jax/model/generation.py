@@ -19,7 +19,7 @@ from polar_jax.model.cache import KVCache
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.transformer import Block
 
-STEPS = 32  # tokens at most between two looks of the host
+STEPS = 16  # tokens at most between two looks of the host
 
 
 class Slots(NamedTuple):

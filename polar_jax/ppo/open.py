@@ -142,13 +142,14 @@ def _rows(context: stages.Context, split: str) -> Sequence[Prompt]:
 
 def fingerprint(config: Config, rft_config: RftConfig, model: ModelConfig, tokenizer: Tokenizer, rows: Sequence[Prompt]) -> dict[str, Any]:
   """What must not change while a workdir is resumed. The first entries are those that any checkpoint is opened by."""
-  same_maths = {'attention', 'remat', 'scan_unroll'}
+  same_maths = {'attention', 'remat', 'scan_unroll', 'rft.rows', 'rft.reward.rows', 'rft.rollout.slots'}
+  settings = _flat('rft', {k: v for k, v in dataclasses.asdict(rft_config).items() if k not in _FREE})
   return {
     'objective': 'next_token',
     'seed': config.seed,
     'tokenizer': stages.tokenizer_fingerprint(tokenizer),
     **{f'model.{k}': v for k, v in dataclasses.asdict(model).items() if k not in same_maths},
-    **_flat('rft', {k: v for k, v in dataclasses.asdict(rft_config).items() if k not in _FREE}),
+    **{k: v for k, v in settings.items() if k not in same_maths},
     'rows': stages.texts_fingerprint(rows, lambda p: (p.prompt, p.reference, p.answer, p.metadata.get('policy_prompt'))),
   }
 

@@ -10,14 +10,12 @@ import contextlib
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -94,7 +92,7 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    return self.peak <= self.hbm and not any(call.refused for call in self.calls)
+    return self.peak <= self.hbm and not any(call.refused or call.failure for call in self.calls)
 
 
 # What is held in one phase only.
@@ -179,17 +177,9 @@ class _Maker:
 
   def _rollout(self) -> Iterator[Call]:
     engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
-    f, c = engine._functions, engine._config
-    prompts = [[0] * c.max_prompt] * c.slots
-    entering = engine._pack(prompts, np.full(c.slots, c.max_new, np.int32), deque(range(c.slots)), np.full(c.slots, -1))
-    params = self._actor.abstract.params
-    weights, slots = jax.eval_shape(f.prepare, params), jax.eval_shape(f.vacant)
-    yield Call('rollout', 'prepare', f.prepare, (params,), ('actor parameters', 'sampling weights', 'keys and values'))
-    yield Call('rollout', 'vacant', f.vacant, (), ('keys and values',))
-    read = ('sampling weights', 'keys and values')
-    yield Call('rollout', 'admit', f.admit, (weights, slots, jax.tree.map(_shape, entering)), read)
-    key, leave = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-    yield Call('rollout', 'advance', f.advance, (weights, slots, key, leave), read)
+    beside = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'vacant': ('keys and values',)}
+    for name, function, args in engine.calls(self._actor.abstract.params):
+      yield Call('rollout', name, function, args, beside.get(name, ('sampling weights', 'keys and values')))
 
   def _scoring(self) -> Call:
     c = self._c
@@ -257,10 +247,6 @@ def _as_on_a_tpu() -> Iterator[None]:
     yield
 
 
-def _shape(array: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
 def _bytes(tree: Any) -> int:
   """Of a device; what has no layout counts in full."""
   local = lambda a: a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
@@ -282,7 +268,8 @@ def table(found: Plan) -> list[str]:
     parts = [parts[0], *['not compiled'] * 3] if m.failure else parts
     lines.append(f'| {m.phase} | {m.name} | {" | ".join(parts)} | {show(m.beside)} | {show(m.peak)} | {m.seconds:.0f} |')
   most = max(found.phases, key=lambda phase: found.phases[phase])
-  verdict = 'fits' if found.fits else 'does not fit'
+  failed = any(call.failure for call in found.calls)
+  verdict = 'fits' if found.fits else 'not known to fit' if failed and found.peak <= found.hbm else 'does not fit'
   lines += [f'not compiled: {m.phase}: {m.name}: {m.failure}' for m in found.calls if m.failure]
   return [*lines, '', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
 

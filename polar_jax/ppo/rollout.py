@@ -107,6 +107,20 @@ class RolloutEngine:
     stopped_R = np.isin(out.tokens_RT[np.arange(len(prompts)), out.length_R - 1], self._stop_ids)
     return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
 
+  def calls(self, params: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """(name, jitted function, shapes of its arguments) of all that `generate` calls, prompts as long as they may be; for plans."""
+    f = self._functions
+    weights, slots = jax.eval_shape(f.prepare, params), jax.eval_shape(f.vacant)
+    shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
+    entering = jax.tree.map(lambda a: shape(a.shape, a.dtype), self._nothing(self._longest))
+    decoded = (weights, slots, shape((2,), np.uint32), shape((), np.int32))
+    return [
+      ('prepare', f.prepare, (params,)),
+      ('vacant', f.vacant, ()),
+      ('admit', f.admit, (weights, slots, entering)),
+      ('advance', f.advance, decoded),
+    ]
+
   def _check(self, prompts: Sequence[Sequence[int]]) -> None:
     for i, prompt in enumerate(prompts):
       if not len(prompt):
