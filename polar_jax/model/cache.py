@@ -56,7 +56,11 @@ class KVCache(NamedTuple):
     cached, _ = self._specs()
 
     def put(all_LBKSH: jax.Array, new_LBKMH: jax.Array, slot_B: jax.Array) -> jax.Array:
-      def one(b: jax.Array, all_LBKSH: jax.Array) -> jax.Array:
+      # Opaque, since the TPU compiler (libtpu 0.0.42) takes a write to every row in turn for one to every slot, and fails.
+      row_B = jax.lax.optimization_barrier(jnp.arange(new_LBKMH.shape[1]))
+
+      def one(i: jax.Array, all_LBKSH: jax.Array) -> jax.Array:
+        b = row_B[i]
         # What is behind the first `count_B` is written too, where nobody reads.
         new_LbKMH = jax.lax.dynamic_slice_in_dim(new_LBKMH, b, 1, axis=1)
         return jax.lax.dynamic_update_slice(all_LBKSH, new_LbKMH, (0, b, 0, slot_B[b], 0))
