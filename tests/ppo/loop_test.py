@@ -234,7 +234,8 @@ def get_config():
   return config
 """
   (world / 'rft.py').write_text(config)
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # to compile
+  environment = os.environ | {'XLA_FLAGS': quick, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
   cache = {'JAX_COMPILATION_CACHE_DIR': str(world / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
   def start(workdir: str) -> subprocess.Popen:
