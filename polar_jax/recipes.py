@@ -106,11 +106,11 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.prompts = 64
   r.samples = 2
   r.minibatch = 64
-  r.rows = 16
+  r.rows = 8
   r.row_length = 384
   r.shuffled_every = 10
   r.log_every = 10
-  r.evaluate_prompts = 256
+  r.evaluate_prompts = 128
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
   r.critic.update({'learning_rate': 3e-3, 'b2': 0.95, 'weight_decay': 0.0})
   # The pool's policies never end early. Left to itself PPO finds that the reward model prefers silence to a stranger's text.

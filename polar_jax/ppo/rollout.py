@@ -190,6 +190,8 @@ def _row_length(tokens: int) -> int:
 def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tuple[int, ...]) -> _Functions:
   abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
   graphdef, _ = nnx.split(abstract)
+  # Prompts are read by layers in a loop: that is compiled for several lengths, and reading is the smaller part.
+  looped, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(dataclasses.replace(model, scan_unroll=1), rngs=nnx.Rngs(0))))
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
@@ -205,7 +207,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     return Weights(cast, nnx.merge(graphdef, cast).decoder.blocks())
 
   def admit(weights: Weights, slots: Slots, new: Entering) -> Slots:
-    return generation.admit(nnx.merge(graphdef, weights.params), slots, new)
+    return generation.admit(nnx.merge(looped, weights.params), slots, new)
 
   def advance(weights: Weights, slots: Slots, key: Any, leave: Any) -> tuple[Slots, Answered]:
     key = jax.random.wrap_key_data(key, impl='threefry2x32')
