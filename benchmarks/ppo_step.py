@@ -4,8 +4,7 @@
 
 A policy of 3.3M parameters on bytes, random weights, a reward model of its size, and a critic where advantages are GAE; 16 prompts a
 step, 4 answers to each of at most 64 tokens, every answer scored under a shuffled reference too. The two runs take turns; the last
-line is a JSON object. What is compiled late is named: reading prompts (`admit`) is compiled for every power of two of their rows'
-length, each when it first occurs.
+line is a JSON object. What is compiled after the first step would be named.
 """
 
 from __future__ import annotations
