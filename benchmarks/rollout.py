@@ -36,6 +36,7 @@ import jax
 import numpy as np
 import timing
 import torch
+import torch_llama
 import transformers
 from flax import nnx
 
@@ -52,39 +53,10 @@ LONGEST_PROMPT, LONGEST = 128, 512
 
 
 def torch_model(params: dict[str, Any]) -> transformers.LlamaForCausalLM:
-  """Llama with our parameters, attention by sdpa."""
-  c, decoder, layers = MODEL, params['decoder'], params['decoder']['layers']
-  model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=c.vocab_size,
-      hidden_size=c.d_model,
-      intermediate_size=c.d_ff,
-      num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads,
-      num_key_value_heads=c.num_kv_heads,
-      head_dim=c.head_dim,
-      rope_theta=c.rope_theta,
-      rms_norm_eps=c.norm_eps,
-      max_position_embeddings=4_096,
-      tie_word_embeddings=False,
-      attn_implementation='sdpa',
-    )
-  )
-  names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}
-  tensors = {
-    'model.embed_tokens.weight': decoder['embedding'],
-    'model.norm.weight': decoder['norm'],
-    'lm_head.weight': params['lm_head'],
-  }
-  for i in range(c.num_layers):
-    at = f'model.layers.{i}.'
-    tensors |= {f'{at}{theirs}.weight': layers[ours][i].reshape(c.d_model, -1).T for ours, theirs in names.items()}
-    tensors[f'{at}self_attn.o_proj.weight'] = layers['wo'][i].reshape(-1, c.d_model).T
-    tensors[f'{at}mlp.down_proj.weight'] = layers['w_down'][i].T
-    tensors[f'{at}input_layernorm.weight'] = layers['attention_norm'][i]
-    tensors[f'{at}post_attention_layernorm.weight'] = layers['mlp_norm'][i]
-  model.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
-  return model.float().eval()
+  """Llama with our parameters."""
+  model = transformers.LlamaForCausalLM(torch_llama.llama_config(MODEL, tie_word_embeddings=False)).float().eval()
+  torch_llama.load(model, MODEL, params, {'lm_head.weight': params['lm_head']})
+  return model
 
 
 class _Limits(transformers.StoppingCriteria):

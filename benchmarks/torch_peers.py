@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_llama
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from polar_jax.config import ModelConfig
@@ -21,41 +22,9 @@ LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 
 
 def make_model(config: ModelConfig, params: dict[str, Any]) -> LlamaForSequenceClassification:
-  """Llama with our parameters: attention by torch's sdpa, float32, no dropout, no gradient checkpointing."""
-  model = LlamaForSequenceClassification(
-    LlamaConfig(
-      vocab_size=config.vocab_size,
-      hidden_size=config.d_model,
-      intermediate_size=config.d_ff,
-      num_hidden_layers=config.num_layers,
-      num_attention_heads=config.num_heads,
-      num_key_value_heads=config.num_kv_heads,
-      head_dim=config.head_dim,
-      rope_theta=config.rope_theta,
-      rms_norm_eps=config.norm_eps,
-      max_position_embeddings=4_096,
-      num_labels=1,
-      pad_token_id=0,
-      use_cache=False,
-      attn_implementation='sdpa',
-    )
-  ).float()
-  decoder, layers = params['decoder'], params['decoder']['layers']
-  tensors = {
-    'model.embed_tokens.weight': decoder['embedding'],
-    'model.norm.weight': decoder['norm'],
-    'score.weight': params['v_head'][None],
-  }
-  names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}
-  for i in range(config.num_layers):
-    at = f'model.layers.{i}.'
-    for ours, theirs in names.items():
-      tensors[f'{at}{theirs}.weight'] = layers[ours][i].reshape(config.d_model, -1).T
-    tensors[f'{at}self_attn.o_proj.weight'] = layers['wo'][i].reshape(-1, config.d_model).T
-    tensors[f'{at}mlp.down_proj.weight'] = layers['w_down'][i].T
-    tensors[f'{at}input_layernorm.weight'] = layers['attention_norm'][i]
-    tensors[f'{at}post_attention_layernorm.weight'] = layers['mlp_norm'][i]
-  model.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in tensors.items()})
+  """Llama with our parameters: float32, no dropout, no gradient checkpointing."""
+  model = LlamaForSequenceClassification(torch_llama.llama_config(config, num_labels=1, pad_token_id=0, use_cache=False)).float()
+  torch_llama.load(model, config, params, {'score.weight': params['v_head'][None]})
   return model
 
 
