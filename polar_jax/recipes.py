@@ -106,7 +106,8 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.prompts = 64
   r.samples = 2
   r.minibatch = 64
-  r.rows = 8
+  r.recompute_logprobs = False  # those noted while sampling are the same in float32
+  r.rows = 7  # a minibatch needs six or seven
   r.row_length = 384
   r.shuffled_every = 10
   r.log_every = 10

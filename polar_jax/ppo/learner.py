@@ -6,6 +6,7 @@ how its answers are packed into rows, micro-batches or devices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -132,9 +133,23 @@ def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, target
   return loss, {'value_loss': loss, 'value_clip_fraction': total(clipped_BT)}
 
 
-@functools.cache
 def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   """The policy. `updates`: of the whole run, which the learning rate's schedule is over."""
+  return _build_actor(model, _shared(config), updates, mesh)
+
+
+def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
+  """The critic: a backbone of its own, with a value at every token."""
+  return _build_critic(model, _shared(config), updates, mesh)
+
+
+def _shared(config: RftConfig) -> RftConfig:
+  """What the functions do not depend on is set to the same for all, so that PPO and supervised tuning share them."""
+  return dataclasses.replace(config, method='ppo', track_kl=True)
+
+
+@functools.cache
+def _build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   read = functools.partial(read_actor, temperature=config.rollout.temperature, shared=config.samples > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
@@ -142,8 +157,7 @@ def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh)
 
 
 @functools.cache
-def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
-  """The critic: a backbone of its own, with a value at every token."""
+def _build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
   read = functools.partial(read_critic, shared=config.samples > 1)

@@ -66,7 +66,7 @@ class Trainer:
     self._start()
     self.metrics = MetricsLog(run.folder, self.step if self.resumed else -1)
     self.samples = StepLog(run.folder, self.step if self.resumed else -1, SAMPLES)
-    self.history = [row for row in read_metrics(run.folder) if 'reward' in row]
+    self.history = [row for row in read_metrics(run.folder) if 'step_seconds' in row]
     self.progress = Progress(run.name, run.steps, self.step, c.log_every)
 
   def _start(self) -> None:
@@ -158,9 +158,10 @@ class Trainer:
     }
     if c.kl_target is not None and c.kl_in != 'none':
       self.kl_coef = advantages.next_kl_coef(self.kl_coef, row['kl'], c.kl_target, c.kl_horizon, len(outputs))
+    if c.method == 'sft':
+      return row, []
     seed = (run.seed, self.step)
-    samples = diagnostics.sample_rows(self.step + 1, prompts, outputs, scores.raw_R, scores.shuffled_R, rollouts.length_R, seed)
-    return row, samples
+    return row, diagnostics.sample_rows(self.step + 1, prompts, outputs, scores.raw_R, scores.shuffled_R, rollouts.length_R, seed)
 
   def _answer(self) -> tuple[list[Prompt], Rollouts]:
     """The prompts of this step, each `samples` times one after another, and an answer to each."""
@@ -174,6 +175,9 @@ class Trainer:
 
   def _score(self, prompts: Sequence[Prompt], outputs: Sequence[str], rollouts: Rollouts) -> measure.Scores:
     run, c = self.run, self.run.config
+    if c.method == 'sft':  # references are imitated whatever they earn
+      nothing_R = np.zeros(len(outputs), np.float32)
+      return measure.Scores(nothing_R, nothing_R, None, {})
     shuffle = (run.seed, self.step) if self.step % c.shuffled_every == 0 else None
     return measure.score(run.reward, c, self.normalizer, prompts, outputs, rollouts, shuffle)
 
@@ -250,7 +254,7 @@ class Trainer:
       difference_RT = (made.old_logprob_RT - made.reference_logprob_RT) * made.mask_RT
       out |= {'kl': float(difference_RT.sum()) / count, 'kl_answer': float(difference_RT.sum(axis=1).mean())}
     if c.method == 'sft':
-      return out
+      return out | {'nll': -float((made.old_logprob_RT * made.mask_RT).sum()) / count}
     if c.recompute_logprobs:
       mismatch_RT = np.abs(made.old_logprob_RT - rollouts.logprob_RT) * made.mask_RT
       out['rollout_mismatch'] = float(mismatch_RT.sum()) / count
@@ -315,7 +319,7 @@ class Trainer:
     evaluation = [{k.removeprefix('evaluation_'): v for k, v in row.items() if k.startswith('evaluation_')} for row in measured]
     trained = [row for row in read if 'tokens_per_second' in row]
     last = trained[-max(len(trained) // 20, 1) :]
-    shown = ('reward', 'raw', 'shuffled_gap', 'kl', 'entropy', 'length', 'truncated', 'clip_fraction', 'explained_variance')
+    shown = ('reward', 'raw', 'nll', 'shuffled_gap', 'kl', 'entropy', 'length', 'truncated', 'clip_fraction', 'explained_variance')
     summary = {
       'steps': self.step,
       'answers': self.step * self.rollouts_per_step,

@@ -60,7 +60,7 @@ def score(
     own = [join_messages(p.reference, 'reference') for p in prompts]
     reference_R = reward.total(reward.components(prompts, own))
   shuffled_R = None
-  if shuffle is not None and config.method == 'ppo':
+  if shuffle is not None:
     others = diagnostics.shuffled_references(prompts, shuffle)
     shuffled_R = None if others is None else reward.total(reward.components(others, outputs))
   group_R = np.repeat(np.arange(len(prompts) // config.samples), config.samples)

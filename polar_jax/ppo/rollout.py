@@ -25,7 +25,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.transformer import Block
 from polar_jax.types import Rollouts, UserError
 
-_SHORTEST_ROW, _LONGEST_ROW = 32, 512  # tokens of a row of packed prompts; longer if a prompt may be
+_SHORTEST_ROW, _LONGEST_ROW = 64, 512  # tokens of a row of packed prompts; longer if a prompt may be
 _POWERS = tuple(1 << i for i in range(32))
 
 

@@ -10,8 +10,9 @@ to the mean over the pool, since repetitive text is likely under every policy.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,16 +95,15 @@ def _one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
   context, c = world.context, world.config
   folder = f'rft/seed_{seed}'
   start = _train_start(world, seed, f'{folder}/start')
-  tuning, held_out = _prompts(world, 'validation', seed), _prompts(world, 'unseen_prompts', seed)
+  tuning, held_out = _prompts(world, 'validation', seed), _prompts(world, 'unseen_prompts', seed, c.evaluate_prompts)
   ppo = _tuning_run(world, folder, c, seed, tuning, start)
   loop.train(ppo)
   supervised = dataclasses.replace(c, method='sft', track_kl=False)
   sft = _tuning_run(world, f'{folder}/sft', supervised, seed, tuning, start)
   loop.train(sft)
-  chosen = [held_out[i] for i in range(min(len(held_out), c.evaluate_prompts))]
-  judge = _Judge(world, ppo, chosen, _load(start, world))
-  found = {'start': judge.policy(judge.start), 'ppo': judge.policy(_load(ppo.folder, world))}
-  found |= {'best_of_n': judge.best_of(BEST_OF), 'sft': judge.policy(_load(sft.folder, world)), 'target': judge.target()}
+  judge = _Judge(world, ppo, held_out, _load(start, world))
+  policies = {'ppo': judge.sample(_load(ppo.folder, world)), 'sft': judge.sample(_load(sft.folder, world))}
+  found = judge.figures({'start': judge.sample(judge.start), **policies, 'best_of_n': judge.best_of(BEST_OF)})
   for name, figures in found.items():
     context.log(f'rft: seed {seed}: {name}: ' + ', '.join(f'{k} {v:.3f}' for k, v in figures.items()))
   return found
@@ -120,10 +120,10 @@ def _train_start(world: World, seed: int, name: str) -> pathlib.Path:
   return made.folder
 
 
-def _prompts(world: World, split: str, seed: int) -> PolicyPrompts:
-  """Prefixes of a split with references that the target writes to them, cleaned up as every trajectory of this world is."""
+def _prompts(world: World, split: str, seed: int, most: int | None = None) -> PolicyPrompts:
+  """The first `most` prefixes of a split with references that the target writes, cleaned up as all trajectories of this world are."""
   s = world.context.config.synthesis
-  texts = [t.prompt for t in world.context.triplets(split)]
+  texts = [t.prompt for t in itertools.islice(world.context.triplets(split), most)]
   ids = world.tokenizer.encode_batch([str(text) for text in texts])
   uniforms = np.random.default_rng([seed, _STREAM_REFERENCES, *map(ord, split)]).random((len(ids), s.max_tokens))
   prefixes = [np.asarray(i, np.int32) for i in ids]
@@ -166,58 +166,55 @@ def _load(folder: pathlib.Path, world: World) -> dict[str, Any]:
 class _Judge:
   """Measures policies on the same prompts with the same random numbers."""
 
-  def __init__(self, world: World, run: Run, chosen: Sequence[tuple[Prompt, list[int]]], start: dict[str, Any]):
+  def __init__(self, world: World, run: Run, held_out: PolicyPrompts, start: dict[str, Any]):
     self.start = start
     self._world, self._run = world, run
+    chosen = [held_out[i] for i in range(len(held_out))]
     self._prompts, self._ids = [p for p, _ in chosen], [i for _, i in chosen]
     self._engine = RolloutEngine(run.model, run.mesh, run.config.rollout, run.stop_ids)
 
-  def policy(self, params: dict[str, Any]) -> dict[str, float]:
-    """Figures of a policy's answers, one to each prompt."""
-    rollouts = self._sample(params)
-    return self._figures_of(rollouts) | {'kl': self._kl(rollouts)}
-
-  def best_of(self, count: int) -> dict[str, float]:
-    """Of the best of `count` answers of the start to each prompt, by the reward model with the held-out references."""
-    many = [i for i in range(len(self._ids)) for _ in range(count)]
-    rollouts = self._sample(self.start, many)
-    prompts = [self._prompts[i] for i in many]
-    reward_R = self._reward(prompts, self._texts(rollouts))
-    best = np.arange(0, len(many), count) + reward_R.reshape(-1, count).argmax(axis=1)
-    kept = Rollouts([rollouts.prompts[r] for r in best], *(a[best] for a in rollouts[1:]))
-    return self._figures_of(kept)
-
-  def target(self) -> dict[str, float]:
-    """Of the references: what the target itself writes."""
-    world = self._world
-    references = world.tokenizer.encode_batch([str(p.reference) for p in self._prompts])
-    return self._figures([np.asarray(r, np.int32) for r in references], [str(p.reference) for p in self._prompts])
-
-  def _sample(self, params: dict[str, Any], which: Sequence[int] | None = None) -> Rollouts:
-    ids = self._ids if which is None else [self._ids[i] for i in which]
+  def sample(self, params: dict[str, Any], samples: int = 1) -> Rollouts:
+    """A policy's answers, `samples` to each prompt one after another."""
+    ids = [i for i in self._ids for _ in range(samples)]
     with jax.set_mesh(self._run.mesh):
       return self._engine.generate(params, ids, (self._run.seed, _STREAM_JUDGE))
 
-  def _figures_of(self, rollouts: Rollouts) -> dict[str, float]:
-    answers = [row[:n] for row, n in zip(rollouts.tokens_RT, rollouts.length_R, strict=True)]
-    return self._figures(answers, self._texts(rollouts))
+  def best_of(self, count: int) -> Rollouts:
+    """The best of `count` answers of the start to each prompt, by the reward model with the held-out references."""
+    rollouts = self.sample(self.start, count)
+    prompts = [p for p in self._prompts for _ in range(count)]
+    reward_R = self._reward(prompts, self._texts(rollouts))
+    best = np.arange(0, len(prompts), count) + reward_R.reshape(-1, count).argmax(axis=1)
+    return Rollouts([rollouts.prompts[r] for r in best], *(a[best] for a in rollouts[1:]))
+
+  def figures(self, policies: Mapping[str, Rollouts]) -> dict[str, dict[str, float]]:
+    """Figures of the answers of policies, one to each prompt, and of the references, which are the target's own."""
+    world, references = self._world, [str(p.reference) for p in self._prompts]
+    texts = {name: self._texts(rollouts) for name, rollouts in policies.items()} | {'target': references}
+    answers = {name: [row[:n] for row, n in zip(r.tokens_RT, r.length_R, strict=True)] for name, r in policies.items()}
+    answers['target'] = [np.asarray(r, np.int32) for r in world.tokenizer.encode_batch(references)]
+    # All in one call, since most of its time goes into the policies, not into the answers.
+    prefixes = [np.asarray(i, np.int32) for i in self._ids] * len(answers)
+    in_order = [answer for part in answers.values() for answer in part]
+    logprob_PR = pool.pool_logprobs(world.policies, prefixes, in_order, world.context.config.synthesis.workers)
+    of_target = [p.name for p in world.policies].index(world.target.name)
+    found = {}
+    for name, logprob_Pr in zip(answers, np.split(logprob_PR, len(answers), axis=1), strict=True):
+      tokens = sum(map(len, answers[name]))
+      nll_P = -logprob_Pr.sum(axis=1) / tokens
+      found[name] = {
+        'reward': float(self._reward(self._prompts, texts[name]).mean()),
+        'target_nll': float(nll_P[of_target]),
+        'relative_nll': float(nll_P[of_target] - nll_P.mean()),
+        'length': tokens / len(self._prompts),
+        'distinct_2': diagnostics.distinct(texts[name], 2),
+      }
+      if name in policies and name != 'best_of_n':  # whose answers are no samples of the law that noted their log-probabilities
+        found[name]['kl'] = self._kl(policies[name])
+    return found
 
   def _texts(self, rollouts: Rollouts) -> list[str]:
     return measure.texts(rollouts, self._run.tokenizer, self._run.stop_ids)
-
-  def _figures(self, answers: Sequence[np.ndarray], outputs: Sequence[str]) -> dict[str, float]:
-    world, tokens = self._world, sum(map(len, answers))
-    prefixes = [np.asarray(i, np.int32) for i in self._ids]
-    workers = world.context.config.synthesis.workers
-    by_policy = -pool.pool_logprobs(world.policies, prefixes, answers, workers).sum(axis=1) / tokens
-    nll = float(by_policy[[p.name for p in world.policies].index(world.target.name)])
-    return {
-      'reward': float(self._reward(self._prompts, outputs).mean()),
-      'target_nll': nll,
-      'relative_nll': nll - float(by_policy.mean()),
-      'length': tokens / len(answers),
-      'distinct_2': diagnostics.distinct(outputs, 2),
-    }
 
   def _reward(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
     return self._world.reward.total(self._world.reward.components(prompts, outputs))

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polar_jax import pretrained, sharding
-from polar_jax.config import CheckpointingConfig, ModelConfig, TrainConfig
+from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.scaling import flops
 from polar_jax.train import step as step_lib
@@ -104,7 +104,8 @@ class _Trainer:
     self.plan = pipeline.BatchPlan(config.batch_size, multiple, step_lib.local_share(run.mesh))
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
-    self.functions = step_lib.build(run.objective, run.model, make_optimizer(config, run.steps), run.mesh, config.accumulation)
+    optimizer = OptimizerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)})
+    self.functions = _functions(run.objective, run.model, optimizer, run.steps, run.mesh, config.accumulation)
     lm = run.objective is NEXT_TOKEN
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
@@ -269,6 +270,14 @@ class _Trainer:
     self.progress.close()
     self.metrics.close()
     self.checkpointer.close()
+
+
+@functools.lru_cache(maxsize=4)  # few: a run that is over should not keep its compiled steps for long
+def _functions(
+  objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, accumulation: int
+) -> step_lib.StepFunctions:
+  """The functions of a run. Runs that differ in data, seed or start share them, and what was compiled of them."""
+  return step_lib.build(objective, model, make_optimizer(optimizer, steps), mesh, accumulation)
 
 
 def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh) -> dict[str, float]:

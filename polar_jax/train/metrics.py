@@ -111,7 +111,7 @@ def reward_histogram(rewards_NC: np.ndarray, bins: int = 12) -> dict[str, Any]:
 
 
 # What a person watches: of training on rows, and of tuning by reward.
-_SHOWN = ('loss', 'accuracy', 'validation_loss', 'validation_accuracy', 'reward', 'kl', 'length')
+_SHOWN = ('loss', 'accuracy', 'validation_loss', 'validation_accuracy', 'reward', 'nll', 'kl', 'length')
 
 
 class Progress:
