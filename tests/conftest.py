@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Tests of sharding need devices: eight fake ones share the CPU. Nearly all of a test's time is compiling tiny graphs, so the
 # compiler is told not to try hard. Subprocess tests set their own flags.
@@ -12,6 +14,13 @@ os.environ.setdefault(
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+# What one test compiled, another process of the tests need not compile again: killed runs that resume, files that run side by side.
+_COMPILED = None if 'JAX_COMPILATION_CACHE_DIR' in os.environ else tempfile.mkdtemp(prefix='polar_jax_compiled_')
+if _COMPILED:
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 
 import jax
 import pytest
@@ -50,6 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_testnodedown(node, error) -> None:
   """Every process of xdist collects the same tests, so any one's counts are those of the run."""
   node.config.stash[_DROPPED] = getattr(node, 'workeroutput', {}).get('dropped', {})
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+  if _COMPILED and not hasattr(config, 'workerinput'):  # by the process that made it, when the others are done
+    shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 _DROPPED = pytest.StashKey[dict]()

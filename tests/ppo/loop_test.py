@@ -348,6 +348,8 @@ def test_references_are_imitated(world):
   rows = [row for row in read_metrics(run.folder) if 'approx_kl' in row]
   state = run.actor()
   assert state and rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
+  assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
+  assert not any('reward' in row for row in rows)  # nobody was asked
 
 
 def test_alarms_stop_a_run(world):
