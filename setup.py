@@ -18,6 +18,7 @@ CORE = [
   'array-record>=0.8.6',  # the file format, which tensorflow-datasets leaves optional
   'ml-collections>=1.1',
   'numpy>=2.0',
+  'scipy>=1.13',  # distributions and least squares of the scaling laws
   'absl-py>=2.1',  # flags and app, which ml-collections' config_flags builds on
   'tokenizers>=0.21',  # trains the small BPE, reads tokenizer.json
   'sentencepiece>=0.2',  # reads POLAR's tokenizer.model

@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from polar_jax.types import UserError
 
-STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'convert', 'score')
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'fit', 'convert', 'score')
 FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
@@ -288,6 +288,13 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FitConfig:
+  """Scaling laws from the rows of a sweep."""
+
+  input: str | None = None  # CSV with the columns parameters, tokens, flops, loss, and learning_rate and batch where they were swept
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertConfig:
   """Exchange of checkpoints with Hugging Face. The direction follows from what `checkpoint` is."""
 
@@ -324,6 +331,7 @@ class Config:
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  fit: FitConfig = FitConfig()
   convert: ConvertConfig = ConvertConfig()
   score: ScoreConfig = ScoreConfig()
 

@@ -19,6 +19,7 @@ from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
 from polar_jax.ppo import stage as reinforcement
+from polar_jax.scaling import stage as scaling
 from polar_jax.scoring import stage as scoring
 from polar_jax.synthesis import arithmetic, engine
 from polar_jax.train import stages
@@ -125,6 +126,7 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'finetune': _finetune,
   'evaluate': evaluation.evaluate,
   'rft': reinforcement.rft,
+  'fit': scaling.run,
   'score': scoring.score,
   'convert': convert.convert,
 }

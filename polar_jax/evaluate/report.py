@@ -27,6 +27,7 @@ import numpy as np
 
 from polar_jax.evaluate import baselines as baselines_lib
 from polar_jax.evaluate import markdown, plots, rft_report
+from polar_jax.scaling import report as scaling_report
 from polar_jax.train.metrics import FILE, read_metrics
 from polar_jax.types import UserError
 
@@ -98,7 +99,10 @@ def write_report(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None
   figures = _draw(workdir, plain)
   rft_runs, rft = rft_report.read_runs(workdir), plain.get('rft', {})
   figures |= rft_report.draw(workdir, rft, rft_runs)
+  if (workdir / scaling_report.FIGURE).is_file():
+    figures['scaling'] = scaling_report.FIGURE
   tuning = rft_report.section(rft, figures, rft_report.read_samples(workdir), rft_runs)
+  tuning += scaling_report.section(plain.get('scaling', {}), figures)
   _write_atomically(workdir / MARKDOWN_NAME, _markdown(plain, figures, tuning))
 
 
@@ -214,7 +218,7 @@ def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: Se
   if results.get('timing'):
     seconds = results['timing']
     stages = [
-      *(s for s in markdown.ordered(seconds, (*_STAGES, 'rft', *_TOOLS)) if s != 'total'),
+      *(s for s in markdown.ordered(seconds, (*_STAGES, 'rft', 'fit', *_TOOLS)) if s != 'total'),
       *(['total'] if 'total' in seconds else []),
     ]
     parts += ['## Time', markdown.table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]

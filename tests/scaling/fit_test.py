@@ -1,0 +1,179 @@
+"""Power laws: exact data, noise, outliers, intervals that hold what they say, and rows that no law can be drawn through."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from polar_jax.scaling import fit
+from polar_jax.scaling.fit import FitError
+
+ALPHA, BETA = -0.0425, 0.9  # the paper's law in parameters
+
+
+def runs(n: int, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  x = np.geomspace(5e7, 1e9, n)
+  return x, BETA * x**ALPHA * np.exp(np.random.default_rng(seed).normal(0, noise, n))
+
+
+@pytest.mark.parametrize('n', [3, 5, 12])
+def test_data_without_noise_gives_the_law_back(n):
+  found = fit.fit_power_law(*runs(n))
+  assert found.alpha == pytest.approx(ALPHA, abs=1e-9)
+  assert found.beta == pytest.approx(BETA, rel=1e-7)
+  assert found.low <= ALPHA <= found.high and found.high - found.low < 1e-6
+  assert found.r2 == pytest.approx(1) and found.n == n
+  assert found(2e8) == pytest.approx(BETA * 2e8**ALPHA)
+
+
+def test_without_outliers_it_is_near_least_squares():
+  x, loss = runs(30, 0.01, seed=3)
+  slope, level = np.polyfit(np.log(x), np.log(loss), 1)
+  found = fit.fit_power_law(x, loss)
+  assert found.alpha == pytest.approx(slope, abs=0.15 * (found.high - found.low))
+  predicted = np.exp(level) * x**slope
+  r2 = 1 - np.sum(np.log(loss / predicted) ** 2) / np.sum((np.log(loss) - np.log(loss).mean()) ** 2)
+  assert found.r2 == pytest.approx(r2, abs=0.01)
+
+
+def test_it_minimises_hubers_loss():
+  x, loss = runs(12, 0.01, seed=5)
+  loss[3] *= 1.2
+  found = fit.fit_power_law(x, loss)
+  centred = np.log(x) - np.log(x).mean()
+  cut = 1.345 * np.median(np.abs(found.residuals)) / 0.6744897501960817 * np.sqrt(12 / 10)
+
+  def huber(slope: float, level: float) -> float:
+    r = np.abs(np.log(loss) - level - slope * centred)
+    return float(np.where(r <= cut, r**2 / 2, cut * (r - cut / 2)).sum())
+
+  level = np.log(found.beta) + found.alpha * np.log(x).mean()
+  least = huber(found.alpha, level)
+  for a, b in ((1e-4, 0), (-1e-4, 0), (0, 1e-4), (0, -1e-4), (1e-4, 1e-4), (-1e-4, 1e-4)):
+    assert least < huber(found.alpha + a, level + b)
+
+
+def test_one_bad_run_does_not_carry_the_line():
+  x, loss = runs(10, 0.002, seed=1)
+  loss[-1] *= 1.3
+  plain = np.polyfit(np.log(x), np.log(loss), 1)[0]
+  assert abs(fit.fit_power_law(x, loss).alpha - ALPHA) < 0.25 * abs(plain - ALPHA)
+
+
+@pytest.mark.parametrize(('n', 'outliers'), [(5, False), (12, True)])
+def test_the_interval_holds_the_exponent_in_95_of_100_trials(n, outliers):
+  held, widths = 0, []
+  for trial in range(100):
+    rng = np.random.default_rng([7, n, trial])
+    x = np.geomspace(5e7, 1e9, n)
+    noise = rng.normal(0, 0.005, n) * np.where(rng.random(n) < 0.1, 8, 1) if outliers else rng.normal(0, 0.005, n)
+    found = fit.fit_power_law(x, BETA * x**ALPHA * np.exp(noise), seed=trial)
+    held += found.low <= ALPHA <= found.high
+    widths.append(found.high - found.low)
+  assert held >= 95
+  assert np.median(widths) < 0.02  # an interval that holds anything says nothing
+
+
+def test_a_further_run_falls_within_its_interval():
+  held = 0
+  for trial in range(100):
+    x, loss = runs(6, 0.005, seed=1000 + trial)
+    predicted, low, high = fit.fit_power_law(x[:-1], loss[:-1]).predict(x[-1])
+    assert low < predicted < high
+    held += low <= loss[-1] <= high
+  assert held >= 90
+
+
+def test_the_same_seed_gives_the_same_interval():
+  x, loss = runs(6, 0.01)
+  assert fit.fit_power_law(x, loss, seed=4) == fit.fit_power_law(x, loss, seed=4)
+
+
+def test_a_floor_is_found():
+  x = np.geomspace(1e6, 1e12, 14)
+  found = fit.fit_floored(x, 0.35 + 12.0 * x**-0.25)
+  assert (found.irreducible, found.beta, found.alpha) == (
+    pytest.approx(0.35, rel=1e-3),
+    pytest.approx(12, rel=1e-2),
+    pytest.approx(-0.25, rel=1e-3),
+  )
+  assert found.r2 > fit.fit_power_law(x, 0.35 + 12.0 * x**-0.25).r2
+
+
+def test_no_floor_is_found_where_there_is_none():
+  x, loss = runs(10)
+  found = fit.fit_floored(x, loss)
+  assert found.beta * x**found.alpha + found.irreducible == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_joint_law_is_found():
+  n, d = (a.ravel() for a in np.meshgrid(np.geomspace(5e7, 2e9, 6), np.geomspace(1e9, 1e11, 6)))
+  truth = fit.JointFit(irreducible=0.2, a=60.0, alpha=0.3, b=300.0, beta=0.33, r2=1.0, n=36)
+  found = fit.fit_joint(n, d, truth(n, d))
+  for name in ('irreducible', 'alpha', 'beta'):
+    assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.02), name
+  noisy = truth(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.002, 36))
+  assert fit.fit_joint(n, d, noisy)(3e9, 2e11) == pytest.approx(truth(3e9, 2e11), rel=0.02)
+
+
+def slow_envelope(curve: np.ndarray, x: np.ndarray, loss: np.ndarray) -> list[bool]:
+  """Row by row, segment by segment."""
+  out = []
+  for i in range(len(x)):
+    beaten = False
+    for name in set(curve.tolist()) - {curve[i]}:
+      rows = sorted((np.log(x[j]), np.log(loss[j])) for j in range(len(x)) if curve[j] == name)
+      for (x0, y0), (x1, y1) in itertools.pairwise(rows):
+        if x0 <= np.log(x[i]) <= x1:
+          height = y0 + (y1 - y0) * (np.log(x[i]) - x0) / (x1 - x0)
+          beaten |= bool(height < np.log(loss[i]) - 1e-12)
+    out.append(not beaten)
+  return out
+
+
+def test_the_envelope_is_that_of_the_slow_rule():
+  rng = np.random.default_rng(0)
+  curve = np.repeat([1.0, 2.0, 4.0, 8.0], 7)
+  x = np.concatenate([np.sort(c * 10 ** rng.uniform(0, 2, 7)) for c in (1, 2, 4, 8)])
+  loss = np.exp(rng.normal(0, 0.2, 28)) * x**-0.2
+  mixed = rng.permutation(28)
+  kept = fit.lower_envelope(curve[mixed], x[mixed], loss[mixed])
+  assert kept.tolist() == slow_envelope(curve[mixed], x[mixed], loss[mixed])
+  assert 4 < kept.sum() < 28
+
+
+def test_one_curve_is_its_own_envelope():
+  assert fit.lower_envelope(np.ones(4), np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])).all()
+
+
+@pytest.mark.parametrize(
+  ('x', 'loss', 'message'),
+  [
+    ([1e6, 1e6, 1e6], [0.6, 0.5, 0.4], '1 different values'),
+    ([1e6, 2e6], [0.6, 0.5], '2 different values'),
+    ([1e6, 2e6, 4e6], [0.6, float('nan'), 0.4], 'loss must be positive and finite: row 1 has nan'),
+    ([1e6, 2e6, 4e6], [0.6, 0.5, -0.4], 'row 2 has -0.4'),
+    ([0.0, 2e6, 4e6], [0.6, 0.5, 0.4], 'x must be positive and finite: row 0 has 0.0'),
+    ([1e6, 2e6, 4e6], [0.6, 0.5], 'one length'),
+  ],
+)
+def test_rows_without_a_law_are_refused(x, loss, message):
+  with pytest.raises(FitError, match=message):
+    fit.fit_power_law(x, loss)
+
+
+def test_laws_with_more_numbers_need_more_rows():
+  with pytest.raises(FitError, match='at least 4'):
+    fit.fit_floored([1e6, 2e6, 4e6], [0.6, 0.5, 0.4])
+  with pytest.raises(FitError, match='six rows'):
+    fit.fit_joint([1e6, 2e6, 4e6, 1e6], [1e6, 2e6, 4e6, 2e6], [0.6, 0.5, 0.4, 0.5])
+  with pytest.raises(FitError, match='tokens'):
+    fit.fit_joint([1e6, 2e6, 4e6] * 2, [1e6] * 6, [0.6, 0.5, 0.4] * 2)
+
+
+def test_a_fit_can_be_written_down():
+  written = dataclasses.asdict(fit.fit_power_law(*runs(5, 0.01)))
+  assert {'alpha', 'beta', 'low', 'high', 'r2', 'n'} <= written.keys()

@@ -1,0 +1,84 @@
+"""Laws of learning rate and batch size: the paper's settings, and sweeps whose optima are known."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from polar_jax.scaling import laws
+from polar_jax.scaling.fit import FitError
+
+
+@pytest.mark.parametrize(
+  ('parameters', 'lm_tokens', 'rm_tokens', 'rate', 'batch'),
+  [(1.8e9, 2.5e12, 0.94e12, 1.43e-5, 1939.7), (7e9, 4.0e12, 3.6e12, 1.674e-5, 4342.8)],
+)
+def test_the_papers_settings(parameters, lm_tokens, rm_tokens, rate, batch):
+  assert laws.learning_rate(parameters, lm_tokens, rm_tokens) == pytest.approx(rate, rel=1e-3)
+  assert laws.batch_size(parameters, rm_tokens) == pytest.approx(batch, abs=0.06)
+
+
+def bowl(values: np.ndarray, best: float, curvature: float = 0.02) -> np.ndarray:
+  return 0.5 + curvature * np.log(values / best) ** 2
+
+
+@pytest.mark.parametrize('degree', [2, 4])
+def test_the_bottom_of_a_bowl(degree):
+  values = np.geomspace(5e-6, 1e-4, 7)
+  found = laws.optimum(values, bowl(values, 2.3e-5), degree)
+  assert (found.value, found.loss, found.at_edge) == (pytest.approx(2.3e-5, rel=1e-3), pytest.approx(0.5, abs=1e-6), False)
+
+
+def test_of_two_bottoms_the_deeper_one():
+  values = np.geomspace(1, 100, 41)
+  u = np.log(values) / np.log(100)
+  loss = 20 * (u - 0.2) ** 2 * (u - 0.8) ** 2 - 0.05 * u + 1
+  dense = np.linspace(0, 1, 100_001)
+  deepest = dense[np.argmin(20 * (dense - 0.2) ** 2 * (dense - 0.8) ** 2 - 0.05 * dense)]
+  assert laws.optimum(values, loss, 4).value == pytest.approx(100**deepest, rel=1e-3)
+
+
+@pytest.mark.parametrize('best', [1e-7, 1e-2])
+def test_an_optimum_at_the_edge_is_named_so(best):
+  values = np.geomspace(5e-6, 1e-4, 7)
+  found = laws.optimum(values, bowl(values, best), 2)
+  assert found.at_edge and found.value == pytest.approx(5e-6 if best < 1e-5 else 1e-4)
+
+
+def test_the_papers_laws_come_out_of_sweeps_that_follow_them():
+  settings = list(itertools.product([115.52e6, 389.87e6, 924.09e6], [131.84e9, 219.73e9], [23.9e9, 103.72e9]))
+  rates, batches = np.geomspace(1e-6, 1e-3, 9), np.geomspace(16, 4096, 8)
+  best_rates = [laws.optimum(rates, bowl(rates, laws.learning_rate(*s)), 4).value for s in settings]
+  best_batches = [laws.optimum(batches, bowl(batches, laws.batch_size(s[0], s[2])), 2).value for s in settings]
+  n, d_lm, d_rm = (np.array(column) for column in zip(*settings, strict=True))
+  mebi, gibi = 2.0**20, 2.0**30
+  found = laws.fit_product_law({'n': n / mebi, 'lm': d_lm / gibi, 'rm': d_rm / gibi}, best_rates)
+  assert found.factor == pytest.approx(0.0002306, rel=1e-2)
+  assert found.exponents == pytest.approx({'n': 0.01125, 'lm': -0.66587, 'rm': 0.33916}, abs=1e-3)
+  found = laws.fit_product_law({'n': n / mebi, 'rm': d_rm / gibi}, best_batches)
+  assert found.factor == pytest.approx(31.9032, rel=1e-2) and found.r2 > 0.9999
+  assert found.exponents == pytest.approx({'n': 0.06944, 'rm': 0.52997}, abs=1e-3)
+  assert found(n=1.8e9 / mebi, rm=0.94e12 / gibi) == pytest.approx(1939.7, rel=1e-2)
+
+
+def test_intervals_hold_exponents():
+  held = 0
+  for trial in range(100):
+    rng = np.random.default_rng([2, trial])
+    n, d = 10 ** rng.uniform(7, 9, 10), 10 ** rng.uniform(9, 11, 10)
+    law = laws.fit_product_law({'n': n, 'd': d}, 3.0 * n**0.1 * d**-0.4 * np.exp(rng.normal(0, 0.1, 10)))
+    held += law.low['n'] <= 0.1 <= law.high['n']
+  assert 90 <= held <= 99
+
+
+def test_what_cannot_be_told_apart_is_refused():
+  with pytest.raises(FitError, match='needs at least 5'):
+    laws.optimum([1, 2, 3, 4], [1, 2, 3, 4], 4)
+  with pytest.raises(FitError, match='positive'):
+    laws.optimum([0.0, 2, 3], [1, 2, 3], 2)
+  with pytest.raises(FitError, match='do not tell n, d apart'):
+    laws.fit_product_law({'n': [1, 2, 3, 4], 'd': [1, 2, 3, 4]}, [1, 2, 3, 4])
+  with pytest.raises(FitError, match='one positive number for each of 3'):
+    laws.fit_product_law({'n': [1, 2]}, [1, 2, 3])
