@@ -77,12 +77,17 @@ def test_three_sizes_are_called_what_they_are():
 def test_runs_that_differ_in_learning_rate_count_once():
   rows = sweep()
   rates = np.geomspace(1e-5, 1e-3, 6)
-  best = 1e-4 * (rows.parameters / 1e8) ** -0.2
+  tuned = 1e-4 * (rows.parameters / 1e8) ** -0.2
   repeated = [np.repeat(getattr(rows, name), 6) for name in results.NEEDED]
   rate = np.tile(rates, len(rows))
-  worse = 0.01 * np.log(rate / np.repeat(best, 6)) ** 2
+  worse = 0.01 * np.log(rate / np.repeat(tuned, 6)) ** 2
   swept = Results(*repeated[:3], repeated[3] + worse, learning_rate=rate)
   assert len(swept.best()) == len(rows) and len(swept.longest()) == 5
+  lowest = {
+    (n, t): min(swept.loss[(swept.parameters == n) & (swept.tokens == t)]) for n, t in zip(rows.parameters, rows.tokens, strict=True)
+  }
+  best = swept.best()
+  assert best.loss.tolist() == [lowest[key] for key in zip(best.parameters, best.tokens, strict=True)]
   found = stage.study(swept)['learning_rate']
   assert found['law']['exponents']['parameters'] == pytest.approx(-0.2, abs=1e-3)
   assert 'batch' in stage.study(swept)['left_out']
