@@ -35,7 +35,7 @@ GIB = 1 << 30
 HBM_GIB = {'v5e': 16, 'v5p': 95, 'v6e': 32}  # of a chip, as Google Cloud states it
 _CANDIDATES = 64  # of a scored row, as `Scorer` has it
 _UPDATES = 1_000  # of a run, which only the learning rate's schedule depends on
-_TOO_MUCH = re.compile(r'Used ([\d.]+)([KMGT]) of')
+_TOO_MUCH = re.compile(r'(?:Used |temporaries \()([\d.]+)([KMGT])\b')  # all of it, or what the temporaries alone would take
 
 
 class Call(NamedTuple):
@@ -233,7 +233,8 @@ def _compile(call: Call, beside: int, held: int) -> tuple[Memory, int]:
   except jax.errors.JaxRuntimeError as error:
     used, nothing = _TOO_MUCH.search(str(error)), Memory(call.phase, call.name, 0, 0, 0, 0, 0, beside, time.perf_counter() - began)
     if 'RESOURCE_EXHAUSTED' in str(error) and used:
-      return nothing._replace(refused=int(float(used[1]) * 1024 ** ('KMGT'.index(used[2]) + 1))), 0
+      beyond = held if 'temporaries' in used[0] else 0
+      return nothing._replace(refused=beyond + int(float(used[1]) * 1024 ** ('KMGT'.index(used[2]) + 1))), 0
     return nothing._replace(argument=held, failure=' '.join(str(error).split())[:300]), 0
   seconds = time.perf_counter() - began
   sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes, found.temp_size_in_bytes)
