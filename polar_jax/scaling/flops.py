@@ -8,7 +8,7 @@ rematerialisation, the embedding lookup, norms and the optimizer count for nothi
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,37 @@ _PEAKS = {
   'h100': 989e12,
   'a100': 312e12,
 }
+
+
+class Parameters(NamedTuple):
+  """Of a model, master weights of every kind. Scaling studies count them with the embedding table or without."""
+
+  embedding: int
+  layers: int
+  head: int  # with the norm before it
+
+  @property
+  def total(self) -> int:
+    return sum(self)
+
+  @property
+  def without_embedding(self) -> int:
+    return self.layers + self.head
+
+
+def reward_model_parameters(c: ModelConfig) -> Parameters:
+  """Exact count of a `RewardModel`."""
+  return _parameters(c, c.d_model)
+
+
+def language_model_parameters(c: ModelConfig) -> Parameters:
+  """Exact count of a `LanguageModel`; a head that is tied to the embedding table counts there."""
+  return _parameters(c, 0 if c.tie_embeddings else c.d_model * (c.vocab_size or 0))
+
+
+def _parameters(c: ModelConfig, head: int) -> Parameters:
+  biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
+  return Parameters((c.vocab_size or 0) * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + 2 * c.d_model), head + c.d_model)
 
 
 def _layer_weights(c: ModelConfig) -> tuple[int, int]:

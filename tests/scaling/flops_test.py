@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax import nnx
 from polar_jax.config import ModelConfig
 from polar_jax.data.rows import pair_batch, pair_row, text_batch
 from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.presets import PRESETS
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.scaling import flops
 from polar_jax.types import PairBatch, TextBatch
@@ -33,6 +35,19 @@ def test_language_model_by_hand():
   batch = text_batch([np.arange(4), None], [0, -1], 3)
   layer = 3 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (1 + 2 + 3) * 2 * 2 * 8
   assert flops.language_model_flops(SMALL, batch) == 2 * layer + 3 * 2 * 3 * 11
+
+
+@pytest.mark.parametrize('preset', sorted(PRESETS))
+def test_parameters_of_every_preset(preset):
+  config = ModelConfig(**{'vocab_size': 1_000} | PRESETS[preset])
+  for make, count in ((RewardModel, flops.reward_model_parameters), (LanguageModel, flops.language_model_parameters)):
+    model = nnx.eval_shape(lambda make=make: make(config, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    sizes = {jax.tree_util.keystr(path): math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    found = count(config)
+    assert found.total == sum(sizes.values())
+    assert found.embedding == sum(size for name, size in sizes.items() if 'embed' in name) > 0
+    assert found.without_embedding == found.total - found.embedding
 
 
 def test_padding_costs_nothing():
