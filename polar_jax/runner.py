@@ -37,9 +37,9 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     mesh = sharding.make_mesh(config.mesh)
     _announce(config, workdir, mesh)
     _write_config(config, workdir)
-    context = stages.Context(config, workdir, mesh, _say)
     for name in _stage_names(config):
-      _timed(context, name, _STAGES[name])
+      # Of `all` too a stage reads its own name: what it starts from may follow from it.
+      _timed(stages.Context(dataclasses.replace(config, stage=name), workdir, mesh, _say), name, _STAGES[name])
     _finish(workdir, time.perf_counter() - started)
     return 0
   except Preempted as stop:

@@ -10,6 +10,7 @@ import pytest
 
 from polar_jax import runner
 from polar_jax.config import parse
+from polar_jax.recipes import word_problems
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -69,3 +70,16 @@ def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_pa
   histogram = lines[0]['reward_histogram']
   assert sum(histogram['chosen']) == sum(histogram['rejected']) == 4343
   assert lines[0]['loss'] == pytest.approx(0.693147, abs=1e-5)  # the head starts at zero
+
+
+def test_every_stage_of_all_knows_which_it_is(tmp_path, monkeypatch):
+  """Word problems name no `checkpoint`: fine-tuning opens the tokenizer of what it starts from, as part of `all` as by itself."""
+  seen = {}
+
+  def look(context):
+    seen[context.config.stage] = context._checkpoint() if context.config.stage == 'finetune' else None
+
+  monkeypatch.setattr(runner, '_STAGES', dict.fromkeys(runner._STAGES, look))
+  config = word_problems('smollm2_135m', checkpoint='some/model.gguf')
+  assert config.stage == 'all' and runner.run(parse(config), tmp_path) == 0
+  assert seen == {'synthesize': None, 'finetune': pathlib.Path('some/model.gguf'), 'rft': None}
