@@ -277,7 +277,14 @@ def _functions(
   objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, accumulation: int
 ) -> step_lib.StepFunctions:
   """The functions of a run. Runs that differ in data, seed or start share them, and what was compiled of them."""
-  return step_lib.build(objective, model, make_optimizer(optimizer, steps), mesh, accumulation)
+  functions = step_lib.build(objective, model, make_optimizer(optimizer, steps), mesh, accumulation)
+  return functions._replace(init=_init(objective, model, mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def _init(objective: Objective, model: ModelConfig, mesh: Mesh) -> Callable[..., step_lib.TrainState]:
+  """A run's beginning, which neither the number of steps nor any setting of the optimizer changes."""
+  return step_lib.build(objective, model, make_optimizer(OptimizerConfig(), 1), mesh).init
 
 
 def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh) -> dict[str, float]:
