@@ -6,7 +6,8 @@
 
 All are fitted with Huber's loss on residuals of log L, so that one bad run does not carry the line. The interval of an exponent is
 what two hold together: Student's t about the least-squares line, exact for normal noise, and a studentised bootstrap of the robust
-one. Percentiles of a bootstrap, the usual choice, hold the truth in some 80 to 90 of 100 cases with five runs, not in 95.
+one. Percentiles of a bootstrap, the usual choice, hold the truth in 80 to 90 of 100 cases with five runs, not in 95
+(`benchmarks/intervals.py`).
 """
 
 from __future__ import annotations

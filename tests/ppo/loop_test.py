@@ -236,11 +236,10 @@ def get_config():
   (world / 'rft.py').write_text(config)
   quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # to compile
   environment = os.environ | {'XLA_FLAGS': quick, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  cache = {'JAX_COMPILATION_CACHE_DIR': str(world / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
   def start(workdir: str) -> subprocess.Popen:
     line = [sys.executable, '-m', 'polar_jax.main', f'--config={world / "rft.py"}', f'--workdir={workdir}']
-    return subprocess.Popen(line, cwd=world, env=environment | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(line, cwd=world, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
   def newest(workdir: str) -> int:
     return max((int(p.name) for p in (world / workdir / 'rft' / FOLDER).glob('*') if p.name.isdigit()), default=0)
