@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from polar_jax.types import UserError
 
-STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'fit', 'convert', 'score')
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit', 'convert', 'score')
 FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
@@ -288,10 +288,34 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SweepConfig:
+  """A grid of pre-training runs: every size with every number of tokens, learning rate and batch size.
+
+  What the grid leaves open is that of the sections `model`, `lm` and `train`.
+  """
+
+  sizes: tuple[str, ...] = _field(('32x2', '64x3', '128x4'))  # d_model x num_layers; heads and feed-forward in proportion to `model`
+  tokens: tuple[int, ...] = _field((1_000_000, 2_000_000), low=1)  # of the triplets that a run trains on
+  learning_rates: tuple[float, ...] = _field((1e-3,), low=0, open_low=True)  # peaks, at the width of `model`
+  batches: tuple[int, ...] = _field((32,), low=1)  # triplets of a step
+  width_exponent: float = 0.0  # a rate is multiplied by (width of `model` / width of the size) to this power
+  backend: str = _field('inline', choices=('inline', 'processes', 'ray'))
+  workers: int = _field(2, low=1)  # processes, each with its share of the cores
+  ray_address: str | None = None  # of a Ray cluster that sees the workdir; None: one on this machine
+  cpus: float = _field(1.0, low=0)  # of a run on Ray
+  gpus: float = _field(0.0, low=0)  # of a run on Ray
+  jobs_only: bool = False  # write the runs as commands for a cluster's queue, and train none
+
+
+@dataclasses.dataclass(frozen=True)
 class FitConfig:
   """Scaling laws from the rows of a sweep."""
 
-  input: str | None = None  # CSV with the columns parameters, tokens, flops, loss, and learning_rate and batch where they were swept
+  input: str | None = None  # CSV with the columns parameters, tokens, flops, loss, and learning_rate and batch; None: that of the sweep
+  flops: float | None = _field(None, low=0, open_low=True)  # a budget to be advised on
+  topology: str = 'v5p:4x4x4'  # where it would be spent: chip and number
+  mfu: float = _field(0.4, low=0, high=1, open_low=True)  # share of the peak that training reaches there
+  lm_tokens: float | None = _field(None, low=0, open_low=True)  # seen by the language model to start from: for the paper's learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +337,7 @@ class ScoreConfig:
 class Config:
   """A whole run. `checkpoint`, `input` and `output` belong to the stages that convert and score."""
 
-  stage: str = _field('all', choices=STAGES)
+  stage: str = 'all'  # of STAGES, or several of them in order, separated by commas
   seed: int = _field(0, low=0, high=2**31 - 1)
   checkpoint: str | None = None
   input: str | None = None
@@ -331,6 +355,7 @@ class Config:
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
+  sweep: SweepConfig = SweepConfig()
   fit: FitConfig = FitConfig()
   convert: ConvertConfig = ConvertConfig()
   score: ScoreConfig = ScoreConfig()
@@ -393,6 +418,8 @@ def _parse_section(raw: Any, default: Any, prefix: str) -> Any:
 
 
 def _check_value(name: str, value: Any, hint: Any, bounds: Any) -> Any:
+  if typing.get_origin(hint) is tuple:
+    return _check_tuple(name, value, hint, bounds)
   kind, optional = _plain_type(hint)
   if value is None:
     if optional:
@@ -415,9 +442,22 @@ def _check_value(name: str, value: Any, hint: Any, bounds: Any) -> Any:
   return value
 
 
+def _check_tuple(name: str, value: Any, hint: Any, bounds: Any) -> tuple:
+  kind = typing.get_args(hint)[0]
+  if not isinstance(value, (tuple, list)) or not value:
+    raise ConfigError(f'{name} must be a tuple of {kind.__name__}, such as {name}="(1, 2)" on the command line, not {value!r}')
+  checked = tuple(_check_value(f'{name}[{i}]', item, kind, bounds) for i, item in enumerate(value))
+  if len(set(checked)) < len(checked):
+    raise ConfigError(f'{name} is {value!r}; its values must differ')
+  return checked
+
+
 def _check_together(c: Config) -> None:
-  """Rules that involve more than one setting."""
+  """Rules that involve more than one setting, or parts of one."""
   m, s = c.model, c.synthesis
+  for name in c.stage.split(','):
+    if name not in STAGES or (name == 'all' and c.stage != 'all'):
+      raise ConfigError(f'stage is {c.stage!r}; it must be one of: {", ".join(STAGES)}; or some but "all", separated by commas')
   if m.num_heads % m.num_kv_heads:
     raise ConfigError(f'model.num_heads ({m.num_heads}) must be a multiple of model.num_kv_heads ({m.num_kv_heads})')
   if m.head_dim % 2:

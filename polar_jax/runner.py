@@ -20,6 +20,7 @@ from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
 from polar_jax.ppo import stage as reinforcement
 from polar_jax.scaling import stage as scaling
+from polar_jax.scaling import sweep_stage
 from polar_jax.scoring import stage as scoring
 from polar_jax.synthesis import arithmetic, engine
 from polar_jax.train import stages
@@ -31,7 +32,7 @@ _EXPLAINED = (UserError, NonFiniteError)
 
 
 def run(config: Config, workdir: pathlib.Path) -> int:
-  """Runs `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
+  """Runs the stages of `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
   started = time.perf_counter()
   try:
     mesh = sharding.make_mesh(config.mesh)
@@ -74,10 +75,10 @@ def _write_config(config: Config, workdir: pathlib.Path) -> None:
 
 def _stage_names(config: Config) -> list[str]:
   if config.stage != 'all':
-    return [config.stage]
+    return config.stage.split(',')
   if config.synthesis.world == 'arithmetic':  # a real language model is the start of everything
     return ['synthesize', 'finetune', 'rft']
-  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft']
+  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit']
 
 
 def _timed(context: stages.Context, name: str, stage: Callable[[stages.Context], dict[str, Any] | None]) -> None:
@@ -126,6 +127,7 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'finetune': _finetune,
   'evaluate': evaluation.evaluate,
   'rft': reinforcement.rft,
+  'sweep': sweep_stage.run,
   'fit': scaling.run,
   'score': scoring.score,
   'convert': convert.convert,

@@ -24,6 +24,7 @@ def _fields(section=Config, prefix=''):
 
 
 FIELDS = {name: (hint, metadata, default) for name, hint, metadata, default in _fields()}
+TUPLES = {name: FIELDS.pop(name) for name in [*FIELDS] if typing.get_origin(FIELDS[name][0]) is tuple}
 
 
 def _with(**changes) -> ml_collections.ConfigDict:
@@ -121,6 +122,25 @@ def test_high_bound(name):
   hint, bounds, _ = FIELDS[name]
   high = bounds['high']
   assert str(high) in _refused(name, high + 1 if hint in (int, int | None) else high + 1e-3)
+
+
+@pytest.mark.parametrize('name', TUPLES)
+def test_grids_are_tuples_of_different_values_of_one_type(name):
+  hint, bounds, default = TUPLES[name]
+  kind = typing.get_args(hint)[0]
+  assert f'a tuple of {kind.__name__}' in _refused(name, default[0])
+  assert f'a tuple of {kind.__name__}' in _refused(name, ())
+  wrong = {int: 1.5, float: '1', str: 7}[kind]
+  assert f'{name}[1] must be a {kind.__name__}' in _refused(name, (default[0], wrong))
+  assert 'must differ' in _refused(name, (default[0], default[0]))
+  if bounds['low'] is not None:
+    assert str(bounds['low']) in _refused(name, (default[0], kind(bounds['low'] - 1)))
+
+
+def test_stages_in_order():
+  assert parse(_with(stage='synthesize,sweep,fit')).stage == 'synthesize,sweep,fit'
+  for wrong in ('synthesize,all', 'synthesize,', 'fit;sweep', ''):
+    assert 'separated by commas' in _refused('stage', wrong)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])

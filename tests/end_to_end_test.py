@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from polar_jax import runner
+from polar_jax import runner, sharding
 from polar_jax.config import parse
 from polar_jax.recipes import miniature
 
@@ -23,8 +25,17 @@ def small_config(**changes):
   config.train.evaluate_rows = config.lm.evaluate_rows = config.finetune.evaluate_rows = 8
   config.rft.update({'seeds': 2, 'start_steps': 2, 'steps': 2, 'prompts': 4, 'minibatch': 4, 'rows': 4, 'evaluate_prompts': 12})
   config.rft.rollout.update({'slots': 8})
+  config.sweep.update({'sizes': ('8x1', '16x1', '32x1'), 'tokens': (1_500,), 'batches': (8,), 'backend': 'inline'})
   config.update(changes)
   return parse(config)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def laptop():
+  """One device, as the miniature has it: half of the time to compile what eight need."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -49,7 +60,7 @@ def test_report_is_the_interface(workdir):
   assert all(map(is_interval, arms.values())) and all(map(is_interval, report['finetune']['by_category'].values()))
   assert sum(c['n'] for c in report['finetune']['by_category'].values()) == 40
   assert report['pretrain']['steps'] == 3 and report['pretrain']['tokens'] > 0 and 0.6 < report['pretrain']['loss'] < 0.8
-  assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'total'} <= set(report['timing'])
+  assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit', 'total'} <= set(report['timing'])
   assert {'python', 'jax', 'devices'} <= set(report['environment'])
 
 
@@ -68,20 +79,28 @@ def test_tuning_towards_a_policy_is_reported(workdir):
     assert all(abs(rft['comparison'][name]['kl'][seed]) > 1e-5 for name in ('ppo', 'sft'))  # an estimate, which may be negative
 
 
+def test_a_law_is_fitted_and_said_to_prove_nothing(workdir):
+  scaling = json.loads((workdir / 'report.json').read_text())['scaling']
+  assert all({'alpha', 'beta', 'r2', 'low', 'high'} <= set(scaling[law]) and scaling[law]['n'] == 3 for law in 'NC')
+  assert scaling['sizes'] == 3 and '3 sizes prove nothing' in (workdir / 'report.md').read_text()
+  # The size of the miniature itself starts from its language model.
+  assert sorted(path.name for path in (workdir / 'sweep').glob('*_lm')) == ['32x1_lm', '8x1_lm']
+
+
 def test_readable_report_and_figures(workdir):
   text = (workdir / 'report.md').read_text()
-  for figure in ('accuracy', 'arms', 'loss', 'rft'):
+  for figure in ('accuracy', 'arms', 'loss', 'rft', 'scaling'):
     assert f'figures/{figure}.png' in text and (workdir / 'figures' / f'{figure}.png').stat().st_size > 5_000
   assert str(workdir) not in text and str(workdir) not in (workdir / 'report.json').read_text()
 
 
 def test_running_again_redoes_nothing(workdir, capsys):
-  before = {p: p.read_bytes() for p in workdir.glob('*/metrics.jsonl')}
+  before = {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')}
   report = json.loads((workdir / 'report.json').read_text())
   assert runner.run(small_config(), workdir) == 0
   out = capsys.readouterr().out
   assert 'reusing the complete data' in out and 'pretrain: resumed from step 3 of 3' in out
-  assert {p: p.read_bytes() for p in workdir.glob('*/metrics.jsonl')} == before
+  assert {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')} == before
   again = json.loads((workdir / 'report.json').read_text())
   assert again['evaluate'] == report['evaluate'] and again['pretrain'] == report['pretrain']
 

@@ -9,6 +9,7 @@ to the mean over the pool, since repetitive text is likely under every policy.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
@@ -30,10 +31,12 @@ from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
 from polar_jax.synthesis import cleanup, engine, ngram, pool, vocabulary
 from polar_jax.train import stages
+from polar_jax.train.loop import SigtermFlag
 from polar_jax.train.loop import train as train_model
 from polar_jax.types import Prompt, Rollouts
 
 START_CORPUS, TARGET_CORPUS = 'docstrings', 'source'
+_SIDE_BY_SIDE = 2  # seeds
 BEST_OF = 8  # answers that best-of-n chooses from
 _STREAM_REFERENCES, _STREAM_JUDGE = 30, 1_000_000_000  # of random numbers, beside those of the synthesize stage and of PPO's steps
 FIGURES = ('reward', 'target_nll', 'relative_nll', 'kl', 'length', 'distinct_2')
@@ -67,12 +70,27 @@ def run(context: stages.Context) -> dict[str, Any]:
   world = _open(context)
   p = world.target.params
   context.log(f'rft: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}')
-  by_seed = [_one_seed(world, seed) for seed in range(world.config.seeds)]
+  by_seed = _all_seeds(world)
   comparison = {name: {f: [seed[name][f] for seed in by_seed] for f in FIGURES if f in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
   for figure in ('reward', 'target_nll', 'relative_nll', 'length', 'distinct_2'):
     out |= {f'{figure}_before': comparison['start'][figure], f'{figure}_after': comparison['ppo'][figure]}
   return out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}
+
+
+def _all_seeds(world: World) -> list[dict[str, dict[str, float]]]:
+  """Figures by seed. The first runs alone and compiles what all of them share. On one device the others then run two at a time,
+  because a small model's operations leave half of it idle; none of them knows of another."""
+  seeds = range(world.config.seeds)
+  if world.context.mesh.size > 1:  # two threads that start collectives in different orders would wait for each other
+    return [_one_seed(world, seed) for seed in seeds]
+  found = [_one_seed(world, seeds[0])]
+  with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
+    try:
+      return found + list(threads.map(lambda seed: _one_seed(world, seed), seeds[1:]))
+    except BaseException:
+      stop.set()  # the others save and stop too
+      raise
 
 
 def choose_target(policies: Sequence[ngram.NgramPolicy]) -> ngram.NgramPolicy:

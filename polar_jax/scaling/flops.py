@@ -18,16 +18,10 @@ from polar_jax.config import ModelConfig
 
 MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
 
-# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of jax.Device.device_kind.
-_PEAKS = {
-  'v6 lite': 918e12,
-  'v5p': 459e12,
-  'v5 lite': 197e12,
-  'v4': 275e12,
-  'h200': 989e12,
-  'h100': 989e12,
-  'a100': 312e12,
-}
+# Dense bfloat16 peaks of a chip in FLOP/s, from the vendors' data sheets.
+CHIPS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'a100': 312e12, 'h100': 989e12, 'h200': 989e12}
+# The same by a part of jax.Device.device_kind.
+_PEAKS = {{'v5e': 'v5 lite', 'v6e': 'v6 lite'}.get(chip, chip): peak for chip, peak in CHIPS.items()}
 
 
 class Parameters(NamedTuple):

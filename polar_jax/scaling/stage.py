@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from polar_jax.config import ConfigError
-from polar_jax.scaling import fit, laws, plot, results
+from polar_jax.scaling import advice, fit, laws, plot, results, sweep
 from polar_jax.scaling.fit import FitError, PowerFit
 from polar_jax.scaling.report import FEW, FIGURE
 from polar_jax.scaling.results import Results
@@ -26,15 +26,19 @@ def run(context: stages.Context) -> dict[str, Any]:
   Raises:
     UserError: no file, or rows through which no law can be drawn, with the reason.
   """
-  path = context.config.fit.input
-  if path is None:
-    raise ConfigError('fit.input: name a CSV file with the columns parameters, tokens, flops, loss (and learning_rate, batch if swept)')
-  rows = results.read(pathlib.Path(path).expanduser())
+  given = context.config.fit.input
+  path = pathlib.Path(given).expanduser() if given else context.workdir / sweep.RESULTS
+  if not given and not path.exists():
+    raise ConfigError(f'fit.input: name a CSV file with the columns {", ".join(results.NEEDED)}; the sweep stage would write {path}')
+  rows = results.read(path)
   try:
     found = study(rows, context.config.seed)
+    advised = advice.advise(rows, found, context.config.fit, context.config.seed) if context.config.fit.flops else None
   except FitError as error:
     raise FitError(f'{path}: {error}') from None
-  for line in describe(found):
+  if advised:
+    found['advice'] = dataclasses.asdict(advised)
+  for line in describe(found) + (advice.describe(advised) if advised else []):
     context.log(line)
   if jax.process_index() == 0:
     context.workdir.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -83,18 +83,23 @@ def train(run: Run) -> dict[str, Any]:
 
 
 class SigtermFlag:
-  """Set by SIGTERM while in scope. Signals reach the main thread only; elsewhere (a notebook's worker) nothing changes."""
+  """Set by SIGTERM while in scope. Only the main thread hears signals: other threads share the flag that is in scope there, if any."""
+
+  _of_main: ClassVar[threading.Event | None] = None
 
   def __enter__(self) -> threading.Event:
-    self._event = threading.Event()
     self._main = threading.current_thread() is threading.main_thread()
-    if self._main:
-      self._old = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
-    return self._event
+    if not self._main:
+      return SigtermFlag._of_main or threading.Event()
+    event = threading.Event()
+    self._old, SigtermFlag._of_main = SigtermFlag._of_main, event
+    self._old_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
 
   def __exit__(self, *_: Any) -> None:
     if self._main:
-      signal.signal(signal.SIGTERM, self._old)
+      signal.signal(signal.SIGTERM, self._old_handler)
+      SigtermFlag._of_main = self._old
 
 
 class _Trainer:
@@ -113,13 +118,13 @@ class _Trainer:
     batches, self.planned_rows = run.batches(self.plan, run.steps)
     self.compiled_rows = {self.planned_rows}
     iterator = pipeline.iterate(batches, threads=run.threads, prefetch=run.prefetch)
-    self.tokens, self.step, self.validated, self.validated_step = 0, 0, {}, -1
+    self.tokens, self.flops, self.step, self.validated, self.validated_step = 0, 0.0, 0, {}, -1
     if self.checkpointer.latest is None:
       self.state = self.functions.init(jax.random.key(run.seed), self._start_params())
     else:
       self.state, saved = self.checkpointer.restore(self.functions.abstract, run.fingerprint)
       iterator.set_state(saved['iterator'])
-      self.tokens, self.step, self.validated = saved['tokens'], saved['step'], saved['validated']
+      self.tokens, self.flops, self.step, self.validated = (saved[name] for name in ('tokens', 'flops', 'step', 'validated'))
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     self.iterator = iterator
     self.metrics = MetricsLog(run.folder, self.step)
@@ -170,12 +175,15 @@ class _Trainer:
     """What the host knows of a batch without asking the device. On several hosts, this host's share is scaled up."""
     share = self.plan.share.of / (self.plan.share.high - self.plan.share.low)
     tokens = int(np.sum(batch.end_BT > batch.start_BT) * share)
+    step_flops = 3.0 * self.count_flops(self.run.model, batch) * share
     self.tokens += tokens
+    self.flops += step_flops
     return {
       'tokens': tokens,
       'total_tokens': self.tokens,
+      'total_flops': self.flops,
       'pad_fraction': 1 - tokens / (batch.tokens_BT.size * share),
-      'flops': 3.0 * self.count_flops(self.run.model, batch) * share,
+      'flops': step_flops,
     }
 
   def _finish_pending(self) -> None:
@@ -193,6 +201,7 @@ class _Trainer:
       'learning_rate': float(self.learning_rates[step - 1]),
       'epoch': step * self.run.train.batch_size / self.run.num_rows,
       'tokens': facts['total_tokens'],
+      'flops': facts['total_flops'],  # by the rule of MFU
       'pad_fraction': facts['pad_fraction'],
       'step_seconds': seconds,
       'tokens_per_second': facts['tokens'] / seconds,
@@ -237,7 +246,8 @@ class _Trainer:
     # A checkpoint promises that its steps are good and logged, so their metrics are checked and on disk first.
     self._finish_pending()
     self.metrics.flush()
-    data = {'iterator': self.iterator.get_state(), 'tokens': self.tokens, 'step': self.step, 'validated': self.validated}
+    counts = {'tokens': self.tokens, 'flops': self.flops, 'step': self.step, 'validated': self.validated}
+    data = {'iterator': self.iterator.get_state(), **counts}
     metrics = self.validated if self.validated_step == self.step else {}
     self.checkpointer.save(self.step, self.state, data, self.run.fingerprint, metrics)
 
@@ -250,6 +260,7 @@ class _Trainer:
     summary = {
       'steps': self.step,
       'tokens': self.tokens,
+      'flops': self.flops,
       'rows': self.step * self.run.train.batch_size,
       'loss': float(np.mean([r['loss'] for r in last])),  # over the last twentieth: one batch is noise
       'accuracy': float(np.mean([r['accuracy'] for r in last])),

@@ -108,13 +108,13 @@ def report_skipped(rows: Sequence[Any], path: pathlib.Path, log: Callable[[str],
   return rows
 
 
-def pretrain_lm(context: Context) -> dict[str, Any]:
-  """Next-token pre-training of the language model that the reward model starts from."""
+def pretrain_lm(context: Context, name: str = LM) -> dict[str, Any]:
+  """Next-token pre-training of the language model that the reward model starts from, in the folder `name` of the workdir."""
   config = context.config
   train_ids, validation_ids = text_tokens(context)
   length = config.lm.sequence_length
   windows = pipeline.TextWindows(train_ids, length, config.seed)
-  run = text_run(context, LM, config.lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
+  run = text_run(context, name, config.lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
   keep_tokenizer(context.tokenizer(), run.folder)
   return loop.train(run)
 
@@ -146,34 +146,44 @@ def text_run(
 
 def pretrain(context: Context) -> dict[str, Any]:
   """Contrastive pre-training on triplets of policies (equation 7)."""
-  return _rank(context, PRETRAIN, context.config.train, context.triplets, start=None, use_reference=True)
+  return rank(context, PRETRAIN, context.config.train, context.triplets)
 
 
 def finetune(context: Context) -> dict[str, Any]:
   """Fine-tuning on ranked data (equation 8)."""
-  return _rank(context, FINETUNE, context.config.finetune, context.preferences, start=None, use_reference=True)
+  return rank(context, FINETUNE, context.config.finetune, context.preferences)
 
 
 def finetune_only(context: Context) -> dict[str, Any]:
   """The arm without pre-training: the same ranked data on the plain language model."""
-  return _rank(context, FINETUNE_ONLY, context.config.finetune, context.preferences, start=LM, use_reference=True)
+  return rank(context, FINETUNE_ONLY, _from_lm(context.config.finetune), context.preferences)
 
 
 def finetune_no_reference(context: Context) -> dict[str, Any]:
   """The arm without pre-training and without the reference: a classic reward model."""
-  return _rank(context, FINETUNE_NO_REFERENCE, context.config.finetune, context.preferences, start=LM, use_reference=False)
+  return rank(context, FINETUNE_NO_REFERENCE, _from_lm(context.config.finetune), context.preferences, use_reference=False)
 
 
-def _rank(
+def _from_lm(train: TrainConfig) -> TrainConfig:
+  return dataclasses.replace(train, start_from='lm')
+
+
+def rank(
   context: Context,
   name: str,
   train: TrainConfig,
   rows: Callable[[str], Sequence[Triplet]],
-  start: str | None,
-  use_reference: bool,
+  *,
+  start: pathlib.Path | None = None,
+  use_reference: bool = True,
 ) -> dict[str, Any]:
+  """A run on ranked rows, in the folder `name` of the workdir. Returns its summary.
+
+  Args:
+    rows: split -> its rows.
+    start: the run whose parameters it starts from; None: what `train.start_from` says.
+  """
   config, data = context.config, context.config.data
-  train = train if start is None else dataclasses.replace(train, start_from='lm')
   template = context.template(use_reference)
   tokens = pipeline.PairTokens(rows('train'), template)
   held_out = pipeline.PairTokens(rows('validation'), template)
@@ -194,8 +204,8 @@ def _rank(
     num_rows=len(tokens),
     batches=batches,
     validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_rows),
-    start_from=_start_folder(context, train),
-    fingerprint=_fingerprint(context, train, RANKING.name, {'use_reference': use_reference, 'rows': _rows_fingerprint(tokens.source)}),
+    start_from=start or _start_folder(context, train),
+    fingerprint=_fingerprint(context, train, RANKING.name, {'use_reference': use_reference, 'rows': rows_fingerprint(tokens.source)}),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
@@ -267,7 +277,8 @@ def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
   return pathlib.Path(train.start_from)
 
 
-def _rows_fingerprint(rows: Sequence[Triplet]) -> str:
+def rows_fingerprint(rows: Sequence[Triplet]) -> str:
+  """See `texts_fingerprint`."""
   return texts_fingerprint(rows, lambda r: (r.prompt, r.reference, r.chosen, r.rejected))
 
 

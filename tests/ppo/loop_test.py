@@ -261,21 +261,39 @@ def get_config():
   process.communicate()
   assert newest('killed') < STEPS
   process = start('killed')
-  until(process, newest('killed') + 1)
-  process.send_signal(signal.SIGTERM)
-  output, _ = process.communicate(timeout=300)
-  assert process.returncode == 0 and 'stopped by SIGTERM, saved at step' in output, output
-  process = start('killed')
   output, _ = process.communicate(timeout=300)
   assert process.returncode == 0 and 'rft: resumed from step' in output, output
   assert_same(made.workdir / 'rft', world / 'whole' / 'rft')
 
 
-def test_sharded_runs_learn_the_same(world, finished):
-  made = context(world, 'sharded', devices=4, steps=1)
-  one = context(world, 'one', steps=1)
-  stage.rft(made), stage.rft(one)
-  many, alone = rows_of(made.workdir / 'rft')[1], rows_of(one.workdir / 'rft')[1]
+def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
+  made, update = context(world, 'terminated'), loop.Progress.update
+
+  def send(self, row):
+    if row['step'] == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    update(self, row)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Progress, 'update', send)
+    with pytest.raises(loop.Preempted, match='stopped by SIGTERM, saved at step 3'):
+      stage.rft(made)
+  stage.rft(made)
+  assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
+
+
+def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
+  made, one_step = context(world, 'sharded', devices=4), loop.Trainer.one_step
+
+  def first_step(self):
+    if self.step == 1:
+      raise Interrupted
+    return one_step(self)
+
+  monkeypatch.setattr(loop.Trainer, 'one_step', first_step)
+  with pytest.raises(Interrupted):
+    stage.rft(made)
+  many, alone = rows_of(made.workdir / 'rft')[1], rows_of(finished[0].workdir / 'rft')[1]
   for name in ('reward', 'kl_answer', 'policy_loss', 'value_loss', 'entropy', 'grad_norm', 'critic_grad_norm'):
     np.testing.assert_allclose(many[name], alone[name], rtol=2e-3, atol=2e-4, err_msg=name)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -352,6 +353,19 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
   assert {k: summary[k] for k in ('loss', 'tokens', 'validation_loss')} == {
     k: finished.summary[k] for k in ('loss', 'tokens', 'validation_loss')
   }
+
+
+def test_runs_in_other_threads_hear_sigterm_through_the_main_thread():
+  def other() -> tuple[bool, int]:
+    with loop.SigtermFlag() as flag:
+      return flag.is_set(), id(flag)
+
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    with loop.SigtermFlag() as flag:
+      assert thread.submit(other).result() == (False, id(flag))
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert flag.wait(10) and thread.submit(other).result() == (True, id(flag))
+    assert thread.submit(other).result() != (True, id(flag))  # out of scope: a flag of its own
 
 
 def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, monkeypatch):

@@ -1,0 +1,274 @@
+"""Sweeps: a grid of pre-training runs, each of them resumable, into results.csv.
+
+Every run is a job with a name and a folder in the workdir. A size that starts from a language model has one more job, which trains
+that model and comes before the size's runs. A job that is done has a `result.json`; whoever runs it again is told so and does
+nothing. Jobs know of each other only by these files, so they may run anywhere that sees the workdir.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polar_jax.config import Config, ConfigError, ModelConfig
+from polar_jax.data import pipeline
+from polar_jax.scaling import flops
+from polar_jax.train import checkpoint, stages
+
+FOLDER, RESULTS, RESULT, SETTINGS = 'sweep', 'results.csv', 'result.json', 'sweep/settings.json'
+_SAMPLED = 2_048  # triplets whose mean length turns tokens into steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of the grid."""
+
+  size: str  # d_model x num_layers
+  tokens: int
+  learning_rate: float  # at the width of `model`
+  batch: int
+
+  @property
+  def name(self) -> str:
+    """Unique in a sweep, and the name of its folder."""
+    return f'{self.size}_tokens{self.tokens}_lr{self.learning_rate:g}_batch{self.batch}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run of the grid, or the language model that a size starts from (`cell` None)."""
+
+  size: str
+  cell: Cell | None
+
+  @property
+  def name(self) -> str:
+    return self.cell.name if self.cell else f'{self.size}_lm'
+
+  def folder(self, workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / FOLDER / self.name
+
+
+def grid(config: Config) -> list[Cell]:
+  """All cells: smaller sizes and fewer tokens first."""
+  s = config.sweep
+  sizes = sorted(s.sizes, key=lambda size: flops.reward_model_parameters(model_of(config, size)).without_embedding)
+  return [Cell(*values) for values in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches)]
+
+
+def language_models(config: Config, workdir: pathlib.Path, cells: Sequence[Cell]) -> list[Job]:
+  """The jobs that must be done before `cells`."""
+  if config.train.start_from != 'lm':
+    return []
+  own = [Job(size, None) for size in dict.fromkeys(cell.size for cell in cells)]
+  return [job for job in own if _start(config, workdir, job.size) == job.folder(workdir)]
+
+
+def _start(config: Config, workdir: pathlib.Path, size: str) -> pathlib.Path:
+  """The language model that runs of a size start from: that of this workdir where it is the same, else the sweep's own."""
+  same = model_of(config, size) == config.model and checkpoint.exists(workdir / stages.LM)
+  return workdir / stages.LM if same else Job(size, None).folder(workdir)
+
+
+def job_named(config: Config, name: str) -> Job:
+  """
+  Raises:
+    ConfigError: the sweep has no such job.
+  """
+  cells = grid(config)
+  for job in [*(Job(size, None) for size in config.sweep.sizes), *(Job(cell.size, cell) for cell in cells)]:
+    if job.name == name:
+      return job
+  raise ConfigError(f'the sweep has no run {name!r}')
+
+
+def model_of(config: Config, size: str) -> ModelConfig:
+  """The model of a size such as '64x3': `config.model` with other width and depth, and the rest in proportion.
+
+  The width of a head stays, unless the size is narrower; the initial scale goes with 1 / sqrt(width).
+
+  Raises:
+    ConfigError: what is no size, or no multiple of a head.
+  """
+  base = config.model
+  try:
+    width, depth = (int(part) for part in size.split('x'))
+  except ValueError:
+    raise ConfigError(f'sweep.sizes: {size!r} is not d_model x num_layers, such as 64x3') from None
+  head = min(base.head_dim, width)
+  if width < 2 or depth < 1 or width % head or head % 2:
+    raise ConfigError(f'sweep.sizes: {size!r}: the width must be a multiple of model.head_dim ({base.head_dim}), or an even one below it')
+  heads = width // head
+  shared = base.num_heads // base.num_kv_heads
+  return dataclasses.replace(
+    base,
+    d_model=width,
+    num_layers=depth,
+    d_ff=max(round(base.d_ff * width / base.d_model), 1),
+    num_heads=heads,
+    num_kv_heads=heads // shared if heads % shared == 0 else heads,
+    head_dim=head,
+    init_std=base.init_std * math.sqrt(base.d_model / width),
+    scan_unroll=depth if base.scan_unroll >= base.num_layers else min(base.scan_unroll, depth),
+  )
+
+
+def config_of(config: Config, job: Job) -> Config:
+  """The settings of a job's run but for the steps of a cell, which depend on the data."""
+  model = model_of(config, job.size)
+  factor = (config.model.d_model / model.d_model) ** config.sweep.width_exponent
+  lm = dataclasses.replace(config.lm, learning_rate=config.lm.learning_rate * factor)
+  train = config.train
+  if job.cell:
+    train = dataclasses.replace(train, learning_rate=job.cell.learning_rate * factor, batch_size=job.cell.batch)
+  return dataclasses.replace(config, stage='pretrain' if job.cell else 'pretrain_lm', model=model, lm=lm, train=train)
+
+
+def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
+  """Runs a job to its end, resuming it where it stopped, and returns its result; one that is done is not run again.
+
+  Only one process at a time works on a job: another that comes meanwhile waits, and finds it done.
+
+  Args:
+    context: of the sweep.
+
+  Raises:
+    UserError: as training does.
+  """
+  folder = job.folder(context.workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  with _alone(folder):
+    done = read_result(folder)
+    if done is not None:
+      return done
+    made = dataclasses.replace(context, config=config_of(context.config, job))
+    if job.cell:
+      start = _start(context.config, context.workdir, job.size) if context.config.train.start_from == 'lm' else None
+      result = _train_cell(made, job.cell, start)
+    else:
+      result = stages.pretrain_lm(made, f'{FOLDER}/{job.name}')
+    temporary = folder / (RESULT + '.tmp')
+    temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + '\n')
+    os.replace(temporary, folder / RESULT)
+    return result
+
+
+def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None) -> dict[str, Any]:
+  config, rows = context.config, len(context.triplets('train'))
+  steps = max(round(cell.tokens / (cell.batch * tokens_per_triplet(context))), 1)
+  if steps * cell.batch > rows:
+    context.log(f'{cell.name}: {steps * cell.batch:,} triplets of {rows:,}: some are seen again, and a law of fresh ones does not hold')
+  train = dataclasses.replace(config.train, steps=steps)
+  summary = stages.rank(context, f'{FOLDER}/{cell.name}', train, context.triplets, start=start)
+  count = flops.reward_model_parameters(context.model_config())
+  return {
+    # What the fits read ...
+    'run': cell.name,
+    'parameters': count.total,
+    'tokens': cell.tokens,
+    'flops': summary['flops'],
+    'loss': summary['validation_loss'],
+    'learning_rate': train.learning_rate,
+    'batch': cell.batch,
+    # ... and what a person may ask.
+    'accuracy': summary['validation_accuracy'],
+    'steps': steps,
+    'tokens_read': summary['tokens'],
+    'parameters_without_embedding': count.without_embedding,
+    'd_model': config.model.d_model,
+    'num_layers': config.model.num_layers,
+    'seconds': summary['seconds'],
+  }
+
+
+def tokens_per_triplet(context: stages.Context) -> float:
+  """Mean tokens of a triplet laid out as one row, over the first of the training rows."""
+  tokens = pipeline.PairTokens(context.triplets('train'), context.template())
+  return float(np.mean([len(tokens[i].tokens) for i in range(min(len(tokens), _SAMPLED))]))
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  with (folder / 'lock').open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # given up by the system when the process ends, however it ends
+    yield
+
+
+def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The result of a job, None where it is not done."""
+  path = folder / RESULT
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_table(path: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Rows of a results.csv by the name of their run; none where there is no file.
+
+  Raises:
+    ConfigError: the file is no table of a sweep.
+  """
+  if not path.exists():
+    return {}
+  with path.open(newline='', encoding='utf-8') as file:
+    rows = list(csv.DictReader(file))
+  if any(row.get('run') in (None, '') or None in row.values() for row in rows):
+    raise ConfigError(f'{path}: not the table of a sweep (a column `run`, and every row whole): move it away')
+  return {row['run']: row for row in rows}
+
+
+def write_table(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> None:
+  """Rows in the order of the grid, after those of other sweeps that are there already."""
+  out = io.StringIO()
+  others = [name for name in rows if name not in set(order)]
+  columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+  writer = csv.DictWriter(out, columns, restval='', lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows[name] for name in [*others, *order] if name in rows)
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(out.getvalue(), encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def check_settings(context: stages.Context) -> None:
+  """Keeps what all runs of a sweep share, so that rows made with other settings do not end in one table.
+
+  Raises:
+    ConfigError: naming the settings that changed.
+  """
+  config = context.config
+  every = dataclasses.asdict(config)
+  shared = {name: every[name] for name in ('seed', 'tokenizer', 'template', 'model', 'lm', 'train')}
+  for section, name in itertools.product(('lm', 'train'), ('log_every', 'evaluate_every', 'accumulation')):
+    del shared[section][name]
+  for name in ('learning_rate', 'batch_size', 'steps'):  # the grid's, not the section's
+    del shared['train'][name]
+  shared['sweep.width_exponent'] = config.sweep.width_exponent
+  shared['rows'] = {split: stages.rows_fingerprint(context.triplets(split)) for split in ('train', 'validation')}
+  now = json.loads(json.dumps(_flat(shared)))
+  path = context.workdir / SETTINGS
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2) + '\n')
+    return
+  before = json.loads(path.read_text())
+  changed = [f'{k} was {before.get(k)!r}, is {now.get(k)!r}' for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+  if changed:
+    raise ConfigError(f'the sweep in this workdir was begun with other settings ({"; ".join(changed[:4])}): use another --workdir')
+
+
+def _flat(section: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  out = dict[str, Any]()
+  for name, value in section.items():
+    out |= _flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {f'{prefix}{name}': value}
+  return out
