@@ -14,4 +14,5 @@ def get_config():
   config.sweep.sizes = ('16x2', '24x3', '32x3', '48x3', '64x3', '96x3', '128x4')
   config.sweep.tokens = (900_000, 1_800_000, 3_600_000, 7_200_000)
   config.sweep.backend = 'processes'
+  config.sweep.workers = 2
   return config

@@ -300,7 +300,7 @@ class SweepConfig:
   batches: tuple[int, ...] = _field((32,), low=1)  # triplets of a step
   width_exponent: float = 0.0  # a rate is multiplied by (width of `model` / width of the size) to this power
   backend: str = _field('inline', choices=('inline', 'processes', 'ray'))
-  workers: int = _field(2, low=1)  # processes, each with its share of the cores
+  workers: int = _field(1, low=1)  # runs at a time: in threads of this process (on one device), or processes with a share of the cores each
   ray_address: str | None = None  # of a Ray cluster that sees the workdir; None: one on this machine
   cpus: float = _field(1.0, low=0)  # of a run on Ray
   gpus: float = _field(0.0, low=0)  # of a run on Ray

@@ -23,7 +23,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.ppo import advantages, losses
 from polar_jax.train import step as step_lib
-from polar_jax.train.optimizer import make_optimizer
+from polar_jax.train.optimizer import make_optimizer, with_schedule, without_schedule
 from polar_jax.train.step import TrainState
 from polar_jax.types import PolicyBatch
 
@@ -135,33 +135,42 @@ def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, target
 
 def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   """The policy. `updates`: of the whole run, which the learning rate's schedule is over."""
-  return _build_actor(model, _shared(config), updates, mesh)
+  return _scheduled(_build_actor(model, _shared(config), mesh), config.actor, updates)
 
 
 def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
   """The critic: a backbone of its own, with a value at every token."""
-  return _build_critic(model, _shared(config), updates, mesh)
+  return _scheduled(_build_critic(model, _shared(config), mesh), config.critic, updates)
 
 
 def _shared(config: RftConfig) -> RftConfig:
   """What the functions do not depend on is set to the same for all, so that PPO and supervised tuning share them."""
-  return dataclasses.replace(config, method='ppo', track_kl=True)
+  actor, critic = without_schedule(config.actor), without_schedule(config.critic)
+  return dataclasses.replace(config, method='ppo', track_kl=True, actor=actor, critic=critic)
+
+
+def _scheduled(shared: Learner, optimizer: OptimizerConfig, updates: int) -> Learner:
+  def init(key: jax.Array, start: dict[str, Any] | None) -> TrainState:
+    state = shared.init(key, start)
+    return state._replace(opt_state=with_schedule(state.opt_state, optimizer, updates))
+
+  return shared._replace(init=init)
 
 
 @functools.cache
-def _build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
+def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> Learner:
   read = functools.partial(read_actor, temperature=config.rollout.temperature, shared=config.samples > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
-  return _build(lambda rngs: LanguageModel(model, rngs=rngs), read, loss, names, config.actor, updates, mesh)
+  return _build(lambda rngs: LanguageModel(model, rngs=rngs), read, loss, names, config.actor, mesh)
 
 
 @functools.cache
-def _build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> Learner:
+def _build_critic(model: ModelConfig, config: RftConfig, mesh: Mesh) -> Learner:
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
   read = functools.partial(read_critic, shared=config.samples > 1)
-  return _build(lambda rngs: ValueModel(model, rngs=rngs), read, loss, names, config.critic, updates, mesh)
+  return _build(lambda rngs: ValueModel(model, rngs=rngs), read, loss, names, config.critic, mesh)
 
 
 def _build(
@@ -170,10 +179,9 @@ def _build(
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
   sums: tuple[str, ...],
   optimizer: OptimizerConfig,
-  updates: int,
   mesh: Mesh,
 ) -> Learner:
-  tx = make_optimizer(optimizer, updates)
+  tx = make_optimizer(optimizer, 1)
   abstract_model = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
   graphdef, _ = nnx.split(abstract_model)
 

@@ -6,6 +6,7 @@ Every way is a generator that runs jobs and yields (job, error) as they end, in 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import importlib.util
 import os
 import pathlib
@@ -42,14 +43,31 @@ def run_jobs(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], N
 
 
 def _inline(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
-  for job in jobs:
-    watch()
+  """Runs of one shape share what was compiled; on one device several may run side by side, since small models leave it half idle."""
+  # Two threads that start collectives in different orders would wait for each other.
+  workers = context.config.sweep.workers if context.mesh.size == 1 else 1
+  with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(workers) as threads:
+    waiting, running = collections.deque(jobs), dict[concurrent.futures.Future, Job]()
     try:
-      sweep.run_job(context, job)
-    except (UserError, NonFiniteError) as error:
-      yield job, str(error)
-    else:
-      yield job, None
+      while waiting or running:
+        while waiting and len(running) < workers:
+          job = waiting.popleft()
+          running[threads.submit(sweep.run_job, context, job)] = job
+        ended, _ = concurrent.futures.wait(running, _LOOK_EVERY, concurrent.futures.FIRST_COMPLETED)
+        watch()
+        for future in ended:
+          yield running.pop(future), _error(future)
+    except BaseException:
+      stop.set()  # the others save and stop too
+      raise
+
+
+def _error(future: concurrent.futures.Future) -> str | None:
+  try:
+    future.result()
+    return None
+  except (UserError, NonFiniteError) as error:
+    return str(error)
 
 
 def _processes(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:

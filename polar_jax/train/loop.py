@@ -27,7 +27,7 @@ from polar_jax.train import step as step_lib
 from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.metrics import MetricsLog, Progress, read_metrics, reward_histogram
 from polar_jax.train.objectives import NEXT_TOKEN, Objective
-from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer, with_schedule, without_schedule
 
 
 class NonFiniteError(RuntimeError):
@@ -283,18 +283,29 @@ class _Trainer:
     self.checkpointer.close()
 
 
-@functools.lru_cache(maxsize=4)  # few: a run that is over should not keep its compiled steps for long
 def _functions(
   objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, steps: int, mesh: Mesh, accumulation: int
 ) -> step_lib.StepFunctions:
-  """The functions of a run. Runs that differ in data, seed or start share them, and what was compiled of them."""
-  functions = step_lib.build(objective, model, make_optimizer(optimizer, steps), mesh, accumulation)
-  return functions._replace(init=_init(objective, model, mesh))
+  """The functions of a run. Runs that differ in data, seed, start, length or learning rate share what was compiled of them."""
+  shared = _compiled(objective, model, without_schedule(optimizer), mesh, accumulation)
+
+  def init(key: jax.Array, start: dict[str, Any] | None) -> step_lib.TrainState:
+    state = _init(objective, model, mesh)(key, start)
+    return state._replace(opt_state=with_schedule(state.opt_state, optimizer, steps))
+
+  return shared._replace(init=init)
+
+
+@functools.lru_cache(maxsize=4)  # few: a run that is over should not keep its compiled steps for long
+def _compiled(
+  objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, accumulation: int
+) -> step_lib.StepFunctions:
+  return step_lib.build(objective, model, make_optimizer(optimizer, 1), mesh, accumulation)
 
 
 @functools.lru_cache(maxsize=4)
 def _init(objective: Objective, model: ModelConfig, mesh: Mesh) -> Callable[..., step_lib.TrainState]:
-  """A run's beginning, which neither the number of steps nor any setting of the optimizer changes."""
+  """A run's beginning, which no setting of the optimizer changes."""
   return step_lib.build(objective, model, make_optimizer(OptimizerConfig(), 1), mesh).init
 
 

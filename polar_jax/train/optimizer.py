@@ -1,36 +1,92 @@
-"""AdamW with warm-up, cosine decay and global-norm clipping."""
+"""AdamW with warm-up, cosine decay and global-norm clipping.
+
+The numbers of the learning rate's schedule are part of the optimizer's state, not constants of the step: runs of any length and any rate
+share what was compiled.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from polar_jax.config import OptimizerConfig
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Linear from 0 over `warmup_ratio * steps` steps, then a cosine down to `final_lr_ratio` of the peak at `steps`."""
-  warmup = round(config.warmup_ratio * steps)
-  if warmup >= steps:
-    return optax.linear_schedule(0.0, config.learning_rate, warmup)
-  end = config.final_lr_ratio * config.learning_rate
-  return optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate, warmup, steps, end)
+class Schedule(NamedTuple):
+  """Linear from 0 to `peak` over `warmup` updates, then a cosine down to `final * peak` at update `steps`. All are scalars.
+
+  `count` is the number of updates so far.
+  """
+
+  count: Any
+  peak: Any
+  warmup: Any
+  steps: Any
+  final: Any
+
+  @classmethod
+  def of(cls, config: OptimizerConfig, steps: int) -> Schedule:
+    """The beginning of a run of `steps` updates."""
+    numbers = (config.learning_rate, round(config.warmup_ratio * steps), steps, config.final_lr_ratio)
+    return cls(np.zeros((), np.int32), *(np.float32(number) for number in numbers))
+
+  def rate(self) -> jax.Array:
+    """Of the next update."""
+    count = jnp.asarray(self.count, jnp.float32)
+    part = jnp.clip((count - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0, 1)
+    cosine = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * part))
+    return self.peak * jnp.where(count < self.warmup, count / jnp.maximum(self.warmup, 1), cosine)
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
+  """The rate of update 0, 1, ... of a run."""
+  return lambda count: Schedule.of(config, steps)._replace(count=count).rate()
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """The optimizer of a run. Weight decay leaves norm scales and the reward head alone."""
-  clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-  adamw = optax.adamw(
-    learning_rate_schedule(config, steps),
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    mask=_decayed,
+  return optax.chain(
+    optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+    optax.scale_by_adam(config.b1, config.b2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, _decayed),
+    _scale_by_schedule(config, steps),
   )
-  return optax.chain(clip, adamw)
+
+
+def _scale_by_schedule(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  def init(_: Any) -> Schedule:
+    return jax.tree.map(jnp.asarray, Schedule.of(config, steps))
+
+  def update(updates: Any, state: Schedule, _: Any = None) -> tuple[Any, Schedule]:
+    rate = state.rate()
+    return jax.tree.map(lambda u: -rate * u, updates), state._replace(count=state.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
+  """What a compiled step depends on: equal for runs that differ in nothing but their schedule."""
+  default = OptimizerConfig()
+  names = ('learning_rate', 'warmup_ratio', 'final_lr_ratio')
+  own = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
+  return OptimizerConfig(**own | {name: getattr(default, name) for name in names})
+
+
+def with_schedule(opt_state: Any, config: OptimizerConfig, steps: int) -> Any:
+  """The state of `make_optimizer(without_schedule(config), ...)` at its beginning, turned into that of a run."""
+
+  def replace(part: Any) -> Any:
+    if not isinstance(part, Schedule):
+      return part
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), Schedule.of(config, steps), part)
+
+  return jax.tree.map(replace, opt_state, is_leaf=lambda part: isinstance(part, Schedule))
 
 
 def _decayed(params: Any) -> Any:

@@ -200,7 +200,7 @@ def test_the_language_model_of_the_workdir_serves_the_size_that_it_has(make, tmp
 
 def test_processes_give_the_same_rows(finished, make, tmp_path):
   """And one that was stopped by SIGTERM goes on where it was."""
-  context = make(tmp_path, backend='processes', sizes=('8x1',))
+  context = make(tmp_path, backend='processes', workers=2, sizes=('8x1',))
   sent = threading.Event()
 
   def watch_and_stop():
@@ -230,7 +230,7 @@ def test_processes_give_the_same_rows(finished, make, tmp_path):
 
 
 def test_a_process_that_dies_is_reported_with_its_last_words(make, tmp_path, monkeypatch):
-  context = make(tmp_path, backend='processes')
+  context = make(tmp_path, backend='processes', workers=2)
   script = 'import sys; print("polar_jax: out of luck", file=sys.stderr); sys.exit(3)'
   monkeypatch.setattr(sys, 'executable', _fake_python(tmp_path, script))
   with pytest.raises(sweep_stage.SweepError, match=r'8x1_lm: out of luck \(exit status 3, log: .*log.txt\)'):

@@ -91,3 +91,23 @@ def test_weight_decay_skips_norm_scales_and_the_reward_head():
   updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   moved = {name for name, u in _flat(updates).items() if np.any(u)}
   assert moved == {'decoder.embedding', 'decoder.layers.wq'}
+
+
+def test_one_compiled_update_serves_every_schedule():
+  """The numbers of a schedule are data: set on a beginning that knows none, they give what an optimizer made for them gives."""
+  configs = [TrainConfig(learning_rate=rate, warmup_ratio=0.3, final_lr_ratio=0.2, b1=0.8) for rate in (0.01, 0.3)]
+  assert optimizer.without_schedule(configs[0]) == optimizer.without_schedule(configs[1]) != optimizer.without_schedule(TrainConfig())
+  shared = optimizer.make_optimizer(optimizer.without_schedule(configs[0]), 1)
+  update = jax.jit(shared.update)
+  params = jax.tree.map(jnp.asarray, _tree(0))
+  for config, steps in zip(configs, (7, 20), strict=True):
+    own = optimizer.make_optimizer(config, steps)
+    state, expected_state = optimizer.with_schedule(shared.init(params), config, steps), own.init(params)
+    for step in range(4):
+      gradients = jax.tree.map(jnp.asarray, _tree(step + 1))
+      updates, state = update(gradients, state, params)
+      expected, expected_state = own.update(gradients, expected_state, params)
+      for name, u in _flat(updates).items():
+        np.testing.assert_allclose(u, _flat(expected)[name], rtol=1e-5, atol=1e-9)
+        assert step == 0 or np.any(u)
+  assert update._cache_size() == 1
