@@ -43,6 +43,7 @@ EXTRAS = {
   'cuda': ['jax[cuda13]>=0.10.2,<0.13', *TOKAMAX],
   'torch': ['torch>=2.6'],  # checkpoints in pytorch_model.bin, as POLAR's are; the restricted reader of older versions had a hole
   'gguf': GGUF,  # checkpoints in .gguf
+  'ray': ['ray>=2.40'],  # sweeps on a cluster: restarts what a lost node was running
   # What tests compare with. torch exactly: another one rounds differently. Weights to test on come separately (README).
   'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', *GGUF],
   # What tests need to run GPU kernels in interpret mode, and to compile TPU kernels, on machines that have neither.

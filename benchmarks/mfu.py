@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import os
 import statistics
-import types
 from typing import Any
 
 from polar_jax.malloc import keep_freed_memory, runs_on_cpu
@@ -38,15 +37,6 @@ from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch
 
 PROFILED_STEPS = 3
-
-
-def two_sequences_flops(config: ModelConfig, batch: PairBatch) -> float:
-  """Forward FLOPs of the same pairs as two causal rows each, through every layer."""
-  index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
-  lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(-1, 1) + 1
-  end = np.arange(1, lengths.max() + 1)[None]
-  rows = types.SimpleNamespace(start_BT=np.zeros((1, 1), np.int64), end_BT=np.where(end <= lengths, end, 0))
-  return flops.language_model_flops(dataclasses.replace(config, vocab_size=None), rows)  # without a vocabulary, no logits
 
 
 def measure(config: ModelConfig, batch: PairBatch, mesh: Any, rounds: int, profile: str | None) -> dict[str, Any]:
@@ -101,7 +91,7 @@ def main() -> None:
   device, devices = jax.devices()[0], jax.device_count()
   peak, source = flops.peak_flops(device)
   peak *= devices
-  by_rule, as_two = (3 * count(config, batch) for count in (flops.reward_model_flops, two_sequences_flops))
+  by_rule, as_two = (3 * count(config, batch) for count in (flops.reward_model_flops, flops.two_sequences_flops))
   tokens = int((batch.end_BT > batch.start_BT).sum())
   print(f'{devices} x {device.device_kind}; {args.preset}, {args.dtype}, attention {attention.choose("auto")}')
   print(f'{args.rows} rows of {args.row_length:,} tokens with {args.triplets} triplets each: {tokens:,} tokens a step')

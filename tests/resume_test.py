@@ -145,6 +145,7 @@ def test_killed_at_any_point(world):
   assert world.unfinished('killed') == []
 
 
+@pytest.mark.slow  # the same within one process: train/loop_test.py
 def test_sigterm_saves_and_says_how_to_go_on(world):
   process = world.start('stopped')
   world.wait_until(process, lambda: world.newest('stopped') >= 10)

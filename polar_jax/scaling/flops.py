@@ -83,6 +83,19 @@ def reward_model_flops(c: ModelConfig, batch: Any) -> float:
   return 2.0 * weights + 4.0 * c.num_heads * c.head_dim * pairs
 
 
+def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
+  """Forward FLOPs of the pairs of a PairBatch (host arrays) had each candidate a causal row of its own, through every layer.
+
+  What a trainer without shared prefixes does for the same loss: the other way to count.
+  """
+  index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
+  lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(batch.reward_index_BPC.shape) + 1.0
+  lengths = lengths[batch.pair_mask_BP > 0]
+  weights = lengths.sum() * c.num_layers * sum(_layer_weights(c)) + lengths.size * c.d_model
+  seen = c.num_layers * (lengths * (lengths + 1) / 2).sum()
+  return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * seen)
+
+
 def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
   span = batch.end_BT - batch.start_BT
   return float((span > 0).sum()), float(span.sum())

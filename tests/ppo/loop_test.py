@@ -335,7 +335,7 @@ class Vowels:
     return np.array([text.count('a') / 5 for text in outputs], np.float32)
 
 
-@pytest.mark.parametrize('advantage', ['gae', 'rloo'])
+@pytest.mark.parametrize('advantage', [pytest.param('gae', marks=pytest.mark.slow), 'rloo'])
 def test_the_reward_rises(world, advantage):
   made = context(
     world,

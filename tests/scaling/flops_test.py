@@ -31,6 +31,23 @@ def test_reward_model_by_hand():
   assert flops.reward_model_flops(SMALL, batch) == first_layer + last_layer + head
 
 
+def test_the_same_pairs_as_two_sequences_by_hand():
+  rows = [pair_row([1, 7, 8, 10], [1, 7, 10])]
+  layer = 7 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (1 + 2 + 3 + 4 + 1 + 2 + 3) * 2 * 2 * 8
+  for packed, most in (([[0]], 1), ([[0], []], 3)):  # padding costs nothing
+    assert flops.two_sequences_flops(SMALL, pair_batch(rows, [0], packed, 12, most)) == 2 * layer + 2 * 2 * 3
+
+
+def test_a_shared_prefix_saves_what_it_should():
+  """|prompt| = |reference| = |candidate|: a pair is 8 parts of tokens as two rows and 5 as one. The last layer saves too."""
+  part = 64
+  deep = dataclasses.replace(SMALL, num_layers=200)  # so that the last layer does not count
+  shared = [1] * 3 * part  # prompt, reference, prompt
+  batch = pair_batch([pair_row([*shared, *[2] * part], [*shared, *[3] * part])], [0], [[0]], 5 * part, 1)
+  wide = dataclasses.replace(deep, d_model=512, d_ff=1024)  # so that attention does not
+  assert flops.two_sequences_flops(wide, batch) / flops.reward_model_flops(wide, batch) == pytest.approx(1.6, rel=0.01)
+
+
 def test_language_model_by_hand():
   batch = text_batch([np.arange(4), None], [0, -1], 3)
   layer = 3 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (1 + 2 + 3) * 2 * 2 * 8
