@@ -218,7 +218,7 @@ def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: Se
   if results.get('timing'):
     seconds = results['timing']
     stages = [
-      *(s for s in markdown.ordered(seconds, (*_STAGES, 'rft', 'fit', *_TOOLS)) if s != 'total'),
+      *(s for s in markdown.ordered(seconds, (*_STAGES, 'rft', 'sweep', 'fit', *_TOOLS)) if s != 'total'),
       *(['total'] if 'total' in seconds else []),
     ]
     parts += ['## Time', markdown.table(['stage', 'seconds'], [[s, f'{seconds[s]:.1f}'] for s in stages])]

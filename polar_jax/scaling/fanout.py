@@ -97,7 +97,8 @@ def _processes(context: stages.Context, jobs: Sequence[Job], watch: Callable[[],
       for process in running:
         process.wait()
     if stop.is_set():
-      raise Preempted('sweep', sum(sweep.read_result(job.folder(context.workdir)) is not None for job in jobs))
+      done = sum(sweep.read_result(job.folder(context.workdir)) is not None for job in jobs)
+      raise Preempted('sweep', f'{done} of {len(jobs)} runs done, the others saved')
 
 
 def _end(running: dict[subprocess.Popen, Any]) -> None:
@@ -151,7 +152,7 @@ def _ray(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]
       if stop.is_set():
         for reference in of:
           ray.cancel(reference, force=False)
-        raise Preempted('sweep', len(jobs) - len(of))
+        raise Preempted('sweep', f'{len(jobs) - len(of)} of {len(jobs)} runs done')
   finally:
     if ours:
       ray.shutdown()

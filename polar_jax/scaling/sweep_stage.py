@@ -65,7 +65,7 @@ def _run(context: stages.Context, jobs: Sequence[Job]) -> dict[str, str]:
   waiting = [job for job in jobs if sweep.read_result(job.folder(context.workdir)) is None]
   if not waiting:
     return {}
-  table, failed = LiveTable(waiting, context.workdir), dict[str, str]()
+  table, failed = LiveTable(waiting, context.workdir, live=context.config.sweep.backend != 'inline'), dict[str, str]()
   for job, error in fanout.run_jobs(context, waiting, table.watch):
     table.ended(job, error)
     if error:

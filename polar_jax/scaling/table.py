@@ -70,13 +70,17 @@ def render(jobs: Sequence[Job], states: Sequence[State], rows: int) -> str:
 
 
 class LiveTable:
-  """Redraws itself in a terminal; elsewhere it says a line whenever a job ends."""
+  """Redraws itself in a terminal; elsewhere it says a line whenever a job ends.
 
-  def __init__(self, jobs: Sequence[Job], workdir: pathlib.Path, out: TextIO | None = None):
+  Args:
+    live: False where the jobs themselves write to this terminal.
+  """
+
+  def __init__(self, jobs: Sequence[Job], workdir: pathlib.Path, live: bool = True, out: TextIO | None = None):
     self._jobs, self._workdir, self._out = jobs, workdir, out or sys.stderr
     self._errors: dict[str, str] = {}
     self._drawn, self._at = 0, 0.0
-    self._live = self._out.isatty()
+    self._live = live and self._out.isatty()
 
   def watch(self) -> None:
     """Redraws, if it is time to."""

@@ -35,10 +35,11 @@ class NonFiniteError(RuntimeError):
 
 
 class Preempted(Exception):
-  """SIGTERM arrived; the run was saved and can go on from there."""
+  """SIGTERM arrived; what ran was saved and can go on from there. `where`: the step, or how far it came."""
 
-  def __init__(self, name: str, step: int):
-    super().__init__(f'{name}: stopped by SIGTERM, saved at step {step}. The same command resumes from there.')
+  def __init__(self, name: str, where: int | str):
+    at = f'saved at step {where}' if isinstance(where, int) else where
+    super().__init__(f'{name}: stopped by SIGTERM, {at}. The same command resumes from there.')
 
 
 @dataclasses.dataclass(frozen=True)

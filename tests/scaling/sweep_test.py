@@ -169,7 +169,7 @@ def test_processes_give_the_same_rows(finished, make, tmp_path):
   thread = threading.Thread(target=watch_and_stop)
   thread.start()
   try:
-    with pytest.raises(loop.Preempted):
+    with pytest.raises(loop.Preempted, match=r'sweep: stopped by SIGTERM, \d of \d runs done, the others saved'):
       sweep_stage.run(context)
   finally:
     sent.set()
@@ -245,7 +245,7 @@ def test_in_a_terminal_the_table_is_drawn_over_itself(finished):
 
   out = Terminal()
   jobs = [Job(cell.size, cell) for cell in sweep.grid(finished.config)]
-  live = table.LiveTable(jobs, finished.workdir, out)
+  live = table.LiveTable(jobs, finished.workdir, out=out)
   live.watch()
   live.watch()  # too soon to draw again
   assert out.getvalue().count('done') == 4 + 1 and '\x1b[' not in out.getvalue()
