@@ -319,6 +319,17 @@ class FitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+  """The processes of a run on several hosts. None: what SLURM, the TPU slice or JAX's environment variables say."""
+
+  coordinator: str | None = None  # host:port of process 0
+  processes: int | None = _field(None, low=1)
+  process: int | None = _field(None, low=0)  # this one
+  timeout: int = _field(300, low=1)  # seconds to wait for the others at the start
+  heartbeat: int = _field(100, low=1)  # seconds of silence after which a process counts as lost
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertConfig:
   """Exchange of checkpoints with Hugging Face. The direction follows from what `checkpoint` is."""
 
@@ -354,6 +365,7 @@ class Config:
   ablations: bool = False  # also fine-tune without pre-training, and without the reference (Table 7 of the paper)
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
+  distributed: DistributedConfig = DistributedConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   sweep: SweepConfig = SweepConfig()
   fit: FitConfig = FitConfig()

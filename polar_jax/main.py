@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from polar_jax import malloc
 from polar_jax.config import ConfigError, parse
+from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config>.')
@@ -103,10 +104,14 @@ def main(_: Sequence[str]) -> int:
 
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
-  # JAX starts its backend below; a bad setting has been reported before that.
-  from polar_jax import runner
+  # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.
+  from polar_jax import distributed, runner
 
-  return runner.run(config, workdir)
+  try:
+    cluster = distributed.start(config.distributed)
+  except UserError as error:
+    _fail(str(error))
+  return runner.run(config, workdir, cluster)
 
 
 def console() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from polar_jax import sharding
+from polar_jax import distributed, sharding
 from polar_jax.config import Config
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
@@ -31,12 +31,12 @@ from polar_jax.types import UserError
 _EXPLAINED = (UserError, NonFiniteError)
 
 
-def run(config: Config, workdir: pathlib.Path) -> int:
+def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | None = None) -> int:
   """Runs the stages of `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
   started = time.perf_counter()
   try:
     mesh = sharding.make_mesh(config.mesh)
-    _announce(config, workdir, mesh)
+    _announce(config, workdir, mesh, cluster)
     _write_config(config, workdir)
     for name in _stage_names(config):
       # Of `all` too a stage reads its own name: what it starts from may follow from it.
@@ -48,7 +48,13 @@ def run(config: Config, workdir: pathlib.Path) -> int:
     return 0
   except _EXPLAINED as error:
     print(f'polar_jax: {error}', file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+      os._exit(1)  # the orderly end waits for the others, and they for this one
     return 1
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    distributed.lost(error)
 
 
 def _say(message: str) -> None:
@@ -56,10 +62,12 @@ def _say(message: str) -> None:
     print(message, flush=True)
 
 
-def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cluster: distributed.Cluster | None) -> None:
   devices = jax.devices()
   axes = ' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   _say(f'polar_jax: stage {config.stage}, workdir {workdir}')
+  if cluster:
+    _say(f'distributed: {jax.process_count()} processes, found by {cluster.how}')
   _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
   parameters = 'parameters as stored' if config.stage in ('convert', 'score') else 'float32 parameters'
   _say(f'precision: {parameters}, {"float32" if config.stage == "convert" else config.model.compute_dtype} compute')

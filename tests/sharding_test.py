@@ -7,6 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from polar_jax import sharding
 from polar_jax.config import ConfigError, MeshConfig, ModelConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.presets import PRESETS
 from polar_jax.model.reward_model import RewardModel
 
 
@@ -118,3 +120,34 @@ def test_constrain_lays_out_activations():
   with jax.set_mesh(mesh):
     y = jax.jit(lambda x: sharding.constrain(x * 2, 'batch', 'length', 'heads', 'head_dim'))(jax.numpy.ones((4, 3, 2, 5)))
   assert y.addressable_shards[0].data.shape == (1, 3, 1, 5)
+
+
+# What the devices of a pod hold of every parameter. Layers are stacked: their first dimension is the layer.
+LAYERS = {
+  'attention_norm': (None, None),
+  'mlp_norm': (None, None),
+  'wq': (None, 'fsdp', 'tensor', None),
+  'wk': (None, 'fsdp', 'tensor', None),
+  'wv': (None, 'fsdp', 'tensor', None),
+  'wo': (None, 'tensor', None, 'fsdp'),
+  'w_gate': (None, 'fsdp', 'tensor'),
+  'w_up': (None, 'fsdp', 'tensor'),
+  'w_down': (None, 'tensor', 'fsdp'),
+}
+BIASES = {'bq': (None, 'tensor', None), 'bk': (None, 'tensor', None), 'bv': (None, 'tensor', None)}
+TABLE = ('tensor', 'fsdp')  # vocabulary by width
+
+
+@pytest.mark.parametrize(
+  ('preset', 'make', 'layers', 'head'),
+  [
+    ('polar_1_8b', RewardModel, LAYERS, {'v_head': (None,)}),
+    ('polar_7b', RewardModel, LAYERS, {'v_head': (None,)}),
+    ('qwen2_5_32b_instruct', LanguageModel, LAYERS | BIASES, {'lm_head': TABLE}),
+  ],
+)
+def test_golden_specs(preset, make, layers, head):
+  model = nnx.eval_shape(lambda: make(ModelConfig(**PRESETS[preset]), rngs=nnx.Rngs(0)))
+  decoder = {'embedding': TABLE, 'norm': (None,), 'layers': layers}
+  golden = jax.tree.map(lambda axes: P(*axes), {'decoder': decoder} | head, is_leaf=lambda x: isinstance(x, tuple))
+  assert sharding.param_specs(model) == golden

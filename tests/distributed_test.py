@@ -1,0 +1,177 @@
+"""Which cluster the environment speaks of, and real processes on loopback: the same losses as one, and no hanging when one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from polar_jax import distributed
+from polar_jax.config import ConfigError, DistributedConfig
+from polar_jax.distributed import Cluster, detect
+from polar_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 8
+CONFIG = f"""
+from polar_jax.config import default_config
+
+def get_config():
+  config = default_config()
+  config.stage = 'pretrain'
+  config.tokenizer.kind = 'byte'
+  config.data.triplets = 'rows.jsonl'
+  config.data.evaluation = 'rows.jsonl'
+  config.data.row_length = 32
+  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
+    setattr(config.model, name, value)
+  for name, value in dict(steps={STEPS}, batch_size=8, start_from='scratch', learning_rate=3e-3, evaluate_every=4).items():
+    setattr(config.train, name, value)
+  config.checkpointing.every_steps = 2
+  return config
+"""
+NONE = DistributedConfig()
+
+
+def test_one_process_is_no_cluster():
+  assert detect(NONE, {}) is None
+  assert detect(NONE, {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}) is None
+  assert detect(NONE, {'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}) is None
+
+
+def test_settings_come_before_the_environment():
+  environ = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'SLURM_JOB_ID': '7'}
+  assert detect(NONE, environ) == Cluster('SLURM job 7', method='slurm')
+  assert detect(DistributedConfig('a:1', 2, 1), environ) == Cluster('settings', 'a:1', 2, 1)
+  jax_own = {'JAX_COORDINATOR_ADDRESS': 'b:2', 'JAX_NUM_PROCESSES': '3', 'JAX_PROCESS_ID': '2'}
+  assert detect(NONE, environ | jax_own) == Cluster('JAX_COORDINATOR_ADDRESS', 'b:2', 3, 2)
+  assert detect(NONE, {'TPU_WORKER_HOSTNAMES': 'a,b'}) == Cluster('TPU slice (TPU_WORKER_HOSTNAMES)')
+  # A shell inside a job is one process, whatever the job has.
+  assert detect(NONE, environ | {'SLURM_JOB_NAME': 'interactive'}) is None
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (DistributedConfig('a:1', 2), 'belong together'),
+    (DistributedConfig(None, 2, 1), 'belong together'),
+    (DistributedConfig('a', 2, 1), 'host:port'),
+    (DistributedConfig('a:1', 2, 2), 'one of 0 to 1'),
+  ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    detect(settings, {})
+
+
+def test_an_environment_that_is_no_number_is_named():
+  with pytest.raises(UserError, match=r"SLURM_NTASKS is 'two'"):
+    detect(NONE, {'SLURM_NTASKS': 'two'})
+  with pytest.raises(UserError, match='JAX_PROCESS_ID'):
+    detect(NONE, {'JAX_COORDINATOR_ADDRESS': 'b:2', 'JAX_NUM_PROCESSES': '3'})
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  folder, rng = tmp_path_factory.mktemp('distributed'), np.random.default_rng(0)
+  names = ('prompt', 'reference', 'chosen', 'rejected')
+  rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 6)).tolist()).decode() for name in names} for _ in range(50)]
+  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (folder / 'small.py').write_text(CONFIG)
+  return folder
+
+
+@contextlib.contextmanager
+def started(world: pathlib.Path, workdir: str, processes: int, *settings: str):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS' and not k.startswith(('SLURM', 'TPU'))}
+  environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}', *settings]
+  running = []
+  for process in range(processes):
+    own = [f'--config.distributed.coordinator=127.0.0.1:{port}', f'--config.distributed.processes={processes}']
+    own = [*own, f'--config.distributed.process={process}'] if processes > 1 else []
+    output = (world / f'{workdir}_{process}.txt').open('w')
+    running.append(subprocess.Popen([*line, *own], cwd=world, env=environment, stdout=output, stderr=subprocess.STDOUT))
+  try:
+    yield running
+  finally:
+    for process in running:
+      process.kill()
+      process.wait()
+
+
+def said(world: pathlib.Path, workdir: str, process: int) -> str:
+  return (world / f'{workdir}_{process}.txt').read_text()
+
+
+def losses(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
+  lines = [json.loads(line) for line in (world / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()]
+  return {name: [line[name] for line in lines if name in line] for name in ('loss', 'grad_norm', 'validation_loss', 'tokens')}
+
+
+@pytest.fixture(scope='module')
+def alone(world):
+  with started(world, 'alone', 1) as (process,):
+    assert process.wait(300) == 0, said(world, 'alone', 0)
+  return losses(world, 'alone')
+
+
+@pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_learn_what_one_learns(world, alone, processes):
+  name = f'together{processes}'
+  with started(world, name, processes, '--config.mesh.data=2', '--config.mesh.fsdp=-1') as running:
+    codes = [process.wait(300) for process in running]
+  assert codes == [0] * processes, '\n'.join(said(world, name, p) for p in range(processes))
+  assert f'distributed: {processes} processes, found by settings' in said(world, name, 0)
+  assert said(world, name, 1).strip() == ''  # one speaks for all
+  found = losses(world, name)
+  assert found['tokens'] == alone['tokens'] and len(found['loss']) == STEPS and len(found['validation_loss']) == 2
+  for figure, values in found.items():
+    np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
+
+
+def test_a_lost_process_stops_the_others_with_a_named_error(world):
+  with started(world, 'lost', 2, '--config.train.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
+    deadline = time.monotonic() + 200
+    while not (world / 'lost/pretrain/checkpoints/2').exists():
+      assert first.poll() is None and second.poll() is None and time.monotonic() < deadline, said(world, 'lost', 0)
+      time.sleep(0.05)
+    second.send_signal(signal.SIGKILL)
+    assert first.wait(60) not in (0, -signal.SIGKILL)
+  assert 'process 0 of 2: another process of the run is gone' in said(world, 'lost', 0), said(world, 'lost', 0)
+
+
+def test_processes_that_never_come_are_an_error(world):
+  with started(
+    world,
+    'absent',
+    1,
+    '--config.distributed.coordinator=127.0.0.1:1',
+    '--config.distributed.processes=2',
+    '--config.distributed.process=1',
+    '--config.distributed.timeout=3',
+  ) as (process,):
+    assert process.wait(120) not in (0, None)
+  assert 'polar_jax: the processes of this run (settings) did not find each other within 3 s' in said(world, 'absent', 0)
+
+
+def test_what_is_lost_is_said_by_name(monkeypatch, capsys):
+  def leave(status):
+    raise SystemExit(status)
+
+  monkeypatch.setattr(distributed.os, '_exit', leave)
+  with pytest.raises(SystemExit):
+    distributed.lost(RuntimeError('Gloo all-reduce failed:\nconnection closed'))
+  assert 'another process of the run is gone' in capsys.readouterr().err
