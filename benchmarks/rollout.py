@@ -5,8 +5,8 @@
 One Llama of 26M parameters with the same weights in both, float32, two threads, sampling at temperature 1, no stop tokens: every
 answer has a length that is given. Lengths as drawn from a chat model's answers (log-normal, mean near 160 tokens, a long tail), or
 with --responses=FILE those of real responses (a .jsonl.gz with `response`, and a --tokenizer=tokenizer.json); and a fixed length, for
-one batch. Ours and static batches take turns; continuous batching, the slowest, runs once. The last line is a JSON object. Twenty-five
-minutes with two cores.
+one batch. Ours and static batches take turns; continuous batching, the slowest, runs once. The last line is a JSON object. Fifty minutes
+with two cores.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def drawn_lengths(count: int, responses: str | None, tokenizer: str | None) -> n
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--prompts', type=int, default=128)
+  parser.add_argument('--prompts', type=int, default=256)
   parser.add_argument('--slots', type=int, default=32)
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--responses')

@@ -96,7 +96,7 @@ def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_colle
   _tune_towards_a_policy(config)
   # The machinery of a scaling law in a few minutes: a law takes the sizes and tokens of configs/sweep.py.
   config.sweep.update(
-    {'sizes': ('12x1', '16x2', '32x2'), 'tokens': (600_000,), 'learning_rates': (2e-3,), 'width_exponent': 0.5, 'workers': 2}
+    {'sizes': ('12x1', '16x2', '32x2'), 'tokens': (450_000,), 'learning_rates': (2e-3,), 'width_exponent': 0.5, 'workers': 2}
   )
   return config
 
