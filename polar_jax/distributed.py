@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
@@ -40,8 +42,7 @@ def detect(settings: DistributedConfig, environ: Mapping[str, str]) -> Cluster |
     return _checked('settings', *given, ConfigError)
   names = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
   if names[0] in environ and names[1] in environ:
-    numbers = [_integer(name, environ) for name in names[1:]]
-    return _checked('JAX_COORDINATOR_ADDRESS', environ[names[0]], *numbers, UserError)
+    return _checked('JAX_COORDINATOR_ADDRESS', environ[names[0]], _integer(names[1], environ), _integer(names[2], environ), UserError)
   if (
     _integer('SLURM_NTASKS', environ, 1) > 1 and 'SLURM_PROCID' in environ and environ.get('SLURM_JOB_NAME') not in ('interactive', 'bash')
   ):
@@ -90,6 +91,8 @@ def start(settings: DistributedConfig, environ: Mapping[str, str] = os.environ) 
   found = detect(settings, environ)
   if found is None:
     return None
+  if found.coordinator and found.process:
+    _await(found.coordinator, settings.timeout, found.how)
   try:
     jax.distributed.initialize(
       coordinator_address=found.coordinator,
@@ -100,12 +103,29 @@ def start(settings: DistributedConfig, environ: Mapping[str, str] = os.environ) 
       heartbeat_timeout_seconds=settings.heartbeat,
     )
   except (RuntimeError, ValueError) as error:
-    said = ' '.join(str(error).split())[:300]
-    raise UserError(
-      f'the processes of this run ({found.how}) did not find each other within {settings.timeout} s: start the same command on every host, '
-      f'and see that the coordinator can be reached ({said})'
-    ) from error
+    raise _not_found(found.how, settings.timeout, ' '.join(str(error).split())[:300]) from error
   return found
+
+
+def _await(coordinator: str, timeout: float, how: str) -> None:
+  """Returns once process 0 listens. JAX, left to find out that nobody does, ends the process without a word for the user."""
+  host, _, port = coordinator.rpartition(':')
+  deadline = time.monotonic() + timeout
+  while True:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+      return
+    except (OSError, ValueError) as error:
+      if time.monotonic() > deadline:
+        raise _not_found(how, timeout, f'{coordinator}: {error}') from error
+      time.sleep(0.5)
+
+
+def _not_found(how: str, timeout: float, said: str) -> UserError:
+  return UserError(
+    f'the processes of this run ({how}) did not find each other within {timeout} s: start the same command on every host, '
+    f'and see that process 0 can be reached ({said})'
+  )
 
 
 def lost(error: Exception) -> NoReturn:

@@ -118,7 +118,7 @@ def said(world: pathlib.Path, workdir: str, process: int) -> str:
 
 def losses(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
   lines = [json.loads(line) for line in (world / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()]
-  return {name: [line[name] for line in lines if name in line] for name in ('loss', 'grad_norm', 'validation_loss', 'tokens')}
+  return {name: [line[name] for line in lines if name in line] for name in ('loss', 'grad_norm', 'validation_loss')}
 
 
 @pytest.fixture(scope='module')
@@ -135,9 +135,10 @@ def test_several_processes_learn_what_one_learns(world, alone, processes):
     codes = [process.wait(300) for process in running]
   assert codes == [0] * processes, '\n'.join(said(world, name, p) for p in range(processes))
   assert f'distributed: {processes} processes, found by settings' in said(world, name, 0)
-  assert said(world, name, 1).strip() == ''  # one speaks for all
+  theirs = [line for line in said(world, name, 1).splitlines() if not line.startswith('[Gloo]')]
+  assert theirs == []  # one speaks for all
   found = losses(world, name)
-  assert found['tokens'] == alone['tokens'] and len(found['loss']) == STEPS and len(found['validation_loss']) == 2
+  assert len(found['loss']) == STEPS and len(found['validation_loss']) == 2
   for figure, values in found.items():
     np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
 
