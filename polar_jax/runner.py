@@ -19,7 +19,6 @@ from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
 from polar_jax.ppo import stage as reinforcement
-from polar_jax.scaling import stage as scaling
 from polar_jax.scaling import sweep_stage
 from polar_jax.scoring import stage as scoring
 from polar_jax.synthesis import arithmetic, engine
@@ -128,6 +127,12 @@ def _finetune(context: stages.Context) -> dict[str, Any]:
   return {'finetune': {'runs': runs}}
 
 
+def _fit(context: stages.Context) -> dict[str, Any]:
+  from polar_jax.scaling import stage  # scipy takes a second to import, and only this stage needs it
+
+  return stage.run(context)
+
+
 _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'synthesize': _synthesize,
   'pretrain_lm': lambda context: {'pretrain_lm': stages.pretrain_lm(context)},
@@ -136,7 +141,7 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'evaluate': evaluation.evaluate,
   'rft': reinforcement.rft,
   'sweep': sweep_stage.run,
-  'fit': scaling.run,
+  'fit': _fit,
   'score': scoring.score,
   'convert': convert.convert,
 }

@@ -50,6 +50,7 @@ def test_what_is_missing_is_one_line(name, start, tmp_path, monkeypatch, capsys)
   assert error == f'polar_jax: checkpoint checkpoints/{start}: no such file or folder\n'
 
 
+@pytest.mark.slow
 def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_path):
   rows = [{'prompt': f'{i}', 'reference': 'ab' * (i % 3), 'chosen': 'abab', 'rejected': 'c' * (i % 5)} for i in range(9_000)]
   (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))

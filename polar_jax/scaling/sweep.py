@@ -121,7 +121,7 @@ def model_of(config: Config, size: str) -> ModelConfig:
     num_kv_heads=heads // shared if heads % shared == 0 else heads,
     head_dim=head,
     init_std=base.init_std * math.sqrt(base.d_model / width),
-    scan_unroll=depth if base.scan_unroll >= base.num_layers else min(base.scan_unroll, depth),
+    scan_unroll=base.scan_unroll if depth == base.num_layers or base.scan_unroll < base.num_layers else depth,
   )
 
 

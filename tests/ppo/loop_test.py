@@ -212,6 +212,7 @@ def test_stopped_in_the_middle_of_a_step_it_ends_as_if_it_had_not(world, finishe
     assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
+@pytest.mark.slow  # the same within one process: above and below; training's in tests/resume_test.py
 def test_killed_by_a_signal(world, finished):
   made = context(world, 'killed')
   config = f"""
