@@ -2,8 +2,9 @@
 
   python -m polar_jax.main --config=configs/sweep.py
 
-Two CPU cores, offline, within an hour. Runs that are in runs/sweep/results.csv are not run again; `--config.stage=fit` fits alone, and
-`--config.fit.flops=1e15` asks for advice on a budget. Learning rates and batches are swept into the same table by
+Two CPU cores, offline; written for less than an hour, and not run to its end yet. Runs that are in runs/sweep/results.csv are
+not run again; `--config.stage=fit` fits alone, and `--config.fit.flops=1e15` asks for advice on a budget.
+Learning rates and batches are swept into the same table by
 
   ... --config.sweep.sizes="('16x2','32x2')" --config.sweep.tokens="(900_000,1_800_000)"
       --config.sweep.learning_rates="(5e-4,1e-3,2e-3,4e-3,8e-3)"      and      --config.sweep.batches="(16,32,64)"

@@ -26,6 +26,7 @@ from polar_jax.types import UserError
 Ended = Iterator[tuple[Job, str | None]]
 LOG = 'log.txt'  # of a job in a process of its own
 _LOOK_EVERY = 0.2  # seconds
+_RETRIES = 10  # of a job whose node or process dies: more often, and the job itself is what kills them
 
 
 def run_jobs(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
@@ -140,7 +141,7 @@ def _ray(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]
     ray.init(address=s.ray_address, log_to_driver=False, include_dashboard=False, configure_logging=False)
   try:
     # A fresh process for each run: what a backend of JAX once took, it keeps.
-    remote = ray.remote(num_cpus=s.cpus, num_gpus=s.gpus, max_calls=1, max_retries=-1)(_on_ray)
+    remote = ray.remote(num_cpus=s.cpus, num_gpus=s.gpus, max_calls=1, max_retries=_RETRIES)(_on_ray)
     workdir = str(context.workdir.resolve())
     of = {remote.remote(workdir, job.name): job for job in jobs}
     with SigtermFlag() as stop:
@@ -148,7 +149,7 @@ def _ray(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]
         watch()
         ready, _ = ray.wait([*of], timeout=1.0)
         for reference in ready:
-          yield of.pop(reference), ray.get(reference)
+          yield of.pop(reference), _result_on_ray(reference)
       if stop.is_set():
         for reference in of:
           ray.cancel(reference, force=False)
@@ -156,6 +157,15 @@ def _ray(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]
   finally:
     if ours:
       ray.shutdown()
+
+
+def _result_on_ray(reference: Any) -> str | None:
+  import ray
+
+  try:
+    return ray.get(reference)
+  except ray.exceptions.RayError as error:
+    return ' '.join(str(error).split())[:300]
 
 
 def _on_ray(workdir: str, name: str) -> str | None:

@@ -17,6 +17,10 @@ from polar_jax.config import CheckpointingConfig, ConfigError
 FOLDER = 'checkpoints'
 
 
+# Of the state and what lies beside it. It counts up when they change, so that an older workdir is refused in words.
+_LAYOUT = {'checkpoint_layout': 2}
+
+
 class Checkpointer:
   """The checkpoints of one run. The newest `keep` and the `keep_best` best by validation are kept."""
 
@@ -57,7 +61,7 @@ class Checkpointer:
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
       data=ocp.args.JsonSave(iterator_state),
-      config=ocp.args.JsonSave(fingerprint),
+      config=ocp.args.JsonSave(fingerprint | _LAYOUT),
     )
     if step != self._manager.latest_step():
       self._manager.save(step, args=args, metrics=metrics)
@@ -70,7 +74,7 @@ class Checkpointer:
     """
     step = self.latest
     saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-    _check_same_settings(saved, fingerprint, step)
+    _check_same_settings(saved, fingerprint | _LAYOUT, step)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
     return type(abstract)(**restored['state']), restored['data']
