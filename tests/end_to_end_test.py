@@ -94,10 +94,11 @@ def test_readable_report_and_figures(workdir):
   assert str(workdir) not in text and str(workdir) not in (workdir / 'report.json').read_text()
 
 
-def test_running_again_redoes_nothing(workdir, capsys):
+@pytest.mark.parametrize('stages', ['synthesize,pretrain,sweep,fit', pytest.param('all', marks=pytest.mark.slow)])
+def test_running_again_redoes_nothing(workdir, stages, capsys):
   before = {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')}
   report = json.loads((workdir / 'report.json').read_text())
-  assert runner.run(small_config(), workdir) == 0
+  assert runner.run(small_config(stage=stages), workdir) == 0
   out = capsys.readouterr().out
   assert 'reusing the complete data' in out and 'pretrain: resumed from step 3 of 3' in out
   assert {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')} == before
