@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -11,6 +12,7 @@ import pytest
 from polar_jax import runner
 from polar_jax.config import parse
 from polar_jax.recipes import word_problems
+from polar_jax.scaling import flops, sweep
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -84,3 +86,12 @@ def test_every_stage_of_all_knows_which_it_is(tmp_path, monkeypatch):
   config = word_problems('smollm2_135m', checkpoint='some/model.gguf')
   assert config.stage == 'all' and runner.run(parse(config), tmp_path) == 0
   assert seen == {'synthesize': None, 'finetune': pathlib.Path('some/model.gguf'), 'rft': None}
+
+
+def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
+  config = parse(load('sweep'))
+  sizes = [
+    flops.reward_model_parameters(dataclasses.replace(sweep.model_of(config, size), vocab_size=config.synthesis.vocab_size))
+    for size in config.sweep.sizes
+  ]
+  assert len(sizes) >= 5 and sizes == sorted(sizes) and sizes[-1].total > 30 * sizes[0].total

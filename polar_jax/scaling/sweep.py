@@ -97,19 +97,21 @@ def job_named(config: Config, name: str) -> Job:
 def model_of(config: Config, size: str) -> ModelConfig:
   """The model of a size such as '64x3': `config.model` with other width and depth, and the rest in proportion.
 
-  The width of a head stays, unless the size is narrower; the initial scale goes with 1 / sqrt(width).
+  The width of a head is that of `config.model`, or the largest even one below it that divides the size's width; the initial scale
+  goes with 1 / sqrt(width).
 
   Raises:
-    ConfigError: what is no size, or no multiple of a head.
+    ConfigError: what is no size, or of odd width.
   """
   base = config.model
   try:
     width, depth = (int(part) for part in size.split('x'))
   except ValueError:
     raise ConfigError(f'sweep.sizes: {size!r} is not d_model x num_layers, such as 64x3') from None
-  head = min(base.head_dim, width)
-  if width < 2 or depth < 1 or width % head or head % 2:
-    raise ConfigError(f'sweep.sizes: {size!r}: the width must be a multiple of model.head_dim ({base.head_dim}), or an even one below it')
+  heads_of_even_width = [head for head in range(2, min(base.head_dim, width) + 1, 2) if width % head == 0]
+  if depth < 1 or not heads_of_even_width:
+    raise ConfigError(f'sweep.sizes: {size!r}: the width must be even, and there must be a layer')
+  head = max(heads_of_even_width)
   heads = width // head
   shared = base.num_heads // base.num_kv_heads
   return dataclasses.replace(

@@ -60,9 +60,11 @@ def test_a_size_keeps_the_proportions_of_the_model():
   assert wide.init_std == pytest.approx(0.12 / np.sqrt(2))
   narrow = sweep.model_of(config, '8x1')  # narrower than a head
   assert (narrow.head_dim, narrow.num_heads, narrow.num_kv_heads) == (8, 1, 1)
+  between = sweep.model_of(config, '40x3')  # no multiple of a head
+  assert (between.head_dim, between.num_heads, between.num_kv_heads) == (10, 4, 2)
 
 
-@pytest.mark.parametrize('size', ['64', 'ax3', '64x0', '40x3', '7x1', '0x1', '64x3x2'])
+@pytest.mark.parametrize('size', ['64', 'ax3', '64x0', '7x1', '41x2', '0x1', '64x3x2'])
 def test_what_is_no_size_is_refused(size):
   with pytest.raises(ConfigError, match=r'sweep\.sizes'):
     sweep.model_of(Config(model=ModelConfig(head_dim=16)), size)
