@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from polar_jax.types import UserError
 
-STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit', 'convert', 'score')
+STAGES = ('all', 'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit', 'convert', 'score', 'plan')
 FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
@@ -319,6 +319,17 @@ class FitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+  """What the plan stage compiles, and for which chips."""
+
+  topology: str = 'v5p:4x4x4'  # chip and slice
+  step: str = _field('pretrain', choices=('pretrain_lm', 'pretrain', 'finetune', 'rft'))
+  triplet_tokens: int | None = _field(None, low=2)  # of a triplet in the mean, prefixes shared; None: every triplet fills a row
+  tokens: float | None = _field(None, low=0, open_low=True)  # of the whole run, prefixes shared; None: those of its steps, where set
+  reward: str = 'polar_7b'  # preset of the reward model that PPO asks
+
+
+@dataclasses.dataclass(frozen=True)
 class DistributedConfig:
   """The processes of a run on several hosts. None: what SLURM, the TPU slice or JAX's environment variables say."""
 
@@ -369,6 +380,7 @@ class Config:
   evaluate: EvaluateConfig = EvaluateConfig()
   sweep: SweepConfig = SweepConfig()
   fit: FitConfig = FitConfig()
+  plan: PlanConfig = PlanConfig()
   convert: ConvertConfig = ConvertConfig()
   score: ScoreConfig = ScoreConfig()
 
@@ -468,8 +480,8 @@ def _check_together(c: Config) -> None:
   """Rules that involve more than one setting, or parts of one."""
   m, s = c.model, c.synthesis
   for name in c.stage.split(','):
-    if name not in STAGES or (name == 'all' and c.stage != 'all'):
-      raise ConfigError(f'stage is {c.stage!r}; it must be one of: {", ".join(STAGES)}; or some but "all", separated by commas')
+    if name not in STAGES or (name in ('all', 'plan') and c.stage != name):
+      raise ConfigError(f'stage is {c.stage!r}; it must be one of: {", ".join(STAGES)}; or some but "all" and "plan", separated by commas')
   if m.num_heads % m.num_kv_heads:
     raise ConfigError(f'model.num_heads ({m.num_heads}) must be a multiple of model.num_kv_heads ({m.num_kv_heads})')
   if m.head_dim % 2:
@@ -504,7 +516,3 @@ def _check_together(c: Config) -> None:
     raise ConfigError('rft.reward.model_weight and rule_weight are both 0: nothing is rewarded')
   if r.rollout.min_new > r.rollout.max_new:
     raise ConfigError(f'rft.rollout.min_new ({r.rollout.min_new}) exceeds rft.rollout.max_new ({r.rollout.max_new})')
-  for section in ('lm', 'train', 'finetune'):
-    t = getattr(c, section)
-    if t.batch_size % t.accumulation:
-      raise ConfigError(f'{section}.batch_size ({t.batch_size}) must be a multiple of {section}.accumulation ({t.accumulation})')

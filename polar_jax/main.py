@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from polar_jax import malloc
 from polar_jax.config import ConfigError, parse
+from polar_jax.planning import environment
 from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
@@ -102,6 +103,8 @@ def main(_: Sequence[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
   warnings.showwarning = _show_warning
 
+  if config.stage == 'plan':
+    environment.prepare()
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.

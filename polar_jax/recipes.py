@@ -8,6 +8,9 @@ from polar_jax.model.presets import PRESETS
 # A pre-training row holds a prompt twice (1,024 tokens at most each time) and three trajectories of at most 4,096, plus
 # separators: 14,341 tokens. The rest is room for text that re-tokenises a little longer, up to a multiple of 128.
 PRETRAIN_ROW = 14_464
+# The paper's 3.6T tokens are 100k steps of 4,343 triplets of two sequences: 8,300 tokens a triplet, with its prefix shared 1.6 times
+# fewer.
+PRETRAIN_TRIPLET = 5_200
 # A fine-tuning row is two sequences of at most 16,384 tokens that share all but their candidates: 16,384 + 4,096, and room.
 FINETUNE_ROW = 20_608
 # A row of reinforcement fine-tuning: two prompts and answers of the greatest lengths (1,024 + 1,024), and more of shorter ones.
@@ -36,6 +39,7 @@ def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_siz
   config.train.start_from = start_from
   config.train.learning_rate = learning_rate
   config.train.batch_size = batch_size
+  config.plan.triplet_tokens = PRETRAIN_TRIPLET
   return config
 
 
@@ -48,6 +52,7 @@ def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_coll
   config.finetune.start_from = start_from
   config.finetune.learning_rate = learning_rate
   config.finetune.batch_size = 320
+  config.plan.step = 'finetune'
   return config
 
 
@@ -73,6 +78,7 @@ def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: 
   config.rft.shuffled_every = 10
   config.mesh.tensor = tensor
   config.checkpointing.every_steps = 50
+  config.plan.step = 'rft'
   return config
 
 

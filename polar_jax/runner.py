@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from polar_jax import distributed, sharding
-from polar_jax.config import Config
+from polar_jax.config import Config, MeshConfig
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
 from polar_jax.hf import convert
+from polar_jax.planning import stage as planning
 from polar_jax.ppo import stage as reinforcement
 from polar_jax.scaling import sweep_stage
 from polar_jax.scoring import stage as scoring
@@ -34,7 +35,8 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
   """Runs the stages of `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
   started = time.perf_counter()
   try:
-    mesh = sharding.make_mesh(config.mesh)
+    # A plan's mesh is of chips that are not here.
+    mesh = sharding.make_mesh(MeshConfig() if config.stage == 'plan' else config.mesh)
     _announce(config, workdir, mesh, cluster)
     _write_config(config, workdir)
     for name in _stage_names(config):
@@ -144,4 +146,5 @@ _STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
   'fit': _fit,
   'score': scoring.score,
   'convert': convert.convert,
+  'plan': planning.run,
 }

@@ -171,9 +171,6 @@ def test_a_value_for_a_section_is_refused():
     ({'synthesis__policies': 50, 'synthesis__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
     ({'mesh__data': 0}, ['mesh', '(0, -1, 1, 1)', 'data, fsdp, tensor, context']),
     ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
-    ({'train__batch_size': 10, 'train__accumulation': 4}, ['train.batch_size (10)', 'train.accumulation (4)']),
-    ({'lm__batch_size': 10, 'lm__accumulation': 4}, ['lm.batch_size (10)']),
-    ({'finetune__batch_size': 10, 'finetune__accumulation': 4}, ['finetune.batch_size (10)']),
   ],
 )
 def test_settings_that_do_not_go_together(changes, words):

@@ -66,7 +66,7 @@ def test_config_is_required(command):
     (['--config=good.py', '--config.ablations=maybe'], '--config.ablations=maybe'),
     (['--config=good.py', '--config.stage=foo'], "stage is 'foo'; it must be one of: all, synthesize, pretrain_lm, pretrain, finetune"),
     (['--config=good.py', '--config.train.learning_rate=-1'], 'train.learning_rate is -1.0; it must be > 0'),
-    (['--config=good.py', '--config.train.batch_size=3', '--config.train.accumulation=2'], 'train.batch_size (3) must be a multiple'),
+    (['--config=good.py', '--config.stage=plan,fit'], "stage is 'plan,fit'"),
     (['--config.train.steps=5', '--config=good.py'], '--config.train.steps=5 in argv before a value for --config'),
     (['--config=good.py', '--stage=all'], "Unknown command line flag 'stage'"),
     (['--config=good.py', 'stage=all'], "unexpected argument 'stage=all'"),

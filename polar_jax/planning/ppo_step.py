@@ -6,23 +6,19 @@ says what its arguments, results and temporaries take; beside them lies what the
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import Config, ConfigError, ModelConfig, RftConfig
+from polar_jax.config import Config, ModelConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.model.reward_model import RewardModel
+from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
+from polar_jax.planning.topology import GIB, as_on_a_tpu, open_slice
 from polar_jax.ppo import experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
@@ -31,11 +27,8 @@ from polar_jax.scoring.scorer import jit_rewards
 from polar_jax.train.step import TrainState
 from polar_jax.types import GroupBatch, PolicyBatch
 
-GIB = 1 << 30
-HBM_GIB = {'v5e': 16, 'v5p': 95, 'v6e': 32}  # of a chip, as Google Cloud states it
 _CANDIDATES = 64  # of a scored row, as `Scorer` has it
 _UPDATES = 1_000  # of a run, which only the learning rate's schedule depends on
-_TOO_MUCH = re.compile(r'(?:Used |temporaries \()([\d.]+)([KMGT])\b')  # all of it, or what the temporaries alone would take
 
 
 class Call(NamedTuple):
@@ -48,27 +41,18 @@ class Call(NamedTuple):
   reads: tuple[str, ...]  # what of the held things are its arguments
 
 
-class Memory(NamedTuple):
-  """Of one call, in bytes of a chip."""
+class Measured(NamedTuple):
+  """A call with its memory."""
 
   phase: str
   name: str
-  argument: int
-  output: int
-  alias: int  # part of the results that takes the place of arguments
-  temporary: int
-  code: int
-  beside: int  # what the loop holds that is no argument
-  seconds: float  # to compile
-  refused: int = 0  # what the compiler said it would need, where it found more than the chip has; else 0
-  failure: str = ''  # why there is nothing compiled, if that is not for want of memory; then only arguments are counted
+  memory: Memory
+  beside: int  # bytes of a chip that the loop holds and that are no argument
 
   @property
   def peak(self) -> int:
     """All that is in memory while the function runs."""
-    if self.refused:
-      return self.refused + self.beside
-    return self.argument + self.output - self.alias + self.temporary + self.code + self.beside
+    return self.memory.peak + self.beside
 
 
 class Plan(NamedTuple):
@@ -78,7 +62,7 @@ class Plan(NamedTuple):
   mesh: dict[str, int]
   hbm: int
   held: dict[str, int]
-  calls: list[Memory]
+  calls: list[Measured]
 
   @property
   def phases(self) -> dict[str, int]:
@@ -92,7 +76,7 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    return self.peak <= self.hbm and not any(call.refused or call.failure for call in self.calls)
+    return self.peak <= self.hbm and not any(call.memory.refused or call.memory.failure for call in self.calls)
 
 
 # What is held in one phase only.
@@ -117,26 +101,20 @@ def plan(config: Config, topology: str, reward: ModelConfig, log: Callable[[str]
   Raises:
     ConfigError: the chip is not known, the slice does not exist, or the mesh does not fit it.
   """
-  chip = topology.split(':')[0]
-  if chip not in HBM_GIB:
-    raise ConfigError(f'topology {topology!r}: the chip must be one of {", ".join(HBM_GIB)}, as in v5p:4x4x4')
-  try:
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  except Exception as error:
-    raise ConfigError(f'topology {topology!r}: {" ".join(str(error).split())[:200]}') from error
+  _, chip, devices = open_slice(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
   maker = _Maker(config, reward, mesh)
   calls = []
-  with jax.set_mesh(mesh), _as_on_a_tpu():
+  with jax.set_mesh(mesh), as_on_a_tpu():
     for call in maker.calls():
       there = {name: size for name, size in maker.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
       beside = sum(size for name, size in there.items() if name not in call.reads)
-      memory, outputs = _compile(call, beside, sum(there.values()) - beside)
+      memory, _ = compile_call(call.function.lower(*call.args), sum(there.values()) - beside)
       if call.name in _MAKES:
-        maker.held[_MAKES[call.name]] = outputs or _bytes(jax.eval_shape(call.function, *call.args))
-      calls.append(memory)
-      log(f'{call.phase}: {call.name}: {memory.peak / GIB:.1f} GiB, compiled in {memory.seconds:.0f} s')
-  return Plan(topology, dict(mesh.shape), HBM_GIB[chip] * GIB, maker.held, calls)
+        maker.held[_MAKES[call.name]] = memory.output or bytes_of_a_device(jax.eval_shape(call.function, *call.args))
+      calls.append(Measured(call.phase, call.name, memory, beside))
+      log(f'{call.phase}: {call.name}: {calls[-1].peak / GIB:.1f} GiB, compiled in {memory.seconds:.0f} s')
+  return Plan(topology, dict(mesh.shape), chip.hbm, maker.held, calls)
 
 
 class _Maker:
@@ -158,12 +136,12 @@ class _Maker:
     self.held: dict[str, int] = {}
     for name, learner in (('actor', self._actor), ('critic', self._critic)):
       if learner is not None:
-        self.held[f'{name} parameters'] = _bytes(learner.abstract.params)
-        self.held[f'{name} moments'] = _bytes(learner.abstract.opt_state)
-        self.held[f'{name} gradients'] = _bytes(learner.abstract.params)
+        self.held[f'{name} parameters'] = bytes_of_a_device(learner.abstract.params)
+        self.held[f'{name} moments'] = bytes_of_a_device(learner.abstract.opt_state)
+        self.held[f'{name} gradients'] = bytes_of_a_device(learner.abstract.params)
     for name, params in (('frozen start', self._start), ('reward model', self._reward)):
       if params is not None:
-        self.held[name] = _bytes(params)
+        self.held[name] = bytes_of_a_device(params)
 
   def calls(self) -> Iterator[Call]:
     if self._c.method == 'ppo':
@@ -225,35 +203,6 @@ def scored_row_length(config: RftConfig) -> int:
   return config.reward.row_length or -(-(2 * prompt + answer + 2 * answer) // 128) * 128
 
 
-def _compile(call: Call, beside: int, held: int) -> tuple[Memory, int]:
-  """(what the compiler says of a call, bytes of its results). `held`: those of its arguments that the loop holds."""
-  began = time.perf_counter()
-  try:
-    found = call.function.lower(*call.args).compile().memory_analysis()
-  except jax.errors.JaxRuntimeError as error:
-    used, nothing = _TOO_MUCH.search(str(error)), Memory(call.phase, call.name, 0, 0, 0, 0, 0, beside, time.perf_counter() - began)
-    if 'RESOURCE_EXHAUSTED' in str(error) and used:
-      beyond = held if 'temporaries' in used[0] else 0
-      return nothing._replace(refused=beyond + int(float(used[1]) * 1024 ** ('KMGT'.index(used[2]) + 1))), 0
-    return nothing._replace(argument=held, failure=' '.join(str(error).split())[:300]), 0
-  seconds = time.perf_counter() - began
-  sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes, found.temp_size_in_bytes)
-  return Memory(call.phase, call.name, *sizes, found.generated_code_size_in_bytes, beside, seconds), found.output_size_in_bytes
-
-
-@contextlib.contextmanager
-def _as_on_a_tpu() -> Iterator[None]:
-  """The package chooses kernels by the default backend, which here is a CPU's."""
-  with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
-    yield
-
-
-def _bytes(tree: Any) -> int:
-  """Of a device; what has no layout counts in full."""
-  local = lambda a: a.shape if a.sharding is None else a.sharding.shard_shape(a.shape)
-  return sum(math.prod(local(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
 def table(found: Plan) -> list[str]:
   """Lines for people, in Markdown. GiB of a chip."""
   show = lambda size: f'{size / GIB:.2f}'
@@ -264,14 +213,15 @@ def table(found: Plan) -> list[str]:
   lines += [f'| {name} | {show(size)} | {when.get(name, "always")} |' for name, size in found.held.items()]
   columns = ('phase', 'function', 'arguments', 'temporary', 'new results', 'code', 'held beside', 'in all', 'seconds to compile')
   lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
-  for m in found.calls:
+  for call in found.calls:
+    m = call.memory
     parts = [show(x) for x in (m.argument, m.temporary, m.output - m.alias, m.code)] if not m.refused else ['refused'] * 4
     parts = [parts[0], *['not compiled'] * 3] if m.failure else parts
-    lines.append(f'| {m.phase} | {m.name} | {" | ".join(parts)} | {show(m.beside)} | {show(m.peak)} | {m.seconds:.0f} |')
+    lines.append(f'| {call.phase} | {call.name} | {" | ".join(parts)} | {show(call.beside)} | {show(call.peak)} | {m.seconds:.0f} |')
   most = max(found.phases, key=lambda phase: found.phases[phase])
-  failed = any(call.failure for call in found.calls)
+  failed = any(call.memory.failure for call in found.calls)
   verdict = 'fits' if found.fits else 'not known to fit' if failed and found.peak <= found.hbm else 'does not fit'
-  lines += [f'not compiled: {m.phase}: {m.name}: {m.failure}' for m in found.calls if m.failure]
+  lines += [f'not compiled: {call.phase}: {call.name}: {call.memory.failure}' for call in found.calls if call.memory.failure]
   return [*lines, '', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
 
 
@@ -282,9 +232,11 @@ def as_json(found: Plan) -> dict[str, Any]:
     'mesh': found.mesh,
     'hbm': found.hbm,
     'held': found.held,
-    'calls': [{**call._asdict(), 'peak': call.peak} for call in found.calls],
+    'calls': [
+      {'phase': call.phase, 'name': call.name, **call.memory._asdict(), 'beside': call.beside, 'peak': call.peak} for call in found.calls
+    ],
     'phases': found.phases,
     'peak': found.peak,
     'fits': found.fits,
-    'compile_seconds': round(sum(call.seconds for call in found.calls), 1),
+    'compile_seconds': round(sum(call.memory.seconds for call in found.calls), 1),
   }

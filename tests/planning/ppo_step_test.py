@@ -29,6 +29,9 @@ def get_config():
   config.rft.rollout.max_prompt = 128
   config.rft.rollout.max_new = 128
   config.rft.rollout.slots = 8
+  config.plan.step = 'rft'
+  config.plan.topology = 'v5e:2x2'
+  config.plan.reward = 'smollm2_135m'
   return config
 """
 
@@ -36,17 +39,12 @@ def get_config():
 def plan_of(folder: pathlib.Path, *settings: str) -> dict:
   """In a process of its own: libtpu reads its environment once."""
   (folder / 'tiny.py').write_text(CONFIG)
-  command = [
-    sys.executable,
-    ROOT / 'benchmarks' / 'rft_plan.py',
-    f'--config={folder / "tiny.py"}',
-    '--topology=v5e:2x2',
-    '--reward=smollm2_135m',
-  ]
+  files = [f'--config={folder / "tiny.py"}', f'--workdir={folder / "run"}']
+  command = [sys.executable, '-m', 'polar_jax.main', *files, '--config.stage=plan']
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads((folder / 'run' / 'plan.json').read_text())
 
 
 @pytest.mark.slow  # a minute and more of compiling
@@ -62,6 +60,7 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   # Two moments of Adam; frozen weights in half the bytes of the trained ones.
   assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=16)
   assert small['held']['frozen start'] == small['held']['actor parameters'] / 2
+  assert small['parameters'] == 2 * 512 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 256
   assert small['fits'] and small['peak'] == max(small['phases'].values()) < small['hbm'] == 16 << 30
 
   # Imitation, which compiles less: no rollouts and no critic.

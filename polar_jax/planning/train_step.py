@@ -1,0 +1,223 @@
+"""What a training step needs of each chip of a slice that is not there: memory, FLOPs, collectives, and by a roofline its time.
+
+The step is the trainer's own, compiled for shapes alone: nothing is allocated, and no TPU runtime starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polar_jax import sharding
+from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
+from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.planning import hlo
+from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
+from polar_jax.planning.matmuls import matmul_flops
+from polar_jax.planning.topology import GIB, Chip, as_on_a_tpu, open_slice
+from polar_jax.scaling import flops
+from polar_jax.train import step as step_lib
+from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
+from polar_jax.train.optimizer import make_optimizer
+from polar_jax.types import PairBatch, TextBatch
+
+SECTIONS = {'pretrain_lm': 'lm', 'pretrain': 'train', 'finetune': 'finetune'}
+# A triplet's shape, where only its length is known: at the paper's greatest lengths each candidate is 4,096 of 14,336 tokens.
+_CANDIDATE_SHARE = 2 / 7
+_STEPS = 1_000  # of a run, which only the learning rate's schedule depends on
+# Matrix multiplications over the seen pairs: logits and values; then logits, d_logits and dq; then logits, dv, d_logits and dk.
+_KERNEL_MATMULS = {'attention_forward': 2, 'attention_dq': 3, 'attention_dkv': 4}
+
+
+class Roofline(NamedTuple):
+  """Seconds of a step: matrix units at their peak, HBM and links at theirs. What overlaps perfectly takes the longest of the three,
+  what does not overlap at all their sum."""
+
+  compute: float
+  memory: float
+  network: float
+
+  @property
+  def overlapped(self) -> float:
+    return max(self)
+
+  @property
+  def serial(self) -> float:
+    return sum(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """`flops_model` follows the rule of MFU; `flops_hardware` is what is computed for it: padding and recomputation too. Of all chips."""
+
+  topology: str
+  mesh: dict[str, int]
+  chip: Chip
+  peak_flops: float  # of a chip
+  parameters: int
+  rows: int  # of a step
+  row_length: int
+  accumulation: int
+  tokens_per_step: float  # real ones
+  total_tokens: float | None  # of the configured run
+  state: int  # parameters and moments, bytes of a chip
+  memory: Memory
+  flops_model: float
+  flops_hardware: float
+  flops_xla: float | None  # of all chips, as the compiler counts: a loop's body once, kernels not at all
+  traffic: hlo.Traffic | None  # None: nothing was compiled
+
+  @property
+  def chips(self) -> int:
+    return math.prod(self.mesh.values())
+
+  @property
+  def fits(self) -> bool:
+    return not (self.memory.refused or self.memory.failure) and self.memory.peak <= self.chip.hbm
+
+  @property
+  def rows_per_chip(self) -> int:
+    """Of a micro-batch."""
+    return self.rows // (self.mesh['data'] * self.mesh['fsdp'] * self.accumulation)
+
+  @property
+  def roofline(self) -> Roofline | None:
+    if self.traffic is None:
+      return None
+    # A link carries half of its figure in each direction.
+    sent = sum(self.traffic.sent.values()) / (self.chip.interconnect / 2)
+    return Roofline(self.flops_hardware / self.chips / self.peak_flops, self.traffic.hbm / self.chip.bandwidth, sent)
+
+
+def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan:
+  """Compiles the step of `config.plan.step` for `config.plan.topology`.
+
+  Raises:
+    ConfigError: the slice is not known, the mesh does not fit it, or a shape is left open that data would decide.
+  """
+  settings: TrainConfig = getattr(config, SECTIONS[config.plan.step])
+  name, chip, devices = open_slice(config.plan.topology)
+  mesh = sharding.make_mesh(config.mesh, devices)
+  objective = NEXT_TOKEN if config.plan.step == 'pretrain_lm' else RANKING
+  shape = _ranking_shape if objective is RANKING else _text_shape
+  batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
+  functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.accumulation)
+  log(f'plan: compiles a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
+  with jax.set_mesh(mesh), as_on_a_tpu():
+    traced = cast(Any, functions.train).trace(functions.abstract, batch)
+    arguments = bytes_of_a_device((functions.abstract, batch))
+    memory, compiled = compile_call(traced.lower(), arguments)
+  return Plan(
+    topology=config.plan.topology,
+    mesh=dict(mesh.shape),
+    chip=chip,
+    peak_flops=flops.CHIPS[name],
+    parameters=_parameters(objective, model),
+    rows=batch.tokens_BT.shape[0],
+    row_length=batch.tokens_BT.shape[1],
+    accumulation=settings.accumulation,
+    tokens_per_step=tokens,
+    total_tokens=config.plan.tokens or (settings.steps * tokens if settings.steps else None),
+    state=bytes_of_a_device((functions.abstract.params, functions.abstract.opt_state)),
+    memory=memory,
+    flops_model=flops_model,
+    flops_hardware=matmul_flops(traced.jaxpr, _attention(pairs / batch.tokens_BT.shape[0])),
+    flops_xla=None if compiled is None else float(cast(Any, compiled.cost_analysis())['flops']) * len(devices),
+    traffic=None if compiled is None else hlo.traffic(compiled.as_text() or ''),
+  )
+
+
+def _parameters(objective: Objective, model: ModelConfig) -> int:
+  count = flops.language_model_parameters if objective is NEXT_TOKEN else flops.reward_model_parameters
+  return count(model).total
+
+
+def _attention(pairs_per_row: float) -> Callable[[str, list[tuple[int, ...]]], float]:
+  """FLOPs of a call of an attention kernel whose rows hold `pairs_per_row` seen pairs of query and key."""
+
+  def count(name: str, shapes: list[tuple[int, ...]]) -> float:
+    if name not in _KERNEL_MATMULS:
+      raise ValueError(f'kernel {name} is not known to the plan')
+    (batch, heads, queries, dim), (_, _, keys, _) = [shape for shape in shapes if len(shape) == 4][:2]
+    # In the last layer only the reward tokens ask, and they see about half of their row.
+    pairs = pairs_per_row if queries == keys else queries * keys / 2
+    return 2.0 * _KERNEL_MATMULS[name] * batch * heads * dim * pairs
+
+  return count
+
+
+def _rows(batch_size: int, per_row: float, mesh: jax.sharding.Mesh, accumulation: int) -> int:
+  multiple = sharding.batch_shards(mesh) * accumulation
+  return math.ceil(batch_size / per_row / multiple) * multiple
+
+
+def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
+  """(batch, its real tokens, pairs of query and key that are seen, model FLOPs of a step)."""
+  length = config.data.row_length
+  if length is None:
+    raise ConfigError('data.row_length is None: a run measures its data for it, a plan needs the tokens of a row')
+  tokens = min(config.plan.triplet_tokens or length, length)
+  rows = _rows(settings.batch_size, length / tokens, mesh, settings.accumulation)
+  pairs_per_row = max(2 * length // tokens, 1)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+  text, pairs = array((rows, length), jnp.int32), array((rows, pairs_per_row), jnp.float32)
+  batch = PairBatch(text, text, text, text, array((rows, pairs_per_row, 2), jnp.int32), pairs, array(pairs.shape, jnp.int32))
+  one = _one_triplet(tokens)
+  seen = float((one.end_BT - one.start_BT).sum()) * settings.batch_size
+  return batch, float(tokens * settings.batch_size), seen, 3.0 * flops.reward_model_flops(model, one) * settings.batch_size
+
+
+def _one_triplet(tokens: int) -> PairBatch:
+  """A row of one triplet with candidates of equal length."""
+  tail = max(int(tokens * _CANDIDATE_SHARE), 1)
+  shared = [0] * (tokens - 2 * tail)
+  return pair_batch([pair_row(shared + [1] * tail, shared + [2] * tail)], [0], [[0]], tokens, 1)
+
+
+def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
+  """As `_ranking_shape`."""
+  length, rows = settings.sequence_length, _rows(settings.batch_size, 1, mesh, settings.accumulation)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+  text = array((rows, length), jnp.int32)
+  batch = TextBatch(text, text, text, text, text, array((rows, length), jnp.float32), array((rows,), jnp.int32))
+  one = text_batch([np.zeros(length + 1, np.int32)], [0], length)
+  seen = length * (length + 1) / 2 * settings.batch_size
+  model_flops = 3.0 * flops.language_model_flops(model, one) * settings.batch_size
+  return batch, float(length * settings.batch_size), seen, model_flops
+
+
+def changes(found: Plan, model: ModelConfig) -> list[str]:
+  """What to change when a step does not fit, the cheapest first."""
+  if found.fits:
+    return []
+  if found.memory.failure:
+    return [f'the compiler failed for another reason than memory: {found.memory.failure}']
+  hbm, peak = found.chip.hbm, found.memory.peak
+  out = []
+  if found.state < 0.9 * hbm:
+    need = math.ceil((peak - found.state) / (0.95 * hbm - found.state))
+    if found.rows_per_chip > 1:
+      more = min(need, found.rows_per_chip)
+      out.append(
+        f'accumulation {found.accumulation * more} (now {found.accumulation}): {math.ceil(found.rows_per_chip / more)} rows a chip '
+        f'at a time instead of {found.rows_per_chip}'
+      )
+    if model.remat != 'full':
+      out.append(f"model.remat='full' (now {model.remat!r}): keeps one activation of each layer")
+    if need > found.rows_per_chip:
+      split = 2 ** math.ceil(math.log2(need / found.rows_per_chip))
+      out.append(f'mesh.tensor={found.mesh["tensor"] * split}: divides what is computed of a row among chips')
+      out.append(f'shorter rows than data.row_length={found.row_length}, if the longest triplet allows them')
+  total = found.state * found.chips
+  least = math.ceil(total / (0.6 * hbm))
+  out.append(
+    f'more chips, or larger ones: parameters and moments take {found.state / GIB:.1f} of {hbm / GIB:.0f} GiB on {found.chips} chips'
+    + (f', and 60% of {least} chips' if least > found.chips else '')
+  )
+  return out
