@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polar_jax.config import ConfigError, MeshConfig
 
@@ -30,7 +30,8 @@ RULES: dict[str, tuple[str, ...]] = {
   'vocab': ('tensor',),
   # activations
   'batch': ('data', 'fsdp'),
-  'length': (),
+  'length': ('context',),  # tokens of a row, as queries
+  'keys': (),  # the same, as keys and values: every device sees those of its rows
   'act_embed': (),
 }
 
@@ -74,10 +75,12 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """States the layout of an activation. Active whenever a mesh is set, on CPU too."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, spec(*axes))
+  """States the layout of an activation. Active whenever a mesh is set, on CPU too.
+
+  A dimension that its mesh axes do not divide is left whole: a few reward tokens on a mesh that splits rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty else jax.lax.with_sharding_constraint(x, _divided(spec(*axes), x.shape, mesh))
 
 
 def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
@@ -90,11 +93,15 @@ def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
 
 def fit(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   """`sharding` on `mesh`, with a dimension left whole where its mesh axes do not divide it (8 kv heads on 16 devices)."""
+  return NamedSharding(mesh, _divided(sharding, shape, mesh))
+
+
+def _divided(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   parts = []
   for size, part in zip(shape, tuple(sharding) + (None,) * (len(shape) - len(sharding)), strict=True):
     axes = () if part is None else (part,) if isinstance(part, str) else part
     parts.append(part if axes and size % math.prod(mesh.shape[a] for a in axes) == 0 else None)
-  return NamedSharding(mesh, PartitionSpec(*parts))
+  return PartitionSpec(*parts)
 
 
 def abstract_params(abstract_model: nnx.Module, mesh: Mesh, dtype: str | None = None) -> dict[str, Any]:

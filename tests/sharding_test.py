@@ -57,7 +57,7 @@ def test_mesh_over_some_devices():
 @pytest.mark.parametrize(
   ('axes', 'expected'),
   [
-    (('batch', 'length', 'act_embed'), P(('data', 'fsdp'), None, None)),
+    (('batch', 'length', 'act_embed'), P(('data', 'fsdp'), 'context', None)),
     (('embed', 'mlp'), P('fsdp', 'tensor')),
     (('vocab', 'embed'), P('tensor', 'fsdp')),
     (('layers', 'embed', 'heads', 'head_dim'), P(None, 'fsdp', 'tensor', None)),

@@ -42,6 +42,7 @@ def test_ladder():
     (1, MeshConfig(), {'d_model': 64, 'd_ff': 192, 'head_dim': 6, 'compute_dtype': 'bfloat16'}),
     (8, MeshConfig(), {}),
     (8, MeshConfig(data=2, tensor=2), {}),
+    (4, MeshConfig(context=4), {}),
   ],
 )
 def test_a_reward_depends_on_its_row_alone(make_exact, devices, mesh, changes):

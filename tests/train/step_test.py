@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from polar_jax import sharding
@@ -21,6 +24,7 @@ CONFIG = ModelConfig(
 # A large eps: with the usual one, an entry whose gradient is rounding noise would still move by a whole learning rate.
 TRAIN = TrainConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3, weight_decay=0.1)
 MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
+MESHES |= {'context 4': MeshConfig(fsdp=2, context=4), 'context 2': MeshConfig(fsdp=2, tensor=2, context=2)}
 PADDED, REAL, LENGTH, MOST = 16, 30, 32, 4
 COUNT = REAL - 4  # pairs that are not masked
 
@@ -136,6 +140,17 @@ def test_sharded_equals_single_device(single, name, capfd):
   assert len(moments) == 1
   for moment in (moments[0].mu, moments[0].nu):
     assert moment['decoder']['layers']['wq'].sharding.is_equivalent_to(layers['wq'].sharding, 4)
+
+
+@pytest.mark.parametrize('context', [1, 4])
+def test_the_tokens_of_a_row_are_divided_over_context(context):
+  """Hidden states lie in parts."""
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=context), jax.devices()[: 2 * context])
+  model = RANKING.make_model(dataclasses.replace(CONFIG, attention='reference'), nnx.Rngs(0))
+  with jax.set_mesh(mesh):
+    batch = step_lib.to_device(_batch(), mesh)
+    hidden = jax.jit(lambda b: model.decoder(b.tokens_BT, b.positions_BT, [(b.start_BT, b.end_BT)]))(batch)
+  assert hidden.addressable_shards[0].data.shape == (PADDED // 2, LENGTH // context, 16)
 
 
 def _assert_layout(x, expected):

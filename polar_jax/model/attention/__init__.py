@@ -59,7 +59,7 @@ def choose(name: str) -> str:
 def attend(name: str, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, intervals: Sequence[Interval]) -> jax.Array:
   """Attention of each query over the keys of all its intervals, which must not overlap. `name` as in the config.
 
-  Runs on whatever mesh is set: rows and heads stay on the devices that hold them.
+  Runs on whatever mesh is set: rows, heads and queries stay on the devices that hold them.
   """
   chosen = choose(name)
   if chosen in _ONE_INTERVAL and q_BTNH.shape[1] < _FEW_QUERIES:
@@ -89,12 +89,15 @@ def _attend_sharded(
     # Every device needs the key heads of its query heads: they are repeated until the devices divide them.
     copies = next(c for c in range(1, heads // kv_heads + 1) if heads % (kv_heads * c) == 0 and kv_heads * c % split == 0)
     k_BSKH, v_BSKH = (jnp.repeat(a, copies, axis=2) for a in (k_BSKH, v_BSKH))
-  rows = sharding.spec('batch')
-  per_head = sharding.spec('batch', 'length', 'heads' if split > 1 else None)
+  # Queries may be divided over `context`; each device gathers the keys and values of its rows. An interval is two indices of keys, so
+  # any layout of a row works, with shared prefixes too.
+  length = 'length' if q_BTNH.shape[1] % mesh.shape['context'] == 0 else None
+  per_token = sharding.spec('batch', length)
+  queries, keys = (sharding.spec('batch', tokens, 'heads' if split > 1 else None) for tokens in (length, 'keys'))
   # Kernels and loops are opaque to the partitioner, which would gather whole batches around them.
   return jax.shard_map(
     BACKENDS[name],
-    in_specs=(per_head,) * 3 + (rows,) * len(bounds_BT),
-    out_specs=(per_head, per_head),
+    in_specs=(queries, keys, keys) + (per_token,) * len(bounds_BT),
+    out_specs=(queries, queries),
     check_vma=False,
   )(q_BTNH, k_BSKH, v_BSKH, *bounds_BT)

@@ -31,17 +31,30 @@ def test_few_queries_do_not_start_a_kernel(make_case):
   np.testing.assert_array_equal(attention.attend('tpu', q, k, v, [(start, end)]), expected)
 
 
-@pytest.mark.parametrize(('heads', 'kv_heads'), [(8, 4), (8, 2), (6, 3), (8, 1), (5, 1)])
+HEADS = MeshConfig(data=1, fsdp=2, tensor=4)
+
+
+@pytest.mark.parametrize(
+  ('heads', 'kv_heads', 'queries', 'mesh'),
+  [
+    *((heads, kv_heads, 12, HEADS) for heads, kv_heads in [(8, 4), (8, 2), (6, 3), (8, 1), (5, 1)]),
+    (8, 2, 12, MeshConfig(fsdp=2, tensor=2, context=2)),
+    (5, 1, 12, MeshConfig(fsdp=2, context=4)),
+    (4, 4, 10, MeshConfig(fsdp=2, context=4)),  # which does not divide the queries
+  ],
+)
 @pytest.mark.parametrize('backend', ['reference', 'chunked', 'tpu'])
-def test_on_a_mesh(backend, heads, kv_heads, make_case, monkeypatch):
-  """Rows over two axes, heads over a third; key heads that the devices do not divide, and query heads that they do not."""
+def test_on_a_mesh(backend, heads, kv_heads, queries, mesh, make_case, monkeypatch):
+  """Rows over two axes, heads over a third, queries over a fourth; heads of keys and of queries that the devices do not divide."""
   small = {
     'chunked': functools.partial(chunked.attend, block=8),
     'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True),
   }
   monkeypatch.setattr(attention, 'BACKENDS', {**attention.BACKENDS, **small})
   monkeypatch.setattr(attention, '_FEW_QUERIES', 1)
-  q, k, v, start, end, out_gradient, _ = make_case(heads, batch=4, queries=12, keys=12, heads=heads, kv_heads=kv_heads, packed=True)
+  q, k, v, start, end, out_gradient, _ = make_case(
+    heads, batch=4, queries=queries, keys=queries, heads=heads, kv_heads=kv_heads, packed=True
+  )
 
   def run(backend):
     def weighted(q, k, v):
@@ -50,7 +63,7 @@ def test_on_a_mesh(backend, heads, kv_heads, make_case, monkeypatch):
     return jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2)))(q, k, v)
 
   expected, expected_gradients = run('reference')
-  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))):
+  with jax.set_mesh(sharding.make_mesh(mesh)):
     value, gradients = run(backend)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for gradient, wanted in zip(gradients, expected_gradients, strict=True):
