@@ -338,6 +338,8 @@ class DistributedConfig:
   process: int | None = _field(None, low=0)  # this one
   timeout: int = _field(300, low=1)  # seconds to wait for the others at the start
   heartbeat: int = _field(100, low=1)  # seconds of silence after which a process counts as lost
+  beat: float = _field(10.0, low=0, open_low=True)  # seconds between what each process writes of where it is
+  stall: float = _field(900.0, low=0, open_low=True)  # seconds without a step after which it is reported who lags behind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,15 +5,21 @@ The same command is started on every host. Which cluster it is, the environment 
 
 from __future__ import annotations
 
+import collections
+import hashlib
+import itertools
+import json
 import os
 import pathlib
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from polar_jax.config import ConfigError, DistributedConfig
 from polar_jax.types import UserError
@@ -126,6 +132,57 @@ def _not_found(how: str, timeout: float, said: str) -> UserError:
     f'the processes of this run ({how}) did not find each other within {timeout} s: start the same command on every host, '
     f'and see that process 0 can be reached ({said})'
   )
+
+
+_questions = itertools.count()
+
+
+def preempted() -> bool:
+  """Whether SIGTERM has come to some process, and all are at the question at which they agreed to stop. True once.
+
+  All processes of the run must ask equally often.
+  """
+  return multihost_utils.reached_preemption_sync_point(next(_questions))
+
+
+def agree(what: str, facts: Mapping[str, Any]) -> None:
+  """Compares `facts` between all processes. Every one must call it, with the same names.
+
+  Raises:
+    UserError: on every process: which fact differs, and on which hosts.
+  """
+  if jax.process_count() == 1:
+    return
+  names = sorted(facts)
+  shown = [json.dumps(facts[name], default=str) for name in names]
+  whole = hashlib.sha256('\n'.join(names).encode()).hexdigest()  # comes first: the tables below have a row for each name
+  rows = _gather([socket.gethostname(), whole])
+  hosts = [f'process {p} ({host})' for p, (host, _) in enumerate(rows)]
+  _same(what, 'what is compared', [row[1] for row in rows], hosts)
+  tables = _gather([hashlib.sha256(text.encode()).hexdigest()[:16] + text[: _SHOWN - 16] for text in shown])
+  for row, name in enumerate(names):
+    _same(what, name, [table[row] for table in tables], hosts)
+
+
+_SHOWN = 96  # bytes of each fact that other processes are told: a digest of 16, and the beginning of what it is
+
+
+def _gather(texts: list[str]) -> list[list[str]]:
+  """The texts of every process, each cut to `_SHOWN` bytes."""
+  mine = np.zeros((len(texts), _SHOWN), np.uint8)
+  for row, text in enumerate(texts):
+    data = text.encode()[:_SHOWN]
+    mine[row, : len(data)] = np.frombuffer(data, np.uint8)
+  every = multihost_utils.process_allgather(mine)
+  return [[bytes(row).rstrip(b'\0').decode(errors='replace') for row in table] for table in np.asarray(every)]
+
+
+def _same(what: str, name: str, values: list[str], hosts: list[str]) -> None:
+  (usual, _), *others = collections.Counter(values).most_common()
+  if not others:
+    return
+  odd = '; '.join(f'{host} has {value[16:]}' for host, value in zip(hosts, values, strict=True) if value != usual)
+  raise UserError(f'{what}: {name} is not the same on every host: {odd}; the others have {usual[16:]}. Start the same command everywhere')
 
 
 def lost(error: Exception) -> NoReturn:

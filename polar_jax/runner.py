@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -13,7 +15,7 @@ from typing import Any
 
 import jax
 
-from polar_jax import distributed, sharding
+from polar_jax import distributed, heartbeat, sharding
 from polar_jax.config import Config, MeshConfig
 from polar_jax.evaluate import report
 from polar_jax.evaluate import stage as evaluation
@@ -38,10 +40,14 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     # A plan's mesh is of chips that are not here.
     mesh = sharding.make_mesh(MeshConfig() if config.stage == 'plan' else config.mesh)
     _announce(config, workdir, mesh, cluster)
+    distributed.agree('at the start', _start_facts(config))
     _write_config(config, workdir)
-    for name in _stage_names(config):
-      # Of `all` too a stage reads its own name: what it starts from may follow from it.
-      _timed(stages.Context(dataclasses.replace(config, stage=name), workdir, mesh, _say), name, _STAGES[name])
+    d = config.distributed
+    with heartbeat.beating(workdir, jax.process_index(), jax.process_count(), d.beat, d.stall):
+      for name in _stage_names(config):
+        heartbeat.at(name)
+        # Of `all` too a stage reads its own name: what it starts from may follow from it.
+        _timed(stages.Context(dataclasses.replace(config, stage=name), workdir, mesh, _say), name, _STAGES[name])
     _finish(workdir, time.perf_counter() - started)
     return 0
   except Preempted as stop:
@@ -72,6 +78,24 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cl
   _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
   parameters = 'parameters as stored' if config.stage in ('convert', 'score') else 'float32 parameters'
   _say(f'precision: {parameters}, {"float32" if config.stage == "convert" else config.model.compute_dtype} compute')
+
+
+def _start_facts(config: Config) -> dict[str, Any]:
+  """What must be the same on every host: the code, what it runs on, and every setting but which process this is."""
+  code, package = hashlib.sha256(), pathlib.Path(__file__).parent
+  for path in sorted(package.rglob('*.py')):
+    code.update(path.read_bytes())
+  facts = {'code of polar_jax': code.hexdigest()[:16], 'devices of a host': jax.local_device_count()}
+  facts |= {f'version of {name}': importlib.metadata.version(name) for name in ('jax', 'flax', 'orbax-checkpoint', 'numpy')}
+  settings = dataclasses.asdict(dataclasses.replace(config, distributed=dataclasses.replace(config.distributed, process=None)))
+  return facts | _flat(settings, 'config.')
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for name, value in settings.items():
+    out |= _flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
+  return out
 
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:

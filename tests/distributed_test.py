@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,7 +93,7 @@ def world(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(world: pathlib.Path, workdir: str, processes: int, *settings: str):
+def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, of_last: tuple[str, ...] = ()):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -102,6 +104,7 @@ def started(world: pathlib.Path, workdir: str, processes: int, *settings: str):
   for process in range(processes):
     own = [f'--config.distributed.coordinator=127.0.0.1:{port}', f'--config.distributed.processes={processes}']
     own = [*own, f'--config.distributed.process={process}'] if processes > 1 else []
+    own += of_last if process == processes - 1 else ()
     output = (world / f'{workdir}_{process}.txt').open('w')
     running.append(subprocess.Popen([*line, *own], cwd=world, env=environment, stdout=output, stderr=subprocess.STDOUT))
   try:
@@ -116,9 +119,20 @@ def said(world: pathlib.Path, workdir: str, process: int) -> str:
   return (world / f'{workdir}_{process}.txt').read_text()
 
 
-def losses(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
+def wait_for(path: pathlib.Path, running: list[subprocess.Popen], world: pathlib.Path, workdir: str) -> None:
+  deadline = time.monotonic() + 200
+  while not path.exists():
+    assert all(process.poll() is None for process in running) and time.monotonic() < deadline, said(world, workdir, 0)
+    time.sleep(0.02)
+
+
+def rows_of(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
   lines = [json.loads(line) for line in (world / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()]
-  return {name: [line[name] for line in lines if name in line] for name in ('loss', 'grad_norm', 'validation_loss')}
+  return {name: [line[name] for line in lines if name in line] for name in ('loss', 'grad_norm', 'validation_loss', 'tokens')}
+
+
+def losses(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
+  return {name: values for name, values in rows_of(world, workdir).items() if name != 'tokens'}
 
 
 @pytest.fixture(scope='module')
@@ -143,12 +157,73 @@ def test_several_processes_learn_what_one_learns(world, alone, processes):
     np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
 
 
+def test_the_same_samples_whoever_reads_them(world, alone):
+  """Real tokens of every step, summed over processes: a sample read twice or left out would change them."""
+  assert rows_of(world, 'together2')['tokens'] == rows_of(world, 'alone')['tokens']
+
+
+def test_sigterm_to_one_process_saves_on_all_and_the_run_goes_on_as_if_it_had_not(world, alone):
+  settings = ('--config.mesh.data=2', '--config.mesh.fsdp=-1')
+  with started(world, 'stopped', 2, *settings) as running:
+    wait_for(world / 'stopped/pretrain/checkpoints/2', running, world, 'stopped')
+    running[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(120) for process in running]
+  assert codes == [0, 0], said(world, 'stopped', 0) + said(world, 'stopped', 1)
+  at = re.search(r'stopped by SIGTERM, saved at step (\d+)', said(world, 'stopped', 0))
+  assert at and 2 <= int(at[1]) < STEPS and (world / 'stopped/pretrain/checkpoints' / at[1]).exists()
+  with started(world, 'stopped', 2, *settings) as running:
+    assert [process.wait(300) for process in running] == [0, 0]
+  assert f'resumed from step {at[1]} of {STEPS}' in said(world, 'stopped', 0)
+  # The same mesh: bit for bit.
+  assert losses(world, 'stopped') == losses(world, 'together2')
+
+
+def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(world, alone):
+  """The newest checkpoint is torn as well: the one before it is taken, and what follows is what would have followed."""
+  with started(world, 'elastic', 2, '--config.mesh.data=2', '--config.mesh.fsdp=-1') as running:
+    wait_for(world / 'elastic/pretrain/checkpoints/6', running, world, 'elastic')
+    for process in running:
+      process.kill()
+      process.wait()
+  newest = max(int(path.name) for path in (world / 'elastic/pretrain/checkpoints').iterdir() if path.name.isdigit())
+  shutil.rmtree(world / f'elastic/pretrain/checkpoints/{newest}/state')
+  with started(world, 'elastic', 1) as (process,):
+    assert process.wait(300) == 0, said(world, 'elastic', 0)
+  assert f'step {newest} is torn' in said(world, 'elastic', 0) and f'resumed from step {newest - 2} of' in said(world, 'elastic', 0)
+  for figure, values in losses(world, 'elastic').items():
+    np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
+  assert rows_of(world, 'elastic')['tokens'] == rows_of(world, 'alone')['tokens']
+
+
+def test_hosts_that_differ_are_named(world):
+  with started(world, 'odd', 3, of_last=('--config.train.learning_rate=1e-2',)) as running:
+    assert all(process.wait(120) not in (0, None) for process in running)
+  for process in range(3):
+    text = said(world, 'odd', process)
+    assert 'config.train.learning_rate is not the same on every host: process 2' in text and 'has 0.01; the others have 0.003' in text, text
+  assert not (world / 'odd/config.json').exists()
+
+
+def test_a_process_that_stands_still_is_named(world):
+  """Stopped, not killed: it keeps its connections, and the other waits for it. Its own file says where it was."""
+  quick = ('--config.train.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')
+  with started(world, 'still', 2, *quick) as running:
+    wait_for(world / 'still/pretrain/checkpoints/2', running, world, 'still')
+    running[1].send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while 'SILENT' not in said(world, 'still', 0):  # compiling too takes longer than that
+      assert running[0].poll() is None and time.monotonic() < deadline, said(world, 'still', 0)
+      time.sleep(0.1)
+    time.sleep(0.5)  # the report is one write
+  text = said(world, 'still', 0)
+  text = text[text.rindex('nothing has moved for 4 s') :]
+  assert re.search(r'process 1 on .*pretrain, step \d+, .*SILENT for .*<- behind', text), text
+  assert not re.search(r'process 0 on .*behind', text)
+
+
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
   with started(world, 'lost', 2, '--config.train.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
-    deadline = time.monotonic() + 200
-    while not (world / 'lost/pretrain/checkpoints/2').exists():
-      assert first.poll() is None and second.poll() is None and time.monotonic() < deadline, said(world, 'lost', 0)
-      time.sleep(0.05)
+    wait_for(world / 'lost/pretrain/checkpoints/2', [first, second], world, 'lost')
     second.send_signal(signal.SIGKILL)
     assert first.wait(60) not in (0, -signal.SIGKILL)
   assert 'process 0 of 2: another process of the run is gone' in said(world, 'lost', 0), said(world, 'lost', 0)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polar_jax import distributed, heartbeat
 from polar_jax.data import pipeline
 from polar_jax.data.template import join_messages
 from polar_jax.ppo import advantages, diagnostics, experience, measure, rows, shaping
@@ -42,6 +43,7 @@ def train(run: Run) -> dict[str, Any]:
     Preempted: after SIGTERM, once the state is saved.
     UserError: a reward is not finite, or the reward server stays away; then the state of the last step is saved first.
   """
+  distributed.agree(run.name, run.fingerprint)
   with jax.set_mesh(run.mesh):
     trainer = Trainer(run)
     try:
@@ -103,6 +105,7 @@ class Trainer:
         with self._saving_if_the_server_fails():
           row, batch_of_samples = self.one_step()
         self.step += 1
+        heartbeat.at(run.name, self.step)
         self.history.append(row)
         self.metrics.write(row)
         for sample in batch_of_samples:

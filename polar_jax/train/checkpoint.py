@@ -6,15 +6,19 @@ import contextlib
 import json
 import math
 import pathlib
+import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from polar_jax.config import CheckpointingConfig, ConfigError
 
-FOLDER = 'checkpoints'
+FOLDER, TORN = 'checkpoints', 'torn'
 
 
 # Of the state and what lies beside it. It counts up when they change, so that an older workdir is refused in words.
@@ -67,12 +71,51 @@ class Checkpointer:
       self._manager.save(step, args=args, metrics=metrics)
 
   def restore(self, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(state, iterator state) of the newest step, laid out as `abstract` says.
+    """(state, iterator state) of the newest step that can be read, laid out as `abstract` says.
+
+    Newer ones, which a full disk or a lost file system tore, are moved to the folder `torn` beside it, with a warning.
 
     Raises:
-      ConfigError: when the checkpoint was made with other settings, naming the first that differ.
+      ConfigError: when the checkpoint was made with other settings, naming the first that differ; or none can be read.
     """
-    step = self.latest
+    torn: dict[int, str] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      found, why = self._read(step, abstract, fingerprint)
+      if found is not None:
+        self._set_aside(torn, step)
+        return found
+      torn[step] = why
+    said = '; '.join(f'step {step}: {why}' for step, why in torn.items())
+    raise ConfigError(f'no checkpoint in {self._manager.directory} can be read ({said}): restore one from a copy, or use another --workdir')
+
+  def _read(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
+    """(what `restore` gives, or None on every host if one could not read it; why)."""
+    found, why = None, 'another host could not read it'
+    try:
+      found = self._restore(step, abstract, fingerprint)
+    except ConfigError:
+      raise
+    except Exception as error:  # whatever Orbax, TensorStore and JSON make of what is left of a file
+      why = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(found is not None)).all():
+      found = None
+    return found, why
+
+  def _set_aside(self, torn: dict[int, str], good: int) -> None:
+    if not torn:
+      return
+    folder = pathlib.Path(self._manager.directory)
+    if jax.process_index() == 0:
+      for step, why in torn.items():
+        (folder.parent / TORN).mkdir(exist_ok=True)
+        aside = folder.parent / TORN / f'{step}-{time.time_ns()}'
+        (folder / str(step)).rename(aside)
+        warnings.warn(f'the checkpoint of step {step} is torn ({why}): it lies in {aside} now, and step {good} is read', stacklevel=3)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('torn checkpoints are set aside')
+    self._manager.reload()
+
+  def _restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
     _check_same_settings(saved, fingerprint | _LAYOUT, step)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from polar_jax import pretrained, sharding
+from polar_jax import distributed, heartbeat, pretrained, sharding
 from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.scaling import flops
@@ -75,6 +75,7 @@ def train(run: Run) -> dict[str, Any]:
     NonFiniteError: naming the step and the rows of its batch that gave a non-finite reward.
     Preempted: after SIGTERM, once the state is saved.
   """
+  distributed.agree(run.name, run.fingerprint)
   with jax.set_mesh(run.mesh):
     trainer = _Trainer(run)
     try:
@@ -83,13 +84,27 @@ def train(run: Run) -> dict[str, Any]:
       trainer.close()
 
 
+class _OfAllProcesses(threading.Event):
+  """Set once SIGTERM has come to any process of the run, at the same question on all: they must ask equally often."""
+
+  def is_set(self) -> bool:
+    if not super().is_set() and distributed.preempted():
+      self.set()
+    return super().is_set()
+
+
 class SigtermFlag:
-  """Set by SIGTERM while in scope. Only the main thread hears signals: other threads share the flag that is in scope there, if any."""
+  """Set by SIGTERM while in scope. Only the main thread hears signals: other threads share the flag that is in scope there, if any.
+
+  With several processes JAX hears the signal, and all stop after the same step.
+  """
 
   _of_main: ClassVar[threading.Event | None] = None
 
   def __enter__(self) -> threading.Event:
-    self._main = threading.current_thread() is threading.main_thread()
+    self._main = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+    if jax.process_count() > 1:
+      return _OfAllProcesses()
     if not self._main:
       return SigtermFlag._of_main or threading.Event()
     event = threading.Event()
@@ -148,6 +163,7 @@ class _Trainer:
         self._note_shape(len(batch.tokens_BT))
         self.state, out = self.functions.train(self.state, batch)
         self.step += 1
+        heartbeat.at(run.name, self.step)
         self._finish_pending()
         self.pending = (self.step, out, self._host_facts(host_batch))
         self._maybe_validate()
@@ -172,19 +188,11 @@ class _Trainer:
       self.run.log(f'{self.run.name}: step {self.step + 1} needs {rows} rows, planned {self.planned_rows}: one more compilation')
 
   def _host_facts(self, batch: Any) -> dict[str, Any]:
-    """What the host knows of a batch without asking the device. On several hosts, this host's share is scaled up."""
+    """What the host knows of a batch without asking the device. On several hosts the FLOPs of this host's share are scaled up."""
     share = self.plan.share.of / (self.plan.share.high - self.plan.share.low)
-    tokens = int(np.sum(batch.end_BT > batch.start_BT) * share)
     step_flops = 3.0 * self.count_flops(self.run.model, batch) * share
-    self.tokens += tokens
     self.flops += step_flops
-    return {
-      'tokens': tokens,
-      'total_tokens': self.tokens,
-      'total_flops': self.flops,
-      'pad_fraction': 1 - tokens / (batch.tokens_BT.size * share),
-      'flops': step_flops,
-    }
+    return {'slots': batch.tokens_BT.size * share, 'total_flops': self.flops, 'flops': step_flops}
 
   def _finish_pending(self) -> None:
     """Fetches and writes the metrics of the step before, while the device works on the next."""
@@ -197,14 +205,16 @@ class _Trainer:
     row: dict[str, Any] = {'stage': self.run.name, 'step': step, **{k: float(v) for k, v in out['scalars'].items()}}
     if not all(math.isfinite(row[name]) for name in ('loss', 'grad_norm', 'parameter_norm')):
       raise NonFiniteError(self._non_finite_message(step, row, out['rows']))
+    tokens = int(row['tokens'])
+    self.tokens += tokens
     row |= {
       'learning_rate': float(self.learning_rates[step - 1]),
       'epoch': step * self.run.train.batch_size / self.run.num_rows,
-      'tokens': facts['total_tokens'],
+      'tokens': self.tokens,
       'flops': facts['total_flops'],  # by the rule of MFU
-      'pad_fraction': facts['pad_fraction'],
+      'pad_fraction': 1 - tokens / facts['slots'],
       'step_seconds': seconds,
-      'tokens_per_second': facts['tokens'] / seconds,
+      'tokens_per_second': tokens / seconds,
       'mfu': facts['flops'] / seconds / (self.peak * jax.device_count()),
     }
     if 'rewards_BPC' in out['rows']:

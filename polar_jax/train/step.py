@@ -87,7 +87,9 @@ def build(
     metrics, rows, grads = _loss_and_grads(graphdef, objective, state.params, batch, accumulation)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {'grad_norm': optax.tree.norm(grads), 'parameter_norm': optax.tree.norm(params)}
+    # Counted here, where the batch of all processes is.
+    tokens = jnp.sum(batch.end_BT > batch.start_BT)
+    metrics |= {'grad_norm': optax.tree.norm(grads), 'parameter_norm': optax.tree.norm(params), 'tokens': tokens}
     return TrainState(params, opt_state, state.step + 1), {'scalars': metrics, 'rows': rows}
 
   def evaluate(params: Any, batch: Any):

@@ -105,6 +105,50 @@ def test_iterator_goes_on_where_it_stood(open_checkpoints):
   assert [*read, *(next(after) for _ in range(3))] == [i * i for i in range(6)]
 
 
+def truncate(step):
+  largest = max((path for path in (step / 'state').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:10])
+
+
+def empty_settings(step):
+  next(path for path in (step / 'config').rglob('*') if path.is_file() and path.read_bytes()).write_bytes(b'')
+
+
+@pytest.mark.parametrize(
+  'tear', [truncate, empty_settings, lambda step: shutil.rmtree(step / 'state'), lambda step: shutil.rmtree(step / 'data')]
+)
+def test_a_torn_checkpoint_gives_way_to_the_one_before(open_checkpoints, tmp_path, tear):
+  abstract = abstract_state((1, 2, 1, 1))
+  states = {step: random_state(abstract, seed=step) for step in (3, 5, 7)}
+  checkpointer = open_checkpoints(keep=3)
+  for step, state in states.items():
+    checkpointer.save(step, state, {'step': step}, FINGERPRINT, {})
+  checkpointer.close()
+  for step in (5, 7):
+    tear(tmp_path / FOLDER / str(step))
+  checkpointer = open_checkpoints(keep=3)
+  with pytest.warns(UserWarning, match='step 7 is torn .*step 3 is read') as said:
+    state, data = checkpointer.restore(abstract, FINGERPRINT)
+  assert len(said) == 2 and data == {'step': 3} and checkpointer.latest == 3
+  assert_bit_equal(state, states[3])
+  assert len(list((tmp_path / 'torn').glob('[57]-*'))) == 2  # nothing is lost
+  checkpointer.save(5, states[5], {'step': 5}, FINGERPRINT, {})  # and the run can save these steps again
+  checkpointer.wait()
+  assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], states[5])
+
+
+def test_where_every_checkpoint_is_torn_nothing_is_moved(open_checkpoints, tmp_path):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  for step in (1, 2):
+    checkpointer.save(step, random_state(abstract), {}, FINGERPRINT, {})
+    checkpointer.wait()
+    truncate(tmp_path / FOLDER / str(step))
+  with pytest.raises(ConfigError, match=r'no checkpoint in .*step 2: .*step 1: .*another --workdir'):
+    checkpointer.restore(abstract, FINGERPRINT)
+  assert saved_steps(tmp_path) == [1, 2]
+
+
 @pytest.mark.parametrize('name', ['7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1700000000'])
 def test_save_that_was_killed_is_ignored_and_removed(open_checkpoints, tmp_path, name):
   abstract = abstract_state((1, 1, 1, 1))
