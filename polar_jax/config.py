@@ -272,6 +272,12 @@ class CheckpointingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  steps: int = _field(0, low=0)  # to capture with JAX's profiler, in each run of a stage; 0: none
+  skip: int = _field(5, low=1)  # steps of a start that come before: the first compiles
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each axis; exactly one may be -1, which takes what the others leave."""
 
@@ -378,6 +384,9 @@ class Config:
   ablations: bool = False  # also fine-tune without pre-training, and without the reference (Table 7 of the paper)
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
+  compile_cache: str | None = None  # folder of compiled programs for later starts; None: JAX_COMPILATION_CACHE_DIR, if set
+
+  profile: ProfileConfig = ProfileConfig()
   distributed: DistributedConfig = DistributedConfig()
   evaluate: EvaluateConfig = EvaluateConfig()
   sweep: SweepConfig = SweepConfig()

@@ -110,6 +110,9 @@ def main(_: Sequence[str]) -> int:
   # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.
   from polar_jax import distributed, runner
 
+  if config.compile_cache:
+    runner.keep_compiled(config.compile_cache)
+
   try:
     cluster = distributed.start(config.distributed)
   except UserError as error:

@@ -64,6 +64,12 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     distributed.lost(error)
 
 
+def keep_compiled(folder: str) -> None:
+  """Compiled programs are kept in `folder`, if they took half a second and more; before JAX compiles anything."""
+  jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(folder).expanduser().absolute()) if '://' not in folder else folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
 def _say(message: str) -> None:
   if jax.process_index() == 0:
     print(message, flush=True)

@@ -37,7 +37,7 @@ def get_config():
   return config
 """
 NAMES = ('prompt', 'reference', 'chosen', 'rejected')
-TIMED = ('step_seconds', 'tokens_per_second', 'mfu')
+TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
 
 
 class World:

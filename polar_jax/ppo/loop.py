@@ -24,9 +24,11 @@ from polar_jax.ppo.reward_http import RewardServerError
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import PpoState, Run
 from polar_jax.train.checkpoint import Checkpointer
+from polar_jax.train.goodput import Clock
 from polar_jax.train.loop import NonFiniteError, Preempted, SigtermFlag
 from polar_jax.train.metrics import MetricsLog, Progress, StepLog, read_metrics
 from polar_jax.train.optimizer import learning_rate_schedule
+from polar_jax.train.profile import Profiler
 from polar_jax.train.step import TrainState
 from polar_jax.types import Prompt, Rollouts, UserError
 
@@ -56,7 +58,7 @@ class Trainer:
   """One run and everything that it holds."""
 
   def __init__(self, run: Run):
-    self.run, c = run, run.config
+    self.run, c, self.clock = run, run.config, Clock()
     self.rollouts_per_step = c.prompts * c.samples
     self.actor, self.critic = run.actor(), run.critic()
     self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
@@ -67,6 +69,8 @@ class Trainer:
     self.checkpointer = Checkpointer(run.folder, run.checkpointing, 'evaluation_raw', best_is_lower=False)
     self._start()
     self.metrics = MetricsLog(run.folder, self.step if self.resumed else -1)
+    self.clock.go_on(self.earlier, self.metrics.lost)
+    self.profiler = Profiler(run.profile, run.folder, run.log)
     self.samples = StepLog(run.folder, self.step if self.resumed else -1, SAMPLES)
     self.history = [row for row in read_metrics(run.folder) if 'step_seconds' in row]
     self.progress = Progress(run.name, run.steps, self.step, c.log_every)
@@ -74,7 +78,7 @@ class Trainer:
   def _start(self) -> None:
     """The newest checkpoint, or the beginning."""
     run, c = self.run, self.run.config
-    self.step, self.tokens, self.evaluated = 0, 0, dict[str, float]()
+    self.step, self.tokens, self.evaluated, self.earlier = 0, 0, dict[str, float](), dict[str, float]()
     self.kl_coef, self.base_length = c.kl_coef, None
     self.normalizer = shaping.Normalizer(c.reward.normalize)
     self.resumed = self.checkpointer.latest is not None
@@ -87,7 +91,7 @@ class Trainer:
       self.actor_state, self.critic_state = state.part()
       self.step, self.tokens, self.kl_coef, self.base_length = (saved[k] for k in ('step', 'tokens', 'kl_coef', 'base_length'))
       self.normalizer = shaping.Normalizer.from_json(saved['normalizer'])
-      self.evaluated = saved['evaluated']
+      self.evaluated, self.earlier = saved['evaluated'], saved['seconds']
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     else:
       keys = jax.random.split(jax.random.key(run.seed))
@@ -99,12 +103,18 @@ class Trainer:
     run, started, first = self.run, time.perf_counter(), self.step
     alarmed = False
     with SigtermFlag() as stop:
+      self.clock.lap('start')
       if not self.resumed:
         self._evaluate()
+        self.clock.lap('evaluate')
       while self.step < run.steps and not alarmed:
+        self.profiler.before(self.step - first)
         with self._saving_if_the_server_fails():
           row, batch_of_samples = self.one_step()
+        self.clock.lap('compile' if self.step == first else 'step')
+        row['goodput'] = self.clock.goodput
         self.step += 1
+        self.profiler.after(self.step - first, row)
         heartbeat.at(run.name, self.step)
         self.history.append(row)
         self.metrics.write(row)
@@ -116,8 +126,10 @@ class Trainer:
         every = run.config.evaluate_every
         if self.step == run.steps or alarmed or (every is not None and self.step % every == 0):
           self._evaluate()
+          self.clock.lap('evaluate')
         if self.step < run.steps and self.step % run.checkpointing.every_steps == 0:
           self._save()
+          self.clock.lap('save')
         if stop.is_set() and self.step < run.steps and not alarmed:
           self._save()
           self.checkpointer.wait()
@@ -310,6 +322,7 @@ class Trainer:
       'base_length': self.base_length,
       'normalizer': self.normalizer.to_json(),
       'evaluated': self.evaluated,
+      'seconds': self.clock.seconds,
     }
     self.checkpointer.save(self.step, PpoState.join(self.actor_state, self.critic_state), data, self.run.fingerprint, self.evaluated)
 
@@ -328,6 +341,8 @@ class Trainer:
       'answers': self.step * self.rollouts_per_step,
       'tokens': self.tokens,
       'seconds': seconds,
+      'seconds_by_part': {part: round(value, 3) for part, value in self.clock.seconds.items()},
+      'goodput': self.clock.goodput,
       **{name: float(np.mean([row[name] for row in last])) for name in shown if all(name in row for row in last)},
       'alarms': [message for row in read for message in row.get('alarms', [])],
     }
@@ -338,6 +353,7 @@ class Trainer:
     return summary
 
   def close(self) -> None:
+    self.profiler.close()
     self.progress.close()
     self.metrics.close()
     self.samples.close()

@@ -41,6 +41,7 @@ def open_run(context: stages.Context, name: str, config: RftConfig) -> Run:
     config=config,
     model=model,
     checkpointing=context.config.checkpointing,
+    profile=context.config.profile,
     mesh=context.mesh,
     seed=context.config.seed,
     prompts=kept,

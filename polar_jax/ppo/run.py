@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from polar_jax.config import CheckpointingConfig, ModelConfig, RftConfig
+from polar_jax.config import CheckpointingConfig, ModelConfig, ProfileConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo.learner import Learner, build_actor, build_critic
@@ -46,6 +46,7 @@ class Run:
   config: RftConfig
   model: ModelConfig  # of the policy, the critic and the frozen start
   checkpointing: CheckpointingConfig
+  profile: ProfileConfig
   mesh: Mesh
   seed: int
   prompts: PolicyPrompts

@@ -162,6 +162,7 @@ def _tuning_run(world: World, name: str, config: RftConfig, seed: int, tuning: P
     config=config,
     model=world.model,
     checkpointing=context.config.checkpointing,
+    profile=context.config.profile,
     mesh=context.mesh,
     seed=seed,
     prompts=tuning,

@@ -20,14 +20,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polar_jax import distributed, heartbeat, pretrained, sharding
-from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, TrainConfig
+from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.scaling import flops
 from polar_jax.train import step as step_lib
 from polar_jax.train.checkpoint import Checkpointer
+from polar_jax.train.goodput import Clock
 from polar_jax.train.metrics import MetricsLog, Progress, read_metrics, reward_histogram
 from polar_jax.train.objectives import NEXT_TOKEN, Objective
 from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer, with_schedule, without_schedule
+from polar_jax.train.profile import Profiler
 
 
 class NonFiniteError(RuntimeError):
@@ -52,6 +54,7 @@ class Run:
   model: ModelConfig
   train: TrainConfig
   checkpointing: CheckpointingConfig
+  profile: ProfileConfig
   mesh: Mesh
   seed: int
   num_rows: int  # of one epoch
@@ -121,6 +124,7 @@ class SigtermFlag:
 class _Trainer:
   def __init__(self, run: Run):
     self.run, config = run, run.train
+    self.clock = Clock()
     multiple = sharding.batch_shards(run.mesh) * config.accumulation
     self.plan = pipeline.BatchPlan(config.batch_size, multiple, step_lib.local_share(run.mesh))
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
@@ -131,18 +135,22 @@ class _Trainer:
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
     self.checkpointer = Checkpointer(run.folder, run.checkpointing, self.best_metric, best_is_lower=lm)
     batches, self.planned_rows = run.batches(self.plan, run.steps)
-    self.compiled_rows = {self.planned_rows}
+    self.compiled_rows = set[int]()
+    self.profiler = Profiler(run.profile, run.folder, run.log)
     iterator = pipeline.iterate(batches, threads=run.threads, prefetch=run.prefetch)
     self.tokens, self.flops, self.step, self.validated, self.validated_step = 0, 0.0, 0, {}, -1
+    earlier: dict[str, float] = {}
     if self.checkpointer.latest is None:
       self.state = self.functions.init(jax.random.key(run.seed), self._start_params())
     else:
       self.state, saved = self.checkpointer.restore(self.functions.abstract, run.fingerprint)
       iterator.set_state(saved['iterator'])
       self.tokens, self.flops, self.step, self.validated = (saved[name] for name in ('tokens', 'flops', 'step', 'validated'))
+      earlier = saved['seconds']
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     self.iterator = iterator
     self.metrics = MetricsLog(run.folder, self.step)
+    self.clock.go_on(earlier, self.metrics.lost)
     self.progress = Progress(run.name, run.steps, self.step, config.log_every)
     self.pending: tuple[int, Any, dict[str, Any]] | None = None
     self.peak, self.peak_source = flops.peak_flops(jax.devices()[0])
@@ -157,18 +165,26 @@ class _Trainer:
   def run_to_end(self) -> dict[str, Any]:
     run, started, first = self.run, time.perf_counter(), self.step
     with SigtermFlag() as stop:
+      self.clock.lap('start')
       while self.step < run.steps:
         host_batch = next(self.iterator)
+        self.clock.lap('data')
         batch = step_lib.to_device(host_batch, run.mesh)
-        self._note_shape(len(batch.tokens_BT))
+        first_of_shape = self._note_shape(len(batch.tokens_BT))
+        self.profiler.before(self.step - first)
         self.state, out = self.functions.train(self.state, batch)
+        self.clock.lap('compile' if first_of_shape else 'step')
         self.step += 1
         heartbeat.at(run.name, self.step)
         self._finish_pending()
         self.pending = (self.step, out, self._host_facts(host_batch))
+        self.profiler.after(self.step - first, out)
+        self.clock.lap('step')
         self._maybe_validate()
+        self.clock.lap('evaluate')
         if self.step < run.steps and (self.step % run.checkpointing.every_steps == 0 or self.validated_step == self.step):
           self._save()
+          self.clock.lap('save')
         if stop.is_set() and self.step < run.steps:
           self._save()
           self.checkpointer.wait()
@@ -176,16 +192,20 @@ class _Trainer:
       if first < run.steps:
         self._save()
       self.checkpointer.wait()
+      self.clock.lap('save')
       summary = self._summary(time.perf_counter() - started, self.step - first)
       if stop.is_set():  # too late to cut this run short, but the next stage must not start
         raise Preempted(run.name, self.step)
     return summary
 
-  def _note_shape(self, rows: int) -> None:
-    """Says why a step takes long: one whose triplets need more rows than planned is compiled anew."""
-    if rows not in self.compiled_rows:
-      self.compiled_rows.add(rows)
+  def _note_shape(self, rows: int) -> bool:
+    """Whether a step with so many rows is the first of this start: then it is compiled. Says so where that was not planned."""
+    if rows in self.compiled_rows:
+      return False
+    self.compiled_rows.add(rows)
+    if rows != self.planned_rows:
       self.run.log(f'{self.run.name}: step {self.step + 1} needs {rows} rows, planned {self.planned_rows}: one more compilation')
+    return True
 
   def _host_facts(self, batch: Any) -> dict[str, Any]:
     """What the host knows of a batch without asking the device. On several hosts the FLOPs of this host's share are scaled up."""
@@ -216,6 +236,7 @@ class _Trainer:
       'step_seconds': seconds,
       'tokens_per_second': tokens / seconds,
       'mfu': facts['flops'] / seconds / (self.peak * jax.device_count()),
+      'goodput': self.clock.goodput,
     }
     if 'rewards_BPC' in out['rows']:
       rewards_NC = out['rows']['rewards_BPC'][out['rows']['index'] >= 0]
@@ -256,7 +277,7 @@ class _Trainer:
     # A checkpoint promises that its steps are good and logged, so their metrics are checked and on disk first.
     self._finish_pending()
     self.metrics.flush()
-    counts = {'tokens': self.tokens, 'flops': self.flops, 'step': self.step, 'validated': self.validated}
+    counts = {'tokens': self.tokens, 'flops': self.flops, 'step': self.step, 'validated': self.validated, 'seconds': self.clock.seconds}
     data = {'iterator': self.iterator.get_state(), **counts}
     metrics = self.validated if self.validated_step == self.step else {}
     self.checkpointer.save(self.step, self.state, data, self.run.fingerprint, metrics)
@@ -275,6 +296,8 @@ class _Trainer:
       'loss': float(np.mean([r['loss'] for r in last])),  # over the last twentieth: one batch is noise
       'accuracy': float(np.mean([r['accuracy'] for r in last])),
       'seconds': seconds,
+      'seconds_by_part': {part: round(value, 3) for part, value in self.clock.seconds.items()},
+      'goodput': self.clock.goodput,
       'tokens_per_second': float(np.median([r['tokens_per_second'] for r in rows])),
       'pad_fraction': float(np.mean([r['pad_fraction'] for r in rows])),
       'mfu': float(np.median([r['mfu'] for r in rows])),
@@ -288,6 +311,7 @@ class _Trainer:
     return summary
 
   def close(self) -> None:
+    self.profiler.close()
     self.progress.close()
     self.metrics.close()
     self.checkpointer.close()

@@ -41,14 +41,21 @@ def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]
 
 
 class StepLog:
-  """Appends rows to a file of JSON lines; on a resume drops those after the restored step, which the run will write again."""
+  """Appends rows to a file of JSON lines; on a resume drops those after the restored step, which the run will write again.
+
+  Attributes:
+    lost: seconds that the dropped steps had taken.
+  """
 
   def __init__(self, folder: pathlib.Path, resume_step: int, file: str):
     self._file: TextIO | None = None
+    self.lost = 0.0
     if jax.process_index() != 0:
       return
     folder.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in read_metrics(folder, file) if row['step'] <= resume_step]
+    rows = read_metrics(folder, file)
+    kept = [row for row in rows if row['step'] <= resume_step]
+    self.lost = sum(row.get('step_seconds', 0.0) for row in rows if row['step'] > resume_step)
     temporary = folder / (file + '.tmp')
     temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
     os.replace(temporary, folder / file)

@@ -42,7 +42,7 @@ from polar_jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 6
-TIMED = ('seconds_rollout', 'seconds_reward', 'seconds_logprobs', 'seconds_update', 'step_seconds', 'tokens_per_second')
+TIMED = ('seconds_rollout', 'seconds_reward', 'seconds_logprobs', 'seconds_update', 'step_seconds', 'tokens_per_second', 'goodput')
 MODEL = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, init_std=0.2, v_head_init='normal')
 FAST = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0, final_lr_ratio=1.0)
 

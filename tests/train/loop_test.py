@@ -26,7 +26,7 @@ from polar_jax.train.metrics import Progress, read_metrics
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 
 STEPS, BATCH = 12, 8  # of the contexts that make_context makes
-TIMED = ('step_seconds', 'tokens_per_second', 'mfu')
+TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
 
 
 @pytest.fixture(scope='module')
