@@ -6,8 +6,11 @@ Reads: data/polar_triplets (triplets with splits train and validation), checkpoi
 from, a Hugging Face folder). Paper: 3.6T tokens, 912 H800 for 175 hours. Not run at this size here.
 """
 
-from polar_jax.recipes import pretraining
+from polar_jax.recipes import SHARED, pretraining
 
 
 def get_config():
-  return pretraining('internlm2_5_7b', start_from='checkpoints/internlm2_5_7b', learning_rate=1.67e-5, batch_size=4_343)
+  config = pretraining('internlm2_5_7b', start_from='checkpoints/internlm2_5_7b', learning_rate=1.67e-5, batch_size=4_343)
+  config.train.accumulation = 25  # with 64 chips a row a chip at a time
+  config.plan.tokens = 3.6e12 / SHARED
+  return config

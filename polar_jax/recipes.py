@@ -8,8 +8,9 @@ from polar_jax.model.presets import PRESETS
 # A pre-training row holds a prompt twice (1,024 tokens at most each time) and three trajectories of at most 4,096, plus
 # separators: 14,341 tokens. The rest is room for text that re-tokenises a little longer, up to a multiple of 128.
 PRETRAIN_ROW = 14_464
-# The paper's 3.6T tokens are 100k steps of 4,343 triplets of two sequences: 8,300 tokens a triplet, with its prefix shared 1.6 times
-# fewer.
+# The paper's 3.6T tokens are 100k steps of 4,343 triplets of two sequences: 8,300 tokens a triplet. A row that shares the prefix holds
+# fewer by this factor.
+SHARED = 1.6
 PRETRAIN_TRIPLET = 5_200
 # A fine-tuning row is two sequences of at most 16,384 tokens that share all but their candidates: 16,384 + 4,096, and room.
 FINETUNE_ROW = 20_608
