@@ -113,21 +113,22 @@ def traffic(text: str) -> Traffic:
 class _Walk:
   def __init__(self, computations: dict[str, list[Instruction]], into: Traffic):
     self._computations, self._into = computations, into
+    self._seen = set[tuple[str, str]]()  # (computation, channel) of collectives
 
-  def computation(self, name: str, times: float, fused: bool = False) -> float:
-    """Adds what `name` communicates, and returns the bytes of HBM, both `times` over."""
+  def computation(self, name: str, times: float, fused_in: str | None = None) -> float:
+    """Adds what `name` communicates, and returns the bytes of HBM, both `times` over. `fused_in`: the computation whose fusion it is."""
     hbm: float = 0.0
     instructions = self._computations[name]
     by_name = {i.name: i for i in instructions}
     for i in instructions:
       kind = i.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
-        self._collective(i, kind, name, by_name, times)
+        self._collective(i, kind, name, by_name, times, fused_in or name)
       trips = times * (self._trips(i) if i.opcode == 'while' else 1)
-      inner_fused = fused or i.opcode not in ('while', 'conditional', 'call', 'async-start')
+      inside = None if i.opcode in ('while', 'conditional', 'call', 'async-start') else name
       for called in self._called(i):
-        hbm += self.computation(called, trips, inner_fused)
-      if not fused:
+        hbm += self.computation(called, trips, fused_in or inside)
+      if not fused_in:
         hbm += times * self._moved(i, by_name)
     return hbm
 
@@ -151,7 +152,13 @@ class _Walk:
       return float(constants[limits[0]].arguments)
     return 1.0  # a loop of the compiler's own, such as a sort
 
-  def _collective(self, i: Instruction, kind: str, computation: str, by_name: dict[str, Instruction], times: float) -> None:
+  def _collective(self, i: Instruction, kind: str, computation: str, by_name: dict[str, Instruction], times: float, runs_in: str) -> None:
+    channel = re.search(r'channel_id=(\d+)', i.attributes)
+    if channel:
+      # TPUs spread a collective over the fusions that it overlaps with: its start, its end and each part in between name it again.
+      if (runs_in, channel[1]) in self._seen:
+        return
+      self._seen.add((runs_in, channel[1]))
     result = _sizes(i.type)
     given = [size for name in i.operands if name in by_name for size in _sizes(by_name[name].type)]
     size = max(max(result), max(given, default=0)) if i.opcode.endswith('-start') else max(sum(result), sum(given))

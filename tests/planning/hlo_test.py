@@ -31,6 +31,16 @@ PROGRAM = """HloModule jit_f
   ROOT %negated = f32[1,128]{1,0} negate(%slice)
 }
 
+%begun (v: f32[8,128]) -> f32[32,128] {
+  %v = f32[8,128]{1,0} parameter(0)
+  ROOT %all = f32[32,128]{1,0:T(8,128)S(1)} all-gather(%v), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%ended (v: f32[8,128]) -> f32[32,128] {
+  %v = f32[8,128]{1,0} parameter(0)
+  ROOT %all.1 = f32[32,128]{1,0:T(8,128)S(1)} all-gather(%v), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
 %condition (state: (s32[], f32[8,128])) -> pred[] {
   %limit = s32[] constant(7)
   %state = (s32[], f32[8,128]{1,0}) parameter(0)
@@ -44,6 +54,9 @@ PROGRAM = """HloModule jit_f
   %gathered = (f32[8,128]{1,0}, f32[16,128]{1,0}) all-gather-start(%value), replica_groups=[2,2]<=[4], dimensions={0}
   %whole = f32[16,128]{1,0} all-gather-done(%gathered)
   %scattered = f32[2,128]{1,0} fusion(%value), kind=kCustom, calls=%all-reduce-scatter
+  %chip = f32[8,128]{1,0:S(1)} get-tuple-element(%state), index=2
+  %async-collective-start = f32[32,128]{1,0:S(1)} fusion(%chip), kind=kCustom, calls=%begun
+  %async-collective-done = f32[32,128]{1,0:S(1)} fusion(%chip), kind=kCustom, calls=%ended
   %onchip = f32[8,128]{1,0:T(8,128)S(1)} copy(%value)
   ROOT %next = (s32[], f32[8,128]{1,0}) tuple(%i, %value)
 }
@@ -61,9 +74,13 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
 
 def test_loops_groups_and_fused_collectives_by_hand():
   found = hlo.traffic(PROGRAM)
-  assert found.count == {'all-gather': 7, 'reduce-scatter': 7, 'all-reduce': 1}
-  assert found.size == {'all-gather': 7 * 16 * 128 * 4, 'reduce-scatter': 7 * 8 * 128 * 4, 'all-reduce': 96 * 2}
-  assert found.sent == {'all-gather': 7 * 16 * 128 * 4 / 2, 'reduce-scatter': 7 * 8 * 128 * 4 * 3 / 4, 'all-reduce': 96 * 2 * 2 * 7 / 8}
+  assert found.count == {'all-gather': 7 + 7, 'reduce-scatter': 7, 'all-reduce': 1}
+  assert found.size == {'all-gather': 7 * (16 + 32) * 128 * 4, 'reduce-scatter': 7 * 8 * 128 * 4, 'all-reduce': 96 * 2}
+  assert found.sent == {
+    'all-gather': 7 * (16 / 2 + 32 * 3 / 4) * 128 * 4,
+    'reduce-scatter': 7 * 8 * 128 * 4 * 3 / 4,
+    'all-reduce': 96 * 2 * 2 * 7 / 8,
+  }
   value = 8 * 128 * 4
   # Of the hundred rows one is read. In the loop: the gather's both sides, the value and what is left of it, and the copy's source.
   assert found.hbm == 2 * 512 + 7 * (3 * value + (value + value / 4) + value) + 96 * 2

@@ -19,12 +19,16 @@ from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.train.optimizer import make_optimizer
 
 CONFIG = ModelConfig(
-  vocab_size=40, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.2, v_head_init='normal'
+  vocab_size=40, num_layers=2, d_model=16, d_ff=32, num_heads=8, num_kv_heads=2, head_dim=4, init_std=0.2, v_head_init='normal'
 )
 # A large eps: with the usual one, an entry whose gradient is rounding noise would still move by a whole learning rate.
 TRAIN = TrainConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3, weight_decay=0.1)
 MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
-MESHES |= {'context 4': MeshConfig(fsdp=2, context=4), 'context 2': MeshConfig(fsdp=2, tensor=2, context=2)}
+MESHES |= {
+  '1x8': MeshConfig(fsdp=1, tensor=8),
+  'context 4': MeshConfig(fsdp=2, context=4),
+  'context 2': MeshConfig(fsdp=2, tensor=2, context=2),
+}
 PADDED, REAL, LENGTH, MOST = 16, 30, 32, 4
 COUNT = REAL - 4  # pairs that are not masked
 
@@ -134,7 +138,7 @@ def test_sharded_equals_single_device(single, name, capfd):
   jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), born, functions.abstract)
   fsdp, tensor = MESHES[name].fsdp, MESHES[name].tensor
   layers = state.params['decoder']['layers']
-  assert layers['wq'].addressable_shards[0].data.shape == (2, 16 // fsdp, 4 // tensor, 8)
+  assert layers['wq'].addressable_shards[0].data.shape == (2, 16 // fsdp, 8 // tensor, 4)
   assert layers['w_down'].addressable_shards[0].data.shape == (2, 32 // tensor, 16 // fsdp)
   moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu')]
   assert len(moments) == 1

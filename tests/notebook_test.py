@@ -1,0 +1,33 @@
+"""The notebook runs on the results that lie beside it, and says what the fit says."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import nbformat
+from nbclient import NotebookClient
+
+from polar_jax.scaling import results, stage
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'notebooks'
+
+
+def text_of(notebook) -> str:
+  outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+  return '\n'.join(output['text'] for output in outputs if output['output_type'] == 'stream')
+
+
+def test_scaling_laws(tmp_path):
+  notebook = nbformat.read(FOLDER / 'scaling_laws.ipynb', as_version=4)
+  shown = text_of(notebook)
+  NotebookClient(notebook, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(FOLDER)}}).execute()
+  said, found = text_of(notebook), stage.study(results.read(FOLDER / 'results.csv'))
+  for name in 'NC':
+    law = found[name]
+    assert f'{law["beta"]:.4g} {name}^{law["alpha"]:.4f}, 95% interval [{law["low"]:.4f}, {law["high"]:.4f}]' in said
+  figures = [o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+  assert len(figures) == 5
+  # What the file shows to those who only read it is what running it gives.
+  laws = re.compile(r'^L\([NC]\) = .*', re.MULTILINE)
+  assert laws.findall(shown) == laws.findall(said)
