@@ -123,6 +123,16 @@ def _held_out(rows: Results, law: str, seed: int) -> dict[str, Any] | None:
   return {'x': at, 'loss': loss, 'predicted': predicted, 'low': low, 'high': high, 'within': bool(low <= loss <= high)}
 
 
+def _swept(rows: Results, of: np.ndarray, name: str) -> tuple[list[float], list[float]]:
+  """(values, lowest loss at each) of the longest sweep of `name` among the runs `of`, all else equal: of two the one that came lower."""
+  values, other = getattr(rows, name), getattr(rows, {'learning_rate': 'batch', 'batch': 'learning_rate'}[name])
+  found: list[tuple[list[float], list[float]]] = []
+  for same in [of] if other is None else [of & (other == value) for value in np.unique(other[of])]:
+    swept = sorted(set(values[same].tolist()))
+    found.append((swept, [float(rows.loss[same & (values == value)].min()) for value in swept]))
+  return max(found, key=lambda sweep: (len(sweep[0]), -min(sweep[1])))
+
+
 def _tuned(rows: Results, name: str, degree: int) -> dict[str, Any]:
   """The optima of a swept setting at each size and number of tokens, and the law that they follow, if it can be told."""
   values = getattr(rows, name)
@@ -130,13 +140,10 @@ def _tuned(rows: Results, name: str, degree: int) -> dict[str, Any]:
     raise FitError(f'the file has no column {name}')
   optima = []
   for size, tokens in sorted(set(zip(rows.parameters.tolist(), rows.tokens.tolist(), strict=True))):
-    of = (rows.parameters == size) & (rows.tokens == tokens)
-    if len(np.unique(values[of])) <= degree:
-      continue
-    # At each value the best of whatever else was swept.
-    swept = sorted(set(values[of].tolist()))
-    lowest = [float(rows.loss[of & (values == v)].min()) for v in swept]
-    optima.append({'parameters': size, 'tokens': tokens, **dataclasses.asdict(laws.optimum(swept, lowest, degree))})
+    swept, lowest = _swept(rows, (rows.parameters == size) & (rows.tokens == tokens), name)
+    if len(swept) > degree:
+      found = dataclasses.asdict(laws.optimum(swept, lowest, degree))
+      optima.append({'parameters': size, 'tokens': tokens, **found, 'swept': swept, 'losses': lowest})
   if not optima:
     raise FitError(f'no size and number of tokens with at least {degree + 1} values of {name}')
   inside = [o for o in optima if not o['at_edge']]

@@ -130,3 +130,16 @@ def test_one_size_is_no_law(tmp_path, capsys):
 def test_no_file_is_an_error_that_says_what_to_do(tmp_path, capsys):
   assert fitted(tmp_path, tmp_path / 'absent.csv') == 1
   assert 'no such file' in capsys.readouterr().err
+
+
+def test_a_sweep_of_batches_is_one_at_the_same_learning_rate():
+  """Batch 32 alone was run with several rates: that it is lowest over all of them says nothing of batches."""
+  rate, batch, loss = zip(
+    *((1e-3, 16, 0.50), (1e-3, 32, 0.52), (1e-3, 64, 0.60), (5e-4, 32, 0.56), (2e-3, 32, 0.45), (4e-3, 32, 0.51), (8e-3, 32, 0.70)),
+    strict=True,
+  )
+  column = lambda values: np.array(values, np.float64)
+  rows = Results(*(np.full(7, value) for value in (1e4, 1e6, 1e12)), column(loss), column(rate), column(batch))
+  batches, rates = (stage._tuned(rows, name, degree)['optima'][0] for name, degree in (('batch', 2), ('learning_rate', 4)))
+  assert (batches['swept'], batches['losses']) == ([16, 32, 64], [0.50, 0.52, 0.60]) and batches['value'] < 24
+  assert rates['swept'] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3] and rates['losses'] == [0.56, 0.52, 0.45, 0.51, 0.70]
