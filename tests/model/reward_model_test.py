@@ -99,7 +99,9 @@ def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
   assert shared[1][identical, 0] == shared[1][identical, 1]
 
 
-@pytest.mark.parametrize('name', ['ordinary', 'empty chosen', 'nothing shared but BOS'])
+@pytest.mark.parametrize(
+  'name', ['ordinary', *(pytest.param(n, marks=pytest.mark.slow) for n in ('empty chosen', 'nothing shared but BOS'))]
+)
 def test_gradients_of_one_pair_alone(model, name):
   """Nothing of one pair can hide behind another's gradient."""
   weights = np.ones(1, np.float32)

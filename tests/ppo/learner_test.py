@@ -170,7 +170,7 @@ def test_update_equals_loops_over_single_sequences(which, rollouts, values, one)
     np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('which', ['actor', 'critic'])
+@pytest.mark.parametrize('which', ['actor', pytest.param('critic', marks=pytest.mark.slow)])
 def test_packing_and_devices_do_not_matter(which, rollouts, values, one):
   build, (kind, names) = (learner.build_actor, ACTOR) if which == 'actor' else (learner.build_critic, CRITIC)
   wanted = update(one[1] if which == 'actor' else one[2], kind, names, one[0], rollouts, values, 24, 2)

@@ -283,6 +283,7 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
+@pytest.mark.slow  # what a step computes on devices: tests/ppo/learner_test.py
 def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
   made, one_step = context(world, 'sharded', devices=4), loop.Trainer.one_step
 

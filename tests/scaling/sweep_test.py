@@ -155,6 +155,7 @@ def test_the_language_model_of_the_workdir_serves_the_size_that_it_has(make, tmp
   assert any(str(tmp_path / stages.LM) in line for line in log)
 
 
+@pytest.mark.slow  # each process compiles anew; a worker's own run: below
 def test_processes_give_the_same_rows(finished, make, tmp_path):
   """And one that was stopped by SIGTERM goes on where it was."""
   context = make(tmp_path, backend='processes', workers=2, sizes=('8x1',))

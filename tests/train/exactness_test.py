@@ -85,7 +85,7 @@ def two_sequences(world):
   [
     (MeshConfig(fsdp=8), 1, 'none', 'chunked'),
     (MeshConfig(data=2, fsdp=2, tensor=2), 2, 'full', 'chunked'),
-    (MeshConfig(fsdp=4, tensor=2), 1, 'dots', 'reference'),
+    pytest.param(MeshConfig(fsdp=4, tensor=2), 1, 'dots', 'reference', marks=pytest.mark.slow),
     (None, 3, 'dots_no_batch', 'chunked'),
   ],
 )

@@ -123,7 +123,7 @@ def test_norms_are_those_of_gradients_and_new_parameters(single):
   np.testing.assert_allclose(out['scalars']['parameter_norm'], norm(params), rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', MESHES)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in ('4x2', 'context 4') else n for n in MESHES])
 def test_sharded_equals_single_device(single, name, capfd):
   functions, state, first = _steps(MESHES[name], steps=3)
   _assert_same(first, single)
