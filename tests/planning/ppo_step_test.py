@@ -58,7 +58,7 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   assert all(call['peak'] > call['beside'] > 0 for call in small['calls'])
   assert all(size > 0 for size in small['held'].values())
   # Two moments of Adam; frozen weights in half the bytes of the trained ones.
-  assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=16)
+  assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=64)  # and a few scalars
   assert small['held']['frozen start'] == small['held']['actor parameters'] / 2
   assert small['parameters'] == 2 * 512 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 256
   assert small['fits'] and small['peak'] == max(small['phases'].values()) < small['hbm'] == 16 << 30
