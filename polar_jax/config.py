@@ -385,7 +385,6 @@ class Config:
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
   compile_cache: str | None = None  # folder of compiled programs for later starts; None: JAX_COMPILATION_CACHE_DIR, if set
-
   profile: ProfileConfig = ProfileConfig()
   distributed: DistributedConfig = DistributedConfig()
   evaluate: EvaluateConfig = EvaluateConfig()

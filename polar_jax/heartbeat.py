@@ -66,6 +66,8 @@ class _Heart:
     self._folder, self._process, self._processes, self._stall = folder, process, processes, stall
     self._told: Place | None = None  # the place for which stacks were written and the report was made
     self._started = time.time()
+    for kind in ('json', 'stack'):  # of an earlier start
+      (folder / f'{process}.{kind}').unlink(missing_ok=True)
 
   def beat_until(self, ended: threading.Event, every: float) -> None:
     while True:

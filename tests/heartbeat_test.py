@@ -40,6 +40,8 @@ def test_the_silent_and_the_unheard_of_are_behind_whatever_the_others_do(tmp_pat
 
 
 def test_a_process_that_moves_says_nothing(tmp_path, capsys):
+  (tmp_path / 'heartbeats').mkdir()
+  (tmp_path / 'heartbeats/0.stack').write_text('of an earlier start')
   with heartbeat.beating(tmp_path, 0, 2, every=0.02, stall=0.3):
     for step in range(20):
       heartbeat.at('pretrain', step)
@@ -51,9 +53,12 @@ def test_a_process_that_moves_says_nothing(tmp_path, capsys):
 
 def test_one_that_stands_still_tells_it_once_with_its_stack(tmp_path, capsys):
   heartbeat.at('pretrain', 5)
+  (tmp_path / 'heartbeats').mkdir()
+  (tmp_path / 'heartbeats/0.stack').write_text('of an earlier start')
   with heartbeat.beating(tmp_path, 0, 2, every=0.02, stall=0.2):
     time.sleep(1.5)
   said = capsys.readouterr().err
+  assert 'earlier start' not in (tmp_path / 'heartbeats/0.stack').read_text()
   assert said.count('nothing has moved for 0.2 s') == 1 and 'process 1: has never been heard of' in said
   assert 'test_one_that_stands_still' in (tmp_path / 'heartbeats/0.stack').read_text()
 

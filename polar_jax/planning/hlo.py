@@ -102,7 +102,7 @@ def traffic(text: str) -> Traffic:
     text: of a compiled program (`jax.stages.Compiled.as_text`).
 
   Raises:
-    ValueError: for text that is none, or a loop whose trip count cannot be read and which has collectives inside.
+    ValueError: for text that is none.
   """
   computations, entry = parse(text)
   found = Traffic(collections.defaultdict(float), collections.defaultdict(float), collections.defaultdict(float), 0.0)
@@ -150,7 +150,7 @@ class _Walk:
     limits = [name for i in compared for name in i.operands if name in constants]
     if len(compared) == 1 and len(limits) == 1:
       return float(constants[limits[0]].arguments)
-    return 1.0  # a loop of the compiler's own, such as a sort
+    return 1.0  # a loop that ends by what it finds: nothing says how often it runs
 
   def _collective(self, i: Instruction, kind: str, computation: str, by_name: dict[str, Instruction], times: float, runs_in: str) -> None:
     channel = re.search(r'channel_id=(\d+)', i.attributes)

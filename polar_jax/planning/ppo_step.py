@@ -203,6 +203,28 @@ def scored_row_length(config: RftConfig) -> int:
   return config.reward.row_length or -(-(2 * prompt + answer + 2 * answer) // 128) * 128
 
 
+# Phase -> what makes it smaller and changes no result.
+_SMALLER = {
+  'rollout': 'rft.rollout.slots: fewer answers decoded at a time',
+  'reward': 'rft.reward.rows: fewer rows scored at a time',
+  'logprobs': 'rft.rows: smaller micro-batches',
+  'update actor': 'rft.rows: smaller micro-batches',
+  'update critic': 'rft.rows: smaller micro-batches',
+}
+
+
+def changes(found: Plan) -> list[str]:
+  """What to change when a step does not fit, the cheapest first."""
+  if found.fits:
+    return []
+  always = sum(size for name, size in found.held.items() if name not in _PASSING)
+  large = [phase for phase, peak in found.phases.items() if peak > found.hbm]
+  smaller = [_SMALLER[phase] for phase in large] if always < found.hbm else []
+  failed = [f'{call.phase}: {call.name} did not compile: {call.memory.failure}' for call in found.calls if call.memory.failure]
+  chips = f'more chips, or larger ones: {always / GIB:.1f} of {found.hbm // GIB} GiB are held in every phase'
+  return [*dict.fromkeys(smaller), *failed, *([chips] if large else [])]
+
+
 def table(found: Plan) -> list[str]:
   """Lines for people, in Markdown. GiB of a chip."""
   show = lambda size: f'{size / GIB:.2f}'
@@ -222,7 +244,8 @@ def table(found: Plan) -> list[str]:
   failed = any(call.memory.failure for call in found.calls)
   verdict = 'fits' if found.fits else 'not known to fit' if failed and found.peak <= found.hbm else 'does not fit'
   lines += [f'not compiled: {call.phase}: {call.name}: {call.memory.failure}' for call in found.calls if call.memory.failure]
-  return [*lines, '', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
+  lines += ['', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
+  return lines + [f'to make it fit: {line}' for line in changes(found)]
 
 
 def as_json(found: Plan) -> dict[str, Any]:
@@ -238,5 +261,6 @@ def as_json(found: Plan) -> dict[str, Any]:
     'phases': found.phases,
     'peak': found.peak,
     'fits': found.fits,
+    'change': changes(found),
     'compile_seconds': round(sum(call.memory.seconds for call in found.calls), 1),
   }

@@ -91,7 +91,7 @@ class Trainer:
       self.actor_state, self.critic_state = state.part()
       self.step, self.tokens, self.kl_coef, self.base_length = (saved[k] for k in ('step', 'tokens', 'kl_coef', 'base_length'))
       self.normalizer = shaping.Normalizer.from_json(saved['normalizer'])
-      self.evaluated, self.earlier = saved['evaluated'], saved['seconds']
+      self.evaluated, self.earlier = saved['evaluated'], saved.get('seconds', {})
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     else:
       keys = jax.random.split(jax.random.key(run.seed))

@@ -146,7 +146,7 @@ class _Trainer:
       self.state, saved = self.checkpointer.restore(self.functions.abstract, run.fingerprint)
       iterator.set_state(saved['iterator'])
       self.tokens, self.flops, self.step, self.validated = (saved[name] for name in ('tokens', 'flops', 'step', 'validated'))
-      earlier = saved['seconds']
+      earlier = saved.get('seconds', {})  # which checkpoints did not always have
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     self.iterator = iterator
     self.metrics = MetricsLog(run.folder, self.step)

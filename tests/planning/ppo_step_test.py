@@ -11,6 +11,9 @@ import sys
 
 import pytest
 
+from polar_jax.planning.compiled import Memory
+from polar_jax.planning.ppo_step import Measured, Plan, changes
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from polar_jax.config import default_config
@@ -67,3 +70,20 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   large = plan_of(tmp_path, '--config.rft.method=sft', '--config.rft.reward.source=http', '--config.rft.rows=262144')
   assert [call['phase'] for call in large['calls']] == ['logprobs', 'logprobs', 'update actor', 'update actor']
   assert not large['fits'] and large['peak'] > large['hbm']
+
+
+def test_what_to_change_follows_the_phases_that_do_not_fit():
+  gib = 1 << 30
+
+  def made(held, **peaks):
+    calls = [Measured(phase.replace('_', ' '), 'call', Memory(temporary=peak * gib), 0) for phase, peak in peaks.items()]
+    return Plan('v5e:2x2', {'fsdp': 4}, 16 * gib, {'actor parameters': held * gib, 'keys and values': 9 * gib}, calls)
+
+  assert changes(made(2, rollout=10, reward=16)) == []
+  said = changes(made(2, rollout=20, logprobs=17, update_actor=18, reward=3))
+  assert [line.split(':')[0] for line in said] == [
+    'rft.rollout.slots',
+    'rft.rows',
+    'more chips, or larger ones',
+  ] and '2.0 of 16 GiB' in said[-1]
+  assert [line.split(':')[0] for line in changes(made(17, rollout=20))] == ['more chips, or larger ones']
