@@ -41,6 +41,12 @@ class BatchPlan(NamedTuple):
   share: Share = Share(0, 1, 1)
 
 
+def rows_at(source: Sequence[Triplet], indices: Sequence[int]) -> Sequence[Triplet]:
+  """Rows of a data set, read together where it can: a TFDS one takes a quarter of the time."""
+  together = getattr(source, '__getitems__', None)
+  return together(indices) if together else [source[i] for i in indices]
+
+
 class PairTokens:
   """Random access from a data set index to a laid-out triplet."""
 
@@ -52,6 +58,10 @@ class PairTokens:
 
   def __getitem__(self, index: int) -> PairRow:
     return pair_row(*self.template.encode(self.source[index]))
+
+  def many(self, indices: Sequence[int]) -> list[PairRow]:
+    """Several at once, see `rows_at`."""
+    return [pair_row(*self.template.encode(row)) for row in rows_at(self.source, indices)]
 
 
 class TextWindows:
@@ -87,7 +97,7 @@ def _places(step: int, order: Any, size: int, limit: int | None) -> list[tuple[i
 
 def _pair_step(step: int, tokens: PairTokens, order: Any, plan: BatchPlan, pack: PackPlan, limit: int | None) -> PairBatch:
   indices = [index for index, _ in _places(step, order, plan.size, limit)]
-  triplets = [tokens[i] for i in indices]
+  triplets = tokens.many(indices)
   lengths = [_checked_length(i, t, pack.row_length) for i, t in zip(indices, triplets, strict=True)]
   packed = packing.first_fit(lengths, pack.row_length, pack.pairs)
   packed += [[]] * (pack.rows_for(len(packed)) - len(packed))
@@ -129,7 +139,7 @@ def plan_packing(
   sampled = max(min(steps, packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // plan.size), 1)
   limit_length = row_length or max(len(tokens[i].tokens) for i in range(len(tokens)))
   indices = [[index for index, _ in _places(step, order, plan.size, limit)] for step in range(sampled)]
-  lengths = [[_checked_length(i, tokens[i], limit_length) for i in step] for step in indices]
+  lengths = [[_checked_length(i, t, limit_length) for i, t in zip(step, tokens.many(step), strict=True)] for step in indices]
   if row_length is None:
     return packing.choose_plan(lengths, limit_length, plan.multiple, steps)
   return packing.plan(lengths, row_length, plan.multiple, steps)

@@ -65,6 +65,9 @@ class TripletSequence(Sequence[types.Triplet]):
       raise IndexError(f'row {index} of a split of {len(self)} rows')
     return _from_example(self._source[int(index) % len(self)])
 
+  def __getitems__(self, indices: Sequence[int]) -> list[types.Triplet]:
+    return [_from_example(example) for example in self._source.__getitems__([int(index) for index in indices])]
+
 
 def write_triplets(
   folder: pathlib.Path, name: str, splits: Mapping[str, Iterable[types.Triplet]], description: str, metadata: Mapping[str, Any]

@@ -210,7 +210,8 @@ def _sum_of_powers(centred_nK: np.ndarray, log_loss: np.ndarray) -> tuple[np.nda
 def lower_envelope(curve: Sequence[float] | np.ndarray, x: np.ndarray, loss: np.ndarray) -> np.ndarray:
   """Which rows no other curve undercuts at the same `x`: bool (rows,).
 
-  A curve is the rows of one size; between its rows it is a line in logarithms, and it says nothing beyond them.
+  A curve is the rows of one size. Between its rows it is a line in logarithms; after the last it keeps its loss, since whoever has
+  more to spend can stop there; before the first it says nothing.
   """
   curve, log_x, log_loss = np.asarray(curve), np.log(np.asarray(x, np.float64)), np.log(np.asarray(loss, np.float64))
   keep = np.ones(len(curve), bool)
@@ -218,7 +219,7 @@ def lower_envelope(curve: Sequence[float] | np.ndarray, x: np.ndarray, loss: np.
     own, others = curve == name, curve != name
     order = np.argsort(log_x[own], kind='stable')
     at, height = log_x[own][order], log_loss[own][order]
-    inside = others & (log_x >= at[0]) & (log_x <= at[-1])
+    inside = others & (log_x >= at[0])
     keep[inside] &= log_loss[inside] <= np.interp(log_x[inside], at, height)
   return keep
 

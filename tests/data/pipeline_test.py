@@ -142,9 +142,9 @@ def test_the_plan_is_made_from_the_steps_that_are_read():
   """The first 16 steps, but no more triplets than are quick to tokenise."""
 
   class Counted(pipeline.PairTokens):
-    def __getitem__(self, index):
-      read.append(index)
-      return super().__getitem__(index)
+    def many(self, indices):
+      read.extend(indices)
+      return super().many(indices)
 
   tokens = Counted(_tokens(2_500).source, Digits())
   order = pipeline.global_order(2_500, 3)
