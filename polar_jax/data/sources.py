@@ -1,4 +1,4 @@
-"""User files of triplets and of prompts: .jsonl, .jsonl.gz and .parquet, and the choice between them and a TFDS folder.
+"""User files of triplets and of prompts (.jsonl, .jsonl.gz, .parquet; here or in a bucket), and the choice between them and a TFDS folder.
 
 A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional wrapper and category; a
 prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or a row of the official format
@@ -7,6 +7,7 @@ prompt of reinforcement fine-tuning is {prompt, reference} with an optional answ
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import pathlib
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
+from polar_jax.paths import in_bucket, path_of
 from polar_jax.types import Prompt, Triplet, UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
@@ -88,7 +90,7 @@ def read_rows(path: str | pathlib.Path, on_bad_row: str = 'raise') -> RowFile[Tr
     SourceError: no such file, unknown suffix, damaged file, or no good row in it.
     ImportError: parquet without pyarrow.
   """
-  path = pathlib.Path(path)
+  path = path_of(path)
   skipped: list[tuple[int, str]] = []
   return RowFile(path, [row for _, row in checked_rows(path, _triplet, on_bad_row, skipped)], skipped)
 
@@ -105,7 +107,7 @@ def checked_rows(
   Raises:
     As `read_rows`.
   """
-  path = pathlib.Path(path)
+  path = path_of(path)
   _check_mode(on_bad_row)
   if not path.is_file():
     raise SourceError(f'{path}: no such file')
@@ -147,8 +149,8 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   """(line number, line in bytes) of every line that is not blank."""
   number = 0
   try:
-    with gzip.open(path, 'rb') if path.suffix == '.gz' else path.open('rb') as file:
-      for number, line in enumerate(file, 1):
+    with path.open('rb') as file, gzip.open(file) if path.suffix == '.gz' else contextlib.nullcontext(file) as lines:
+      for number, line in enumerate(lines, 1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark, as some editors write it
         if line.strip():
@@ -165,8 +167,8 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     raise ImportError(f'{path}: reading parquet needs pyarrow: pip install polar_jax[parquet]') from error
   number = 0
   try:
-    with pyarrow.parquet.ParquetFile(path) as file:
-      for batch in file.iter_batches(batch_size=1024):
+    with path.open('rb') as file, pyarrow.parquet.ParquetFile(file) as table:
+      for batch in table.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
           number += 1
           yield number, row
@@ -234,8 +236,8 @@ def open_source(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise')
     NoSplitError: the folder has no such split, saying what it has.
     SourceError: nothing there, saying what was looked for and what there is; and as `read_rows`.
   """
-  found = _locate(pathlib.Path(path), split)
-  return read_rows(found, on_bad_row) if isinstance(found, pathlib.Path) else found
+  found = _locate(path_of(path), split)
+  return read_rows(found, on_bad_row) if isinstance(found, pathlib.PurePath) else found
 
 
 def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
@@ -246,6 +248,9 @@ def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
   if not path.is_dir():
     return path
   if any(any(path.glob(pattern)) for pattern in _TFDS_FILES):
+    if in_bucket(path):
+      kinds = ', '.join(SUFFIXES)
+      raise SourceError(f'{path}: TFDS reads from file systems alone: mount the bucket (gcsfuse), or keep {kinds} files in it')
     from polar_jax.data import triplet_dataset
 
     try:
@@ -277,10 +282,10 @@ def open_prompts(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise'
     As `open_source` and `read_rows`.
   """
   _check_mode(on_bad_row)
-  path = pathlib.Path(path)
+  path = path_of(path)
   found = _locate(path, split)
   skipped: list[tuple[int, str]] = []
-  if isinstance(found, pathlib.Path):
+  if isinstance(found, pathlib.PurePath):
     path, rows = found, checked_rows(found, _prompt, on_bad_row, skipped)
   else:
     path = pathlib.Path(f'{path}:{split}')

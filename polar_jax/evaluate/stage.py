@@ -10,8 +10,7 @@ import numpy as np
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.synthesis import engine, pool
-from polar_jax.train import stages
-from polar_jax.train.checkpoint import FOLDER
+from polar_jax.train import checkpoint, stages
 from polar_jax.types import Triplet
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')  # of the synthesize stage
@@ -38,13 +37,13 @@ def evaluate(context: stages.Context) -> dict[str, Any]:
 
 
 def _trained(context: stages.Context, folder: str) -> bool:
-  return (context.workdir / folder / FOLDER).exists()
+  return checkpoint.exists(context.home(folder))
 
 
 def _scorer(context: stages.Context, folder: str, use_reference: bool) -> Scorer:
   config = context.config
   template, model = context.template(use_reference), context.model_config()
-  return Scorer.from_run(context.workdir / folder, model, template, context.mesh, rows=config.evaluate.rows)
+  return Scorer.from_run(context.home(folder), model, template, context.mesh, rows=config.evaluate.rows)
 
 
 def _correct(scorer: Scorer, rows: Sequence[Triplet]) -> np.ndarray:

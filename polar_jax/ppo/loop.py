@@ -26,13 +26,12 @@ from polar_jax.ppo.run import PpoState, Run
 from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.goodput import Clock
 from polar_jax.train.loop import NonFiniteError, Preempted, SigtermFlag
-from polar_jax.train.metrics import MetricsLog, Progress, StepLog, read_metrics
+from polar_jax.train.metrics import SAMPLES, SUMMARY, MetricsLog, Progress, StepLog, fetch_logs, keep_logs, read_metrics
 from polar_jax.train.optimizer import learning_rate_schedule
 from polar_jax.train.profile import Profiler
 from polar_jax.train.step import TrainState
 from polar_jax.types import Prompt, Rollouts, UserError
 
-SAMPLES = 'samples.jsonl'
 _weights = jax.jit(advantages.loss_weights, static_argnames='mode')
 _kl = jax.jit(advantages.kl, static_argnames='estimator')
 
@@ -66,8 +65,9 @@ class Trainer:
     self.order = pipeline.global_order(len(run.prompts), run.seed)
     # All at once: one by one they would queue behind the running step.
     self.rates = [np.asarray(learning_rate_schedule(o, run.updates)(jnp.arange(run.updates))) for o in (c.actor, c.critic)]
-    self.checkpointer = Checkpointer(run.folder, run.checkpointing, 'evaluation_raw', best_is_lower=False)
+    self.checkpointer = Checkpointer(run.home, run.checkpointing, 'evaluation_raw', best_is_lower=False)
     self._start()
+    fetch_logs(run.folder, run.home, self.step)
     self.metrics = MetricsLog(run.folder, self.step if self.resumed else -1)
     self.clock.go_on(self.earlier, self.metrics.lost)
     self.profiler = Profiler(run.profile, run.folder, run.log)
@@ -315,6 +315,7 @@ class Trainer:
   def _save(self) -> None:
     self.metrics.flush()
     self.samples.flush()
+    keep_logs(self.run.folder, self.run.home)
     data = {
       'step': self.step,
       'tokens': self.tokens,
@@ -327,7 +328,9 @@ class Trainer:
     self.checkpointer.save(self.step, PpoState.join(self.actor_state, self.critic_state), data, self.run.fingerprint, self.evaluated)
 
   def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
-    path = self.run.folder / 'summary.json'
+    path = self.run.folder / SUMMARY
+    if jax.process_index() != 0:  # whose disk need not have the metrics
+      return {}
     if steps == 0 and path.exists():
       return json.loads(path.read_text())
     read = read_metrics(self.run.folder)
@@ -348,8 +351,8 @@ class Trainer:
     }
     if evaluation:
       summary |= {'evaluation_before': evaluation[0], 'evaluation_after': evaluation[-1]}
-    if jax.process_index() == 0:
-      path.write_text(json.dumps(summary, indent=2) + '\n')
+    path.write_text(json.dumps(summary, indent=2) + '\n')
+    keep_logs(self.run.folder, self.run.home)
     return summary
 
   def close(self) -> None:

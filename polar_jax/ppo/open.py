@@ -11,6 +11,7 @@ from polar_jax.config import Config, ConfigError, ModelConfig, RewardConfig, Rft
 from polar_jax.data.sources import NoSplitError, open_prompts
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.paths import path_of
 from polar_jax.ppo import prompts
 from polar_jax.ppo.reward import Mixture, ModelReward, RewardSource, RuleReward
 from polar_jax.ppo.reward_http import HttpReward
@@ -38,6 +39,7 @@ def open_run(context: stages.Context, name: str, config: RftConfig) -> Run:
   run = Run(
     name=name,
     folder=context.workdir / name,
+    home=context.home(name),
     config=config,
     model=model,
     checkpointing=context.config.checkpointing,
@@ -53,7 +55,7 @@ def open_run(context: stages.Context, name: str, config: RftConfig) -> Run:
     fingerprint=fingerprint(context.config, config, model, tokenizer, rows),
     log=context.log,
   )
-  stages.keep_tokenizer(tokenizer, run.folder)
+  stages.keep_tokenizer(tokenizer, run.home)
   return run
 
 
@@ -63,7 +65,7 @@ def open_policy(context: stages.Context, config: RftConfig) -> Pretrained:
   Raises:
     UserError: there is none, or it has no language-model head.
   """
-  path = context.workdir / stages.LM if config.policy == 'lm' else pathlib.Path(config.policy)
+  path = context.home(stages.LM) if config.policy == 'lm' else path_of(config.policy)
   opened = open_pretrained(path)
   if opened.head != 'lm':
     raise ConfigError(f'rft.policy {path}: has a {opened.head} head; only a language model answers prompts')
@@ -111,7 +113,7 @@ def _row_length(template: Template, rows: Sequence[Prompt], wrapper: str, max_ne
 
 def _reward_path(context: stages.Context, config: RewardConfig) -> pathlib.Path:
   stages_ = {'pretrain': stages.PRETRAIN, 'finetune': stages.FINETUNE}
-  return context.workdir / stages_[config.checkpoint] if config.checkpoint in stages_ else pathlib.Path(config.checkpoint)
+  return context.home(stages_[config.checkpoint]) if config.checkpoint in stages_ else path_of(config.checkpoint)
 
 
 def _server_template(context: stages.Context, config: RewardConfig) -> Template:
@@ -126,9 +128,9 @@ def _server_template(context: stages.Context, config: RewardConfig) -> Template:
 def _rows(context: stages.Context, split: str) -> Sequence[Prompt]:
   """Prompts of a split; of the held-out one none, where none is named and none stands beside the others."""
   data = context.config.data
-  path = pathlib.Path(data.prompts) if data.prompts else context.data / 'prompts'
+  path = path_of(data.prompts) if data.prompts else context.data / 'prompts'
   if split == 'test' and data.prompts_evaluation:
-    path = pathlib.Path(data.prompts_evaluation)
+    path = path_of(data.prompts_evaluation)
   elif not path.exists():
     raise ConfigError(f'data.prompts: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
   elif split == 'test' and path.is_file():

@@ -42,7 +42,8 @@ class Run:
   """One run: which policy, on which prompts, for which reward, where to."""
 
   name: str
-  folder: pathlib.Path
+  folder: pathlib.Path  # of what it logs
+  home: pathlib.Path  # of its checkpoints: the same folder, or one in a bucket
   config: RftConfig
   model: ModelConfig  # of the policy, the critic and the frozen start
   checkpointing: CheckpointingConfig

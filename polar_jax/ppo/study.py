@@ -120,7 +120,7 @@ def _one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
   sft = _tuning_run(world, f'{folder}/sft', supervised, seed, tuning, start)
   loop.train(sft)
   judge = _Judge(world, ppo, held_out, _load(start, world))
-  policies = {'ppo': judge.sample(_load(ppo.folder, world)), 'sft': judge.sample(_load(sft.folder, world))}
+  policies = {'ppo': judge.sample(_load(ppo.home, world)), 'sft': judge.sample(_load(sft.home, world))}
   found = judge.figures({'start': judge.sample(judge.start), **policies, 'best_of_n': judge.best_of(BEST_OF)})
   for name, figures in found.items():
     context.log(f'rft: seed {seed}: {name}: ' + ', '.join(f'{k} {v:.3f}' for k, v in figures.items()))
@@ -133,9 +133,9 @@ def _train_start(world: World, seed: int, name: str) -> pathlib.Path:
   streams = engine.load_text(context.data / 'text.npz')
   windows = pipeline.TextWindows(streams['train'][START_CORPUS], lm.sequence_length, seed)
   made = stages.text_run(context, name, dataclasses.replace(lm, start_from='scratch'), windows, None, seed)
-  stages.keep_tokenizer(world.tokenizer, made.folder)
+  stages.keep_tokenizer(world.tokenizer, made.home)
   train_model(made)
-  return made.folder
+  return made.home
 
 
 def _prompts(world: World, split: str, seed: int, most: int | None = None) -> PolicyPrompts:
@@ -159,6 +159,7 @@ def _tuning_run(world: World, name: str, config: RftConfig, seed: int, tuning: P
   made = Run(
     name=name,
     folder=context.workdir / name,
+    home=context.home(name),
     config=config,
     model=world.model,
     checkpointing=context.config.checkpointing,
@@ -174,7 +175,7 @@ def _tuning_run(world: World, name: str, config: RftConfig, seed: int, tuning: P
     fingerprint=fingerprint(dataclasses.replace(context.config, seed=seed), config, world.model, world.tokenizer, prompts),
     log=context.log,
   )
-  stages.keep_tokenizer(world.tokenizer, made.folder)
+  stages.keep_tokenizer(world.tokenizer, made.home)
   return made
 
 

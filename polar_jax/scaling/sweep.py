@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
 import io
 import itertools
 import json
@@ -23,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from polar_jax.config import Config, ConfigError, ModelConfig
-from polar_jax.data import pipeline
+from polar_jax.data import pipeline, token_store
+from polar_jax.data.template import Template
 from polar_jax.scaling import flops
 from polar_jax.train import checkpoint, stages
+from polar_jax.types import Triplet
 
-FOLDER, RESULTS, RESULT, SETTINGS = 'sweep', 'results.csv', 'result.json', 'sweep/settings.json'
+FOLDER, RESULTS, RESULT, SETTINGS, TOKENS = 'sweep', 'results.csv', 'result.json', 'sweep/settings.json', 'sweep/tokens'
 _SAMPLED = 2_048  # triplets whose mean length turns tokens into steps
 
 
@@ -57,29 +60,48 @@ class Job:
   def name(self) -> str:
     return self.cell.name if self.cell else f'{self.size}_lm'
 
+  @property
+  def run(self) -> str:
+    """The run's name in the workdir."""
+    return f'{FOLDER}/{self.name}'
+
   def folder(self, workdir: pathlib.Path) -> pathlib.Path:
-    return workdir / FOLDER / self.name
+    return workdir / self.run
 
 
 def grid(config: Config) -> list[Cell]:
   """All cells: smaller sizes and fewer tokens first."""
   s = config.sweep
   sizes = sorted(s.sizes, key=lambda size: flops.reward_model_parameters(model_of(config, size)).without_embedding)
-  return [Cell(*values) for values in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches)]
+  return [
+    Cell(size, _tokens(config, size, tokens), rate, batch)
+    for size, tokens, rate, batch in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches)
+  ]
 
 
-def language_models(config: Config, workdir: pathlib.Path, cells: Sequence[Cell]) -> list[Job]:
+def _tokens(config: Config, size: str, tokens: int) -> int:
+  """The tokens of a size, to three digits."""
+  if not config.sweep.tokens_exponent:
+    return tokens
+  vocabulary = config.model.vocab_size or config.synthesis.vocab_size  # of a tokenizer that is not there yet
+  count = lambda model: flops.reward_model_parameters(dataclasses.replace(model, vocab_size=vocabulary)).total
+  scaled = tokens * (count(model_of(config, size)) / count(config.model)) ** config.sweep.tokens_exponent
+  return int(float(f'{scaled:.3g}'))
+
+
+def language_models(context: stages.Context, cells: Sequence[Cell]) -> list[Job]:
   """The jobs that must be done before `cells`."""
-  if config.train.start_from != 'lm':
+  if context.config.train.start_from != 'lm':
     return []
   own = [Job(size, None) for size in dict.fromkeys(cell.size for cell in cells)]
-  return [job for job in own if _start(config, workdir, job.size) == job.folder(workdir)]
+  return [job for job in own if _start(context, job.size) == context.home(job.run)]
 
 
-def _start(config: Config, workdir: pathlib.Path, size: str) -> pathlib.Path:
+def _start(context: stages.Context, size: str) -> pathlib.Path:
   """The language model that runs of a size start from: that of this workdir where it is the same, else the sweep's own."""
-  same = model_of(config, size) == config.model and checkpoint.exists(workdir / stages.LM)
-  return workdir / stages.LM if same else Job(size, None).folder(workdir)
+  config, there = context.config, context.home(stages.LM)
+  same = model_of(config, size) == config.model and checkpoint.exists(there)
+  return there if same else context.home(Job(size, None).run)
 
 
 def job_named(config: Config, name: str) -> Job:
@@ -157,10 +179,10 @@ def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
       return done
     made = dataclasses.replace(context, config=config_of(context.config, job))
     if job.cell:
-      start = _start(context.config, context.workdir, job.size) if context.config.train.start_from == 'lm' else None
+      start = _start(context, job.size) if context.config.train.start_from == 'lm' else None
       result = _train_cell(made, job.cell, start)
     else:
-      result = stages.pretrain_lm(made, f'{FOLDER}/{job.name}')
+      result = stages.pretrain_lm(made, job.run)
     temporary = folder / (RESULT + '.tmp')
     temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + '\n')
     os.replace(temporary, folder / RESULT)
@@ -169,11 +191,12 @@ def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
 
 def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None) -> dict[str, Any]:
   config, rows = context.config, len(context.triplets('train'))
-  steps = max(round(cell.tokens / (cell.batch * tokens_per_triplet(context))), 1)
+  steps = _steps(cell, tokens_per_triplet(context))
   if steps * cell.batch > rows:
     context.log(f'{cell.name}: {steps * cell.batch:,} triplets of {rows:,}: some are seen again, and a law of fresh ones does not hold')
   train = dataclasses.replace(config.train, steps=steps)
-  summary = stages.rank(context, f'{FOLDER}/{cell.name}', train, context.triplets, start=start)
+  tokenised = functools.partial(_stored, context)
+  summary = stages.rank(context, f'{FOLDER}/{cell.name}', train, context.triplets, start=start, tokenised=tokenised)
   count = flops.reward_model_parameters(context.model_config())
   return {
     # What the fits read ...
@@ -193,6 +216,33 @@ def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None)
     'num_layers': config.model.num_layers,
     'seconds': summary['seconds'],
   }
+
+
+def _steps(cell: Cell, triplet_tokens: float) -> int:
+  return max(round(cell.tokens / (cell.batch * triplet_tokens)), 1)
+
+
+def store_tokens(context: stages.Context, cells: Sequence[Cell]) -> None:
+  """Tokenises what several runs will read once for all of them, into the workdir."""
+  rows, template = context.triplets('train'), context.template()
+  length = tokens_per_triplet(context)
+  wanted = min(max(_steps(cell, length) * cell.batch for cell in cells), len(rows))
+  folder, key = context.workdir / TOKENS, _tokens_key(context, rows)
+  if len(cells) < 2 or token_store.is_stored(folder, key, wanted):
+    return
+  context.log(f'sweep: tokenises the {wanted:,} triplets that the runs read')
+  order = pipeline.global_order(len(rows), context.config.seed)
+  indices = np.fromiter((order(position)[0] for position in range(wanted)), np.int64)
+  token_store.store(pipeline.PairTokens(rows, template), indices, folder, key, context.config.data.read_threads or 1)
+
+
+def _stored(context: stages.Context, rows: Sequence[Triplet], template: Template) -> pipeline.PairTokens:
+  return token_store.open_store(rows, template, context.workdir / TOKENS, _tokens_key(context, rows))
+
+
+def _tokens_key(context: stages.Context, rows: Sequence[Triplet]) -> str:
+  template = dataclasses.asdict(context.config.template)
+  return json.dumps([stages.rows_fingerprint(rows), stages.tokenizer_fingerprint(context.tokenizer()), template, context.config.seed])
 
 
 def tokens_per_triplet(context: stages.Context) -> float:

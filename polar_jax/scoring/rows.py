@@ -15,6 +15,7 @@ import numpy as np
 
 from polar_jax.config import ConfigError
 from polar_jax.data import sources
+from polar_jax.paths import in_bucket
 from polar_jax.types import Group
 
 REWARD = 'reward'
@@ -153,11 +154,13 @@ def check_output(path: pathlib.Path, source: pathlib.Path) -> None:
   Raises:
     ConfigError: the setting `output` cannot be used.
   """
+  if in_bucket(path):
+    raise ConfigError(f'output {path}: is written line by line, which no bucket allows: name a local file, and copy it')
   if not path.name.endswith(OUTPUT_SUFFIXES):
     raise ConfigError(f'output {path}: must end in {" or ".join(OUTPUT_SUFFIXES)}')
   if path.is_dir():
     raise ConfigError(f'output {path}: is a folder; name a file')
-  if path.resolve() == source.resolve() or (path.exists() and source.exists() and path.samefile(source)):
+  if not in_bucket(source) and (path.resolve() == source.resolve() or (path.exists() and source.exists() and path.samefile(source))):
     raise ConfigError(f'output {path}: is the input; name another file')
 
 

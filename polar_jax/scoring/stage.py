@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from polar_jax import paths
 from polar_jax.config import Config, ConfigError
 from polar_jax.data.template import Template
 from polar_jax.pretrained import ASSETS, Pretrained, open_pretrained
@@ -79,7 +80,7 @@ def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
   for name, meaning in wanted.items():
     if not getattr(config, name):
       raise ConfigError(f'{name}: name {meaning}, with --config.{name}=PATH')
-  checkpoint, source, target = (pathlib.Path(getattr(config, name)) for name in wanted)
+  checkpoint, source, target = (paths.path_of(getattr(config, name)) for name in wanted)
   row_files.check_output(target, source)
   return checkpoint, source, target
 
@@ -105,9 +106,9 @@ def _settings(
 
 def _files(path: pathlib.Path, target: pathlib.Path) -> list[tuple[str, int, int]]:
   """Name, size and time of change of a file, or of the files in a folder, but for those that this stage writes."""
-  inside = sorted(path.rglob('*')) if path.is_dir() else [path] if path.is_file() else []
-  found = [file for file in inside if file.is_file() and not file.name.startswith(target.name)]
-  return [(str(file.absolute()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found]
+  inside = paths.files_below(path) if path.is_dir() else [path] if path.is_file() else []
+  found = [file for file in inside if not file.name.startswith(target.name)]
+  return [(str(paths.absolute(file)), *paths.size_and_time(file)) for file in found]
 
 
 def _score_windows(

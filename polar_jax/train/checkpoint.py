@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from polar_jax import paths
 from polar_jax.config import CheckpointingConfig, ConfigError
 
-FOLDER, TORN = 'checkpoints', 'torn'
+FOLDER = 'checkpoints'
 
 
 # Of the state and what lies beside it. It counts up when they change, so that an older workdir is refused in words.
@@ -26,7 +27,7 @@ _LAYOUT = {'checkpoint_layout': 2}
 
 
 class Checkpointer:
-  """The checkpoints of one run. The newest `keep` and the `keep_best` best by validation are kept."""
+  """The checkpoints of one run, here or in a bucket. The newest `keep` and the `keep_best` best by validation are kept."""
 
   def __init__(self, folder: pathlib.Path, config: CheckpointingConfig, best_metric: str, best_is_lower: bool):
     policies = ocp.checkpoint_managers.preservation_policy
@@ -47,7 +48,7 @@ class Checkpointer:
       # A process killed while saving leaves a temporary folder behind; the next start removes it.
       cleanup_tmp_directories=True,
     )
-    self._manager = ocp.CheckpointManager(folder.absolute() / FOLDER, options=options)
+    self._manager = ocp.CheckpointManager(paths.absolute(folder) / FOLDER, options=options)
 
   @property
   def latest(self) -> int | None:
@@ -73,7 +74,7 @@ class Checkpointer:
   def restore(self, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(state, iterator state) of the newest step that can be read, laid out as `abstract` says.
 
-    Newer ones, which a full disk or a lost file system tore, are moved to the folder `torn` beside it, with a warning.
+    Newer ones, which a full disk or a lost file system tore, are moved beside the others' folder, as `torn_<step>_<time>`, with a warning.
 
     Raises:
       ConfigError: when the checkpoint was made with other settings, naming the first that differ; or none can be read.
@@ -104,11 +105,10 @@ class Checkpointer:
   def _set_aside(self, torn: dict[int, str], good: int) -> None:
     if not torn:
       return
-    folder = pathlib.Path(self._manager.directory)
+    folder = self._manager.directory
     if jax.process_index() == 0:
       for step, why in torn.items():
-        (folder.parent / TORN).mkdir(exist_ok=True)
-        aside = folder.parent / TORN / f'{step}-{time.time_ns()}'
+        aside = folder.parent / f'torn_{step}_{time.time_ns()}'
         (folder / str(step)).rename(aside)
         warnings.warn(f'the checkpoint of step {step} is torn ({why}): it lies in {aside} now, and step {good} is read', stacklevel=3)
     if jax.process_count() > 1:
@@ -143,7 +143,9 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: i
 
 def exists(folder: pathlib.Path) -> bool:
   """Whether a run has a complete checkpoint."""
-  return any(step.name.isdigit() for step in (folder / FOLDER).glob('*'))
+  root = folder / FOLDER
+  # A bucket has no renaming: what is being written has its final name already, and says when it is whole.
+  return root.is_dir() and any(step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) for step in root.iterdir())
 
 
 def _at_once(params: dict[str, Any]) -> float:
@@ -158,7 +160,7 @@ def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str
     'data': ocp.JsonCheckpointHandler(),
     'config': ocp.JsonCheckpointHandler(),
   }
-  with ocp.CheckpointManager(folder.absolute() / FOLDER, item_handlers=handlers) as manager:
+  with ocp.CheckpointManager(paths.absolute(folder) / FOLDER, item_handlers=handlers) as manager:
     args = ocp.args.Composite(state=ocp.args.PyTreeSave({'params': params}), data=ocp.args.JsonSave({}), config=ocp.args.JsonSave(settings))
     manager.save(0, args=args)
 
@@ -173,7 +175,7 @@ def _newest(folder: pathlib.Path, at_once: float | None = None) -> Iterator[tupl
   Raises:
     ConfigError: there is none.
   """
-  root = folder.absolute() / FOLDER
+  root = paths.absolute(folder) / FOLDER
   missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
   if not root.exists():
     raise missing

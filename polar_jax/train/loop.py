@@ -26,7 +26,7 @@ from polar_jax.scaling import flops
 from polar_jax.train import step as step_lib
 from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.goodput import Clock
-from polar_jax.train.metrics import MetricsLog, Progress, read_metrics, reward_histogram
+from polar_jax.train.metrics import SUMMARY, MetricsLog, Progress, fetch_logs, keep_logs, read_metrics, reward_histogram
 from polar_jax.train.objectives import NEXT_TOKEN, Objective
 from polar_jax.train.optimizer import learning_rate_schedule, make_optimizer, with_schedule, without_schedule
 from polar_jax.train.profile import Profiler
@@ -49,7 +49,8 @@ class Run:
   """One training run: what, on which data, where to."""
 
   name: str
-  folder: pathlib.Path
+  folder: pathlib.Path  # of what it logs
+  home: pathlib.Path  # of its checkpoints: the same folder, or one in a bucket
   objective: Objective
   model: ModelConfig
   train: TrainConfig
@@ -133,7 +134,7 @@ class _Trainer:
     lm = run.objective is NEXT_TOKEN
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
-    self.checkpointer = Checkpointer(run.folder, run.checkpointing, self.best_metric, best_is_lower=lm)
+    self.checkpointer = Checkpointer(run.home, run.checkpointing, self.best_metric, best_is_lower=lm)
     batches, self.planned_rows = run.batches(self.plan, run.steps)
     self.compiled_rows = set[int]()
     self.profiler = Profiler(run.profile, run.folder, run.log)
@@ -149,6 +150,7 @@ class _Trainer:
       earlier = saved.get('seconds', {})  # which checkpoints did not always have
       run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
     self.iterator = iterator
+    fetch_logs(run.folder, run.home, self.step)
     self.metrics = MetricsLog(run.folder, self.step)
     self.clock.go_on(earlier, self.metrics.lost)
     self.progress = Progress(run.name, run.steps, self.step, config.log_every)
@@ -277,13 +279,16 @@ class _Trainer:
     # A checkpoint promises that its steps are good and logged, so their metrics are checked and on disk first.
     self._finish_pending()
     self.metrics.flush()
+    keep_logs(self.run.folder, self.run.home)
     counts = {'tokens': self.tokens, 'flops': self.flops, 'step': self.step, 'validated': self.validated, 'seconds': self.clock.seconds}
     data = {'iterator': self.iterator.get_state(), **counts}
     metrics = self.validated if self.validated_step == self.step else {}
     self.checkpointer.save(self.step, self.state, data, self.run.fingerprint, metrics)
 
   def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
-    path = self.run.folder / 'summary.json'
+    path = self.run.folder / SUMMARY
+    if jax.process_index() != 0:  # whose disk need not have the metrics
+      return {}
     if steps == 0 and path.exists():
       return json.loads(path.read_text())
     rows = [r for r in read_metrics(self.run.folder) if 'loss' in r]
@@ -306,8 +311,8 @@ class _Trainer:
       'peak_source': self.peak_source,
       **self.validated,
     }
-    if jax.process_index() == 0:
-      path.write_text(json.dumps(summary, indent=2) + '\n')
+    path.write_text(json.dumps(summary, indent=2) + '\n')
+    keep_logs(self.run.folder, self.run.home)
     return summary
 
   def close(self) -> None:

@@ -11,9 +11,10 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
+from polar_jax import paths
 from polar_jax.types import UserError
 
-FILE = 'metrics.jsonl'
+FILE, SAMPLES, SUMMARY = 'metrics.jsonl', 'samples.jsonl', 'summary.json'
 
 
 def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
@@ -38,6 +39,22 @@ def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]
       raise UserError(f'{path}:{number}: not an object with a `step`; delete the line')
     rows.append(row)
   return rows
+
+
+def keep_logs(folder: pathlib.Path, home: pathlib.Path) -> None:
+  """Copies a run's logs to where its checkpoints are, if that is elsewhere. Only the first process has any."""
+  if folder != home and jax.process_index() == 0:
+    for name in (FILE, SAMPLES, SUMMARY):
+      if (folder / name).exists():
+        paths.copy(folder / name, home / name)
+
+
+def fetch_logs(folder: pathlib.Path, home: pathlib.Path, step: int) -> None:
+  """Brings back what `keep_logs` has kept, on a machine that has not logged the run up to the checkpoint of `step`."""
+  if folder != home and jax.process_index() == 0 and all(row['step'] < step for row in read_metrics(folder)):
+    for name in (FILE, SAMPLES, SUMMARY):
+      if (home / name).exists():
+        paths.copy(home / name, folder / name)
 
 
 class StepLog:

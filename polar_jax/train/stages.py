@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from polar_jax import paths
 from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.data.sources import open_source
@@ -45,6 +45,11 @@ class Context:
     """Where the synthesize stage writes."""
     return self.workdir / 'data'
 
+  def home(self, run: str) -> pathlib.Path:
+    """Where a run of this workdir has its checkpoints and its tokenizer: its folder, or that of `checkpointing.folder`."""
+    elsewhere = self.config.checkpointing.folder
+    return (paths.path_of(elsewhere) if elsewhere else self.workdir) / run
+
   def tokenizer(self) -> Tokenizer:
     """
     Raises:
@@ -63,7 +68,7 @@ class Context:
       raise ConfigError(
         "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to its folder"
       )
-    return pathlib.Path(start)
+    return paths.path_of(start)
 
   def template(self, use_reference: bool = True) -> Template:
     settings = self.config.template
@@ -89,9 +94,9 @@ class Context:
     return self._rows('data.preferences', self.config.data.preferences, 'preferences', split)
 
   def _rows(self, setting: str, given: str | None, made: str, split: str) -> Sequence[Triplet]:
-    path = pathlib.Path(given) if given else self.data / made
+    path = paths.path_of(given) if given else self.data / made
     if split != 'train' and self.config.data.evaluation:
-      setting, path = 'data.evaluation', pathlib.Path(self.config.data.evaluation)
+      setting, path = 'data.evaluation', paths.path_of(self.config.data.evaluation)
     elif split != 'train' and path.is_file():
       raise ConfigError(f'data.evaluation must name held-out rows: {path} is a single file, and its rows are trained on')
     if not path.exists():
@@ -115,7 +120,7 @@ def pretrain_lm(context: Context, name: str = LM) -> dict[str, Any]:
   length = config.lm.sequence_length
   windows = pipeline.TextWindows(train_ids, length, config.seed)
   run = text_run(context, name, config.lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
-  keep_tokenizer(context.tokenizer(), run.folder)
+  keep_tokenizer(context.tokenizer(), run.home)
   return loop.train(run)
 
 
@@ -127,6 +132,7 @@ def text_run(
   return loop.Run(
     name=name,
     folder=context.workdir / name,
+    home=context.home(name),
     objective=NEXT_TOKEN,
     model=context.model_config(),
     train=lm,
@@ -177,16 +183,18 @@ def rank(
   *,
   start: pathlib.Path | None = None,
   use_reference: bool = True,
+  tokenised: Callable[[Sequence[Triplet], Template], pipeline.PairTokens] = pipeline.PairTokens,
 ) -> dict[str, Any]:
   """A run on ranked rows, in the folder `name` of the workdir. Returns its summary.
 
   Args:
     rows: split -> its rows.
     start: the run whose parameters it starts from; None: what `train.start_from` says.
+    tokenised: how training rows become tokens.
   """
   config, data = context.config, context.config.data
   template = context.template(use_reference)
-  tokens = pipeline.PairTokens(rows('train'), template)
+  tokens = tokenised(rows('train'), template)
   held_out = pipeline.PairTokens(rows('validation'), template)
 
   def batches(plan: pipeline.BatchPlan, steps: int) -> tuple[grain.MapDataset, int]:
@@ -196,6 +204,7 @@ def rank(
   run = loop.Run(
     name=name,
     folder=context.workdir / name,
+    home=context.home(name),
     objective=RANKING,
     model=context.model_config(),
     train=train,
@@ -212,7 +221,7 @@ def rank(
     prefetch=data.prefetch,
     log=context.log,
   )
-  keep_tokenizer(template.tokenizer, run.folder)
+  keep_tokenizer(template.tokenizer, run.home)
   return loop.train(run)
 
 
@@ -258,8 +267,8 @@ def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:
     streams = engine.load_text(path)
     train, validation = (np.concatenate(list(streams[part].values())) for part in ('train', 'validation'))
     return train, validation
-  path = pathlib.Path(given)
-  files = sorted(path.glob('**/*.txt')) if path.is_dir() else [path]
+  path = paths.path_of(given)
+  files = [file for file in paths.files_below(path) if file.suffix == '.txt'] if path.is_dir() else [path]
   if not files or not all(f.exists() for f in files):
     raise ConfigError(f'data.text: no .txt file at {path}')
   tokenizer = context.tokenizer()
@@ -275,8 +284,8 @@ def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
   if train.start_from == 'scratch':
     return None
   if train.start_from in names:
-    return context.workdir / names[train.start_from]
-  return pathlib.Path(train.start_from)
+    return context.home(names[train.start_from])
+  return paths.path_of(train.start_from)
 
 
 def rows_fingerprint(rows: Sequence[Triplet]) -> str:
@@ -305,11 +314,10 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
   if path is None or jax.process_index() != 0 or checkpoint.exists(folder):
     return
   assets = folder / ASSETS
-  assets.mkdir(parents=True, exist_ok=True)
-  shutil.copyfile(path, assets / f'tokenizer{path.suffix}')
+  paths.copy(path, assets / f'tokenizer{path.suffix}')
   for name in set(tokenizer_files.TOKENIZER_FILES) - {'tokenizer.json', 'tokenizer.model'}:
     if (path.parent / name).is_file():
-      shutil.copyfile(path.parent / name, assets / name)
+      paths.copy(path.parent / name, assets / name)
 
 
 def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dict[str, Any]) -> dict[str, Any]:

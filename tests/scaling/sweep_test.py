@@ -147,9 +147,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(make, tmp_path, monke
 def test_the_language_model_of_the_workdir_serves_the_size_that_it_has(make, tmp_path):
   context = make(tmp_path, sizes=('8x1', '32x1'), tokens=(300,))
   cells = sweep.grid(context.config)
-  assert [job.name for job in sweep.language_models(context.config, tmp_path, cells)] == ['8x1_lm', '32x1_lm']
+  assert [job.name for job in sweep.language_models(context, cells)] == ['8x1_lm', '32x1_lm']
   stages.pretrain_lm(context)
-  assert [job.name for job in sweep.language_models(context.config, tmp_path, cells)] == ['8x1_lm']
+  assert [job.name for job in sweep.language_models(context, cells)] == ['8x1_lm']
   log: list[str] = []
   sweep.run_job(dataclasses.replace(context, log=log.append), Job('32x1', cells[-1]))
   assert any(str(tmp_path / stages.LM) in line for line in log)

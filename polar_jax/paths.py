@@ -1,0 +1,71 @@
+"""Files on this machine and in buckets, behind what pathlib offers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+from typing import cast
+
+from etils import epath
+
+from polar_jax.types import UserError
+
+_SCHEMES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # to what reads it, and the extra that installs that
+
+
+def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
+  """A path; of gs://... and s3://... one with the same methods, whose files are the bucket's.
+
+  Raises:
+    UserError: an address of another kind, or what reads it is not installed.
+  """
+  if not in_bucket(text):
+    return pathlib.Path(text)
+  scheme = str(text).partition('://')[0]
+  if scheme not in _SCHEMES:
+    raise UserError(f'{text}: files are read from this machine, gs:// and s3://, not from {scheme}://')
+  module, extra = _SCHEMES[scheme]
+  if importlib.util.find_spec(module) is None:
+    raise UserError(f"{text}: reading {scheme}:// needs {module}: pip install 'polar_jax[{extra}]'")
+  return cast(pathlib.Path, epath.Path(text))  # a PurePosixPath with pathlib's methods, though not its subclass
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is the address of something elsewhere."""
+  return '://' in os.fspath(path)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """From the root; an address is that already."""
+  return path if in_bucket(path) else path.absolute()
+
+
+def files_below(folder: pathlib.Path) -> list[pathlib.Path]:
+  """All files of a folder and of the folders in it, sorted."""
+  if not in_bucket(folder):
+    return sorted(file for file in folder.rglob('*') if file.is_file())
+  scheme = str(folder).partition('://')[0]
+  # fsspec names folders without the scheme.
+  found = [f'{parent}/{name}'.removeprefix(f'{scheme}://') for parent, _, names in cast(epath.Path, folder).walk() for name in names]
+  return sorted(path_of(f'{scheme}://{name}') for name in found)
+
+
+def size_and_time(file: pathlib.Path) -> tuple[int, int]:
+  """Bytes of a file, and when it changed, in nanoseconds; of a bucket in seconds."""
+  if in_bucket(file):
+    found = cast(epath.Path, file).stat()
+    return found.length, int(found.mtime)
+  stat = file.stat()
+  return stat.st_size, stat.st_mtime_ns
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a file, whose folder is made if need be. The target is never seen half written by its final name."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if in_bucket(target):
+    target.write_bytes(source.read_bytes())  # an object appears whole
+    return
+  temporary = target.with_name(target.name + '.tmp')
+  temporary.write_bytes(source.read_bytes())
+  os.replace(temporary, target)

@@ -1,0 +1,185 @@
+"""Data, checkpoints and logs in a bucket: the command line, gcsfs, Orbax and TensorStore against a stand-in of the service."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import bucket_stand_in
+import numpy as np
+import pytest
+
+pytest.importorskip('gcsfs')
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS, SPLITS = 30, ('train', 'validation')
+CONFIG = f"""
+from polar_jax.config import default_config
+
+def get_config():
+  config = default_config()
+  config.stage = 'pretrain'
+  config.tokenizer.kind = 'byte'
+  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
+    setattr(config.model, name, value)
+  for name, value in dict(steps={STEPS}, batch_size=4, start_from='scratch', learning_rate=3e-3, evaluate_rows=8).items():
+    setattr(config.train, name, value)
+  config.checkpointing.every_steps = 5
+  return config
+"""
+FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
+TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
+
+
+class World:
+  """A folder with a config, rows in it and in a bucket, and machines that come and go: each is a folder."""
+
+  def __init__(self, folder: pathlib.Path, bucket: bucket_stand_in.Bucket):
+    self.folder, self.bucket, rng = folder, bucket, np.random.default_rng(0)
+    (folder / 'small.py').write_text(CONFIG)
+    (folder / 'data').mkdir()
+    for split in SPLITS:
+      rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 9)).tolist()).decode() for name in FIELDS} for _ in range(40)]
+      text = '\n'.join(map(json.dumps, rows)).encode()
+      (folder / 'data' / f'{split}.jsonl').write_bytes(text)
+      bucket.put(f'our/data/{split}.jsonl.gz', gzip.compress(text))
+    kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    self.environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | cache | bucket_stand_in.environment(bucket)
+
+  def start(self, machine: str, *settings: str) -> subprocess.Popen:
+    line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={machine}', *(f'--config.{s}' for s in settings)]
+    return subprocess.Popen(line, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+  def finish(self, machine: str, *settings: str, status: int = 0) -> str:
+    process = self.start(machine, *settings)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+  def metrics(self, machine: str) -> list[dict]:
+    lines = (self.folder / machine / 'pretrain/metrics.jsonl').read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+  def saved(self, run: str) -> list[int]:
+    """Steps whose checkpoint is whole."""
+    names = self.bucket.names('our')
+    whole = [name.split('/') for name in names if name.startswith(f'{run}/pretrain/checkpoints/') and name.endswith('/commit_success.txt')]
+    return sorted(int(parts[3]) for parts in whole if len(parts) == 5)
+
+
+IN_BUCKET = ('data.triplets=gs://our/data',)
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  with bucket_stand_in.serving() as bucket:
+    made = World(tmp_path_factory.mktemp('buckets'), bucket)
+    made.finish('local', 'data.triplets=data')
+    made.finish('whole', *IN_BUCKET, 'checkpointing.folder=gs://our/whole')
+    yield made
+
+
+def test_same_run_as_on_a_disk(world):
+  assert world.metrics('whole') == world.metrics('local')
+  assert world.saved('whole')[-1] == STEPS and not (world.folder / 'whole/pretrain/checkpoints').exists()
+  kept = world.bucket.objects['our/whole/pretrain/metrics.jsonl'][0]
+  assert kept == (world.folder / 'whole/pretrain/metrics.jsonl').read_bytes()
+
+
+def test_another_machine_goes_on_where_a_lost_one_stopped(world):
+  process = world.start('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
+  deadline = time.monotonic() + 300
+  while not world.saved('moved'):
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.001)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0 and 'saved' in output, output
+  stopped = world.saved('moved')[-1]
+  assert stopped < STEPS
+  said = world.finish('new', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
+  assert f'pretrain: resumed from step {stopped} of {STEPS}' in said
+  assert world.metrics('new') == world.metrics('local')  # what the lost machine logged came with the checkpoint
+  world.finish('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')  # found again, and behind
+  assert world.metrics('lost') == world.metrics('local')
+
+
+def test_hosts_without_a_shared_disk_train_together_and_one_goes_on_alone(world):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  settings = (*IN_BUCKET, 'checkpointing.folder=gs://our/hosts')
+  cluster = (f'distributed.coordinator={address}', 'distributed.processes=2', 'mesh.data=2')
+  running = [world.start(f'host{p}', *settings, *cluster, f'distributed.process={p}') for p in range(2)]
+  said = [process.communicate(timeout=300)[0] for process in running]
+  assert [process.returncode for process in running] == [0, 0], '\n'.join(said)
+  losses = lambda machine: [row['loss'] for row in world.metrics(machine) if 'loss' in row]
+  np.testing.assert_allclose(losses('host0'), losses('local'), rtol=0, atol=2e-5)
+  assert not (world.folder / 'host1/pretrain/metrics.jsonl').exists() and world.saved('hosts')[-1] == STEPS
+  for name in [n for n in world.bucket.objects if n.startswith(f'our/hosts/pretrain/checkpoints/{STEPS}/')]:
+    del world.bucket.objects[name]
+  assert f'resumed from step {STEPS - 5} of {STEPS}' in world.finish('alone', *settings)
+  np.testing.assert_allclose(losses('alone'), losses('local'), rtol=0, atol=2e-5)
+
+
+def test_torn_checkpoint_is_set_aside(world):
+  for name, (content, _) in [*world.bucket.objects.items()]:
+    if name.startswith('our/whole/'):
+      world.bucket.put(name.replace('our/whole/', 'our/torn/'), content)
+  for name in [n for n in world.bucket.objects if f'our/torn/pretrain/checkpoints/{STEPS}/state/' in n and '/d/' in n]:
+    del world.bucket.objects[name]
+  said = world.finish('torn', *IN_BUCKET, 'checkpointing.folder=gs://our/torn')
+  assert f'the checkpoint of step {STEPS} is torn' in said and f'gs://our/torn/pretrain/torn_{STEPS}_' in said
+  assert 'resumed from step 25' in said and world.metrics('torn') == world.metrics('local')
+
+
+def test_scores_with_a_checkpoint_in_the_bucket(world):
+  rows = ''.join(json.dumps({'prompt': 'p', 'reference': 'r', 'output': text}) + '\n' for text in ('a', 'bc'))
+  world.bucket.put('our/rows.jsonl', rows.encode())
+  scored = []
+  for name, checkpoint in (('there', 'gs://our/whole/pretrain'), ('here', 'local/pretrain')):
+    settings = ('stage=score', f'checkpoint={checkpoint}', 'input=gs://our/rows.jsonl', f'output={name}.jsonl')
+    world.finish(name, *settings)
+    scored.append((world.folder / f'{name}.jsonl').read_text())
+  assert scored[0] == scored[1] and len(scored[0].splitlines()) == 2
+
+
+def test_starts_from_a_run_in_the_bucket(world):
+  losses = []
+  for name, start in (('from_there', 'gs://our/whole/pretrain'), ('from_here', 'local/pretrain')):
+    said = world.finish(name, 'data.triplets=data', f'train.start_from={start}')
+    assert f'starts from the parameters in {start}' in said
+    losses.append([row.get('loss') for row in world.metrics(name)])
+  assert losses[0] == losses[1] != [row.get('loss') for row in world.metrics('local')]
+
+
+@pytest.mark.parametrize(
+  ('settings', 'said'),
+  [
+    (('data.triplets=gs://our/nothing',), 'data.triplets: no rows at gs://our/nothing'),
+    (('data.triplets=gs://our/tfds',), 'gs://our/tfds: TFDS reads from file systems alone'),
+    (('data.triplets=data', 'train.start_from=gs://our/nothing'), 'no checkpoint to start from in gs://our/nothing'),
+    (('data.triplets=data', 'train.start_from=gs://our/data'), 'gs://our/data: no run of polar_jax'),
+    (('data.triplets=ftp://our/data',), 'not from ftp://'),
+    (('stage=score', 'checkpoint=local/pretrain', 'input=data/train.jsonl', 'output=gs://our/out.jsonl'), 'name a local file'),
+  ],
+)
+def test_what_a_bucket_cannot_be_is_said(world, settings, said):
+  world.bucket.put('our/tfds/dataset_info.json', b'{}')
+  assert said in world.finish('other', *settings, status=1)
+
+
+def test_workdir_is_local(world):
+  process = subprocess.run(
+    [sys.executable, '-m', 'polar_jax.main', '--config=small.py', '--workdir=gs://our/run'],
+    cwd=world.folder, env=world.environment, capture_output=True, text=True,
+  )  # fmt: skip
+  assert process.returncode == 2 and 'checkpointing.folder' in process.stderr
