@@ -16,6 +16,8 @@ import bucket_stand_in
 import numpy as np
 import pytest
 
+from polar_jax.synthesis import vocabulary
+
 pytest.importorskip('gcsfs')
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -26,7 +28,8 @@ from polar_jax.config import default_config
 def get_config():
   config = default_config()
   config.stage = 'pretrain'
-  config.tokenizer.kind = 'byte'
+  config.tokenizer.kind = 'file'
+  config.tokenizer.path = 'tokenizer.json'
   for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
     setattr(config.model, name, value)
   for name, value in dict(steps={STEPS}, batch_size=4, start_from='scratch', learning_rate=3e-3, evaluate_rows=8).items():
@@ -44,6 +47,7 @@ class World:
   def __init__(self, folder: pathlib.Path, bucket: bucket_stand_in.Bucket):
     self.folder, self.bucket, rng = folder, bucket, np.random.default_rng(0)
     (folder / 'small.py').write_text(CONFIG)
+    vocabulary.train_tokenizer(['abc xyz'], 300).save(str(folder / 'tokenizer.json'))
     (folder / 'data').mkdir()
     for split in SPLITS:
       rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 9)).tolist()).decode() for name in FIELDS} for _ in range(40)]
@@ -146,10 +150,20 @@ def test_scores_with_a_checkpoint_in_the_bucket(world):
   world.bucket.put('our/rows.jsonl', rows.encode())
   scored = []
   for name, checkpoint in (('there', 'gs://our/whole/pretrain'), ('here', 'local/pretrain')):
-    settings = ('stage=score', f'checkpoint={checkpoint}', 'input=gs://our/rows.jsonl', f'output={name}.jsonl')
+    settings = ('stage=score', 'tokenizer.kind=checkpoint', f'checkpoint={checkpoint}', 'input=gs://our/rows.jsonl', f'output={name}.jsonl')
     world.finish(name, *settings)
     scored.append((world.folder / f'{name}.jsonl').read_text())
   assert scored[0] == scored[1] and len(scored[0].splitlines()) == 2
+
+
+def test_checkpoint_that_is_being_written_is_none(world):
+  for name, (content, _) in [*world.bucket.objects.items()]:
+    if name.startswith('our/whole/') and not name.endswith('commit_success.txt'):
+      world.bucket.put(name.replace('our/whole/', 'our/half/'), content)
+  ask = 'from polar_jax import paths; from polar_jax.train import checkpoint; '
+  ask += "print([checkpoint.exists(paths.path_of(f'gs://our/{name}/pretrain')) for name in ('whole', 'half', 'nothing')])"
+  answer = subprocess.run([sys.executable, '-c', ask], env=world.environment, capture_output=True, text=True, check=True)
+  assert answer.stdout.strip() == '[True, False, False]'
 
 
 def test_starts_from_a_run_in_the_bucket(world):
