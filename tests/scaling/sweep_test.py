@@ -51,6 +51,24 @@ def test_the_grid_is_every_combination_in_order_of_size():
   assert cells[0] == Cell('8x1', 300, 1e-3, 4) and cells[-1] == Cell('16x1', 600, 2e-3, 8)
 
 
+def test_tokens_grow_with_a_power_of_the_parameters():
+  model = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=2, head_dim=8, vocab_size=50)
+  config = Config(model=model, sweep=SweepConfig(sizes=('16x2', '32x2'), tokens=(1_000_000,), tokens_exponent=0.5))
+  # Embedding, four attention matrices and three of the feed-forward in each of two layers, five norms, the head.
+  count = lambda width: 50 * width + 2 * (4 * width**2 + 3 * width * 2 * width) + 5 * width + width
+  cells = sweep.grid(config)
+  assert [cell.tokens for cell in cells] == [1_000_000, round(1e6 * np.sqrt(count(32) / count(16)), -4)]
+  assert sweep.job_named(config, cells[1].name).cell == cells[1]
+
+
+def test_runs_read_what_was_tokenised_once(finished, make, tmp_path, monkeypatch):
+  """And learn from it what they learn without."""
+  assert json.loads((finished.workdir / sweep.TOKENS / 'info.json').read_text())['rows'] > 0
+  monkeypatch.setattr(sweep, 'store_tokens', lambda *_: None)
+  sweep_stage.run(make(tmp_path))
+  assert not (tmp_path / sweep.TOKENS).exists() and values(tmp_path) == values(finished.workdir)
+
+
 def test_a_size_keeps_the_proportions_of_the_model():
   base = ModelConfig(num_layers=3, d_model=64, d_ff=192, num_heads=4, num_kv_heads=2, head_dim=16, init_std=0.12, scan_unroll=3)
   config = Config(model=base)
