@@ -1,4 +1,4 @@
-"""A scaling law in miniature: nine sizes over a factor of 72 in parameters, on tokens that grow with the root of their parameters.
+"""A scaling law in miniature: nine sizes over a factor of 75 in parameters, on tokens that grow with the root of their parameters.
 
   python -m polar_jax.main --config=configs/sweep.py
 

@@ -16,6 +16,7 @@ from scipy import optimize, stats
 
 from polar_jax.scaling.fit import LEVEL, FitError
 
+_LEAST_SPREAD = 0.02  # of a quantity that the others do not tell, in its own standard deviations
 _PARAMETERS, _TOKENS = float(2**20), float(2**30)  # units of the paper's laws
 
 
@@ -95,6 +96,17 @@ class ProductLaw:
     return self.factor * math.prod(float(quantities[name]) ** e for name, e in self.exponents.items())
 
 
+def _told_apart(logs: np.ndarray) -> bool:
+  """Whether the quantities vary, and not one with the other: (settings, quantities).
+
+  Tokens that follow the parameters but for rounding are not of lower rank, and their exponents would be those of the rounding.
+  """
+  spread = logs.std(axis=0)
+  if spread.min() < 1e-6:
+    return False
+  return bool(np.linalg.svd((logs - logs.mean(axis=0)) / spread, compute_uv=False)[-1] > _LEAST_SPREAD * math.sqrt(len(logs)))
+
+
 def fit_product_law(quantities: Mapping[str, Sequence[float] | np.ndarray], y: Sequence[float] | np.ndarray) -> ProductLaw:
   """The law that the optima of several settings follow.
 
@@ -112,7 +124,7 @@ def fit_product_law(quantities: Mapping[str, Sequence[float] | np.ndarray], y: S
       raise FitError(f'{name}: one positive number for each of {len(y)} settings is needed')
   design = np.column_stack([np.ones(len(y)), *(np.log(x) for x in columns.values())])
   freedom = len(y) - design.shape[1]
-  if freedom < 0 or np.linalg.matrix_rank(design) < design.shape[1]:
+  if freedom < 0 or not _told_apart(design[:, 1:]):
     raise FitError(f'{len(y)} settings do not tell {", ".join(columns)} apart: vary each of them, independently of the others')
   found, *_ = np.linalg.lstsq(design, np.log(y), rcond=None)
   residuals = np.log(y) - design @ found

@@ -80,5 +80,10 @@ def test_what_cannot_be_told_apart_is_refused():
     laws.optimum([0.0, 2, 3], [1, 2, 3], 2)
   with pytest.raises(FitError, match='do not tell n, d apart'):
     laws.fit_product_law({'n': [1, 2, 3, 4], 'd': [1, 2, 3, 4]}, [1, 2, 3, 4])
+  n = np.array([1.6e4, 2.7e4, 4.9e4])
+  with pytest.raises(FitError, match='do not tell n, d apart'):  # the one follows the other, but for rounding
+    laws.fit_product_law({'n': n, 'd': np.round(40 * np.sqrt(n))}, [1, 2, 3])
+  with pytest.raises(FitError, match='do not tell n, d apart'):
+    laws.fit_product_law({'n': n, 'd': [7, 7, 7]}, [1, 2, 3])
   with pytest.raises(FitError, match='one positive number for each of 3'):
     laws.fit_product_law({'n': [1, 2]}, [1, 2, 3])
