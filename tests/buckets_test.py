@@ -156,6 +156,25 @@ def test_scores_with_a_checkpoint_in_the_bucket(world):
   assert scored[0] == scored[1] and len(scored[0].splitlines()) == 2
 
 
+def test_parquet_and_text_in_the_bucket(world, tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet')
+  table = pytest.importorskip('pyarrow').Table.from_pylist
+  rows = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
+  parquet.write_table(table(rows), tmp_path / 'rows.parquet')
+  world.bucket.put('our/rows.parquet', (tmp_path / 'rows.parquet').read_bytes())
+  world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.evaluation=gs://our/rows.parquet')
+  assert world.metrics('parquet') == world.metrics('local')
+  text = 'abc xyz ' * 300
+  world.bucket.put('our/text/below/a.txt', text.encode())
+  world.bucket.put('our/text/notes.md', b'not text')
+  (world.folder / 'a.txt').write_text(text)
+  losses = []
+  for name, given in (('text_there', 'gs://our/text'), ('text_here', 'a.txt')):
+    world.finish(name, 'stage=pretrain_lm', f'data.text={given}', 'lm.steps=3', 'lm.batch_size=2', 'lm.sequence_length=8')
+    losses.append((world.folder / name / 'pretrain_lm/summary.json').read_text().split('"seconds"')[0])
+  assert losses[0] == losses[1]
+
+
 def test_checkpoint_that_is_being_written_is_none(world):
   for name, (content, _) in [*world.bucket.objects.items()]:
     if name.startswith('our/whole/') and not name.endswith('commit_success.txt'):

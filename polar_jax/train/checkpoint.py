@@ -137,7 +137,8 @@ def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: i
   ]
   if different:
     raise ConfigError(
-      f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir'
+      f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir, '
+      'and another checkpointing.folder if that is set'
     )
 
 
