@@ -211,7 +211,7 @@ def lower_envelope(curve: Sequence[float] | np.ndarray, x: np.ndarray, loss: np.
   """Which rows no other curve undercuts at the same `x`: bool (rows,).
 
   A curve is the rows of one size. Between its rows it is a line in logarithms; after the last it keeps its loss, since whoever has
-  more to spend can stop there; before the first it says nothing.
+  more to spend can stop there; before the first it says nothing. A single row is no curve.
   """
   curve, log_x, log_loss = np.asarray(curve), np.log(np.asarray(x, np.float64)), np.log(np.asarray(loss, np.float64))
   keep = np.ones(len(curve), bool)
@@ -219,7 +219,7 @@ def lower_envelope(curve: Sequence[float] | np.ndarray, x: np.ndarray, loss: np.
     own, others = curve == name, curve != name
     order = np.argsort(log_x[own], kind='stable')
     at, height = log_x[own][order], log_loss[own][order]
-    inside = others & (log_x >= at[0])
+    inside = others & (log_x >= at[0]) & (len(at) > 1)
     keep[inside] &= log_loss[inside] <= np.interp(log_x[inside], at, height)
   return keep
 

@@ -130,7 +130,7 @@ def slow_envelope(curve: np.ndarray, x: np.ndarray, loss: np.ndarray) -> list[bo
         if x0 <= np.log(x[i]) <= x1:
           height = y0 + (y1 - y0) * (np.log(x[i]) - x0) / (x1 - x0)
           beaten |= bool(height < np.log(loss[i]) - 1e-12)
-      if np.log(x[i]) > rows[-1][0]:
+      if len(rows) > 1 and np.log(x[i]) > rows[-1][0]:
         beaten |= bool(rows[-1][1] < np.log(loss[i]) - 1e-12)
     out.append(not beaten)
   return out
@@ -150,6 +150,7 @@ def test_the_envelope_is_that_of_the_slow_rule():
 def test_a_run_that_costs_more_and_learns_less_is_not_on_the_envelope():
   size, x, loss = np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 4, 8]), np.array([0.6, 0.5, 0.52, 0.4])
   assert fit.lower_envelope(size, x, loss).tolist() == [True, True, False, True]
+  assert fit.lower_envelope(np.arange(4), x, loss).all()  # four sizes of one run each are no curves
 
 
 def test_one_curve_is_its_own_envelope():
