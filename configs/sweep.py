@@ -27,5 +27,4 @@ def get_config():
   config.sweep.learning_rates = (1e-3, 2e-3)  # and the better of the two counts
   config.sweep.width_exponent = 0.0
   config.sweep.backend = 'processes'
-  config.sweep.workers = 2
   return config

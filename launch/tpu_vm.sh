@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice by queued resources: asks for it, waits, installs, starts the same command on every host, and gives it back.
 #
-#   PROJECT=my-project ZONE=us-east5-a TYPE=v5p-128 launch/tpu_vm.sh NAME --config=configs/7b.py --workdir=/tmp/7b \
+#   PROJECT=my-project ZONE=us-east5-a TYPE=v5p-128 launch/tpu_vm.sh NAME --config=configs/7b.py --workdir=runs/7b \
 #     --config.checkpointing.folder=gs://bucket/runs/7b --config.data.triplets=gs://bucket/triplets
 #
 # VERSION (default v2-alpha-tpuv5) is the runtime, SPOT=1 asks for preemptible capacity, KEEP=1 leaves the slice running at the end. The source

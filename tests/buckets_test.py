@@ -15,6 +15,7 @@ import time
 import bucket_stand_in
 import numpy as np
 import pytest
+import small_run
 
 from polar_jax.synthesis import vocabulary
 
@@ -22,23 +23,6 @@ pytest.importorskip('gcsfs')
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, SPLITS = 30, ('train', 'validation')
-CONFIG = f"""
-from polar_jax.config import default_config
-
-def get_config():
-  config = default_config()
-  config.stage = 'pretrain'
-  config.tokenizer.kind = 'file'
-  config.tokenizer.path = 'tokenizer.json'
-  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
-    setattr(config.model, name, value)
-  for name, value in dict(steps={STEPS}, batch_size=4, start_from='scratch', learning_rate=3e-3, evaluate_rows=8).items():
-    setattr(config.train, name, value)
-  config.checkpointing.every_steps = 5
-  return config
-"""
-FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
-TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
 
 
 class World:
@@ -46,12 +30,12 @@ class World:
 
   def __init__(self, folder: pathlib.Path, bucket: bucket_stand_in.Bucket):
     self.folder, self.bucket, rng = folder, bucket, np.random.default_rng(0)
-    (folder / 'small.py').write_text(CONFIG)
+    settings = {'tokenizer.kind': 'file', 'tokenizer.path': 'tokenizer.json', 'checkpointing.every_steps': 5}
+    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_rows=8)
     vocabulary.train_tokenizer(['abc xyz'], 300).save(str(folder / 'tokenizer.json'))
     (folder / 'data').mkdir()
     for split in SPLITS:
-      rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 9)).tolist()).decode() for name in FIELDS} for _ in range(40)]
-      text = '\n'.join(map(json.dumps, rows)).encode()
+      text = small_run.triplets(rng, 40).encode()
       (folder / 'data' / f'{split}.jsonl').write_bytes(text)
       bucket.put(f'our/data/{split}.jsonl.gz', gzip.compress(text))
     kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
@@ -70,7 +54,7 @@ class World:
 
   def metrics(self, machine: str) -> list[dict]:
     lines = (self.folder / machine / 'pretrain/metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in small_run.TIMED} for line in lines]
 
   def saved(self, run: str) -> list[int]:
     """Steps whose checkpoint is whole."""

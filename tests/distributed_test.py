@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+import small_run
 
 from polar_jax import distributed
 from polar_jax.config import ConfigError, DistributedConfig
@@ -24,23 +25,6 @@ from polar_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 8
-CONFIG = f"""
-from polar_jax.config import default_config
-
-def get_config():
-  config = default_config()
-  config.stage = 'pretrain'
-  config.tokenizer.kind = 'byte'
-  config.data.triplets = 'rows.jsonl'
-  config.data.evaluation = 'rows.jsonl'
-  config.data.row_length = 32
-  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
-    setattr(config.model, name, value)
-  for name, value in dict(steps={STEPS}, batch_size=8, start_from='scratch', learning_rate=3e-3, evaluate_every=4).items():
-    setattr(config.train, name, value)
-  config.checkpointing.every_steps = 2
-  return config
-"""
 NONE = DistributedConfig()
 
 
@@ -85,10 +69,10 @@ def test_an_environment_that_is_no_number_is_named():
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
   folder, rng = tmp_path_factory.mktemp('distributed'), np.random.default_rng(0)
-  names = ('prompt', 'reference', 'chosen', 'rejected')
-  rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 6)).tolist()).decode() for name in names} for _ in range(50)]
-  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  (folder / 'small.py').write_text(CONFIG)
+  (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50, longest=5))
+  settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.evaluation': 'rows.jsonl', 'data.row_length': 32}
+  settings['checkpointing.every_steps'] = 2
+  small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=8, evaluate_every=4)
   return folder
 
 

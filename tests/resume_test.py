@@ -14,30 +14,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import small_run
 
 from polar_jax.train.checkpoint import FOLDER
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 60
-CONFIG = f"""
-from polar_jax.config import default_config
-
-def get_config():
-  config = default_config()
-  config.stage = 'pretrain'
-  config.tokenizer.kind = 'byte'
-  config.data.triplets = 'rows.jsonl'
-  config.data.evaluation = 'rows.jsonl'
-  for name, value in dict(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8).items():
-    setattr(config.model, name, value)
-  for name, value in dict(steps={STEPS}, batch_size=4, start_from='scratch', learning_rate=3e-3, evaluate_every=25).items():
-    setattr(config.train, name, value)
-  config.train.evaluate_rows = 8
-  config.checkpointing.every_steps = 2
-  return config
-"""
-NAMES = ('prompt', 'reference', 'chosen', 'rejected')
-TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
 
 
 class World:
@@ -45,9 +27,9 @@ class World:
 
   def __init__(self, folder: pathlib.Path):
     self.folder, rng = folder, np.random.default_rng(0)
-    rows = [{name: bytes(rng.integers(97, 123, rng.integers(2, 9)).tolist()).decode() for name in NAMES} for _ in range(50)]
-    (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    (folder / 'small.py').write_text(CONFIG)
+    (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50))
+    settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.evaluation': 'rows.jsonl', 'checkpointing.every_steps': 2}
+    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_rows=8)
     # Compiled functions are shared by all starts: nearly all of a start is compiling.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
@@ -93,7 +75,7 @@ class World:
 
   def metrics(self, workdir: str) -> list[dict]:
     lines = (self.folder / workdir / 'pretrain/metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in small_run.TIMED} for line in lines]
 
 
 @pytest.fixture(scope='module')

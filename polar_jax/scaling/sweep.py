@@ -224,11 +224,13 @@ def _steps(cell: Cell, triplet_tokens: float) -> int:
 
 def store_tokens(context: stages.Context, cells: Sequence[Cell]) -> None:
   """Tokenises what several runs will read once for all of them, into the workdir."""
+  if len(cells) < 2:
+    return
   rows, template = context.triplets('train'), context.template()
   length = tokens_per_triplet(context)
   wanted = min(max(_steps(cell, length) * cell.batch for cell in cells), len(rows))
   folder, key = context.workdir / TOKENS, _tokens_key(context, rows)
-  if len(cells) < 2 or token_store.is_stored(folder, key, wanted):
+  if token_store.is_stored(folder, key, wanted):
     return
   context.log(f'sweep: tokenises the {wanted:,} triplets that the runs read')
   order = pipeline.global_order(len(rows), context.config.seed)
@@ -248,7 +250,7 @@ def _tokens_key(context: stages.Context, rows: Sequence[Triplet]) -> str:
 def tokens_per_triplet(context: stages.Context) -> float:
   """Mean tokens of a triplet laid out as one row, over the first of the training rows."""
   tokens = pipeline.PairTokens(context.triplets('train'), context.template())
-  return float(np.mean([len(tokens[i].tokens) for i in range(min(len(tokens), _SAMPLED))]))
+  return float(np.mean([len(triplet.tokens) for triplet in tokens.many(range(min(len(tokens), _SAMPLED)))]))
 
 
 @contextlib.contextmanager

@@ -48,8 +48,7 @@ def run(context: stages.Context) -> dict[str, Any] | None:
   missing = [Job(cell.size, cell) for cell in cells if cell.name not in table]
   models = sweep.language_models(context, [cell for cell in cells if cell.name not in table])
   context.log(f'sweep: {len(cells)} runs, {len(cells) - len(missing)} of them in {sweep.RESULTS} already')
-  if missing:
-    sweep.store_tokens(context, [job.cell for job in missing if job.cell])
+  sweep.store_tokens(context, [job.cell for job in missing if job.cell])
   if config.sweep.jobs_only:
     _write_jobs(context, models, missing)
   else:

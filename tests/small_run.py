@@ -1,0 +1,29 @@
+"""The config of a run that is over in seconds, for tests that start real processes."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
+# Of metrics: what two equal runs need not share.
+TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
+
+
+def write_config(path: pathlib.Path, settings: dict[str, object], **train: object) -> None:
+  """A config file of contrastive pre-training of one small layer, with `settings` by their dotted names."""
+  model = {'num_layers': 1, 'd_model': 16, 'd_ff': 16, 'num_heads': 1, 'num_kv_heads': 1, 'head_dim': 8}
+  every = {'stage': 'pretrain'} | {f'model.{name}': value for name, value in model.items()}
+  every |= {'train.start_from': 'scratch', 'train.learning_rate': 3e-3} | {f'train.{name}': value for name, value in train.items()}
+  path.write_text(
+    'from polar_jax.config import default_config\n\n\ndef get_config():\n  config = default_config()\n'
+    f'  config.update_from_flattened_dict({every | settings!r})\n  return config\n'
+  )
+
+
+def triplets(rng: np.random.Generator, rows: int, longest: int = 8) -> str:
+  """Lines of JSON: triplets of two to `longest` letters a text."""
+  row = lambda: {name: bytes(rng.integers(97, 123, rng.integers(2, longest + 1)).tolist()).decode() for name in FIELDS}
+  return '\n'.join(json.dumps(row()) for _ in range(rows))
