@@ -118,6 +118,7 @@ class SynthesisConfig:
   policies: int = _field(256, low=8)
   unseen_policies: int = _field(48, low=2)  # of `policies`, kept for evaluation only
   max_order: int = _field(4, low=1, high=5)
+  smallest_window: float = _field(0.15, low=0, high=1, open_low=True)  # of a corpus, that a policy learns from; the largest is all of it
   prefix_min_tokens: int = _field(4, low=1)
   prefix_max_tokens: int = _field(12, low=1)
   max_tokens: int = _field(32, low=4)  # of a trajectory
@@ -305,6 +306,7 @@ class SweepConfig:
   tokens: tuple[int, ...] = _field((1_000_000, 2_000_000), low=1)  # of the triplets that a run trains on
   learning_rates: tuple[float, ...] = _field((1e-3,), low=0, open_low=True)  # peaks, at the width of `model`
   batches: tuple[int, ...] = _field((32,), low=1)  # triplets of a step
+  seeds: tuple[int, ...] = _field((0,), low=0)  # added to `seed`: other initial parameters, language model and order of triplets
   tokens_exponent: float = _field(0.0, low=0)  # tokens are multiplied by (parameters of the size / of `model`) to this power
   width_exponent: float = 0.0  # a rate is multiplied by (width of `model` / width of the size) to this power
   backend: str = _field('inline', choices=('inline', 'processes', 'ray'))

@@ -21,6 +21,8 @@ from polar_jax.data.rows import PairRow, pair_batch, pair_row, text_batch
 from polar_jax.data.template import Template
 from polar_jax.types import PairBatch, TextBatch, Triplet, UserError
 
+_READ_TOGETHER = 1_024  # rows
+
 
 class Share(NamedTuple):
   """The part of every batch that this process builds: shards [low, high) of `of` equal ones."""
@@ -137,12 +139,17 @@ def plan_packing(
   """
   order, limit = global_order(len(tokens), seed), len(tokens) if once else None
   sampled = max(min(steps, packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // plan.size), 1)
-  limit_length = row_length or max(len(tokens[i].tokens) for i in range(len(tokens)))
+  limit_length = row_length or _longest(tokens)
   indices = [[index for index, _ in _places(step, order, plan.size, limit)] for step in range(sampled)]
   lengths = [[_checked_length(i, t, limit_length) for i, t in zip(step, tokens.many(step), strict=True)] for step in indices]
   if row_length is None:
     return packing.choose_plan(lengths, limit_length, plan.multiple, steps)
   return packing.plan(lengths, row_length, plan.multiple, steps)
+
+
+def _longest(tokens: PairTokens) -> int:
+  parts = (range(start, min(start + _READ_TOGETHER, len(tokens))) for start in range(0, len(tokens), _READ_TOGETHER))
+  return max(len(triplet.tokens) for part in parts for triplet in tokens.many(list(part)))
 
 
 def pair_batches(

@@ -74,14 +74,14 @@ def store(tokens: PairTokens, indices: np.ndarray, folder: pathlib.Path, key: st
   chosen, total = np.concatenate(lengths).T
   np.savez(folder / _LENGTHS, indices=indices.astype(np.int32), chosen=chosen, total=total)
   temporary = folder / (_INFO + '.tmp')
-  temporary.write_text(json.dumps({'key': key, 'rows': len(indices)}) + '\n')
+  temporary.write_text(json.dumps({'key': key}) + '\n')
   os.replace(temporary, info)
 
 
-def is_stored(folder: pathlib.Path, key: str, rows: int) -> bool:
-  """Whether `folder` holds `rows` triplets or more of that key."""
+def is_stored(folder: pathlib.Path, key: str, indices: np.ndarray) -> bool:
+  """Whether `folder` holds these rows of that key."""
   info = folder / _INFO
-  if not info.exists():
+  if not info.exists() or json.loads(info.read_text())['key'] != key:
     return False
-  found = json.loads(info.read_text())
-  return found['key'] == key and found['rows'] >= rows
+  with np.load(folder / _LENGTHS) as lengths:
+    return bool(np.isin(indices, lengths['indices']).all())

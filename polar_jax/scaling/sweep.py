@@ -42,23 +42,29 @@ class Cell:
   tokens: int
   learning_rate: float  # at the width of `model`
   batch: int
+  seed: int = 0  # added to that of the sweep
 
   @property
   def name(self) -> str:
     """Unique in a sweep, and the name of its folder."""
-    return f'{self.size}_tokens{self.tokens}_lr{self.learning_rate:g}_batch{self.batch}'
+    return f'{self.size}_tokens{self.tokens}_lr{self.learning_rate:g}_batch{self.batch}{_suffix(self.seed)}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A run of the grid, or the language model that a size starts from (`cell` None)."""
+  """A run of the grid, or the language model that runs of a size and a seed start from (`cell` None)."""
 
   size: str
   cell: Cell | None
+  seed: int = 0
+
+  @classmethod
+  def of(cls, cell: Cell) -> Job:
+    return cls(cell.size, cell, cell.seed)
 
   @property
   def name(self) -> str:
-    return self.cell.name if self.cell else f'{self.size}_lm'
+    return self.cell.name if self.cell else f'{self.size}_lm{_suffix(self.seed)}'
 
   @property
   def run(self) -> str:
@@ -69,13 +75,17 @@ class Job:
     return workdir / self.run
 
 
+def _suffix(seed: int) -> str:
+  return f'_seed{seed}' if seed else ''
+
+
 def grid(config: Config) -> list[Cell]:
   """All cells: smaller sizes and fewer tokens first."""
   s = config.sweep
   sizes = sorted(s.sizes, key=lambda size: flops.reward_model_parameters(model_of(config, size)).without_embedding)
   return [
-    Cell(size, _tokens(config, size, tokens), rate, batch)
-    for size, tokens, rate, batch in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches)
+    Cell(size, _tokens(config, size, tokens), rate, batch, seed)
+    for size, tokens, rate, batch, seed in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches, s.seeds)
   ]
 
 
@@ -93,15 +103,15 @@ def language_models(context: stages.Context, cells: Sequence[Cell]) -> list[Job]
   """The jobs that must be done before `cells`."""
   if context.config.train.start_from != 'lm':
     return []
-  own = [Job(size, None) for size in dict.fromkeys(cell.size for cell in cells)]
-  return [job for job in own if _start(context, job.size) == context.home(job.run)]
+  own = [Job(size, None, seed) for size, seed in dict.fromkeys((cell.size, cell.seed) for cell in cells)]
+  return [job for job in own if _start(context, job) == context.home(job.run)]
 
 
-def _start(context: stages.Context, size: str) -> pathlib.Path:
-  """The language model that runs of a size start from: that of this workdir where it is the same, else the sweep's own."""
+def _start(context: stages.Context, job: Job) -> pathlib.Path:
+  """The language model that a run starts from: that of this workdir where it is the same, else the sweep's own."""
   config, there = context.config, context.home(stages.LM)
-  same = model_of(config, size) == config.model and checkpoint.exists(there)
-  return there if same else context.home(Job(size, None).run)
+  same = model_of(config, job.size) == config.model and not job.seed and checkpoint.exists(there)
+  return there if same else context.home(Job(job.size, None, job.seed).run)
 
 
 def job_named(config: Config, name: str) -> Job:
@@ -110,7 +120,7 @@ def job_named(config: Config, name: str) -> Job:
     ConfigError: the sweep has no such job.
   """
   cells = grid(config)
-  for job in [*(Job(size, None) for size in config.sweep.sizes), *(Job(cell.size, cell) for cell in cells)]:
+  for job in [*(Job(cell.size, None, cell.seed) for cell in cells), *map(Job.of, cells)]:
     if job.name == name:
       return job
   raise ConfigError(f'the sweep has no run {name!r}')
@@ -157,7 +167,8 @@ def config_of(config: Config, job: Job) -> Config:
   train = config.train
   if job.cell:
     train = dataclasses.replace(train, learning_rate=job.cell.learning_rate * factor, batch_size=job.cell.batch)
-  return dataclasses.replace(config, stage='pretrain' if job.cell else 'pretrain_lm', model=model, lm=lm, train=train)
+  stage = 'pretrain' if job.cell else 'pretrain_lm'
+  return dataclasses.replace(config, stage=stage, seed=config.seed + job.seed, model=model, lm=lm, train=train)
 
 
 def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
@@ -179,7 +190,7 @@ def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
       return done
     made = dataclasses.replace(context, config=config_of(context.config, job))
     if job.cell:
-      start = _start(context, job.size) if context.config.train.start_from == 'lm' else None
+      start = _start(context, job) if context.config.train.start_from == 'lm' else None
       result = _train_cell(made, job.cell, start)
     else:
       result = stages.pretrain_lm(made, job.run)
@@ -207,6 +218,7 @@ def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None)
     'loss': summary['validation_loss'],
     'learning_rate': train.learning_rate,
     'batch': cell.batch,
+    'seed': config.seed,
     # ... and what a person may ask.
     'accuracy': summary['validation_accuracy'],
     'steps': steps,
@@ -228,13 +240,13 @@ def store_tokens(context: stages.Context, cells: Sequence[Cell]) -> None:
     return
   rows, template = context.triplets('train'), context.template()
   length = tokens_per_triplet(context)
-  wanted = min(max(_steps(cell, length) * cell.batch for cell in cells), len(rows))
+  most = min(max(_steps(cell, length) * cell.batch for cell in cells), len(rows))
+  orders = [pipeline.global_order(len(rows), context.config.seed + seed) for seed in dict.fromkeys(cell.seed for cell in cells)]
+  indices = np.fromiter(dict.fromkeys(order(position)[0] for order in orders for position in range(most)), np.int64)
   folder, key = context.workdir / TOKENS, _tokens_key(context, rows)
-  if token_store.is_stored(folder, key, wanted):
+  if token_store.is_stored(folder, key, indices):
     return
-  context.log(f'sweep: tokenises the {wanted:,} triplets that the runs read')
-  order = pipeline.global_order(len(rows), context.config.seed)
-  indices = np.fromiter((order(position)[0] for position in range(wanted)), np.int64)
+  context.log(f'sweep: tokenises the {len(indices):,} triplets that the runs read')
   token_store.store(pipeline.PairTokens(rows, template), indices, folder, key, context.config.data.read_threads or 1)
 
 
@@ -244,7 +256,7 @@ def _stored(context: stages.Context, rows: Sequence[Triplet], template: Template
 
 def _tokens_key(context: stages.Context, rows: Sequence[Triplet]) -> str:
   template = dataclasses.asdict(context.config.template)
-  return json.dumps([stages.rows_fingerprint(rows), stages.tokenizer_fingerprint(context.tokenizer()), template, context.config.seed])
+  return json.dumps([stages.rows_fingerprint(rows), stages.tokenizer_fingerprint(context.tokenizer()), template])
 
 
 def tokens_per_triplet(context: stages.Context) -> float:

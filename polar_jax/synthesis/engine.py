@@ -167,7 +167,8 @@ def _build_world(config: config_lib.SynthesisConfig, seed: int, corpora: list[co
   text = {f'train_{name}': s for name, s in streams['train'].items()}
   text |= {f'validation_{name}': s for name, s in streams['prompts'].items()}
   np.savez(folder / 'text.npz', **text)  # type: ignore[arg-type]  # numpy's stub knows no ** of arrays
-  params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, [c.name for c in corpora])
+  names = [c.name for c in corpora]
+  params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, config.smallest_window, names)
   _write_json(folder / 'pool.json', {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
   pool = pool_lib.build_pool(params, streams['train'], vocab.size)
   sources = triplets.prefix_sources(streams['prompts'], streams['unseen'], config)

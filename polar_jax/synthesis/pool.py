@@ -16,7 +16,6 @@ _In = TypeVar('_In')
 _Out = TypeVar('_Out')
 
 TWIN_SHARE = 1 / 8  # of the pool: copies of another policy with one thing nudged, the hardest to tell apart
-_SMALLEST_WINDOW = 0.15
 _KL_PREFIXES = 24  # Monte Carlo samples of each policy; at 32 tokens each the standard error of a KL is a few percent of it
 _STREAM_POOL, _STREAM_HELD_OUT, _STREAM_KL = 1, 2, 3  # independent random streams of one seed
 
@@ -29,18 +28,21 @@ def parallel_map(function: Callable[[_In], _Out], items: Iterable[_In], workers:
     return list(executor.map(function, items))
 
 
-def draw_pool_params(seed: int, policies: int, held_out: int, max_order: int, corpora: Sequence[str]) -> list[ngram.NgramParams]:
+def draw_pool_params(
+  seed: int, policies: int, held_out: int, max_order: int, smallest_window: float, corpora: Sequence[str]
+) -> list[ngram.NgramParams]:
   """Draws every policy's parameters.
 
-  Windows are log-uniform in size ("intermediate checkpoints"), and one policy in eight is a near twin of an earlier one. `held_out` of the
-  policies are kept for evaluation; a policy and its twins are always on the same side, lest a held-out one be known by its twin.
+  Windows are log-uniform in size ("intermediate checkpoints"), from `smallest_window` of a corpus to all of it, and one policy in eight is
+  a near twin of an earlier one. `held_out` of the policies are kept for evaluation; a policy and its twins are always on the same side,
+  lest a held-out one be known by its twin.
   """
   twins = int(policies * TWIN_SHARE)
   drawn = []
   for i in range(policies):
     rng = np.random.default_rng([seed, _STREAM_POOL, i])
     if i < policies - twins:
-      drawn.append(_draw_params(rng, f'p{i:03d}', max_order, corpora))
+      drawn.append(_draw_params(rng, f'p{i:03d}', max_order, smallest_window, corpora))
     else:
       drawn.append(_nudge(rng, drawn[int(rng.integers(policies - twins))], f'p{i:03d}'))
   families: dict[str, list[int]] = {}
@@ -57,8 +59,8 @@ def draw_pool_params(seed: int, policies: int, held_out: int, max_order: int, co
   return [dataclasses.replace(p, held_out=i in chosen) for i, p in enumerate(drawn)]
 
 
-def _draw_params(rng: np.random.Generator, name: str, max_order: int, corpora: Sequence[str]) -> ngram.NgramParams:
-  fraction = float(_SMALLEST_WINDOW ** rng.random())
+def _draw_params(rng: np.random.Generator, name: str, max_order: int, smallest_window: float, corpora: Sequence[str]) -> ngram.NgramParams:
+  fraction = float(smallest_window ** rng.random())
   order = 1 + int(rng.integers(max_order))
   return ngram.NgramParams(
     name=name,

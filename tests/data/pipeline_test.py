@@ -156,7 +156,9 @@ def test_the_plan_is_made_from_the_steps_that_are_read():
     assert {batches[s].tokens_BT.shape for s in range(sampled)} == {(pack.rows, 64)}
 
 
-def test_without_a_row_length_every_triplet_of_the_data_fits():
+@pytest.mark.parametrize('together', [7, 60, 61, 1_024])
+def test_without_a_row_length_every_triplet_of_the_data_fits(together, monkeypatch):
+  monkeypatch.setattr(pipeline, '_READ_TOGETHER', together)
   triplets = [*_tokens(60).source, Triplet('p', '', 'a' * 300, 'b')]
   tokens = pipeline.PairTokens(triplets, Digits())
   assert 60 not in [pipeline.global_order(61, 0)(p)[0] for p in range(8)]  # the long one is not in the sample

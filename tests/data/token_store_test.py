@@ -47,10 +47,10 @@ def test_same_triplets_as_without(tmp_path, threads, monkeypatch):
 def test_another_key_is_not_read(tmp_path):
   rows = _triplets(5)
   token_store.store(PairTokens(rows, Letters()), np.arange(5), tmp_path, 'key', 1)
-  assert token_store.is_stored(tmp_path, 'key', 5)
-  assert not token_store.is_stored(tmp_path, 'key', 6) and not token_store.is_stored(tmp_path, 'other', 5)
+  assert token_store.is_stored(tmp_path, 'key', np.arange(5))
+  assert not token_store.is_stored(tmp_path, 'key', np.arange(6)) and not token_store.is_stored(tmp_path, 'other', np.arange(5))
   assert type(token_store.open_store(rows, Letters(), tmp_path, 'other')) is PairTokens
-  assert not token_store.is_stored(tmp_path / 'nowhere', 'key', 1)
+  assert not token_store.is_stored(tmp_path / 'nowhere', 'key', np.arange(1))
 
 
 def test_store_that_was_not_finished_is_not_read(tmp_path, monkeypatch):

@@ -63,10 +63,22 @@ def test_tokens_grow_with_a_power_of_the_parameters():
 
 def test_runs_read_what_was_tokenised_once(finished, make, tmp_path, monkeypatch):
   """And learn from it what they learn without."""
-  assert json.loads((finished.workdir / sweep.TOKENS / 'info.json').read_text())['rows'] > 0
+  assert (finished.workdir / sweep.TOKENS / 'info.json').exists()
   monkeypatch.setattr(sweep, 'store_tokens', lambda *_: None)
   sweep_stage.run(make(tmp_path))
   assert not (tmp_path / sweep.TOKENS).exists() and values(tmp_path) == values(finished.workdir)
+
+
+def test_a_run_of_another_seed_is_what_a_sweep_of_that_seed_trains(make, tmp_path):
+  """From a language model of its own, in another order, and with a name of its own."""
+  grid = {'sizes': ('8x1',), 'tokens': (300,)}
+  both, other = make(tmp_path / 'both', seeds=(0, 1), **grid), make(tmp_path / 'other', **grid)
+  sweep_stage.run(both)
+  sweep_stage.run(dataclasses.replace(other, config=dataclasses.replace(other.config, seed=both.config.seed + 1)))
+  (first, row), (name, second) = values(both.workdir).items()
+  assert name == f'{first}_seed1' and {path.name for path in (both.workdir / sweep.FOLDER).glob('*_lm*')} == {'8x1_lm', '8x1_lm_seed1'}
+  assert int(second['seed']) == int(row['seed']) + 1 and second['loss'] != row['loss']
+  assert [second | {'run': first}] == [*values(other.workdir).values()]
 
 
 def test_a_size_keeps_the_proportions_of_the_model():

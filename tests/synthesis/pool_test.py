@@ -10,7 +10,7 @@ CORPORA = ['a', 'b', 'c', 'd']
 
 @pytest.mark.parametrize('policies, held_out', [(8, 2), (8, 6), (16, 14), (64, 13), (256, 48), (256, 254)])
 def test_held_out_policies_and_their_twins(policies, held_out):
-  params = pool.draw_pool_params(0, policies, held_out, 4, CORPORA)
+  params = pool.draw_pool_params(0, policies, held_out, 4, 0.15, CORPORA)
   assert sum(p.held_out for p in params) == held_out and len({p.name for p in params}) == policies
   side = {p.name: p.held_out for p in params}
   assert all(side[p.twin_of] == p.held_out for p in params if p.twin_of)
@@ -18,12 +18,14 @@ def test_held_out_policies_and_their_twins(policies, held_out):
 
 
 def test_parameters_are_valid_and_vary():
-  params = pool.draw_pool_params(1, 256, 48, 4, CORPORA)
+  params = pool.draw_pool_params(1, 256, 48, 4, 0.15, CORPORA)
   assert {p.corpus for p in params} == set(CORPORA) and {p.order for p in params} == {1, 2, 3, 4}
   assert all(0 <= p.start <= 1 and p.start + p.fraction <= 1 + 1e-9 and all(0 < w < 1 for w in p.weights) for p in params)
   assert 0.1 < np.mean([p.top_p == 1 for p in params]) < 0.4
   assert 0.15 <= min(p.fraction for p in params) < 0.2 and max(p.fraction for p in params) > 0.9
-  assert params == pool.draw_pool_params(1, 256, 48, 4, CORPORA) != pool.draw_pool_params(2, 256, 48, 4, CORPORA)
+  assert params == pool.draw_pool_params(1, 256, 48, 4, 0.15, CORPORA) != pool.draw_pool_params(2, 256, 48, 4, 0.15, CORPORA)
+  narrow = pool.draw_pool_params(1, 256, 48, 4, 0.01, CORPORA)
+  assert 0.008 < min(p.fraction for p in narrow) < 0.012 and max(p.fraction for p in narrow) > 0.9  # a twin's window may be a little less
   assert all(ngram.NgramParams.from_json(p.to_json()) == p for p in params)
 
 
