@@ -56,11 +56,11 @@ class Job:
 
   size: str
   cell: Cell | None
-  seed: int = 0
+  lm_seed: int = 0  # of a language model; a run has that of its cell
 
-  @classmethod
-  def of(cls, cell: Cell) -> Job:
-    return cls(cell.size, cell, cell.seed)
+  @property
+  def seed(self) -> int:
+    return self.cell.seed if self.cell else self.lm_seed
 
   @property
   def name(self) -> str:
@@ -120,7 +120,7 @@ def job_named(config: Config, name: str) -> Job:
     ConfigError: the sweep has no such job.
   """
   cells = grid(config)
-  for job in [*(Job(cell.size, None, cell.seed) for cell in cells), *map(Job.of, cells)]:
+  for job in [*(Job(cell.size, None, cell.seed) for cell in cells), *(Job(cell.size, cell) for cell in cells)]:
     if job.name == name:
       return job
   raise ConfigError(f'the sweep has no run {name!r}')

@@ -45,7 +45,7 @@ def run(context: stages.Context) -> dict[str, Any] | None:
   sweep.check_settings(context)
   _write_config(context)
   table = sweep.read_table(workdir / sweep.RESULTS)
-  missing = [Job.of(cell) for cell in cells if cell.name not in table]
+  missing = [Job(cell.size, cell) for cell in cells if cell.name not in table]
   models = sweep.language_models(context, [cell for cell in cells if cell.name not in table])
   context.log(f'sweep: {len(cells)} runs, {len(cells) - len(missing)} of them in {sweep.RESULTS} already')
   sweep.store_tokens(context, [job.cell for job in missing if job.cell])
@@ -81,7 +81,7 @@ def _gather(context: stages.Context, cells: Sequence[sweep.Cell]) -> None:
   path = context.workdir / sweep.RESULTS
   rows: dict[str, dict[str, Any]] = dict(sweep.read_table(path))
   for cell in cells:
-    if cell.name not in rows and (found := sweep.read_result(Job.of(cell).folder(context.workdir))):
+    if cell.name not in rows and (found := sweep.read_result(Job(cell.size, cell).folder(context.workdir))):
       rows[cell.name] = found
   if rows:
     sweep.write_table(path, rows, [cell.name for cell in cells])
