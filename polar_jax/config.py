@@ -125,6 +125,8 @@ class SynthesisConfig:
   temperature: float = _field(1.0, low=0, open_low=True)  # multiplies the policy's own
   top_p: float = _field(1.0, low=0, high=1, open_low=True)  # the smaller of this and the policy's own applies
   top_k: int | None = _field(None, low=1)
+  documents: int = _field(0, low=0)  # that policies of the pool write for `pretrain_lm` to read beside the corpora
+  document_tokens: int = _field(256, low=16)  # of a document, at most
   train_rows: int = _field(60_000, low=1)
   evaluation_rows: int = _field(2_000, low=1)  # each of validation, unseen_prompts, unseen_policies
   preference_rows: int = _field(8_000, low=1)

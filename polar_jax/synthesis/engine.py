@@ -16,10 +16,11 @@ import numpy as np
 from polar_jax import config as config_lib
 from polar_jax.data import triplet_dataset
 from polar_jax.synthesis import corpora as corpora_lib
-from polar_jax.synthesis import ngram, preferences, triplets, vocabulary
+from polar_jax.synthesis import documents, ngram, preferences, triplets, vocabulary
 from polar_jax.synthesis import pool as pool_lib
 
 _FORMAT = 1  # raised whenever the same settings give other rows
+_DOCUMENTS = 'documents'  # the stream beside those of the corpora
 _MARKER = 'synthesis.json'  # written last: its presence means that the folder is complete
 
 
@@ -54,8 +55,9 @@ def config_fingerprint(config: config_lib.SynthesisConfig, seed: int, corpora: l
 def synthesize(config: config_lib.SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> SynthesisResult:
   """Makes the tiny world's data, or reuses a complete one of the same settings.
 
-  Writes to workdir/data: tokenizer.json, text.npz (int32 streams `train_<corpus>` and `validation_<corpus>`), pool.json, and the TFDS
-  folders triplets/ and preferences/ with splits train, validation, unseen_prompts and unseen_policies.
+  Writes to workdir/data: tokenizer.json, text.npz (int32 streams `train_<corpus>` and `validation_<corpus>`, and `train_documents` and
+  `validation_documents` if policies write any), pool.json, and the TFDS folders triplets/ and preferences/ with splits train, validation,
+  unseen_prompts and unseen_policies.
 
   Raises:
     corpora.CorpusError: this Python lacks the text.
@@ -149,7 +151,7 @@ def load_pool(workdir: pathlib.Path) -> list[ngram.NgramPolicy]:
 
 
 def load_text(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-  """{'train' | 'validation': {corpus: int32 ids}} of a text.npz; documents are closed by `</s>`."""
+  """{'train' | 'validation': {corpus, or 'documents' by policies: int32 ids}} of a text.npz; documents are closed by `</s>`."""
   out: dict[str, dict[str, np.ndarray]] = {'train': {}, 'validation': {}}
   with np.load(path) as arrays:
     for key in arrays.files:
@@ -166,13 +168,16 @@ def _build_world(config: config_lib.SynthesisConfig, seed: int, corpora: list[co
   streams = {part: vocabulary.part_streams(vocab, corpora, part) for part in corpora_lib.PARTS}
   text = {f'train_{name}': s for name, s in streams['train'].items()}
   text |= {f'validation_{name}': s for name, s in streams['prompts'].items()}
-  np.savez(folder / 'text.npz', **text)  # type: ignore[arg-type]  # numpy's stub knows no ** of arrays
   names = [c.name for c in corpora]
   params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, config.smallest_window, names)
   _write_json(folder / 'pool.json', {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
   pool = pool_lib.build_pool(params, streams['train'], vocab.size)
   sources = triplets.prefix_sources(streams['prompts'], streams['unseen'], config)
-  return triplets.World(pool, sources, vocab.pieces, config, seed)
+  world = triplets.World(pool, sources, vocab.pieces, config, seed)
+  if config.documents:
+    text |= {f'{split}_{_DOCUMENTS}': s for split, s in documents.make_streams(world).items()}
+  np.savez(folder / 'text.npz', **text)  # type: ignore[arg-type]  # numpy's stub knows no ** of arrays
+  return world
 
 
 def _rows(split: str, train: int, evaluation: int) -> int:

@@ -7,7 +7,8 @@ rows are asked for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ class PrefixSource:
   def draw(self, uniforms: np.ndarray) -> list[np.ndarray]:
     """One int32 segment per row of `uniforms` (R, 3), which decide corpus, length and place."""
     streams = list(self.streams.values())
-    corpus = _pick(uniforms[:, 0], len(streams))
-    length = self.min_tokens + _pick(uniforms[:, 1], self.max_tokens - self.min_tokens + 1)
+    corpus = pick(uniforms[:, 0], len(streams))
+    length = self.min_tokens + pick(uniforms[:, 1], self.max_tokens - self.min_tokens + 1)
     segments = []
     for c, size, u in zip(corpus, length, uniforms[:, 2], strict=True):
       starts = self._starts[c][size - self.min_tokens]
@@ -92,8 +93,8 @@ def make_triplets(world: World, split: str, rows: int) -> list[types.Triplet]:
   """Rows 0..rows-1 of a split. Category: the corpus that the first policy learnt from."""
   members = world.members(split)
   uniforms = row_uniforms(world.seed, 'triplets', split, rows, 5)
-  first = _pick(uniforms[:, 3], len(members))
-  second = (first + 1 + _pick(uniforms[:, 4], len(members) - 1)) % len(members)
+  first = pick(uniforms[:, 3], len(members))
+  second = (first + 1 + pick(uniforms[:, 4], len(members) - 1)) % len(members)
   policies = members[np.stack([first, first, second], axis=1)]
   prefixes = world.prefixes[split].draw(uniforms[:, :3])
   categories = [world.pool[p].params.corpus for p in policies[:, 0]]
@@ -154,24 +155,46 @@ def sample_clean(world: World, prefixes: Sequence[np.ndarray], policies: np.ndar
   Returns:
     ids int32 (R, roles, T) and lengths int64 (R, roles).
   """
-  c, bounds = world.config, cleanup.boundaries(world.pieces)
-  flat = policies.ravel()
-  groups = [(p, np.flatnonzero(flat == p)) for p in np.unique(flat)]
-  noise = uniforms.reshape(-1, uniforms.shape[-1])
-
-  def sample(group: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    policy, where = world.pool[group[0]], group[1]
-    rows = [prefixes[w // policies.shape[1]] for w in where]
-    ids, lengths, ended = policy.sample_ids(rows, noise[where], c.temperature, min(c.top_p, policy.params.top_p), c.top_k)
-    return ids, cleanup.clean(ids, lengths, ended, bounds)
-
-  ids = np.zeros(noise.shape, np.int32)
-  lengths = np.zeros(len(flat), np.int64)
-  for (_, where), (part, kept) in zip(groups, pool_lib.parallel_map(sample, groups, c.workers), strict=True):
-    ids[where], lengths[where] = part, kept
+  flat, noise = policies.ravel(), uniforms.reshape(-1, uniforms.shape[-1])
+  rows = [prefix for prefix in prefixes for _ in range(policies.shape[1])]
+  ids, lengths = sample_by_policy(world, rows, flat, noise, functools.partial(cleanup.clean, bounds=cleanup.boundaries(world.pieces)))
   return ids.reshape(uniforms.shape), lengths.reshape(policies.shape)
 
 
-def _pick(uniforms: np.ndarray, n: int) -> np.ndarray:
+def sample_by_policy(
+  world: World,
+  prefixes: Sequence[np.ndarray],
+  policies: np.ndarray,
+  uniforms: np.ndarray,
+  clean: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """One continuation of every prefix by its policy.
+
+  Args:
+    world: pool and settings.
+    prefixes: R int arrays.
+    policies: int (R,), indices into the pool.
+    uniforms: (R, T) in [0, 1).
+    clean: lengths to keep, of one policy's ids, lengths and which it ended itself; None keeps all.
+
+  Returns:
+    ids int32 (R, T) and lengths int64 (R,).
+  """
+  c = world.config
+  groups = [(p, np.flatnonzero(policies == p)) for p in np.unique(policies)]
+
+  def sample(group: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    policy, where = world.pool[group[0]], group[1]
+    rows = [prefixes[w] for w in where]
+    ids, lengths, ended = policy.sample_ids(rows, uniforms[where], c.temperature, min(c.top_p, policy.params.top_p), c.top_k)
+    return ids, clean(ids, lengths, ended) if clean else lengths
+
+  ids, lengths = np.zeros(uniforms.shape, np.int32), np.zeros(len(policies), np.int64)
+  for (_, where), (part, kept) in zip(groups, pool_lib.parallel_map(sample, groups, c.workers), strict=True):
+    ids[where], lengths[where] = part, kept
+  return ids, lengths
+
+
+def pick(uniforms: np.ndarray, n: int) -> np.ndarray:
   """Integers in [0, n) from uniforms in [0, 1)."""
   return np.minimum((uniforms * n).astype(np.int64), n - 1)
