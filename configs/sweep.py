@@ -4,7 +4,7 @@
 
 Two CPU cores, offline: 50 minutes (48 runs). docs/scaling.md says what L(N) and L(C) are worth. Runs that are in
 runs/sweep/results.csv are not run again; `--config.stage=fit` fits alone, and `--config.fit.flops=1e14` asks for advice on a budget.
-More learning rates and batches are swept into the same table, in three minutes each, by
+More learning rates and batches are swept into the same table, in five minutes and three, by
 
   ... --config.sweep.sizes="('12x2','18x2','28x2')" --config.sweep.tokens="(15_000_000,)" --config.sweep.seeds="(0,)"
       --config.sweep.learning_rates="(5e-4,1e-3,4e-3,8e-3)"
