@@ -24,7 +24,7 @@ from polar_jax.distributed import Cluster, detect
 from polar_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 8
+STEPS = 24  # so many that a signal sent behind the second arrives before the last, on a fast machine too
 NONE = DistributedConfig()
 
 
@@ -72,7 +72,7 @@ def world(tmp_path_factory):
   (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50, longest=5))
   settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.evaluation': 'rows.jsonl', 'data.row_length': 32}
   settings['checkpointing.every_steps'] = 2
-  small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=8, evaluate_every=4)
+  small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=8, evaluate_every=12)
   return folder
 
 
