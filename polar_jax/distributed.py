@@ -6,16 +6,19 @@ The same command is started on every host. Which cluster it is, the environment 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -185,14 +188,59 @@ def _same(what: str, name: str, values: list[str], hosts: list[str]) -> None:
   raise UserError(f'{what}: {name} is not the same on every host: {odd}; the others have {usual[16:]}. Start the same command everywhere')
 
 
-def lost(error: Exception) -> NoReturn:
-  """Ends this process because another one of the run is gone: what they would do together cannot be done any more.
+# How JAX and XLA say that what processes do together has failed. Where a result is awaited the error is a JaxRuntimeError, where work is
+# started a ValueError, which TensorStore raises too, of a disk or a bucket.
+_FAILED_TOGETHER = re.compile(
+  r'(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |(UNKNOWN|INTERNAL): .*(gloo|nccl|barrier|heartbeat|connection|socket)', re.I | re.S
+)
+_FAILED_TOGETHER_AT_START = re.compile(r'[A-Z_]+: .*(gloo|nccl)', re.I | re.S)
 
-  Without the orderly end, which waits for all processes.
+
+def lost(error: BaseException) -> bool:
+  """Whether an error, or what it came of, says that another process of the run is gone or cannot be reached."""
+  if jax.process_count() == 1:
+    return False
+  cause: BaseException | None = error
+  while cause is not None:
+    if isinstance(cause, jax.errors.JaxRuntimeError) and _FAILED_TOGETHER.match(str(cause)):
+      return True
+    if isinstance(cause, ValueError) and _FAILED_TOGETHER_AT_START.match(str(cause)):
+      return True
+    cause = cause.__cause__ or cause.__context__
+  return False
+
+
+def leave(error: Exception) -> NoReturn:
+  """Ends this process, of several, by an error: with one line if others are gone, else with its traceback.
+
+  Without the orderly end, which waits for all processes, as they wait for this one. Theirs ends when its connections break.
   """
-  said = ' '.join(str(error).split())[:300]
-  who = f'process {jax.process_index()} of {jax.process_count()}'
-  what = 'another process of the run is gone, or cannot be reached. Start all of them again: they resume from the newest checkpoint.'
-  print(f'polar_jax: {who}: {what} ({said})', file=sys.stderr, flush=True)
+  who = f'polar_jax: process {jax.process_index()} of {jax.process_count()}'
+  if lost(error):
+    what = 'another process of the run is gone, or cannot be reached. Start all of them again: they resume from the newest checkpoint.'
+    print(f'{who}: {what} ({" ".join(str(error).split())[:300]})', file=sys.stderr)
+  else:
+    print(f'{who} ends by an error:\n{"".join(traceback.format_exception(error))}', file=sys.stderr)
+  sys.stderr.flush()
   sys.stdout.flush()
   os._exit(1)
+
+
+class _Closable(Protocol):
+  def close(self) -> None: ...
+
+
+_T = TypeVar('_T', bound=_Closable)
+
+
+@contextlib.contextmanager
+def closing(thing: _T) -> Iterator[_T]:
+  """As `contextlib.closing`, but leaves at once when another process is lost: closing waits for its part of the last checkpoint."""
+  try:
+    yield thing
+  except Exception as error:
+    if lost(error):
+      leave(error)
+    raise
+  finally:
+    thing.close()

@@ -58,10 +58,10 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     if jax.process_count() > 1:
       os._exit(1)  # the orderly end waits for the others, and they for this one
     return 1
-  except jax.errors.JaxRuntimeError as error:
+  except Exception as error:
     if jax.process_count() == 1:
       raise
-    distributed.lost(error)
+    distributed.leave(error)
 
 
 def keep_compiled(folder: str) -> None:

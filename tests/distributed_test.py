@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import small_run
@@ -105,7 +106,7 @@ def said(world: pathlib.Path, workdir: str, process: int) -> str:
 
 def wait_for(path: pathlib.Path, running: list[subprocess.Popen], world: pathlib.Path, workdir: str) -> None:
   deadline = time.monotonic() + 200
-  while not path.exists():
+  while not (path.exists() and path.stat().st_size):
     assert all(process.poll() is None for process in running) and time.monotonic() < deadline, said(world, workdir, 0)
     time.sleep(0.02)
 
@@ -207,11 +208,33 @@ def test_a_process_that_stands_still_is_named(world):
 
 
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
-  with started(world, 'lost', 2, '--config.train.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
-    wait_for(world / 'lost/pretrain/checkpoints/2', [first, second], world, 'lost')
+  """At once: a process that is silent would be waited for longer than this test waits."""
+  settings = ('--config.train.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')
+  with started(world, 'lost', 2, *settings) as (first, second):
+    wait_for(world / 'lost/pretrain/metrics.jsonl', [first, second], world, 'lost')
     second.send_signal(signal.SIGKILL)
-    assert first.wait(60) not in (0, -signal.SIGKILL)
-  assert 'process 0 of 2: another process of the run is gone' in said(world, 'lost', 0), said(world, 'lost', 0)
+    assert first.wait(60) == 1, said(world, 'lost', 0)
+  text = said(world, 'lost', 0)
+  assert 'process 0 of 2: another process of the run is gone' in text and 'Traceback' not in text, text
+
+
+def test_a_silent_process_is_given_up(world):
+  """Its connections are open: nothing breaks, and it is JAX that ends the others once it has not been heard of for so long."""
+  with started(world, 'silent', 2, '--config.train.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
+    wait_for(world / 'silent/pretrain/metrics.jsonl', [first, second], world, 'silent')
+    second.send_signal(signal.SIGSTOP)
+    assert first.wait(60) not in (0, None)
+  assert re.search('another (task died|process of the run is gone)', said(world, 'silent', 0)), said(world, 'silent', 0)
+
+
+def test_an_error_of_one_process_ends_all(world):
+  """It leaves without waiting for the others, which wait for it. With its traceback: the error is its own."""
+  (world / 'broken/pretrain/metrics.jsonl').mkdir(parents=True)
+  with started(world, 'broken', 2, '--config.distributed.heartbeat=1000') as running:
+    codes = [process.wait(100) for process in running]
+  text = said(world, 'broken', 0)
+  assert codes[0] == 1 and codes[1] not in (0, None), (codes, text)
+  assert 'process 0 of 2 ends by an error:\nTraceback' in text and 'IsADirectoryError' in text, text
 
 
 def test_processes_that_never_come_are_an_error(world):
@@ -228,11 +251,50 @@ def test_processes_that_never_come_are_an_error(world):
   assert 'polar_jax: the processes of this run (settings) did not find each other within 3 s' in said(world, 'absent', 0)
 
 
-def test_what_is_lost_is_said_by_name(monkeypatch, capsys):
+@pytest.fixture
+def one_of_two(monkeypatch):
+  """This process is one of two; where it would be ended without more ado, it raises SystemExit."""
+
   def leave(status):
+    print('left')
     raise SystemExit(status)
 
+  monkeypatch.setattr(distributed.jax, 'process_count', lambda: 2)
   monkeypatch.setattr(distributed.os, '_exit', leave)
-  with pytest.raises(SystemExit):
-    distributed.lost(RuntimeError('Gloo all-reduce failed:\nconnection closed'))
-  assert 'another process of the run is gone' in capsys.readouterr().err
+
+
+AWAITED = jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed:\nconnection closed by peer')
+STARTED = ValueError('UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer')
+
+
+def test_which_errors_tell_of_others(one_of_two):
+  assert distributed.lost(AWAITED) and distributed.lost(STARTED)
+  assert distributed.lost(jax.errors.JaxRuntimeError('UNAVAILABLE: failed to connect to all addresses'))
+  of_barrier = TimeoutError('Timed out while waiting for async_write_complete barrier.')
+  assert not distributed.lost(of_barrier)
+  of_barrier.__cause__ = jax.errors.JaxRuntimeError('INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout.')
+  assert distributed.lost(of_barrier)
+  # Of this process alone:
+  assert not distributed.lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.'))
+  assert not distributed.lost(jax.errors.JaxRuntimeError('INTERNAL: the compiler does not know what to do'))
+  assert not distributed.lost(ValueError('UNAVAILABLE: Error writing "gs://bucket/state/manifest": connection refused'))
+
+
+def test_alone_nothing_is_lost():
+  assert not distributed.lost(AWAITED)
+
+
+@pytest.mark.parametrize('error', [AWAITED, STARTED])
+def test_what_waits_for_others_is_not_closed_once_they_are_lost(one_of_two, capsys, error):
+  class Trainer:
+    def close(self):
+      print('closed')
+
+  with pytest.raises(SystemExit), distributed.closing(Trainer()):
+    raise error
+  out, err = capsys.readouterr()
+  assert 'process 0 of 2: another process of the run is gone' in err.splitlines()[0] and 'Gloo' in err
+  assert out == 'left\nclosed\n'  # closed only as this test's way to leave goes on
+  with pytest.raises(KeyError), distributed.closing(Trainer()):
+    raise KeyError('own')
+  assert capsys.readouterr() == ('closed\n', '')

@@ -45,12 +45,8 @@ def train(run: Run) -> dict[str, Any]:
     UserError: a reward is not finite, or the reward server stays away; then the state of the last step is saved first.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh):
-    trainer = Trainer(run)
-    try:
-      return trainer.run_to_end()
-    finally:
-      trainer.close()
+  with jax.set_mesh(run.mesh), distributed.closing(Trainer(run)) as trainer:
+    return trainer.run_to_end()
 
 
 class Trainer:

@@ -80,12 +80,8 @@ def train(run: Run) -> dict[str, Any]:
     Preempted: after SIGTERM, once the state is saved.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh):
-    trainer = _Trainer(run)
-    try:
-      return trainer.run_to_end()
-    finally:
-      trainer.close()
+  with jax.set_mesh(run.mesh), distributed.closing(_Trainer(run)) as trainer:
+    return trainer.run_to_end()
 
 
 class _OfAllProcesses(threading.Event):
