@@ -45,6 +45,8 @@ class Checkpointer:
       best_fn=goodness,
       preservation_policy=policies.AnyPreservationPolicy(kept),
       enable_async_checkpointing=config.asynchronous,
+      # Folders made in the background are waited for under a number that is the process's: two runs at once would take each other's.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       # A process killed while saving leaves a temporary folder behind; the next start removes it.
       cleanup_tmp_directories=True,
     )

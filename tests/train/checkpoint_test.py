@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import concurrent.futures
 import shutil
+from typing import NamedTuple
 
 import grain
 import jax
@@ -37,6 +39,11 @@ def random_state(abstract, seed=0):
 
 def assert_bit_equal(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.int32), np.asarray(y).view(np.int32)), a, b)
+
+
+class Saved(NamedTuple):
+  params: dict[str, jax.Array]
+  step: int
 
 
 def saved_steps(folder):
@@ -86,6 +93,27 @@ def test_asynchronous_save_keeps_the_state_it_was_given(open_checkpoints):
   jax.block_until_ready(state)
   checkpointer.wait()
   assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], kept)
+
+
+def test_runs_side_by_side_save_at_once(tmp_path):
+  """Sweeps and PPO's seeds train in threads of one process, and much of Orbax's state is the process's."""
+  state = {'x': jnp.arange(4.0)}
+  saves, runs = 40, 3
+
+  def run(number):
+    checkpointer = Checkpointer(tmp_path / str(number), CheckpointingConfig(keep=1, keep_best=0), 'validation_accuracy', False)
+    for step in range(1, saves + 1):
+      checkpointer.save(step, Saved(jax.tree.map(lambda x: x + number, state), step), {'run': number}, FINGERPRINT, {'loss': float(number)})
+      checkpointer.wait()
+    return checkpointer
+
+  with concurrent.futures.ThreadPoolExecutor(runs) as threads:
+    for number, checkpointer in enumerate(threads.map(run, range(runs))):
+      abstract = Saved(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state), 0)
+      restored, data = checkpointer.restore(abstract, FINGERPRINT)
+      np.testing.assert_array_equal(restored.params['x'], state['x'] + number)
+      assert restored.step == saves and data == {'run': number}
+      checkpointer.close()
 
 
 def test_iterator_goes_on_where_it_stood(open_checkpoints):
