@@ -2,7 +2,7 @@
 
   python -m polar_jax.main --config=configs/tiny.py
 
-Two CPU cores, offline, ten to twenty-five minutes: a policy pool, triplets, a language model, contrastive pre-training,
+Two CPU cores, offline, seven to twenty-five minutes: a policy pool, triplets, a language model, contrastive pre-training,
 fine-tuning with two ablations, evaluation, PPO towards a policy of the pool in three seeds, a sweep of three sizes (which
 shows the machinery of a scaling law, and proves nothing), and a report in runs/tiny.
 Unseen policies: 69.8%, where the best rule without learning has 63.0% and the Bayes discriminator 99.2%. PPO brings the

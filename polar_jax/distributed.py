@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -226,21 +226,12 @@ def leave(error: Exception) -> NoReturn:
   os._exit(1)
 
 
-class _Closable(Protocol):
-  def close(self) -> None: ...
-
-
-_T = TypeVar('_T', bound=_Closable)
-
-
 @contextlib.contextmanager
-def closing(thing: _T) -> Iterator[_T]:
-  """As `contextlib.closing`, but leaves at once when another process is lost: closing waits for its part of the last checkpoint."""
+def leaving_when_lost() -> Iterator[None]:
+  """Leaves at once when another process is lost: what is closed around it may wait for that one's part of a checkpoint."""
   try:
-    yield thing
+    yield
   except Exception as error:
     if lost(error):
       leave(error)
     raise
-  finally:
-    thing.close()

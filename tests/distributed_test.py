@@ -13,15 +13,18 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 import small_run
 
-from polar_jax import distributed
-from polar_jax.config import ConfigError, DistributedConfig
+from polar_jax import distributed, sharding
+from polar_jax.config import ConfigError, DistributedConfig, MeshConfig
 from polar_jax.distributed import Cluster, detect
+from polar_jax.ppo import loop as ppo_loop
+from polar_jax.train import loop as train_loop
 from polar_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -284,17 +287,29 @@ def test_alone_nothing_is_lost():
   assert not distributed.lost(AWAITED)
 
 
-@pytest.mark.parametrize('error', [AWAITED, STARTED])
-def test_what_waits_for_others_is_not_closed_once_they_are_lost(one_of_two, capsys, error):
+@pytest.mark.parametrize(('loop', 'name'), [(train_loop, '_Trainer'), (ppo_loop, 'Trainer')])
+@pytest.mark.parametrize('error', [AWAITED, STARTED, KeyError('own')])
+def test_a_trainer_is_not_closed_once_others_are_lost(one_of_two, monkeypatch, capsys, loop, name, error):
+  """Closing waits for the last checkpoint, and that for all processes."""
+
   class Trainer:
+    def __init__(self, run):
+      pass
+
+    def run_to_end(self):
+      raise error
+
     def close(self):
       print('closed')
 
-  with pytest.raises(SystemExit), distributed.closing(Trainer()):
-    raise error
+  monkeypatch.setattr(loop, name, Trainer)
+  monkeypatch.setattr(distributed, 'agree', lambda *_: None)
+  run = types.SimpleNamespace(name='run', fingerprint={}, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+  with pytest.raises(KeyError if isinstance(error, KeyError) else SystemExit):
+    loop.train(run)
   out, err = capsys.readouterr()
-  assert 'process 0 of 2: another process of the run is gone' in err.splitlines()[0] and 'Gloo' in err
-  assert out == 'left\nclosed\n'  # closed only as this test's way to leave goes on
-  with pytest.raises(KeyError), distributed.closing(Trainer()):
-    raise KeyError('own')
-  assert capsys.readouterr() == ('closed\n', '')
+  if isinstance(error, KeyError):
+    assert (out, err) == ('closed\n', '')
+  else:
+    assert 'process 0 of 2: another process of the run is gone' in err.splitlines()[0] and 'Gloo' in err
+    assert out == 'left\nclosed\n'  # closed only as this test's way to leave goes on

@@ -45,7 +45,7 @@ def train(run: Run) -> dict[str, Any]:
     UserError: a reward is not finite, or the reward server stays away; then the state of the last step is saved first.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh), distributed.closing(Trainer(run)) as trainer:
+  with jax.set_mesh(run.mesh), contextlib.closing(Trainer(run)) as trainer, distributed.leaving_when_lost():
     return trainer.run_to_end()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -80,7 +81,7 @@ def train(run: Run) -> dict[str, Any]:
     Preempted: after SIGTERM, once the state is saved.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh), distributed.closing(_Trainer(run)) as trainer:
+  with jax.set_mesh(run.mesh), contextlib.closing(_Trainer(run)) as trainer, distributed.leaving_when_lost():
     return trainer.run_to_end()
 
 
