@@ -72,7 +72,7 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['polar_jax', 'polar_jax.*']),
   # Not a package: files that an exported InternLM2 folder carries, for transformers to import.
-  package_data={'polar_jax.hf': ['remote_code/*.py']},
+  package_data={'polar_jax.checkpoints': ['remote_code/*.py']},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['polar_jax=polar_jax.main:console']},

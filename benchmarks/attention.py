@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from polar_jax.malloc import keep_freed_memory, runs_on_cpu
+from polar_jax.runtime.malloc import keep_freed_memory, runs_on_cpu
 
 if runs_on_cpu():
   keep_freed_memory()

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 
-from polar_jax.malloc import keep_freed_memory, runs_on_cpu
+from polar_jax.runtime.malloc import keep_freed_memory, runs_on_cpu
 
 if runs_on_cpu():
   keep_freed_memory()
@@ -25,9 +25,9 @@ import timing
 from attention import draw_rows
 
 from polar_jax import sharding
+from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig
 from polar_jax.train import step
-from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.objectives import RANKING
 
 MODEL = ModelConfig(vocab_size=32_768, num_layers=2, d_model=512, d_ff=1_536, num_heads=8, num_kv_heads=4, head_dim=64)

@@ -16,7 +16,7 @@ import statistics
 import time
 from typing import Any
 
-from polar_jax.malloc import keep_freed_memory, runs_on_cpu
+from polar_jax.runtime.malloc import keep_freed_memory, runs_on_cpu
 
 if runs_on_cpu():
   keep_freed_memory()

@@ -25,8 +25,9 @@ import ml_dtypes
 import numpy as np
 import timing
 
+from polar_jax.checkpoints import config_json, families
+from polar_jax.checkpoints.formats import storage
 from polar_jax.config import ModelConfig
-from polar_jax.hf import config_json, families, storage
 from polar_jax.model import presets
 
 _GIB = 2**30
@@ -70,8 +71,10 @@ def measure(folder: str, dtype: str | None) -> None:
   """Runs in a process of its own: imports, and prints what it took."""
   import jax
 
-  from polar_jax import malloc, pretrained, sharding
+  from polar_jax import sharding
+  from polar_jax.checkpoints import pretrained
   from polar_jax.config import MeshConfig
+  from polar_jax.runtime import malloc
 
   malloc.keep_freed_memory()  # as the command line does
   opened = pretrained.open_pretrained(folder)

@@ -3,7 +3,7 @@
     python benchmarks/mfu.py                       # POLAR-1.8B in bfloat16; on a CPU a miniature in float32
     python benchmarks/mfu.py --preset=polar_7b --rows=2 --remat=full --profile=profile
 
-Rows are packed with triplets until they are full. Counted twice: by the rule of `polar_jax.scaling.flops`, and as the FLOPs of two full
+Rows are packed with triplets until they are full. Counted twice: by the rule of `polar_jax.model.flops`, and as the FLOPs of two full
 causal sequences a pair, which a trainer without shared rows would have had to do in the same time. A rematerialisation policy that does not
 fit into memory is a line of the table. The last line is a JSON object.
 """
@@ -16,7 +16,7 @@ import os
 import statistics
 from typing import Any
 
-from polar_jax.malloc import keep_freed_memory, runs_on_cpu
+from polar_jax.runtime.malloc import keep_freed_memory, runs_on_cpu
 
 if runs_on_cpu():
   keep_freed_memory()
@@ -29,9 +29,8 @@ from attention import draw_rows
 
 from polar_jax import sharding
 from polar_jax.config import REMAT_POLICIES, MeshConfig, ModelConfig
-from polar_jax.model import attention
+from polar_jax.model import attention, flops
 from polar_jax.model.presets import PRESETS
-from polar_jax.scaling import flops
 from polar_jax.train import step
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch

@@ -18,7 +18,7 @@ import timing
 
 from polar_jax.config import TemplateConfig, TokenizerConfig
 from polar_jax.data import packing, pipeline
-from polar_jax.data.sources import open_source
+from polar_jax.data.examples import open_source
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 

@@ -20,7 +20,7 @@ os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
 if hasattr(os, 'sched_setaffinity'):  # XLA has no other way to be told how many threads to use
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
-from polar_jax.malloc import keep_freed_memory
+from polar_jax.runtime.malloc import keep_freed_memory
 
 keep_freed_memory()
 

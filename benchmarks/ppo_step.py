@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from polar_jax.malloc import keep_freed_memory
+from polar_jax.runtime.malloc import keep_freed_memory
 
 keep_freed_memory()
 
@@ -33,10 +33,10 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.ppo.loop import Trainer
 from polar_jax.ppo.prompts import PolicyPrompts
-from polar_jax.ppo.reward import Mixture, ModelReward
+from polar_jax.ppo.rewards.sources import Mixture, ModelReward
 from polar_jax.ppo.run import Run
+from polar_jax.ppo.trainer import Trainer
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Prompt
 

@@ -13,9 +13,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from polar_jax import malloc
 from polar_jax.config import ConfigError, parse
 from polar_jax.planning import environment
+from polar_jax.runtime import malloc
 from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
@@ -110,7 +110,8 @@ def main(_: Sequence[str]) -> int:
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.
-  from polar_jax import distributed, runner
+  from polar_jax.runtime import distributed
+  from polar_jax.stages import runner
 
   if config.compile_cache:
     runner.keep_compiled(config.compile_cache)

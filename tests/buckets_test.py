@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import small_run
 
-from polar_jax.synthesis import vocabulary
+from polar_jax.miniature import vocabulary
 
 pytest.importorskip('gcsfs')
 
@@ -163,7 +163,7 @@ def test_checkpoint_that_is_being_written_is_none(world):
   for name, (content, _) in [*world.bucket.objects.items()]:
     if name.startswith('our/whole/') and not name.endswith('commit_success.txt'):
       world.bucket.put(name.replace('our/whole/', 'our/half/'), content)
-  ask = 'from polar_jax import paths; from polar_jax.train import checkpoint; '
+  ask = 'from polar_jax.runtime import paths; from polar_jax.checkpoints import checkpointer as checkpoint; '
   ask += "print([checkpoint.exists(paths.path_of(f'gs://our/{name}/pretrain')) for name in ('whole', 'half', 'nothing')])"
   answer = subprocess.run([sys.executable, '-c', ask], env=world.environment, capture_output=True, text=True, check=True)
   assert answer.stdout.strip() == '[True, False, False]'

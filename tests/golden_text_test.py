@@ -8,11 +8,11 @@ import pathlib
 import jax
 import pytest
 
-from polar_jax import pretrained, sharding
+from polar_jax import sharding
+from polar_jax.checkpoints import exporter, pretrained
 from polar_jax.config import MeshConfig, RolloutConfig
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.tokenizer import stop_ids
-from polar_jax.hf import exporter
 from polar_jax.ppo.rollout import RolloutEngine
 
 MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -8,7 +8,8 @@ import re
 import nbformat
 from nbclient import NotebookClient
 
-from polar_jax.scaling import results, stage
+from polar_jax.scaling import results
+from polar_jax.stages import fit as stage
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'notebooks'
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import small_run
 
-from polar_jax.train.checkpoint import FOLDER
+from polar_jax.checkpoints.checkpointer import FOLDER
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 60
@@ -127,7 +127,7 @@ def test_killed_at_any_point(world):
   assert world.unfinished('killed') == []
 
 
-@pytest.mark.slow  # the same within one process: train/loop_test.py
+@pytest.mark.slow  # the same within one process: train/trainer_test.py
 def test_sigterm_saves_and_says_how_to_go_on(world):
   process = world.start('stopped')
   world.wait_until(process, lambda: world.newest('stopped') >= 10)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polar_jax import sharding
+from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import Config, ModelConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.model.reward_model import RewardModel
@@ -22,7 +23,6 @@ from polar_jax.planning.topology import GIB, as_on_a_tpu, open_slice
 from polar_jax.ppo import experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
-from polar_jax.pretrained import abstract_model
 from polar_jax.scoring.scorer import jit_rewards
 from polar_jax.train.step import TrainState
 from polar_jax.types import GroupBatch, PolicyBatch

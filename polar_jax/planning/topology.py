@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 class Chip(NamedTuple):
-  """A chip's figures as Google Cloud states them. The peak of its matrix units is in `polar_jax.scaling.flops.CHIPS`."""
+  """A chip's figures as Google Cloud states them. The peak of its matrix units is in `polar_jax.model.flops.CHIPS`."""
 
   hbm: int  # bytes
   bandwidth: float  # of the HBM, bytes/s

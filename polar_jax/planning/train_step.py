@@ -17,11 +17,11 @@ import numpy as np
 from polar_jax import sharding
 from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.model import flops
 from polar_jax.planning import hlo
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.matmuls import matmul_flops
 from polar_jax.planning.topology import GIB, Chip, as_on_a_tpu, open_slice
-from polar_jax.scaling import flops
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.optimizer import make_optimizer

@@ -11,8 +11,9 @@ import numpy as np
 from polar_jax.config import RftConfig
 from polar_jax.data.template import join_messages
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.ppo import diagnostics, shaping
-from polar_jax.ppo.reward import Mixture
+from polar_jax.ppo import diagnostics
+from polar_jax.ppo.rewards import shaping
+from polar_jax.ppo.rewards.sources import Mixture
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
 from polar_jax.types import Prompt, Rollouts

@@ -15,7 +15,7 @@ from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo.learner import Learner, build_actor, build_critic
 from polar_jax.ppo.prompts import PolicyPrompts
-from polar_jax.ppo.reward import Mixture
+from polar_jax.ppo.rewards.sources import Mixture
 from polar_jax.train.step import TrainState
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from polar_jax.config import ConfigError, FitConfig
-from polar_jax.scaling import fit, flops, laws
+from polar_jax.model import flops
+from polar_jax.scaling import fit, laws
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
 
@@ -53,7 +54,7 @@ def advise(rows: Results, found: Mapping[str, Any], config: FitConfig, seed: int
   """
   Args:
     rows: of results.csv.
-    found: what `polar_jax.scaling.stage.study` made of them.
+    found: what `polar_jax.stages.fit.study` made of them.
 
   Raises:
     FitError: the rows do not tell how to divide FLOPs into parameters and tokens.

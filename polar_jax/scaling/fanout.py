@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from polar_jax.config import ConfigError, SweepConfig
-from polar_jax.scaling import sweep, worker
+from polar_jax.scaling import sweep
 from polar_jax.scaling.sweep import Job
-from polar_jax.train import stages
-from polar_jax.train.loop import NonFiniteError, Preempted, SigtermFlag
+from polar_jax.stages import sweep_worker as worker
+from polar_jax.stages import training as stages
+from polar_jax.train.trainer import NonFiniteError, Preempted, SigtermFlag
 from polar_jax.types import UserError
 
 Ended = Iterator[tuple[Job, str | None]]
@@ -111,7 +112,7 @@ def _start(workdir: pathlib.Path, job: Job, cores: str) -> subprocess.Popen:
   folder = job.folder(workdir)
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / LOG).open('a', encoding='utf-8') as log:
-    command = [sys.executable, '-m', 'polar_jax.scaling.worker', str(workdir), job.name, '--cores', cores]
+    command = [sys.executable, '-m', 'polar_jax.stages.sweep_worker', str(workdir), job.name, '--cores', cores]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.config import Config, ConfigError, ModelConfig
 from polar_jax.data import pipeline, token_store
 from polar_jax.data.template import Template
-from polar_jax.scaling import flops
-from polar_jax.train import checkpoint, stages
+from polar_jax.model import flops
+from polar_jax.stages import training as stages
 from polar_jax.types import Triplet
 
 FOLDER, RESULTS, RESULT, SETTINGS, TOKENS = 'sweep', 'results.csv', 'result.json', 'sweep/settings.json', 'sweep/tokens'

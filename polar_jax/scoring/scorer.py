@@ -16,13 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
+from polar_jax.checkpoints.checkpointer import load_params
 from polar_jax.config import ModelConfig
 from polar_jax.data import packing
 from polar_jax.data.groups import GroupPart, group_batch, lay_out
 from polar_jax.data.template import Template
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.train import step
-from polar_jax.train.checkpoint import load_params
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import Group, Triplet, UserError
 

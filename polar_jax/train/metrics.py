@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from polar_jax import paths
+from polar_jax.runtime import paths
 from polar_jax.types import UserError
 
 FILE, SAMPLES, SUMMARY = 'metrics.jsonl', 'samples.jsonl', 'summary.json'

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from polar_jax.data import token_store, triplet_dataset
+from polar_jax.data import tfds as triplet_dataset
+from polar_jax.data import token_store
 from polar_jax.data.pipeline import PairTokens, rows_at
 from polar_jax.types import Triplet
 

@@ -205,7 +205,7 @@ def test_damaged_file_is_named(tmp_path, name):
 
 
 def test_a_bpe_without_some_bytes_refuses_text_it_would_drop(tmp_path):
-  from polar_jax.synthesis import vocabulary
+  from polar_jax.miniature import vocabulary
 
   path = tmp_path / 'tokenizer.json'
   vocabulary.train_tokenizer(['plain text\n' * 20], 300).save(str(path))

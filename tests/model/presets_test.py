@@ -7,8 +7,8 @@ import math
 import pytest
 from flax import nnx
 
+from polar_jax.checkpoints.families import stored_tensors
 from polar_jax.config import ModelConfig
-from polar_jax.hf.families import stored_tensors
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.presets import PRESETS
 from polar_jax.model.reward_model import RewardModel

@@ -18,11 +18,12 @@ from polar_jax import sharding
 from polar_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
 from polar_jax.data import packing
 from polar_jax.data.rows import pair_batch, pair_row
-from polar_jax.planning import stage, topology, train_step
+from polar_jax.model import flops
+from polar_jax.planning import topology, train_step
 from polar_jax.planning.compiled import Memory
 from polar_jax.planning.hlo import Traffic
 from polar_jax.planning.train_step import Plan
-from polar_jax.scaling import flops
+from polar_jax.stages import plan as stage
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from polar_jax.config import ConfigError
 from polar_jax.data.chat import ChatTemplate, ChatTemplateError
-from polar_jax.data.sources import open_prompts
+from polar_jax.data.examples import open_prompts
 from polar_jax.data.tokenizer import ByteTokenizer, open_tokenizer
 from polar_jax.ppo import prompts as prompts_lib
 from polar_jax.ppo.prompts import PolicyPrompts, open_chat, stop_ids

@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from polar_jax import sharding
+from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import ModelConfig, parse
 from polar_jax.model.presets import PRESETS
-from polar_jax.pretrained import abstract_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 REWARD_MODEL = 7_358_652_416

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from polar_jax.config import ConfigError, FitConfig
-from polar_jax.scaling import advice, stage
+from polar_jax.scaling import advice
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
+from polar_jax.stages import fit as stage
 
 E, A, ALPHA, B, BETA = 0.3, 40.0, 0.35, 600.0, 0.4
 

@@ -12,7 +12,7 @@ import pytest
 
 from polar_jax import sharding
 from polar_jax.config import CheckpointingConfig, Config, DataConfig, MeshConfig, ModelConfig, SweepConfig, TokenizerConfig, TrainConfig
-from polar_jax.train import stages
+from polar_jax.stages import training as stages
 
 GRID = SweepConfig(sizes=('16x1', '8x1'), tokens=(600, 300), learning_rates=(3e-3,), batches=(4,))
 

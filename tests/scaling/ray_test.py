@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from polar_jax.scaling import fanout, sweep, sweep_stage
+from polar_jax.scaling import fanout, sweep
+from polar_jax.stages import sweep as sweep_stage
 from polar_jax.train.metrics import read_metrics
 
 ray = pytest.importorskip('ray')

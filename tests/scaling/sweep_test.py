@@ -22,9 +22,14 @@ from polar_jax.config import (
   ModelConfig,
   SweepConfig,
 )
-from polar_jax.scaling import fanout, flops, results, sweep, sweep_stage, table, worker
+from polar_jax.model import flops
+from polar_jax.scaling import fanout, results, sweep
+from polar_jax.scaling import progress as table
 from polar_jax.scaling.sweep import Cell, Job
-from polar_jax.train import loop, stages
+from polar_jax.stages import sweep as sweep_stage
+from polar_jax.stages import sweep_worker as worker
+from polar_jax.stages import training as stages
+from polar_jax.train import trainer as loop
 from polar_jax.train.metrics import read_metrics
 from polar_jax.types import UserError
 
@@ -236,7 +241,7 @@ def test_jobs_for_a_queue_are_commands_that_run(finished, make, tmp_path):
   context = make(tmp_path, jobs_only=True, sizes=('8x1',), tokens=(300,))
   sweep_stage.run(context)
   models, runs = ((tmp_path / sweep.FOLDER / name).read_text().splitlines() for name in sweep_stage.JOBS)
-  assert models == [f'python -m polar_jax.scaling.worker {tmp_path} 8x1_lm'] or models[0].endswith('8x1_lm')
+  assert models == [f'python -m polar_jax.stages.sweep_worker {tmp_path} 8x1_lm'] or models[0].endswith('8x1_lm')
   assert len(models) == len(runs) == 1 and runs[0].endswith('8x1_tokens300_lr0.003_batch4')
   for job in (Job('8x1', None), Job('8x1', sweep.grid(context.config)[0])):
     worker.run(tmp_path, job.name)

@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 from polar_jax import sharding
+from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.scoring.exact import ExactScorer
-from polar_jax.train import checkpoint
 
 # Of these backends 'reference' compiles fastest, and compiling is most of the time of these tests.
 _SIZES = {'num_layers': 2, 'd_model': 32, 'd_ff': 64, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 8}

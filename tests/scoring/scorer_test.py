@@ -6,12 +6,12 @@ import optax
 import pytest
 
 from polar_jax import sharding
+from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.train import step as step_lib
-from polar_jax.train.checkpoint import Checkpointer
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import Group, Triplet, UserError
 

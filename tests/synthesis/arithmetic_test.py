@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from polar_jax import config as config_lib
-from polar_jax.data import sources
+from polar_jax.data import examples as sources
 from polar_jax.evaluate import baselines
-from polar_jax.ppo import rules
+from polar_jax.ppo.rewards import rules
 from polar_jax.synthesis import arithmetic
 from polar_jax.types import Triplet
 

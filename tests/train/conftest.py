@@ -14,8 +14,8 @@ import pytest
 
 from polar_jax import sharding
 from polar_jax.config import CheckpointingConfig, Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
-from polar_jax.scaling import flops
-from polar_jax.train import stages
+from polar_jax.model import flops
+from polar_jax.stages import training as stages
 
 ROWS = 40
 

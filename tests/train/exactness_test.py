@@ -17,8 +17,8 @@ from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, TokenizerC
 from polar_jax.data import pipeline
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
+from polar_jax.miniature.vocabulary import train_tokenizer
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.synthesis.vocabulary import train_tokenizer
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch, Triplet

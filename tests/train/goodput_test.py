@@ -7,7 +7,8 @@ import json
 import pytest
 
 from polar_jax.config import CheckpointingConfig, ProfileConfig
-from polar_jax.train import goodput, stages
+from polar_jax.stages import training as stages
+from polar_jax.train import goodput
 from polar_jax.train.goodput import PARTS, Clock
 from polar_jax.train.metrics import MetricsLog, read_metrics
 

@@ -14,15 +14,16 @@ import pytest
 from flax import nnx
 
 from polar_jax import sharding
+from polar_jax.checkpoints import exporter, families, tokenizer_files
+from polar_jax.checkpoints.pretrained import abstract_model, open_pretrained, start_params
 from polar_jax.config import Config, ConfigError, ConvertConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
-from polar_jax.hf import convert, exporter, families, tokenizer_files
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.pretrained import abstract_model, open_pretrained, start_params
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.train import stages
+from polar_jax.stages import convert
+from polar_jax.stages import training as stages
 
 SHAPE = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)  # make_context's
 MODEL = dataclasses.replace(SHAPE, vocab_size=261, v_head_init='normal')

@@ -1,0 +1,298 @@
+"""The config.json of a Hugging Face checkpoint, read into a `ModelConfig` and written from one.
+
+Whatever would change a number and that our decoder does not compute is refused: a model that is nearly right is worse than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from polar_jax.checkpoints import families
+from polar_jax.config import FAMILIES, STORED_DTYPES, ModelConfig
+from polar_jax.types import UserError
+
+
+class HfConfig(NamedTuple):
+  """What a config.json says of a model: its shape, its head ('lm', 'reward' or 'value') and how it is stored."""
+
+  model: ModelConfig
+  head: str
+  architecture: str
+  reward_token_id: int | None
+
+
+class _Rope(NamedTuple):
+  """A rope type: our name of it, and its parameters as {their key: our field}."""
+
+  scaling: str
+  fields: dict[str, str]
+
+
+_FACTOR = {'factor': 'rope_factor'}
+_LLAMA3 = _FACTOR | {
+  'low_freq_factor': 'rope_low_freq_factor',
+  'high_freq_factor': 'rope_high_freq_factor',
+  'original_max_position_embeddings': 'rope_original_length',
+}
+_ROPES = {
+  'default': _Rope('none', {}),
+  'linear': _Rope('linear', _FACTOR),
+  'dynamic': _Rope('dynamic', _FACTOR),
+  'llama3': _Rope('llama3', _LLAMA3),
+}
+
+# Biases that our decoder lacks: anything but false is refused.
+_NO_BIAS = {
+  'internlm2': ('bias',),
+  'internlm3': ('bias', 'attention_bias', 'mlp_bias'),  # InternLM's own code: bias; transformers 5: the others
+  'llama': ('attention_bias', 'mlp_bias'),  # attention_bias is one of the output projection too
+  'qwen2': (),
+}
+# The values that model.qkv_bias may have; internlm3 says it in the file.
+_QKV_BIAS = {'internlm2': (False,), 'internlm3': (False, True), 'llama': (False,), 'qwen2': (True,)}
+# What is written for a family alone, beside what follows from the model.
+_WRITTEN = {
+  'internlm2': {'bias': False},
+  'internlm3': {'bias': False},
+  'llama': {'attention_bias': False, 'mlp_bias': False},
+  'qwen2': {'use_sliding_window': False},
+}
+_INTEGERS = {
+  'vocab_size': 'vocab_size',
+  'num_hidden_layers': 'num_layers',
+  'hidden_size': 'd_model',
+  'intermediate_size': 'd_ff',
+  'num_attention_heads': 'num_heads',
+  'max_position_embeddings': 'max_position',
+}
+
+
+class _Reader:
+  """Typed access to a config.json, with errors that name the file and the key."""
+
+  def __init__(self, values: Mapping[str, Any], where: str):
+    self.values, self._where = values, where
+
+  def error(self, key: str, value: Any, supported: str) -> UserError:
+    return UserError(f'{self._where}{key} is {value!r}; supported: {supported}')
+
+  def get(self, key: str, default: Any = None) -> Any:
+    """The value; null is as good as absent, as it is to transformers."""
+    value = self.values.get(key)
+    return default if value is None else value
+
+  def need(self, key: str, default: Any = None) -> Any:
+    value = self.get(key, default)
+    if value is None:
+      raise UserError(f'{self._where}{key} is missing; the model cannot be built without it')
+    return value
+
+  def integer(self, key: str, default: int | None = None) -> int:
+    value = self.need(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise self.error(key, value, 'a positive integer')
+    return value
+
+  def number(self, key: str, default: float | None = None) -> float:
+    value = self.need(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float('inf'):
+      raise self.error(key, value, 'a positive number')
+    return float(value)
+
+  def flag(self, key: str) -> bool:
+    value = self.get(key, False)
+    if not isinstance(value, bool):
+      raise self.error(key, value, 'true or false')
+    return value
+
+  def section(self, key: str) -> _Reader:
+    value = self.get(key, {})
+    if not isinstance(value, Mapping):
+      raise self.error(key, value, 'an object or null')
+    return _Reader(value, f'{self._where}{key}.')
+
+  def only(self, key: str, allowed: tuple, default: Any) -> None:
+    """Refuses every value but the `allowed` ones."""
+    value = self.get(key, default)
+    if value not in allowed:
+      raise self.error(key, value, ' or '.join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed))
+
+
+def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
+  """Reads a parsed config.json; `where` names the file in errors.
+
+  Keys of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) are read alike. An InternLM2ForRewardModel may hold
+  a value model as well; it is read as 'reward'.
+
+  Raises:
+    UserError: a key is missing or of the wrong type, or says what our decoder does not compute.
+  """
+  read = _Reader(config, f'{where}: ')
+  family, architecture = _family(read)
+  head = families.architectures(family)[architecture]
+  _refuse(read, family)
+  if architecture.endswith('Classification'):
+    _one_label(read)
+  fields: dict[str, Any] = {ours: read.integer(theirs) for theirs, ours in _INTEGERS.items()}
+  # Both codes of internlm3 have defaults of their own for these, and they differ.
+  default = family != 'internlm3'
+  fields['num_kv_heads'] = read.integer('num_key_value_heads', fields['num_heads'] if default else None)
+  fields['norm_eps'] = read.number('rms_norm_eps', 1e-6 if default else None)
+  if fields['num_heads'] % fields['num_kv_heads']:
+    raise read.error('num_key_value_heads', fields['num_kv_heads'], f'a divisor of num_attention_heads ({fields["num_heads"]})')
+  fields['head_dim'] = _head_dim(read, fields['d_model'], fields['num_heads'])
+  fields['tie_embeddings'] = read.flag('tie_word_embeddings')
+  fields['qkv_bias'] = read.flag('qkv_bias') if len(_QKV_BIAS[family]) > 1 else _QKV_BIAS[family][0]
+  reward_token = read.get('reward_token_id')
+  if reward_token is not None and (not isinstance(reward_token, int) or isinstance(reward_token, bool) or reward_token < 0):
+    raise read.error('reward_token_id', reward_token, 'a token id or null')
+  model = ModelConfig(family=family, **fields, **_rope(read, family))
+  return HfConfig(model, head, architecture, reward_token)
+
+
+def _family(read: _Reader) -> tuple[str, str]:
+  """(family, architecture). The first files of InternLM2 call their type 'internlm': there, as without one, the architecture decides."""
+  named = read.need('architectures')
+  if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+    raise read.error('architectures', named, 'a list of one architecture')
+  kind = read.get('model_type')
+  if kind in (None, 'internlm'):
+    kind = next((f for f, names in families.FAMILIES.items() if named[0].startswith(names.prefixes[0])), kind)
+  if kind not in FAMILIES:
+    raise read.error('model_type', kind, ', '.join(FAMILIES))
+  if named[0] not in families.architectures(kind):
+    raise read.error('architectures', named, ', '.join(families.architectures(kind)))
+  return kind, named[0]
+
+
+def _refuse(read: _Reader, family: str) -> None:
+  read.only('hidden_act', ('silu',), 'silu')
+  for key in _NO_BIAS[family]:
+    read.only(key, (False,), False)
+  read.only('use_sliding_window', (False,), False)  # qwen2 names a sliding_window that it does not use
+  if set(read.get('layer_types', ())) - {'full_attention'}:
+    raise read.error('layer_types', read.get('layer_types'), 'full_attention in every layer')
+  read.only('partial_rotary_factor', (1,), 1)
+  if read.get('quantization_config') is not None:
+    raise read.error('quantization_config', read.get('quantization_config'), 'null: weights that are not quantized')
+
+
+def _one_label(read: _Reader) -> None:
+  """Classifiers have as many labels as `id2label`, which transformers writes, else `num_labels`, else 2."""
+  labels = read.section('id2label').values
+  if labels and len(labels) != 1:
+    raise read.error('id2label', labels, 'one label, the reward or value')
+  if not labels and read.get('num_labels', 2) != 1:
+    raise read.error('num_labels', read.get('num_labels', 2), '1, the reward or value (absent means 2)')
+
+
+def _head_dim(read: _Reader, d_model: int, num_heads: int) -> int:
+  if read.get('head_dim') is None and d_model % num_heads:
+    raise read.error('hidden_size', d_model, f'a multiple of num_attention_heads ({num_heads}), unless head_dim is given')
+  head_dim = read.integer('head_dim', d_model // num_heads)
+  if head_dim % 2:
+    raise read.error('head_dim', head_dim, 'an even number')
+  return head_dim
+
+
+def _rope_types(family: str) -> dict[str, _Rope]:
+  """By their name. InternLM2's own code knows no llama3."""
+  return {name: rope for name, rope in _ROPES.items() if (family, name) != ('internlm2', 'llama3')}
+
+
+def _rope(read: _Reader, family: str) -> dict[str, Any]:
+  """Our rope_* fields. `rope_scaling` comes before `rope_parameters`, and theta within them before theta beside them, as in
+  transformers 5."""
+  inside = read.section('rope_scaling' if read.get('rope_scaling') else 'rope_parameters')
+  theta = (read if inside.get('rope_theta') is None else inside).number('rope_theta', 10_000.0)
+  key = 'type' if inside.get('rope_type') is None else 'rope_type'
+  kind = inside.get(key, 'default')
+  known = _rope_types(family)
+  if kind not in tuple(known):
+    raise inside.error(key, kind, ', '.join(known))
+  rope = known[kind]
+  extra = {k for k, v in inside.values.items() if v is not None} - {'rope_type', 'type', 'rope_theta', *rope.fields}
+  if extra:
+    key = min(extra)
+    raise inside.error(key, inside.values[key], f'{", ".join(rope.fields) or "no parameters"} for rope type {kind!r}')
+  fields: dict[str, Any] = {}
+  for theirs, ours in rope.fields.items():
+    fields[ours] = inside.integer(theirs) if ours == 'rope_original_length' else inside.number(theirs)
+  if kind == 'llama3' and fields['rope_low_freq_factor'] >= fields['rope_high_freq_factor']:
+    raise inside.error('low_freq_factor', fields['rope_low_freq_factor'], f'less than high_freq_factor ({fields["rope_high_freq_factor"]})')
+  return {'rope_theta': theta, 'rope_scaling': rope.scaling, **fields}
+
+
+def to_json(
+  model: ModelConfig,
+  head: str,
+  *,
+  dtype: str,
+  reward_token_id: int | None = None,
+  architecture: str | None = None,
+  special_ids: Mapping[str, int | None] = {},
+) -> dict[str, Any]:
+  """The config.json of a checkpoint with that head whose tensors are stored in `dtype`.
+
+  In transformers 4's keys, which transformers 5, vLLM and SGLang read as well. `special_ids` has 'pad_token_id', 'bos_token_id' and
+  'eos_token_id'; those it lacks are written as null, lest the family's default, another tokenizer's, takes their place.
+
+  Raises:
+    UserError: the family cannot express the model.
+  """
+  architecture = families.architecture_of(model.family, head, architecture)
+  _check_expressible(model, dtype)
+  out: dict[str, Any] = {'architectures': [architecture], 'model_type': model.family}
+  out |= {theirs: getattr(model, ours) for theirs, ours in _INTEGERS.items()}
+  out |= {
+    'num_key_value_heads': model.num_kv_heads,
+    'hidden_act': 'silu',
+    'initializer_range': model.init_std,
+    'rms_norm_eps': model.norm_eps,
+    'rope_theta': model.rope_theta,
+    'rope_scaling': _rope_scaling(model),
+    'tie_word_embeddings': model.tie_embeddings,
+    'torch_dtype': dtype,
+  }
+  out |= {key: special_ids.get(key) for key in ('pad_token_id', 'bos_token_id', 'eos_token_id')}
+  out |= _WRITTEN[model.family]
+  if model.family == 'internlm3':
+    out['qkv_bias'] = model.qkv_bias
+  if model.family == 'internlm2':
+    classes = {'AutoModel': architecture} | ({'AutoModelForCausalLM': architecture} if head == 'lm' else {})
+    out['auto_map'] = {'AutoConfig': 'configuration_internlm2.InternLM2Config'}
+    out['auto_map'] |= {auto: f'modeling_internlm2.{name}' for auto, name in classes.items()}
+  else:
+    out['head_dim'] = model.head_dim
+  if architecture.endswith('Classification'):
+    # One label that is a number: servers would otherwise squash it with a sigmoid.
+    out |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}, 'problem_type': 'regression'}
+  if reward_token_id is not None:
+    out['reward_token_id'] = reward_token_id
+  return out
+
+
+def _check_expressible(m: ModelConfig, dtype: str) -> None:
+  if dtype not in STORED_DTYPES:
+    raise UserError(f'a checkpoint cannot be stored as {dtype!r}, only as: {", ".join(STORED_DTYPES)}')
+  if m.vocab_size is None:
+    raise UserError('model.vocab_size must be set to write a config.json')
+  if m.qkv_bias not in _QKV_BIAS[m.family]:
+    raise UserError(f'checkpoints of family {m.family} cannot have model.qkv_bias {m.qkv_bias}; choose another model.family')
+  if m.family == 'internlm2' and m.head_dim * m.num_heads != m.d_model:
+    raise UserError(
+      f'checkpoints of family internlm2 have a head_dim of d_model / num_heads ({m.d_model} / {m.num_heads}), not {m.head_dim}; '
+      'choose another model.family'
+    )
+  known = [rope.scaling for rope in _rope_types(m.family).values()]
+  if m.rope_scaling not in known:
+    raise UserError(f'checkpoints of family {m.family} cannot have model.rope_scaling {m.rope_scaling!r}, only: {", ".join(known)}')
+
+
+def _rope_scaling(m: ModelConfig) -> dict[str, Any] | None:
+  if m.rope_scaling == 'none':
+    return None
+  # InternLM2's own code accepts `type` and nothing else beside the factor.
+  key = 'type' if m.family == 'internlm2' else 'rope_type'
+  return {key: m.rope_scaling} | {theirs: getattr(m, ours) for theirs, ours in _ROPES[m.rope_scaling].fields.items()}

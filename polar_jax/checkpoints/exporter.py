@@ -1,0 +1,115 @@
+"""From parameters of ours to a folder that transformers, vLLM and SGLang load."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from polar_jax.checkpoints import config_json
+from polar_jax.checkpoints.families import Stored
+from polar_jax.checkpoints.formats.storage import SafetensorsWriter
+from polar_jax.config import ModelConfig
+from polar_jax.types import UserError
+
+_REMOTE_CODE = pathlib.Path(__file__).parent / 'remote_code'
+
+
+def stored_arrays(params: dict[str, Any], stored: list[Stored], dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors of a Hugging Face checkpoint, one at a time. `dtype`: None is that of the parameters, and then exact to the bit.
+
+  Raises:
+    UserError: a number is too large for `dtype`, naming the tensor.
+  """
+  for s in stored:
+    pieces = [_fetch(_look_up(params, part.path), part.layer) for part in s.parts]
+    joined = np.asarray(s.join(*pieces))
+    with np.errstate(over='ignore'):  # said below
+      array = np.ascontiguousarray(joined.astype(_dtype(params, s, dtype)))
+    if dtype is not None and not np.isfinite(array).all() and np.isfinite(joined).all():
+      raise UserError(f'tensor {s.name!r} reaches {np.abs(joined).max():.3g}, which {dtype} cannot hold; export in another dtype')
+    yield s.name, array.reshape(s.shape)
+
+
+def _look_up(params: dict[str, Any], path: tuple[str, ...]) -> Any:
+  for key in path:
+    params = params[key]
+  return params
+
+
+def _fetch(array: Any, layer: int | None) -> np.ndarray:
+  """One layer of a parameter on the host. (On several processes all of them must call this.)"""
+  piece = array if layer is None else array[layer]
+  if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+    return multihost_utils.process_allgather(piece, tiled=True)
+  return np.asarray(piece)
+
+
+def _dtype(params: dict[str, Any], s: Stored, dtype: str | None) -> np.dtype:
+  """A constant of the architecture, which is no parameter, is stored like the head that it is part of."""
+  held = _look_up(params, s.parts[0].path if s.parts else ('v_head',))
+  return np.dtype(jnp.dtype(dtype or held.dtype))
+
+
+def write_weights(params: dict[str, Any], stored: list[Stored], folder: pathlib.Path, dtype: str | None, max_bytes: int) -> None:
+  """safetensors files of at most `max_bytes` each, with an index if there are several."""
+  sizes = {s.name: math.prod(s.shape) * _dtype(params, s, dtype).itemsize for s in stored}
+  writer = SafetensorsWriter(folder, sizes, max_bytes) if jax.process_index() == 0 else None
+  for name, array in stored_arrays(params, stored, dtype):
+    if writer is not None:
+      writer.add(name, array)
+  if writer is not None:
+    writer.close()
+
+
+def write_config(
+  folder: pathlib.Path,
+  model: ModelConfig,
+  head: str,
+  *,
+  dtype: str,
+  reward_token_id: int | None,
+  special_ids: Mapping[str, int | None],
+) -> None:
+  """config.json, and for InternLM2, which transformers does not know, the code of the model, unless it came with the weights.
+
+  A config.json that is there, because it came with the weights, is kept with every key that we do not know, as long as it still
+  describes the model.
+  """
+  config = _kept_config(folder / 'config.json', model, head)
+  if config is None:
+    config = config_json.to_json(model, head, dtype=dtype, special_ids=special_ids)
+  config.pop('dtype', None)  # transformers 5's name of torch_dtype, which older readers do not know
+  config['torch_dtype'] = dtype
+  if reward_token_id is not None:
+    config['reward_token_id'] = reward_token_id
+  if not _code_is_there(folder, config):
+    config.pop('auto_map', None)
+    if model.family == 'internlm2':
+      config['auto_map'] = config_json.to_json(model, head, dtype=dtype)['auto_map']
+      for file in sorted(_REMOTE_CODE.glob('*.py')):
+        shutil.copyfile(file, folder / file.name)
+  (folder / 'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def _kept_config(file: pathlib.Path, model: ModelConfig, head: str) -> dict[str, Any] | None:
+  if not file.is_file():
+    return None
+  config = json.loads(file.read_text('utf-8'))
+  said = config_json.from_json(config, str(file))
+  shape = config_json.from_json(config_json.to_json(model, head, dtype='float32'), 'the model')
+  return config if (said.model, said.head) == (shape.model, shape.head) else None
+
+
+def _code_is_there(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Whether the code that a config.json names for its model came with the checkpoint."""
+  named = {reference.split('.')[0] for key, reference in (config.get('auto_map') or {}).items() if key in ('AutoConfig', 'AutoModel')}
+  return bool(named) and all((folder / f'{module}.py').is_file() for module in named)

@@ -1,0 +1,267 @@
+"""GGUF files of the Llama architecture, read with the `gguf` package: its header reader and its dequantisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from polar_jax.checkpoints.formats.storage import (
+  CheckpointFileError,
+  Entry,
+  LazyTensors,
+  TensorInfo,
+  damaged,
+  first_bytes,
+  halves_from_pairs,
+  read_array,
+)
+from polar_jax.config import ModelConfig
+from polar_jax.types import UserError
+
+_OUTER = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+_OF_LAYER = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+_ROPE_FACTORS = 'rope_freqs.weight'
+_PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+_FLOAT32 = np.dtype(np.float32)
+
+# Each of these, unless 0, means another computation than our decoder's.
+_REFUSED = (
+  'split.count',
+  'llama.expert_count',
+  'llama.attention.sliding_window',
+  'llama.attention.scale',
+  'llama.attention.clamp_kqv',
+  'llama.attention.max_alibi_bias',
+  'llama.logit_scale',
+  'llama.residual_scale',
+  'llama.embedding_scale',
+)
+_CHUNK = 2**22  # values dequantised at a time: the package's temporaries are several times the result
+
+# What llama.cpp's converter assumes of Llama 3, and all of Meta's releases have. It writes the factors that follow from them.
+_LLAMA3: dict[str, Any] = {'rope_low_freq_factor': 1.0, 'rope_high_freq_factor': 4.0, 'rope_original_length': 8_192}
+
+
+class GgufSource(LazyTensors):
+  """A TensorSource under Hugging Face's llama names, with the shape of its model and the file's metadata.
+
+  Quantised tensors come as float32; float32, float16 and bfloat16 ones as they are.
+  """
+
+  def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry], model: ModelConfig, metadata: Mapping[str, Any]):
+    super().__init__(path, entries)
+    self.model = model
+    self._metadata = dict(metadata)
+
+  def metadata(self) -> dict[str, Any]:
+    """All fields by their GGUF name, lists of the tokenizer included, as plain Python values."""
+    return dict(self._metadata)
+
+
+def open_gguf(path: str | pathlib.Path) -> GgufSource:
+  """Opens a GGUF file. Query and key rows come in our order of rotary dimensions.
+
+  Raises:
+    CheckpointFileError: damaged, not of the Llama architecture, or with something that our decoder does not compute.
+    UserError: the package gguf is not installed.
+  """
+  file = pathlib.Path(path)
+  header = _read_header(file)
+  # Whole-file views live in the reader: nothing but plain values goes on from here.
+  metadata = {name: _plain(file, name, field) for name, field in header.fields.items()}
+  if header.byte_order != 'I':
+    raise CheckpointFileError(f'{file}: is a big-endian GGUF; convert it to this machine with gguf-convert-endian')
+  shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in header.tensors}
+  model = _model(file, metadata, shapes)
+  entries: dict[str, Entry] = {}
+  for tensor in header.tensors:
+    if tensor.name == _ROPE_FACTORS:
+      model = _with_rope_factors(file, model, _entry(file, tensor, shapes[tensor.name]).read())
+    else:
+      name = _hugging_face_name(file, tensor.name)
+      heads = {'q_proj': model.num_heads, 'k_proj': model.num_kv_heads}.get(name.split('.')[-2], 0)
+      entries[name] = _entry(file, tensor, shapes[tensor.name], heads, model.head_dim)
+  return GgufSource(file, entries, model, metadata)
+
+
+def _package() -> Any:
+  try:
+    import gguf
+  except ImportError as error:
+    raise UserError("reading .gguf files needs the package gguf: pip install 'polar_jax[gguf]'") from error
+  return gguf
+
+
+def _read_header(file: pathlib.Path) -> Any:
+  gguf = _package()
+  magic = first_bytes(file, 4)
+  if magic != b'GGUF':
+    raise damaged(file, f'begins with {magic!r}, not GGUF')
+  try:
+    return gguf.GGUFReader(file)
+  except (ValueError, LookupError, OverflowError, MemoryError) as error:  # its views of a cut file are shorter than they should be
+    raise damaged(file, error) from error
+
+
+def _plain(file: pathlib.Path, name: str, field: Any) -> Any:
+  try:
+    return field.contents()
+  except (ValueError, LookupError) as error:
+    raise CheckpointFileError(f'{file}: field {name} cannot be read ({error})') from error
+
+
+def _hugging_face_name(file: pathlib.Path, name: str) -> str:
+  if name in _OUTER:
+    return _OUTER[name]
+  part = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
+  if part is None or part[2] not in _OF_LAYER:
+    raise CheckpointFileError(f'{file}: tensor {name!r} is no part of the Llama decoder that is supported (no biases, no experts)')
+  return f'model.layers.{int(part[1])}.{_OF_LAYER[part[2]]}.weight'
+
+
+def _entry(file: pathlib.Path, tensor: Any, shape: tuple[int, ...], heads: int = 0, head_dim: int = 0) -> Entry:
+  """A tensor to be read; with `heads`, rows to be reordered."""
+  kind = tensor.tensor_type
+  dtype = _PLAIN.get(kind.name, _FLOAT32)
+  if kind.name not in _PLAIN:
+    gguf = _package()
+    try:  # the package does not tell what it can dequantise, so it is tried on one block
+      gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+      raise CheckpointFileError(f'{file}: tensor {tensor.name!r} is stored as {kind.name}, which the package gguf cannot read') from error
+  if heads and (len(shape) != 2 or shape[0] != heads * head_dim):
+    raise CheckpointFileError(f'{file}: tensor {tensor.name!r} has shape {shape}; {heads} heads of {head_dim} were expected')
+  return Entry(TensorInfo(shape, dtype, file), functools.partial(_read, file, int(tensor.data_offset), kind, shape, heads))
+
+
+def _read(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...], heads: int) -> np.ndarray:
+  dtype = _PLAIN.get(kind.name)
+  array = read_array(file, offset, dtype, shape) if dtype else _dequantise(file, offset, kind, shape)
+  return halves_from_pairs(array, heads) if heads else array
+
+
+def _dequantise(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+  """Whole rows at a time; quantisation blocks lie within rows."""
+  gguf = _package()
+  block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+  row_bytes = shape[-1] // block_values * block_bytes
+  array = np.empty(shape, np.float32)
+  rows = array.reshape(-1, shape[-1])
+  step = max(1, _CHUNK // shape[-1])
+  for first in range(0, len(rows), step):
+    some = rows[first : first + step]
+    raw = read_array(file, offset + first * row_bytes, np.dtype(np.uint8), (len(some), row_bytes))
+    some[:] = gguf.dequantize(raw, kind)
+  return array
+
+
+# ---- metadata to ModelConfig ----
+
+
+def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+  """The model that the metadata describes, without what the tensor of rope factors adds."""
+  architecture = metadata.get('general.architecture')
+  if architecture != 'llama':
+    raise CheckpointFileError(f'{file}: is of the architecture {architecture!r}; only llama can be read from GGUF')
+  for key in _REFUSED:
+    if metadata.get(key):
+      raise CheckpointFileError(f'{file}: {key} is {metadata[key]}, which is not supported')
+
+  if metadata.get('llama.attention.causal') is False:
+    raise CheckpointFileError(f'{file}: llama.attention.causal is False; only causal models are supported')
+  number = functools.partial(_number, file, metadata)
+  width, heads = number('embedding_length'), number('attention.head_count')
+  head_dim = number('attention.key_length', width // heads)
+  for key in ('rope.dimension_count', 'attention.value_length'):
+    if number(key, head_dim) != head_dim:
+      raise CheckpointFileError(f'{file}: llama.{key} is {number(key)}, and the head dimension {head_dim}; they must be the same')
+  kv_heads = number('attention.head_count_kv', heads)
+  if heads % kv_heads or head_dim % 2:
+    raise CheckpointFileError(f'{file}: {heads} heads of dimension {head_dim} with {kv_heads} key/value heads are not possible')
+  if len(shapes.get('token_embd.weight', ())) != 2:
+    raise CheckpointFileError(f'{file}: has no embedding table (token_embd.weight)')
+  return ModelConfig(
+    family='llama',
+    vocab_size=shapes['token_embd.weight'][0],
+    num_layers=number('block_count'),
+    d_model=width,
+    d_ff=number('feed_forward_length'),
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=head_dim,
+    rope_theta=_shortest(number('rope.freq_base', 10_000.0, float)),
+    **_linear_scaling(file, metadata),
+    norm_eps=_shortest(number('attention.layer_norm_rms_epsilon', kind=float)),
+    max_position=number('context_length'),
+    tie_embeddings='output.weight' not in shapes,
+  )
+
+
+def _number(file: pathlib.Path, metadata: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
+  """A positive number of the metadata."""
+  value = metadata.get(f'llama.{key}', default)
+  if type(value) not in (int, kind) or not 0 < value < math.inf:
+    raise CheckpointFileError(f'{file}: llama.{key} is {value!r}; one positive {kind.__name__} was expected')
+  return value
+
+
+def _shortest(value: float) -> float:
+  """The shortest decimal that is the same float32: GGUF stores 1e-5 as float32, which Python reads as 9.999999747378752e-06."""
+  return float(str(np.float32(value)))
+
+
+def _linear_scaling(file: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings of rope scaling by keys, of which `scale_linear` is the old one."""
+  factor = metadata.get('llama.rope.scaling.factor', metadata.get('llama.rope.scale_linear', 1.0))
+  kind = metadata.get('llama.rope.scaling.type', 'linear')
+  if kind == 'none' or (kind == 'linear' and factor in (0, 1)):
+    return {}
+  if kind != 'linear':
+    raise CheckpointFileError(f'{file}: llama.rope.scaling.type is {kind!r}; only none and linear are supported')
+  return {'rope_scaling': 'linear', 'rope_factor': _shortest(factor)}
+
+
+def _with_rope_factors(file: pathlib.Path, model: ModelConfig, factors_h: np.ndarray) -> ModelConfig:
+  """Llama 3's scaling from the divisors of the frequencies.
+
+  The file does not say what they were made from: the largest is the factor, the rest are Llama 3's constants, and the divisors
+  that these give must be the stored ones.
+  """
+  factor = float(factors_h.max())
+  wanted_h = _llama3_divisors(model, factor)
+  if model.rope_scaling != 'none' or factors_h.shape != wanted_h.shape or not np.allclose(factors_h, wanted_h, rtol=1e-4, atol=0):
+    raise CheckpointFileError(f'{file}: {_ROPE_FACTORS!r} scales rotary embeddings in another way than Llama 3, which is not supported')
+  if factor == 1:
+    return model
+  return dataclasses.replace(model, rope_scaling='llama3', rope_factor=_shortest(factor), **_LLAMA3)
+
+
+def _llama3_divisors(model: ModelConfig, factor: float) -> np.ndarray:
+  """(H / 2,): 1 for short wave lengths, `factor` for long ones, and between them the inverse of a blend of 1 and 1 / factor."""
+  wave_length_h = 2 * math.pi * model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
+  turns_h = _LLAMA3['rope_original_length'] / wave_length_h
+  low, high = _LLAMA3['rope_low_freq_factor'], _LLAMA3['rope_high_freq_factor']
+  blend_h = np.clip((turns_h - low) / (high - low), 0, 1)
+  return 1 / ((1 - blend_h) / factor + blend_h)

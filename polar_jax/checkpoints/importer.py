@@ -1,0 +1,164 @@
+"""From a checkpoint on disk straight onto a mesh, tensor by tensor.
+
+The destination arrays are born sharded and filled in place, so that what the host holds beside them is one stored tensor and the
+slices of it that its devices want: never a layer stack, never a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from polar_jax.checkpoints import families
+from polar_jax.checkpoints.families import Part, Stored
+from polar_jax.checkpoints.formats.storage import CheckpointFileError, TensorSource
+from polar_jax.types import UserError
+
+# Buffers that older checkpoints store and that follow from the config.
+_BUFFERS = ('rotary_emb.inv_freq', 'attn.bias', 'attn.masked_bias')
+
+OnTensor = Callable[[str, np.ndarray], None]
+
+
+def check(source: TensorSource, stored: list[Stored]) -> dict[str, Stored]:
+  """The tensors to read, by name.
+
+  Raises:
+    CheckpointFileError: a tensor is missing, is not part of such a model, or has another shape than the config says.
+  """
+  wanted, held = {s.name: s for s in stored}, source.tensors()
+  missing = [name for name, s in wanted.items() if name not in held and s.parts]  # a constant may be left out
+  extra = [name for name in held if name not in wanted and not name.endswith(_BUFFERS) and not _is_tied_head(source, name, wanted)]
+  if missing:
+    why = f'it has {extra[0]!r}{_others(extra)} instead; another family?' if extra else 'is the download complete?'
+    raise CheckpointFileError(f'{source.path}: tensor {missing[0]!r} is missing{_others(missing)}; {why}')
+  if extra:
+    file, others = held[extra[0]].file, _others(extra)
+    raise CheckpointFileError(f'{file}: tensor {extra[0]!r} is no part of the model that its config describes{others}; another family?')
+  wanted = {name: s for name, s in wanted.items() if name in held}
+  for name, s in wanted.items():
+    if held[name].shape != s.shape:
+      raise CheckpointFileError(f'{held[name].file}: tensor {name!r} has shape {held[name].shape}; its config means {s.shape}')
+  return wanted
+
+
+def _others(names: list[str]) -> str:
+  return f' (and {len(names) - 1} more)' if len(names) > 1 else ''
+
+
+def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored]) -> bool:
+  """Whether this is the output projection of a tied language model, stored once more."""
+  embedding = families.TIED_HEADS.get(name, '')
+  if embedding not in wanted or any(part.path == ('v_head',) for s in wanted.values() for part in s.parts):
+    return False
+  if checksum(source.read(name)) != checksum(source.read(embedding)):
+    raise CheckpointFileError(f'{source.tensors()[name].file}: tensor {name!r} differs from the embedding that its config ties it to')
+  return True
+
+
+def load(
+  source: TensorSource, stored: list[Stored], abstract: dict[str, Any], dtype: str | None = None, on_tensor: OnTensor | None = None
+) -> dict[str, Any]:
+  """Parameters laid out as `abstract` says (see `sharding.abstract_params`); what it leaves out is not read.
+
+  Args:
+    dtype: of the parameters; None: each as it is stored.
+    on_tensor: called with the name and the bytes of every stored tensor that is read.
+
+  Raises:
+    CheckpointFileError: as `check`; a tensor holds NaN or infinity, or numbers too large for `dtype`; the parts of one parameter are
+      stored in several dtypes.
+  """
+  tensors = check(source, stored)
+  target = _Target(abstract, dtype)
+  for name, s in tensors.items():
+    if s.parts and not any(target.wants(part) for part in s.parts):
+      continue
+    array, named = source.read(name), f'{source.tensors()[name].file}: tensor {name!r}'
+    if on_tensor is not None:
+      on_tensor(name, array)
+    try:
+      pieces = s.split(array)
+    except UserError as error:
+      raise CheckpointFileError(f'{source.tensors()[name].file}: {error}') from error
+    # Waits for each tensor: what is still being copied would stay in the host's memory.
+    finite = [target.put(part, piece, named) for part, piece in zip(s.parts, pieces, strict=True) if target.wants(part)]
+    if not all(map(bool, finite)):
+      if dtype is not None and np.isfinite(array).all():
+        raise CheckpointFileError(f'{named} reaches {np.abs(array).max():.3g}, which {dtype} cannot hold; convert to another dtype')
+      raise CheckpointFileError(f'{named} holds NaN or infinity; the checkpoint is of no use')
+  return target.finished()
+
+
+class _Target:
+  """The arrays being filled."""
+
+  def __init__(self, abstract: dict[str, Any], dtype: str | None):
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    self._abstract = {tuple(k.key for k in path): leaf for path, leaf in leaves}
+    self._tree = jax.tree.structure(abstract)
+    self._dtype = dtype
+    self._arrays: dict[tuple[str, ...], jax.Array] = {}
+
+  def wants(self, part: Part) -> bool:
+    return part.path in self._abstract
+
+  def put(self, part: Part, piece: np.ndarray, named: str) -> jax.Array:
+    """Places one part, and says whether all of it is finite in the dtype of the parameter."""
+    wanted = self._abstract[part.path]
+    dtype = np.dtype(jnp.dtype(self._dtype or piece.dtype))
+    if part.layer is None:
+      whole = _place(piece, wanted.sharding)
+      self._arrays[part.path] = whole if whole.dtype == dtype else whole.astype(dtype)
+      return _is_finite(self._arrays[part.path])
+    if part.path not in self._arrays:
+      self._arrays[part.path] = _zeros(wanted.sharding)(wanted.shape, dtype.name)
+    stack = self._arrays[part.path]
+    if stack.dtype != dtype:
+      raise CheckpointFileError(f'{named} is stored as {dtype}, and other layers as {stack.dtype}; set convert.dtype to one of them')
+    one_layer = NamedSharding(wanted.sharding.mesh, PartitionSpec(*wanted.sharding.spec[1:]))
+    self._arrays[part.path], is_finite = _fill(wanted.sharding)(stack, _place(piece, one_layer), part.layer)
+    return is_finite
+
+  def finished(self) -> dict[str, Any]:
+    return jax.tree.unflatten(self._tree, [self._arrays[path] for path in self._abstract])
+
+
+def _place(piece: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """Every device gets its slice and nothing else; the process needs to have read the tensor only for its own devices."""
+  # Slices are views: the runtime transposes them while it copies, three times as fast as numpy.
+  return jax.make_array_from_callback(piece.shape, sharding, lambda index: piece[index])
+
+
+@functools.cache
+def _zeros(sharding: NamedSharding) -> Callable[[tuple[int, ...], str], jax.Array]:
+  return jax.jit(lambda shape, dtype: jnp.zeros(shape, dtype), static_argnums=(0, 1), out_shardings=sharding)
+
+
+@jax.jit
+def _is_finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))
+
+
+@functools.cache
+def _fill(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]:
+  """Writes one layer into a stack, in place."""
+
+  def fill(stack: jax.Array, piece: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
+    start = (layer,) + (0,) * piece.ndim
+    piece = piece.astype(stack.dtype)
+    return jax.lax.dynamic_update_slice(stack, piece[None], start), jnp.all(jnp.isfinite(piece))
+
+  return jax.jit(fill, out_shardings=(sharding, NamedSharding(sharding.mesh, PartitionSpec())), donate_argnums=0)
+
+
+def checksum(array: np.ndarray) -> str:
+  """SHA-256 of a tensor's bytes."""
+  return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()

@@ -1,0 +1,353 @@
+"""Tokenizer files that travel with weights: copied from checkpoint to checkpoint, and written where a format keeps them elsewhere.
+
+GGUF files carry the tokenizer in their metadata and llama2.c's models in a small binary file; both become what Hugging Face folders
+have. `write_for_transformers` completes a folder so that transformers, without remote code, makes the ids that we make.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import struct
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from polar_jax.checkpoints import sentencepiece_to_bpe
+from polar_jax.data.special_tokens import NAMES, TokenizerError, read_json, read_special_tokens
+from polar_jax.data.tokenizer import SPECIAL_TOKENS, BpeTokenizer, SentencePieceTokenizer, Tokenizer, byte_symbols, sentencepiece_proto
+
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'generation_config.json',
+)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, the same in SentencePiece and in GGUF
+_GGUF_IDS = {'bos': 'bos_token_id', 'eos': 'eos_token_id', 'pad': 'padding_token_id', 'unk': 'unknown_token_id'}
+_BOS_SLOT, _EOS_SLOT = 1, 2  # of llama2.c's files, as of Llama's
+
+# Splits before the byte-level BPE, by the name that GGUF gives them. None: the split of GPT-2, which ByteLevel itself has.
+_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {'gpt-2': None, 'smollm': None, 'llama-bpe': _LLAMA3_SPLIT, 'qwen2': _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')}
+
+
+def copy_small_files(source_folder: str | pathlib.Path, target_folder: str | pathlib.Path) -> list[str]:
+  """Copies a checkpoint's tokenizer files, config.json and *.py (the remote code, which is never run). Returns their names."""
+  source, target = pathlib.Path(source_folder), pathlib.Path(target_folder)
+  names = [name for name in (*TOKENIZER_FILES, 'config.json') if (source / name).is_file()]
+  names += sorted(path.name for path in source.glob('*.py') if path.is_file())
+  target.mkdir(parents=True, exist_ok=True)
+  for name in names:
+    if not (target / name).exists() or not (source / name).samefile(target / name):
+      shutil.copyfile(source / name, target / name)
+  return names
+
+
+def from_gguf(metadata: Mapping[str, Any], folder: str | pathlib.Path) -> None:
+  """Writes the tokenizer of a GGUF file into `folder`: tokenizer.json or tokenizer.model, and tokenizer_config.json.
+
+  Args:
+    metadata: the file's key-value pairs as plain Python values.
+
+  Raises:
+    TokenizerError: the kind of tokenizer, or its split of text into words, is not one we know, or a list is missing or too short.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  tokens = _gguf_list(metadata, 'tokens')
+  kind = metadata.get('tokenizer.ggml.model')
+  if kind == 'gpt2':
+    _byte_level_bpe(metadata, tokens).save(str(folder / 'tokenizer.json'))
+  elif kind == 'llama':
+    (folder / 'tokenizer.model').write_bytes(_gguf_sentencepiece(metadata, tokens))
+  else:
+    raise TokenizerError(f"the GGUF file's tokenizer.ggml.model is {kind!r}; we read 'gpt2' and 'llama'. Give a tokenizer file instead")
+  settings: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+  for name in NAMES:
+    if f'tokenizer.ggml.{_GGUF_IDS[name]}' in metadata:  # what the file does not say is left to the tokenizer itself
+      i = _gguf_id(metadata, name)
+      settings[f'{name}_token'] = None if i is None else tokens[i]
+  settings['add_bos_token'] = _gguf_adds_bos(metadata) and settings.get('bos_token') is not None
+  if metadata.get('tokenizer.chat_template'):
+    settings['chat_template'] = metadata['tokenizer.chat_template']
+  _write_json(folder / 'tokenizer_config.json', settings)
+
+
+def _gguf_list(metadata: Mapping[str, Any], name: str, length: int | None = None) -> Sequence[Any]:
+  values = metadata.get(f'tokenizer.ggml.{name}')
+  if values is None or (length is not None and len(values) != length):
+    have = 'is missing' if values is None else f'has {len(values)} entries for {length} tokens'
+    raise TokenizerError(f"the GGUF file's tokenizer.ggml.{name} {have}; give a tokenizer file instead")
+  return values
+
+
+def _gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
+  """The id of 'bos', 'eos', 'pad' or 'unk'. One that no token has, such as -1, says that there is none."""
+  i = metadata.get(f'tokenizer.ggml.{_GGUF_IDS[name]}', -1)
+  return i if 0 <= i < len(_gguf_list(metadata, 'tokens')) else None
+
+
+def _gguf_adds_bos(metadata: Mapping[str, Any]) -> bool:
+  """Files that do not say mean the habit of their kind: Llama's and Llama 3's texts begin with BOS, those of the others do not."""
+  habit = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
+  return bool(metadata.get('tokenizer.ggml.add_bos_token', habit))
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
+  """A `tokenizers.Tokenizer` of GGUF's kind 'gpt2'."""
+  from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+  name = metadata.get('tokenizer.ggml.pre')
+  if name not in _SPLITS:
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.pre is {name!r}; we read {', '.join(_SPLITS)}. Give the tokenizer.json of the original model instead"
+    )
+  merges = [tuple(merge.split(' ')) for merge in _gguf_list(metadata, 'merges')]
+  if bad := next((merge for merge in merges if len(merge) != 2), None):
+    raise TokenizerError(f"the GGUF file's tokenizer.ggml.merges has {' '.join(bad)!r}, which is not a pair")
+  vocab = {token: i for i, token in enumerate(tokens)}
+  if len(vocab) != len(tokens):
+    raise TokenizerError("the GGUF file's tokenizer.ggml.tokens names a token twice")
+  # As in Llama 3's own file, a word that is a token as a whole is taken without merging.
+  bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
+  split = _SPLITS[name]
+  steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == 'smollm' else []
+  steps += [] if split is None else [pre_tokenizers.Split(Regex(split), 'isolated')]
+  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
+  bpe.decoder = decoders.ByteLevel()
+  if name == 'qwen2':
+    bpe.normalizer = normalizers.NFC()  # Qwen's own file has it; GGUF does not say so
+  types = _gguf_list(metadata, 'token_type', len(tokens))
+  special = [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+  defined = [AddedToken(token, special=False, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
+  bpe.add_tokens(special + defined)
+  bos = _gguf_id(metadata, 'bos')
+  if _gguf_adds_bos(metadata) and bos is not None:
+    bpe.post_processor = processors.TemplateProcessing(single=[tokens[bos], '$A'], special_tokens=[(tokens[bos], bos)])
+  return bpe
+
+
+def _gguf_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> bytes:
+  """A tokenizer.model of GGUF's kind 'llama'."""
+  scores = _gguf_list(metadata, 'scores', len(tokens))
+  types = _gguf_list(metadata, 'token_type', len(tokens))
+  model = _sentencepiece_model(zip(tokens, scores, types, strict=True), _gguf_id(metadata, 'bos'), _gguf_id(metadata, 'eos'))
+  model.normalizer_spec.add_dummy_prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
+  model.normalizer_spec.remove_extra_whitespaces = bool(metadata.get('tokenizer.ggml.remove_extra_whitespaces', False))
+  model.normalizer_spec.precompiled_charsmap = bytes(metadata.get('tokenizer.ggml.precompiled_charsmap', b''))
+  return model.SerializeToString()
+
+
+def _sentencepiece_model(pieces: Iterable[tuple[str, float, int]], bos_id: int | None, eos_id: int | None) -> Any:
+  """A BPE ModelProto that normalises nothing. `pieces`: (string, score, type)."""
+  model = sentencepiece_proto()()
+  for piece, score, kind in pieces:
+    model.pieces.add(piece=piece, score=score, type=kind)
+  kinds = [piece.type for piece in model.pieces]
+  if kinds.count(UNKNOWN) != 1:
+    raise TokenizerError(f'a SentencePiece tokenizer must have one unknown token, not {kinds.count(UNKNOWN)}')
+  spec = model.trainer_spec
+  spec.model_type = spec.BPE
+  spec.vocab_size = len(kinds)
+  spec.byte_fallback = BYTE in kinds
+  for name, i in (('unk', kinds.index(UNKNOWN)), ('bos', bos_id), ('eos', eos_id), ('pad', None)):
+    setattr(spec, f'{name}_id', -1 if i is None else i)
+    if i is not None:
+      setattr(spec, f'{name}_piece', model.pieces[i].piece)
+  model.normalizer_spec.name = 'identity'
+  model.normalizer_spec.remove_extra_whitespaces = False
+  return model
+
+
+def from_llama2c(tok_bin_path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
+  """Writes llama2.c's tokenizer file into `folder` as a tokenizer.model, with a tokenizer_config.json.
+
+  The file holds an int32, the longest token's length, and for each token a float32 score, an int32 length and its bytes. Ids 0, 1, 2
+  are unknown, BOS and EOS, and the next 256 are bytes. Its spaces were SentencePiece's U+2581; so a U+2581 in a text, which llama2.c
+  would spell in bytes, is a space to us.
+
+  Raises:
+    TokenizerError: the file is cut short or holds something else.
+  """
+  path, folder = pathlib.Path(tok_bin_path), pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  data, position = path.read_bytes(), 4
+  pieces: list[tuple[str, float, int]] = []
+  try:
+    while position < len(data):
+      score, length = struct.unpack_from('<fi', data, position)
+      position += 8
+      text = struct.unpack_from(f'<{length}s', data, position)[0].decode('utf-8')
+      position += length
+      i = len(pieces)
+      kind = UNKNOWN if i == 0 else CONTROL if i <= _EOS_SLOT else BYTE if i < _EOS_SLOT + 257 else NORMAL
+      if kind == BYTE and text != f'<0x{i - _EOS_SLOT - 1:02X}>':
+        raise ValueError(f'token {i} is {text!r}, not the byte {i - _EOS_SLOT - 1}')
+      # The exporter wrote '\n<s>\n' for '<s>'.
+      pieces.append((text.strip('\n') if kind == CONTROL else text.replace(' ', '\u2581'), score, kind))
+    if len(pieces) < _EOS_SLOT + 257:
+      raise ValueError(f'only {len(pieces)} tokens')
+  except (struct.error, ValueError) as error:
+    raise TokenizerError(f'{path}: not a tokenizer file of llama2.c: {error}') from error
+  model = _sentencepiece_model(pieces, _BOS_SLOT, _EOS_SLOT)
+  model.normalizer_spec.add_dummy_prefix = True
+  (folder / 'tokenizer.model').write_bytes(model.SerializeToString())
+  named = {'unk_token': pieces[0][0], 'bos_token': pieces[_BOS_SLOT][0], 'eos_token': pieces[_EOS_SLOT][0], 'pad_token': None}
+  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, 'add_bos_token': True, **named}
+  _write_json(folder / 'tokenizer_config.json', settings)
+
+
+def write_for_transformers(
+  tokenizer: Tokenizer, folder: str | pathlib.Path, model_family: str, added: Mapping[str, int] | None = None
+) -> list[str]:
+  """Completes `folder` so that transformers' AutoTokenizer, without remote code, gives the ids of `tokenizer`, BOS included.
+
+  What the folder has stays as it is, except that `added` joins its tokenizer.json and config. A SentencePiece model is translated to a
+  tokenizer.json, and kept beside it for those who read it themselves. Two things cannot be had:
+  - a string whose id an added token takes over ('[UNUSED_TOKEN_131]' for a separator 92528 of InternLM2) becomes ordinary text;
+  - AutoTokenizer takes every qwen2 model for one with Qwen's tokenizer: for another one there is a warning that names the class to use.
+
+  Args:
+    tokenizer: one of ours. The other tokenizer files that stand beside its own come along.
+    model_family: the model_type of the folder's config.json; transformers chooses its class by it.
+    added: further special tokens and their ids, such as the template's separator where the configuration gave its id.
+
+  Returns: the names of the files written.
+
+  Raises:
+    TokenizerError: the tokenizer cannot be translated exactly; the message says why.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  written = _copy_beside(tokenizer, folder)
+  path = folder / 'tokenizer.json'
+  spec = json.loads(path.read_text('utf-8')) if path.is_file() else None
+  changed = spec is None
+  spec = _spec_of(tokenizer) if spec is None else spec
+  known = {token['content']: token['id'] for token in spec.setdefault('added_tokens', [])}
+  new = {token: i for token, i in (added or {}).items() if known.get(token) != i}
+  if new:  # tokens that only tokenizer_config.json knows would otherwise get the ids after the new ones
+    for token, (i, special, _) in read_special_tokens(folder).added.items():
+      _add_token(spec, token, i, special)
+    for token, i in new.items():
+      _add_token(spec, token, i, special=True)
+    changed = True
+  config_path = folder / 'tokenizer_config.json'
+  settings, bare = read_json(config_path), not config_path.is_file()
+  if tokenizer.bos_id is not None and (changed or bare) and spec.get('post_processor') != (bos_first := _bos_first(spec, tokenizer.bos_id)):
+    spec['post_processor'] = bos_first
+    changed = True
+  if changed:
+    path.write_text(json.dumps(spec, ensure_ascii=False), 'utf-8')
+    written.append(path.name)
+  if model_family == 'qwen2' and not _is_like_qwen(spec):
+    warnings.warn(
+      "transformers' AutoTokenizer reads the tokenizer of every qwen2 model in Qwen's way, which is wrong for this one; "
+      'load it with PreTrainedTokenizerFast.from_pretrained',
+      stacklevel=2,
+    )
+  if bare:
+    settings = _settings_for(tokenizer, path)
+  if new and (bare or 'added_tokens_decoder' in settings):  # some classes of transformers look for added tokens only there
+    entries = {str(token['id']): token for token in spec['added_tokens'] if token['content'] in new}
+    settings['added_tokens_decoder'] = settings.get('added_tokens_decoder', {}) | entries
+  if bare or new:
+    _write_json(config_path, settings)
+    written.append(config_path.name)
+  return written
+
+
+def _settings_for(tokenizer: Tokenizer, path: pathlib.Path) -> dict[str, Any]:
+  """A tokenizer_config.json for the tokenizer.json at `path`."""
+  from tokenizers import Tokenizer as Library
+
+  model = Library.from_file(str(path))
+  pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id  # as InternLM2 does: without one nothing is batched
+  ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': pad, 'unk': tokenizer.unk_id}
+  named = {f'{name}_token': None if i is None else model.id_to_token(i) for name, i in ids.items()}
+  settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+  return {**settings, 'add_bos_token': tokenizer.bos_id is not None, **named}
+
+
+def _is_like_qwen(spec: Mapping[str, Any]) -> bool:
+  steps = (spec['pre_tokenizer'] or {}).get('pretokenizers') or []
+  split = {'Regex': _SPLITS['qwen2']}
+  return spec['normalizer'] == {'type': 'NFC'} and [step.get('pattern') for step in steps] == [split, None]
+
+
+def _copy_beside(tokenizer: Tokenizer, folder: pathlib.Path) -> list[str]:
+  """Copies the tokenizer's own file and those beside it that the folder lacks. Returns their names."""
+  if not isinstance(tokenizer, BpeTokenizer | SentencePieceTokenizer):
+    return []
+  own = 'tokenizer.json' if isinstance(tokenizer, BpeTokenizer) else 'tokenizer.model'
+  # Of a folder with both, only the one that the tokenizer read counts.
+  names = [name for name in TOKENIZER_FILES if name not in ('tokenizer.json', 'tokenizer.model', 'generation_config.json')]
+  files = {own: tokenizer.path, **{name: tokenizer.path.parent / name for name in names}}
+  copied = [name for name, path in files.items() if path.is_file() and not (folder / name).exists()]
+  for name in copied:
+    shutil.copyfile(files[name], folder / name)
+  return copied
+
+
+def _spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
+  """The tokenizer.json of a byte or SentencePiece tokenizer."""
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    spec = sentencepiece_to_bpe.translate(tokenizer.path)
+    for token, (i, special) in tokenizer.added_tokens().items():
+      _add_token(spec, token, i, special)
+  else:
+    spec = _byte_spec()
+  return spec
+
+
+def _bos_first(spec: Mapping[str, Any], bos: int) -> dict[str, Any]:
+  """The post-processor that puts BOS before a text, and before each of a pair. (transformers needs it besides `add_bos_token`.)"""
+  names = {token['id']: token['content'] for token in spec['added_tokens']}
+  name = names[bos] if bos in names else next(token for token, i in spec['model']['vocab'].items() if i == bos)
+  special, first, second = ({'SpecialToken': {'id': name, 'type_id': 0}}, *({'Sequence': {'id': x, 'type_id': 0}} for x in 'AB'))
+  return {
+    'type': 'TemplateProcessing',
+    'single': [special, first],
+    'pair': [special, first, special, second],
+    'special_tokens': {name: {'id': name, 'ids': [bos], 'tokens': [name]}},
+  }
+
+
+def _add_token(spec: dict[str, Any], token: str, i: int, special: bool) -> None:
+  """Adds a token to a tokenizer.json. Where its id is that of another string, that string becomes ordinary text: ids are unique there."""
+  vocab = spec['model']['vocab']
+  if not isinstance(vocab, dict):
+    raise TokenizerError(f'{token!r} cannot be added to a tokenizer.json of model {spec["model"].get("type")}; add it by hand, as {i}')
+  known = {**vocab, **{entry['content']: entry['id'] for entry in spec['added_tokens']}}
+  if known.get(token, i) != i:
+    raise TokenizerError(f'the tokenizer has {token!r} as its token {known[token]}; it cannot be {i} too')
+  if any(entry['content'] == token for entry in spec['added_tokens']):
+    return
+  for displaced in [other for other, j in vocab.items() if j == i and other != token]:
+    if all(entry['content'] != displaced for entry in spec['added_tokens']):
+      raise TokenizerError(f'the id {i} of {token!r} is that of the ordinary token {displaced!r}; a tokenizer.json cannot have both')
+    del vocab[displaced]
+  kept = [entry for entry in spec['added_tokens'] if entry['id'] != i]
+  spec['added_tokens'] = sorted([*kept, sentencepiece_to_bpe.added_token(token, i, special)], key=lambda entry: entry['id'])
+  # The library numbers added tokens that the vocabulary lacks by its size, whatever their ids: so it gets all of them.
+  vocab.update({entry['content']: entry['id'] for entry in spec['added_tokens']})
+
+
+def _byte_spec() -> dict[str, Any]:
+  step = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+  model = {'type': 'BPE', 'vocab': {symbol: b for b, symbol in enumerate(byte_symbols())}, 'merges': []}
+  added = [sentencepiece_to_bpe.added_token(token, 256 + i, special=True) for i, token in enumerate(SPECIAL_TOKENS)]
+  return {'version': '1.0', 'added_tokens': added, 'normalizer': None, 'pre_tokenizer': step, 'decoder': step, 'model': model}
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + '\n', 'utf-8')

@@ -1,0 +1,200 @@
+"""Pre-training rows (eq. 7 of the paper): one prefix, two different policies; the first gives reference and chosen, the second rejected.
+
+Row i of a split is a function of (seed, split, i): its draws are row i of tables of uniforms, whoever computes them and however many
+rows are asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polar_jax import config as config_lib
+from polar_jax import types
+from polar_jax.miniature import cleanup, ngram, vocabulary
+from polar_jax.miniature import pool as pool_lib
+
+SPLITS = ('train', 'validation', 'unseen_prompts', 'unseen_policies')
+ROLES = ('reference', 'chosen', 'rejected')
+_VALIDATION_EVERY = 5  # one document in five of the part 'prompts' is for validation
+_STREAM_ROWS, _STREAM_TOKENS = 10, 20
+
+
+class PrefixSource:
+  """Random segments of held-out text that do not cross the end of a document."""
+
+  def __init__(self, streams: Mapping[str, np.ndarray], min_tokens: int, max_tokens: int):
+    """Indexes every start of every length.
+
+    Raises:
+      ValueError: a corpus has no document of `max_tokens` tokens.
+    """
+    self.streams = {name: streams[name] for name in sorted(streams)}
+    self.min_tokens, self.max_tokens = min_tokens, max_tokens
+    self._starts: list[list[np.ndarray]] = []
+    for name, stream in self.streams.items():
+      ends = np.flatnonzero(stream == vocabulary.EOS_ID)
+      ahead = ends[np.searchsorted(ends, np.arange(len(stream)))] - np.arange(len(stream)) if len(ends) else np.zeros(0, int)
+      starts = [np.flatnonzero(ahead >= length) for length in range(min_tokens, max_tokens + 1)]
+      if not len(starts[-1]):
+        raise types.UserError(f'corpus {name!r} has no held-out document of {max_tokens} tokens; lower synthesis.prefix_max_tokens')
+      self._starts.append(starts)
+
+  def draw(self, uniforms: np.ndarray) -> list[np.ndarray]:
+    """One int32 segment per row of `uniforms` (R, 3), which decide corpus, length and place."""
+    streams = list(self.streams.values())
+    corpus = pick(uniforms[:, 0], len(streams))
+    length = self.min_tokens + pick(uniforms[:, 1], self.max_tokens - self.min_tokens + 1)
+    segments = []
+    for c, size, u in zip(corpus, length, uniforms[:, 2], strict=True):
+      starts = self._starts[c][size - self.min_tokens]
+      start = starts[int(u * len(starts))]
+      segments.append(streams[c][start : start + size])
+    return segments
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """What rows are made from."""
+
+  pool: Sequence[ngram.NgramPolicy]
+  prefixes: Mapping[str, PrefixSource]  # by split
+  pieces: np.ndarray  # object (V,), the text of every token
+  config: config_lib.SynthesisConfig
+  seed: int
+
+  def members(self, split: str) -> np.ndarray:
+    """Indices into the pool of the policies that take part in a split."""
+    held_out = np.array([p.params.held_out for p in self.pool])
+    return np.flatnonzero(held_out == (split == 'unseen_policies'))
+
+
+def prefix_sources(
+  prompts: Mapping[str, np.ndarray], unseen: Mapping[str, np.ndarray], config: config_lib.SynthesisConfig
+) -> dict[str, PrefixSource]:
+  """The prefix source of every split, from the token streams of the corpus parts 'prompts' and 'unseen'."""
+  low, high = config.prefix_min_tokens, config.prefix_max_tokens
+  document = {name: np.cumsum(s == vocabulary.EOS_ID) - (s == vocabulary.EOS_ID) for name, s in prompts.items()}
+  validation = {name: document[name] % _VALIDATION_EVERY == _VALIDATION_EVERY - 1 for name in prompts}
+  elsewhere = PrefixSource(unseen, low, high)
+  return {
+    'train': PrefixSource({name: s[~validation[name]] for name, s in prompts.items()}, low, high),
+    'validation': PrefixSource({name: s[validation[name]] for name, s in prompts.items()}, low, high),
+    'unseen_prompts': elsewhere,
+    'unseen_policies': elsewhere,
+  }
+
+
+def make_triplets(world: World, split: str, rows: int) -> list[types.Triplet]:
+  """Rows 0..rows-1 of a split. Category: the corpus that the first policy learnt from."""
+  members = world.members(split)
+  uniforms = row_uniforms(world.seed, 'triplets', split, rows, 5)
+  first = pick(uniforms[:, 3], len(members))
+  second = (first + 1 + pick(uniforms[:, 4], len(members) - 1)) % len(members)
+  policies = members[np.stack([first, first, second], axis=1)]
+  prefixes = world.prefixes[split].draw(uniforms[:, :3])
+  categories = [world.pool[p].params.corpus for p in policies[:, 0]]
+  return assemble(world, prefixes, policies, ('triplets', split), 'pretrain', categories, [{}] * rows)
+
+
+def row_uniforms(seed: int, kind: str, split: str, rows: int, columns: int) -> np.ndarray:
+  """Uniforms (rows, columns) whose row i does not depend on `rows`."""
+  return np.random.default_rng([seed, _STREAM_ROWS, *map(ord, kind), SPLITS.index(split)]).random((rows, columns))
+
+
+def assemble(
+  world: World,
+  prefixes: Sequence[np.ndarray],
+  policies: np.ndarray,
+  stream: tuple[str, str],
+  wrapper: str,
+  categories: Sequence[str],
+  extra: Sequence[Mapping[str, Any]],
+) -> list[types.Triplet]:
+  """Samples reference, chosen and rejected of every row and makes the rows.
+
+  Args:
+    world: pool, seed and settings.
+    prefixes: R int arrays.
+    policies: int (R, 3), who gives reference, chosen and rejected.
+    stream: (kind, split), which names the random numbers.
+    wrapper: of the rows.
+    categories: of the rows.
+    extra: metadata of each row beside provenance.
+  """
+  kind, split = stream
+  rows, width = len(prefixes), world.config.max_tokens
+  rng = np.random.default_rng([world.seed, _STREAM_TOKENS, *map(ord, kind), SPLITS.index(split)])
+  ids, lengths = sample_clean(world, prefixes, policies, rng.random((rows, len(ROLES), width)))
+  names = [p.name for p in world.pool]
+  out = []
+  for i, prefix in enumerate(prefixes):
+    sampled = [ids[i, r, : lengths[i, r]] for r in range(len(ROLES))]
+    metadata: dict[str, Any] = {'prompt_ids': prefix, 'seed': world.seed, **extra[i]}
+    for role, values, policy in zip(ROLES, sampled, policies[i], strict=True):
+      metadata[f'{role}_ids'] = values
+      metadata[f'{role}_policy'] = names[policy]
+    prompt, reference, chosen, rejected = (''.join(world.pieces[values]) for values in (prefix, *sampled))
+    out.append(types.Triplet(prompt, reference, chosen, rejected, wrapper, categories[i], metadata))
+  return out
+
+
+def sample_clean(world: World, prefixes: Sequence[np.ndarray], policies: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Trajectories of every (row, role), sampled policy by policy and cleaned up.
+
+  Args:
+    world: pool and settings.
+    prefixes: R int arrays.
+    policies: int (R, roles).
+    uniforms: (R, roles, T) in [0, 1).
+
+  Returns:
+    ids int32 (R, roles, T) and lengths int64 (R, roles).
+  """
+  flat, noise = policies.ravel(), uniforms.reshape(-1, uniforms.shape[-1])
+  rows = [prefix for prefix in prefixes for _ in range(policies.shape[1])]
+  ids, lengths = sample_by_policy(world, rows, flat, noise, functools.partial(cleanup.clean, bounds=cleanup.boundaries(world.pieces)))
+  return ids.reshape(uniforms.shape), lengths.reshape(policies.shape)
+
+
+def sample_by_policy(
+  world: World,
+  prefixes: Sequence[np.ndarray],
+  policies: np.ndarray,
+  uniforms: np.ndarray,
+  clean: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """One continuation of every prefix by its policy.
+
+  Args:
+    world: pool and settings.
+    prefixes: R int arrays.
+    policies: int (R,), indices into the pool.
+    uniforms: (R, T) in [0, 1).
+    clean: lengths to keep, of one policy's ids, lengths and which it ended itself; None keeps all.
+
+  Returns:
+    ids int32 (R, T) and lengths int64 (R,).
+  """
+  c = world.config
+  groups = [(p, np.flatnonzero(policies == p)) for p in np.unique(policies)]
+
+  def sample(group: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    policy, where = world.pool[group[0]], group[1]
+    rows = [prefixes[w] for w in where]
+    ids, lengths, ended = policy.sample_ids(rows, uniforms[where], c.temperature, min(c.top_p, policy.params.top_p), c.top_k)
+    return ids, clean(ids, lengths, ended) if clean else lengths
+
+  ids, lengths = np.zeros(uniforms.shape, np.int32), np.zeros(len(policies), np.int64)
+  for (_, where), (part, kept) in zip(groups, pool_lib.parallel_map(sample, groups, c.workers), strict=True):
+    ids[where], lengths[where] = part, kept
+  return ids, lengths
+
+
+def pick(uniforms: np.ndarray, n: int) -> np.ndarray:
+  """Integers in [0, n) from uniforms in [0, 1)."""
+  return np.minimum((uniforms * n).astype(np.int64), n - 1)

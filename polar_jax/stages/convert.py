@@ -1,0 +1,187 @@
+"""Stage `convert`: a checkpoint from elsewhere becomes one of ours, and one of ours a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from polar_jax.checkpoints import checkpointer as checkpoint
+from polar_jax.checkpoints import exporter, importer, pretrained, tokenizer_files
+from polar_jax.checkpoints.certificate import Certificate, fixed_rows_scores
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from polar_jax.config import ConfigError
+from polar_jax.runtime import malloc
+from polar_jax.stages.training import Context
+from polar_jax.types import UserError
+
+_GIB = 2**30
+
+
+def convert(context: Context) -> dict[str, Any]:
+  """Converts `config.checkpoint` into the folder `config.output`, which must not exist, and prints a certificate.
+
+  The folder is written under another name and renamed when the certificate holds: nothing half-written is left behind.
+
+  Returns:
+    The certificate's facts for report.json.
+
+  Raises:
+    UserError: the checkpoint cannot be read, or what was written does not read back as it was.
+  """
+  config = context.config
+  if config.checkpoint is None or config.output is None:
+    raise ConfigError('convert needs --config.checkpoint (what to read) and --config.output (the folder to write)')
+  output = pathlib.Path(config.output)
+  if output.exists():
+    raise ConfigError(f'output {output} exists; remove it or name another folder')
+  opened = open_pretrained(config.checkpoint)
+  context.log(f'{opened.path}: {opened.kind}, {opened.head} model of family {opened.model.family}')
+  partial = output.with_name(output.name + '.partial')
+  _remove(partial)  # of a run that was killed
+  try:
+    certificate = (_import if opened.source else _export)(context, opened, partial)
+    for line in certificate.lines():
+      context.log(line)
+    certificate.check()
+    if _leads():
+      certificate.write(partial)
+      os.replace(partial, output)
+  finally:
+    _remove(partial)
+  context.log(f'written: {output}')
+  facts = {'parameters': certificate.parameters, 'max_difference': certificate.max_difference, 'exact': certificate.exact}
+  return {'convert': {'source': certificate.source, 'output': str(output), 'tensors': len(certificate.tensors), **facts}}
+
+
+def _leads() -> bool:
+  """Whether this process writes what is written once."""
+  return jax.process_index() == 0
+
+
+def _wait_for_all(what: str) -> None:
+  """Returns once every process came here: what process 0 wrote is then there for all."""
+  multihost_utils.sync_global_devices(f'convert: {what}')
+
+
+def _remove(folder: pathlib.Path) -> None:
+  if _leads():
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
+  """From Hugging Face, GGUF or llama2.c to ours."""
+  dtype, mesh = context.config.convert.dtype, context.mesh
+  before: dict[str, str] = {}
+
+  def note(name: str, array: np.ndarray) -> None:
+    with np.errstate(over='ignore'):  # the importer refuses it, by name
+      before[name] = importer.checksum(array if dtype is None else array.astype(jnp.dtype(dtype)))
+
+  stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
+  exact = dtype is None or stored_dtypes == {dtype}
+  scores = [] if exact else fixed_rows_scores(opened.params(mesh), opened.model, opened.head, mesh)
+  params = opened.params(mesh, dtype, on_tensor=note)
+  scores = scores or fixed_rows_scores(params, opened.model, opened.head, mesh)
+  checkpoint.save_params(folder, params, _settings(opened))
+  parameters = _count(params)
+  del params
+  malloc.give_back()
+  if _leads():
+    try:
+      tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
+    except UserError as error:
+      context.log(f'no tokenizer: {error}')
+  _wait_for_all('written')
+  written = open_pretrained(folder)
+  back = written.params(mesh)
+  after = {name: importer.checksum(array) for name, array in exporter.stored_arrays(back, opened.stored()) if name in before}
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+
+
+def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
+  """From ours to a Hugging Face folder."""
+  dtype, mesh = context.config.convert.dtype, context.mesh
+  params, stored = opened.params(mesh), opened.stored()
+  held = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
+  exporter.write_weights(params, stored, folder, dtype, int(context.config.convert.shard_gib * _GIB))
+  before = {name: importer.checksum(array) for name, array in exporter.stored_arrays(params, stored, dtype)}
+  parameters, main_dtype = _count(params), str(params['decoder']['layers']['wq'].dtype)
+  del params
+  malloc.give_back()
+  if _leads():
+    _write_small_files(context, opened, folder, dtype or main_dtype)
+  _wait_for_all('written')
+  after: dict[str, str] = {}
+  written = open_pretrained(folder)
+  back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))
+  exact = dtype is None or held == {dtype}
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+
+
+def _certificate(
+  context: Context,
+  opened: Pretrained,
+  written: Pretrained,
+  back: dict[str, Any],
+  parameters: int,
+  exact: bool,
+  before: dict[str, str],
+  after: dict[str, str],
+  scores: list[float],
+) -> Certificate:
+  """`back`: the parameters that `written` holds. They are scored with its own settings: those must have come across as well."""
+  if _count(back) != parameters or before.keys() != after.keys():
+    raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; not kept')
+  return Certificate(
+    source=str(opened.path),
+    output=str(context.config.output),
+    family=opened.model.family,
+    head=opened.head,
+    parameters=parameters,
+    dtypes=tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(back)})),
+    exact=exact,
+    tensors={name: (before[name], after[name]) for name in before},
+    scores=(scores, fixed_rows_scores(back, written.compute_like(opened.model), opened.head, context.mesh)),
+  )
+
+
+def _count(params: dict[str, Any]) -> int:
+  return int(np.sum([leaf.size for leaf in jax.tree.leaves(params)], dtype=np.int64))
+
+
+def _settings(opened: Pretrained) -> dict[str, Any]:
+  """What a run's fingerprint would say of the checkpoint."""
+  model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
+  reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
+  return {'objective': pretrained.OBJECTIVES[opened.head], 'converted_from': opened.kind, **model, **reward}
+
+
+def _write_small_files(context: Context, opened: Pretrained, folder: pathlib.Path, dtype: str) -> None:
+  """Tokenizer files and config.json."""
+  template, special_ids = opened.template(context.config.template), {}
+  reward_token_id = template.reward_token_id
+  if opened.assets.is_dir():
+    tokenizer_files.copy_small_files(opened.assets, folder)
+  try:
+    tokenizer = opened.tokenizer()
+    special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
+    if special_ids['pad_token_id'] is None:  # transformers scores no batch without one, and asks for nothing but an id
+      special_ids['pad_token_id'] = tokenizer.eos_id
+    if reward_token_id is None:
+      reward_token_id = tokenizer.special_id(template.reward_token)
+    added = {} if template.separator_id is None else {template.separator: template.separator_id}
+    tokenizer_files.write_for_transformers(tokenizer, folder, opened.model.family, added)
+  except UserError as error:
+    context.log(f'the tokenizer is not written for transformers: {error}')
+  if opened.head != 'reward':
+    reward_token_id = None
+  exporter.write_config(folder, opened.model, opened.head, dtype=dtype, reward_token_id=reward_token_id, special_ids=special_ids)

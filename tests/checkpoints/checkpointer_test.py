@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import concurrent.futures
+import shutil
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from polar_jax import sharding
+from polar_jax.checkpoints.checkpointer import FOLDER, Checkpointer, load_params
+from polar_jax.config import CheckpointingConfig, ConfigError, MeshConfig, ModelConfig, TrainConfig
+from polar_jax.data import pipeline
+from polar_jax.train import step as step_lib
+from polar_jax.train.objectives import RANKING
+from polar_jax.train.optimizer import make_optimizer
+
+MODEL = ModelConfig(vocab_size=64, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=4)
+FINGERPRINT = {'objective': 'ranking', 'seed': 0, 'learning_rate': 1e-3}
+# data, fsdp, tensor, context
+MESHES = [(4, 2, 1, 1), (2, 4, 1, 1), (1, 2, 2, 1), (1, 1, 1, 1)]
+
+
+def abstract_state(sizes):
+  mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+  return step_lib.build(RANKING, MODEL, make_optimizer(TrainConfig(), 10), mesh).abstract
+
+
+def random_state(abstract, seed=0):
+  """Every leaf differs in every element, so that no two could be swapped unseen."""
+  rng = np.random.default_rng(seed)
+  draw = lambda a: rng.integers(0, 2**30, a.shape) if a.dtype == jnp.int32 else rng.normal(size=a.shape)
+  return jax.tree.map(lambda a: jax.device_put(draw(a).astype(a.dtype), a.sharding), abstract)
+
+
+def assert_bit_equal(a, b):
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x).view(np.int32), np.asarray(y).view(np.int32)), a, b)
+
+
+class Saved(NamedTuple):
+  params: dict[str, jax.Array]
+  step: int
+
+
+def saved_steps(folder):
+  return sorted(int(path.name) for path in (folder / FOLDER).iterdir())
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path):
+  opened = []
+
+  def make(best_metric='validation_accuracy', best_is_lower=False, **settings):
+    opened.append(Checkpointer(tmp_path, CheckpointingConfig(**settings), best_metric, best_is_lower))
+    return opened[-1]
+
+  yield make
+  for checkpointer in opened:
+    checkpointer.close()
+
+
+def test_restores_bit_equal_on_every_mesh(open_checkpoints):
+  state = random_state(abstract_state(MESHES[0]))
+  kept = jax.device_get(state)
+  for step, sizes in enumerate(MESHES[1:] + MESHES[:1], start=1):  # from each mesh to the next, and back to the first
+    checkpointer = open_checkpoints()
+    checkpointer.save(step, state, {'step': step}, FINGERPRINT, {})
+    checkpointer.wait()
+    checkpointer.close()
+    abstract = abstract_state(sizes)
+    state, data = open_checkpoints().restore(abstract, FINGERPRINT)
+    assert data == {'step': step}
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    assert_bit_equal(state, kept)
+    jax.tree.map(
+      lambda x, a: (x.dtype, x.sharding) == (a.dtype, a.sharding) or pytest.fail(f'{x.sharding}, not {a.sharding}'), state, abstract
+    )
+
+
+def test_asynchronous_save_keeps_the_state_it_was_given(open_checkpoints):
+  abstract = abstract_state(MESHES[0])
+  state = random_state(abstract)
+  kept = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
+  overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
+  checkpointer = open_checkpoints(asynchronous=True)
+  checkpointer.save(1, state, {}, FINGERPRINT, {})
+  for _ in range(5):
+    state = overwrite(state)  # the buffers that are being saved are given away at once
+  jax.block_until_ready(state)
+  checkpointer.wait()
+  assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], kept)
+
+
+def test_runs_side_by_side_save_at_once(tmp_path):
+  """Sweeps and PPO's seeds train in threads of one process, and much of Orbax's state is the process's."""
+  state = {'x': jnp.arange(4.0)}
+  saves, runs = 40, 3
+
+  def run(number):
+    checkpointer = Checkpointer(tmp_path / str(number), CheckpointingConfig(keep=1, keep_best=0), 'validation_accuracy', False)
+    for step in range(1, saves + 1):
+      checkpointer.save(step, Saved(jax.tree.map(lambda x: x + number, state), step), {'run': number}, FINGERPRINT, {'loss': float(number)})
+      checkpointer.wait()
+    return checkpointer
+
+  with concurrent.futures.ThreadPoolExecutor(runs) as threads:
+    for number, checkpointer in enumerate(threads.map(run, range(runs))):
+      abstract = Saved(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state), 0)
+      restored, data = checkpointer.restore(abstract, FINGERPRINT)
+      np.testing.assert_array_equal(restored.params['x'], state['x'] + number)
+      assert restored.step == saves and data == {'run': number}
+      checkpointer.close()
+
+
+def test_iterator_goes_on_where_it_stood(open_checkpoints):
+  def iterator():
+    return pipeline.iterate(grain.MapDataset.range(100).map(lambda i: i * i), threads=2, prefetch=4)
+
+  abstract = abstract_state((1, 1, 1, 1))
+  before = iterator()
+  read = [next(before) for _ in range(3)]
+  checkpointer = open_checkpoints()
+  checkpointer.save(3, random_state(abstract), {'iterator': before.get_state(), 'tokens': 7}, FINGERPRINT, {})
+  checkpointer.wait()
+  _, data = checkpointer.restore(abstract, FINGERPRINT)
+  after = iterator()
+  after.set_state(data['iterator'])
+  assert data['tokens'] == 7
+  assert [*read, *(next(after) for _ in range(3))] == [i * i for i in range(6)]
+
+
+def truncate(step):
+  largest = max((path for path in (step / 'state').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:10])
+
+
+def empty_settings(step):
+  next(path for path in (step / 'config').rglob('*') if path.is_file() and path.read_bytes()).write_bytes(b'')
+
+
+@pytest.mark.parametrize(
+  'tear', [truncate, empty_settings, lambda step: shutil.rmtree(step / 'state'), lambda step: shutil.rmtree(step / 'data')]
+)
+def test_a_torn_checkpoint_gives_way_to_the_one_before(open_checkpoints, tmp_path, tear):
+  abstract = abstract_state((1, 2, 1, 1))
+  states = {step: random_state(abstract, seed=step) for step in (3, 5, 7)}
+  checkpointer = open_checkpoints(keep=3)
+  for step, state in states.items():
+    checkpointer.save(step, state, {'step': step}, FINGERPRINT, {})
+  checkpointer.close()
+  for step in (5, 7):
+    tear(tmp_path / FOLDER / str(step))
+  checkpointer = open_checkpoints(keep=3)
+  with pytest.warns(UserWarning, match='step 7 is torn .*step 3 is read') as said:
+    state, data = checkpointer.restore(abstract, FINGERPRINT)
+  assert len(said) == 2 and data == {'step': 3} and checkpointer.latest == 3
+  assert_bit_equal(state, states[3])
+  assert len(list(tmp_path.glob('torn_[57]_*'))) == 2  # nothing is lost
+  checkpointer.save(5, states[5], {'step': 5}, FINGERPRINT, {})  # and the run can save these steps again
+  checkpointer.wait()
+  assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], states[5])
+
+
+def test_where_every_checkpoint_is_torn_nothing_is_moved(open_checkpoints, tmp_path):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  for step in (1, 2):
+    checkpointer.save(step, random_state(abstract), {}, FINGERPRINT, {})
+    checkpointer.wait()
+    truncate(tmp_path / FOLDER / str(step))
+  with pytest.raises(ConfigError, match=r'no checkpoint in .*step 2: .*step 1: .*another --workdir'):
+    checkpointer.restore(abstract, FINGERPRINT)
+  assert saved_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize('name', ['7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1700000000'])
+def test_save_that_was_killed_is_ignored_and_removed(open_checkpoints, tmp_path, name):
+  abstract = abstract_state((1, 1, 1, 1))
+  state = random_state(abstract)
+  checkpointer = open_checkpoints()
+  checkpointer.save(5, state, {}, FINGERPRINT, {})
+  checkpointer.wait()
+  checkpointer.close()
+  shutil.copytree(tmp_path / FOLDER / '5', tmp_path / FOLDER / name)
+  shutil.rmtree(tmp_path / FOLDER / name / 'data')
+  checkpointer = open_checkpoints()
+  assert checkpointer.latest == 5
+  assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], state)
+  assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ['5']
+  checkpointer.save(7, state, {'step': 7}, FINGERPRINT, {})
+  checkpointer.wait()
+  assert checkpointer.latest == 7 and checkpointer.restore(abstract, FINGERPRINT)[1] == {'step': 7}
+
+
+@pytest.mark.parametrize(('lower', 'left'), [(False, [2, 5, 6]), (True, [3, 5, 6])])
+@pytest.mark.parametrize('restarts', [False, True])
+def test_newest_and_best_are_kept(open_checkpoints, tmp_path, lower, left, restarts):
+  state = random_state(abstract_state((1, 1, 1, 1)))
+  metrics = {1: {}, 2: {'m': 0.9}, 3: {'m': 0.1}, 4: {'m': 0.5}, 5: {}, 6: {'m': 0.6}}
+  settings = {'best_metric': 'm', 'best_is_lower': lower, 'keep': 2, 'keep_best': 1}
+  checkpointer = open_checkpoints(**settings)
+  for step, values in metrics.items():
+    checkpointer.save(step, state, {}, FINGERPRINT, values)
+    checkpointer.wait()
+    if restarts:
+      checkpointer.close()
+      checkpointer = open_checkpoints(**settings)
+  assert saved_steps(tmp_path) == left
+
+
+def test_no_best_is_kept_when_none_is_asked_for(open_checkpoints, tmp_path):
+  state = random_state(abstract_state((1, 1, 1, 1)))
+  checkpointer = open_checkpoints(best_metric='m', keep=1, keep_best=0)
+  for step in (1, 2, 3):
+    checkpointer.save(step, state, {}, FINGERPRINT, {'m': -step})
+    checkpointer.wait()
+  assert saved_steps(tmp_path) == [3]
+
+
+def test_step_that_is_saved_already_is_not_saved_again(open_checkpoints):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  checkpointer.save(1, random_state(abstract), {'which': 'first'}, FINGERPRINT, {})
+  checkpointer.save(1, random_state(abstract, 1), {'which': 'second'}, FINGERPRINT, {})
+  checkpointer.wait()
+  assert checkpointer.restore(abstract, FINGERPRINT)[1] == {'which': 'first'}
+
+
+def test_other_settings_are_refused_by_name(open_checkpoints):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  checkpointer.save(4, random_state(abstract), {}, FINGERPRINT, {})
+  checkpointer.wait()
+  with pytest.raises(ConfigError, match=r'step 4 .*learning_rate was 0.001, is 0.002; new was None, is 1.*--workdir') as error:
+    checkpointer.restore(abstract, FINGERPRINT | {'learning_rate': 2e-3, 'new': 1})
+  assert 'seed' not in str(error.value) and '\n' not in str(error.value)
+
+
+def test_parameters_for_another_run(open_checkpoints, tmp_path):
+  mesh = sharding.make_mesh(MeshConfig(2, 4, 1, 1))
+  saved = random_state(abstract_state((1, 1, 1, 1)))
+  checkpointer = open_checkpoints()
+  checkpointer.save(4, saved, {}, FINGERPRINT, {})
+  checkpointer.wait()
+  wanted = step_lib.build(RANKING, MODEL, optax.identity(), mesh).abstract.params
+  whole = load_params(tmp_path, wanted, 'ranking')
+  assert_bit_equal(whole, saved.params)
+  jax.tree.map(lambda x, a: x.sharding == a.sharding or pytest.fail(f'{x.sharding}, not {a.sharding}'), whole, wanted)
+  decoder = load_params(tmp_path, wanted, 'another objective')
+  assert list(decoder) == ['decoder']
+  assert_bit_equal(decoder['decoder'], saved.params['decoder'])
+
+
+def test_parameters_that_do_not_fit_are_named(open_checkpoints, tmp_path):
+  checkpointer = open_checkpoints()
+  with pytest.raises(ConfigError, match='no checkpoint to start from'):
+    load_params(tmp_path / 'nowhere', {}, 'ranking')
+  with pytest.raises(ConfigError, match='no checkpoint to start from'):  # a folder, and nothing in it
+    load_params(tmp_path, {}, 'ranking')
+  saved = random_state(abstract_state((1, 1, 1, 1)))
+  checkpointer.save(4, saved, {}, FINGERPRINT, {})
+  checkpointer.wait()
+  wider = saved.params | {'v_head': jnp.zeros(17)}
+  with pytest.raises(ConfigError, match=r'v_head is \(16,\) there and \(17,\) in this model'):
+    load_params(tmp_path, wider, 'ranking')
+  with pytest.raises(ConfigError, match=r'extra is missing there'):
+    load_params(tmp_path, saved.params | {'extra': jnp.zeros(1)}, 'ranking')

@@ -1,0 +1,363 @@
+"""Tests of reading and writing config.json, with transformers as the judge of what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from polar_jax.checkpoints.config_json import from_json, to_json
+from polar_jax.config import ModelConfig
+from polar_jax.model.presets import PRESETS
+from polar_jax.types import UserError
+
+# Fields that a checkpoint says nothing of.
+OURS_ALONE = ('init_std', 'scan_unroll')
+FULL = {name: ModelConfig(**({'vocab_size': 512} | fields)) for name, fields in PRESETS.items()}
+
+POLAR_7B = {
+  'architectures': ['InternLM2ForRewardModel'],
+  'attn_implementation': 'flash_attention_2',
+  'bias': False,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'initializer_range': 0.02,
+  'intermediate_size': 14336,
+  'max_position_embeddings': 262144,
+  'model_type': 'internlm2',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'num_key_value_heads': 8,
+  'pad_token_id': 2,
+  'reward_token_id': 92527,
+  'rms_norm_eps': 1e-05,
+  'rope_scaling': {'factor': 2.0, 'type': 'dynamic'},
+  'rope_theta': 50000000,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'float16',
+  'vocab_size': 92544,
+}
+LLAMA = {
+  'architectures': ['LlamaForCausalLM'],
+  'attention_bias': False,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'intermediate_size': 14336,
+  'max_position_embeddings': 131072,
+  'mlp_bias': False,
+  'model_type': 'llama',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'num_key_value_heads': 8,
+  'rms_norm_eps': 1e-05,
+  'rope_scaling': {
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+    'rope_type': 'llama3',
+  },
+  'rope_theta': 500000.0,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'bfloat16',
+  'vocab_size': 128256,
+}
+QWEN2 = {
+  'architectures': ['Qwen2ForCausalLM'],
+  'hidden_act': 'silu',
+  'hidden_size': 3584,
+  'intermediate_size': 18944,
+  'max_position_embeddings': 131072,
+  'max_window_layers': 28,
+  'model_type': 'qwen2',
+  'num_attention_heads': 28,
+  'num_hidden_layers': 28,
+  'num_key_value_heads': 4,
+  'rms_norm_eps': 1e-06,
+  'rope_theta': 1000000.0,
+  'sliding_window': 131072,
+  'use_mrope': False,
+  'use_sliding_window': False,
+  'vocab_size': 152064,
+}
+INTERNLM3 = {
+  'architectures': ['InternLM3ForCausalLM'],
+  'bias': False,
+  'head_dim': 128,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'intermediate_size': 10240,
+  'max_position_embeddings': 32768,
+  'model_type': 'internlm3',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 48,
+  'num_key_value_heads': 2,
+  'qkv_bias': False,
+  'rms_norm_eps': 1e-05,
+  'rope_scaling': {'factor': 6.0, 'rope_type': 'dynamic'},
+  'rope_theta': 50000000,
+  'vocab_size': 128512,
+}
+
+
+def _without(config, *keys):
+  return {k: v for k, v in config.items() if k not in keys}
+
+
+@pytest.mark.parametrize(
+  ('config', 'preset', 'head', 'token'),
+  [
+    (POLAR_7B, 'polar_7b', 'reward', 92_527),
+    (LLAMA, 'llama_3_1_8b', 'lm', None),
+    (QWEN2, 'qwen2_5_7b', 'lm', None),
+    (INTERNLM3, 'internlm3_8b', 'lm', None),
+  ],
+)
+def test_published_files(config, preset, head, token):
+  read = from_json(config, 'config.json')
+  assert read.model == FULL[preset]
+  assert (read.head, read.architecture, read.reward_token_id) == (head, config['architectures'][0], token)
+
+
+@pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
+@pytest.mark.parametrize('preset', PRESETS)
+def test_round_trip(preset, head):
+  model = FULL[preset]
+  written = json.loads(json.dumps(to_json(model, head, dtype='bfloat16', reward_token_id=7)))
+  read = from_json(written, 'config.json')
+  default = ModelConfig()
+  assert read.model == dataclasses.replace(model, **{f: getattr(default, f) for f in OURS_ALONE})
+  # InternLM2's reward model is its value model too.
+  assert read.head == ('reward' if (model.family, head) == ('internlm2', 'value') else head)
+  assert read.reward_token_id == 7
+  assert to_json(read.model, read.head, dtype='bfloat16', architecture=read.architecture)['architectures'] == [read.architecture]
+
+
+def _with_rope(**rope):
+  return ModelConfig(
+    family='llama', vocab_size=99, num_layers=3, d_model=48, d_ff=80, num_heads=6, num_kv_heads=3, head_dim=10, norm_eps=3e-5, **rope
+  )
+
+
+ROPES = {
+  'none': _with_rope(rope_theta=12_345.0),
+  'linear': _with_rope(rope_theta=2e4, rope_scaling='linear', rope_factor=3.0, max_position=77),
+  'dynamic': _with_rope(rope_scaling='dynamic', rope_factor=2.5, max_position=4_096),
+  'llama3': _with_rope(
+    rope_scaling='llama3', rope_factor=4.0, rope_low_freq_factor=1.5, rope_high_freq_factor=3.0, rope_original_length=64
+  ),
+}
+
+
+@pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
+@pytest.mark.parametrize('rope', ROPES)
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3'])
+def test_transformers_reads_what_is_written(family, rope, head, tmp_path):
+  m = dataclasses.replace(ROPES[rope], family=family, qkv_bias=family == 'qwen2', tie_embeddings=rope == 'linear')
+  ids = {'pad_token_id': 3, 'bos_token_id': None, 'eos_token_id': 5}
+  written = to_json(m, head, dtype='float16', special_ids=ids, reward_token_id=17)
+  (tmp_path / 'config.json').write_text(json.dumps(written))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  expected = {
+    'model_type': family,
+    'vocab_size': 99,
+    'num_hidden_layers': 3,
+    'hidden_size': 48,
+    'intermediate_size': 80,
+    'num_attention_heads': 6,
+    'num_key_value_heads': 3,
+    'head_dim': 10,
+    'rms_norm_eps': 3e-5,
+    'hidden_act': 'silu',
+    'initializer_range': 0.02,
+    'max_position_embeddings': m.max_position,
+    'tie_word_embeddings': rope == 'linear',
+    'reward_token_id': 17,
+    **ids,
+  }
+  assert {key: getattr(theirs, key) for key in expected} == expected
+  assert str(theirs.dtype) == 'torch.float16'
+  expected_rope = {
+    'none': {'rope_type': 'default', 'rope_theta': 12_345.0},
+    'linear': {'rope_type': 'linear', 'rope_theta': 2e4, 'factor': 3.0},
+    'dynamic': {'rope_type': 'dynamic', 'rope_theta': 1e4, 'factor': 2.5},
+    'llama3': {
+      'rope_type': 'llama3',
+      'rope_theta': 1e4,
+      'factor': 4.0,
+      'low_freq_factor': 1.5,
+      'high_freq_factor': 3.0,
+      'original_max_position_embeddings': 64,
+    },
+  }
+  assert theirs.rope_parameters == expected_rope[rope]
+  if head != 'lm':
+    assert theirs.num_labels == 1 and theirs.problem_type == 'regression'
+  if family == 'qwen2':
+    assert theirs.sliding_window is None and set(theirs.layer_types) == {'full_attention'}
+  else:
+    assert theirs.attention_bias is False and theirs.mlp_bias is False
+  # And back through the keys of transformers 5, which knows no rope_scaling and no rope_theta.
+  theirs.architectures = written['architectures']
+  theirs.save_pretrained(tmp_path)
+  saved = json.loads((tmp_path / 'config.json').read_text())
+  assert 'rope_parameters' in saved and 'rope_scaling' not in saved and 'rope_theta' not in saved
+  assert from_json(saved, 'config.json') == (m, head, written['architectures'][0], 17)
+
+
+def test_a_model_of_transformers_is_built_from_what_is_written():
+  m = dataclasses.replace(ROPES['llama3'], family='qwen2', qkv_bias=True)
+  written = _without(to_json(m, 'reward', dtype='float32'), 'architectures', 'model_type')
+  model = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**written))
+  assert tuple(model.score.weight.shape) == (1, 48)
+  assert model.model.layers[0].self_attn.q_proj.bias.shape == (60,)
+
+
+def test_internlm2_names_its_own_code():
+  written = to_json(FULL['polar_7b'], 'reward', dtype='float16', reward_token_id=92_527, special_ids=dict.fromkeys(['pad_token_id'], 2))
+  assert written['auto_map'] == {
+    'AutoConfig': 'configuration_internlm2.InternLM2Config',
+    'AutoModel': 'modeling_internlm2.InternLM2ForRewardModel',
+  }
+  same = _without(POLAR_7B, 'attn_implementation', 'bos_token_id', 'eos_token_id')
+  assert {key: written[key] for key in same} == same
+  assert to_json(FULL['polar_7b'], 'lm', dtype='float16')['auto_map'] == {
+    'AutoConfig': 'configuration_internlm2.InternLM2Config',
+    'AutoModel': 'modeling_internlm2.InternLM2ForCausalLM',
+    'AutoModelForCausalLM': 'modeling_internlm2.InternLM2ForCausalLM',
+  }
+
+
+def test_defaults_of_absent_keys():
+  bare = _without(LLAMA, 'tie_word_embeddings', 'rms_norm_eps', 'num_key_value_heads', 'rope_theta', 'rope_scaling', 'hidden_act')
+  model = from_json(bare, 'f').model
+  expected = {'num_kv_heads': 32, 'head_dim': 128, 'rope_theta': 1e4, 'rope_scaling': 'none', 'norm_eps': 1e-6, 'tie_embeddings': False}
+  assert {key: getattr(model, key) for key in expected} == expected
+  theirs = transformers.LlamaConfig(**_without(bare, 'architectures', 'model_type'))
+  assert (theirs.num_key_value_heads, theirs.head_dim, theirs.rms_norm_eps, theirs.tie_word_embeddings) == (32, 128, 1e-6, False)
+  assert theirs.rope_parameters == {'rope_type': 'default', 'rope_theta': 1e4}
+
+
+@pytest.mark.parametrize(
+  'key',
+  [
+    'architectures',
+    'vocab_size',
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'max_position_embeddings',
+  ],
+)
+def test_missing_keys(key):
+  with pytest.raises(UserError, match=rf'^x/config\.json: {key} is missing; '):
+    from_json(_without(LLAMA, key), 'x/config.json')
+
+
+@pytest.mark.parametrize('key', ['num_key_value_heads', 'rms_norm_eps'])
+def test_internlm3_has_two_defaults_and_so_none(key):
+  with pytest.raises(UserError, match=f'^f: {key} is missing; '):
+    from_json(_without(INTERNLM3, key), 'f')
+
+
+LLAMA3_ROPE = LLAMA['rope_scaling']
+REFUSED = [
+  (LLAMA, {'hidden_act': 'gelu'}, "hidden_act is 'gelu'; supported: silu"),
+  (LLAMA, {'attention_bias': True}, 'attention_bias is True; supported: false'),
+  (LLAMA, {'mlp_bias': True}, 'mlp_bias is True; supported: false'),
+  (POLAR_7B, {'bias': True}, 'bias is True; supported: false'),
+  (INTERNLM3, {'bias': True}, 'bias is True; supported: false'),
+  (INTERNLM3, {'attention_bias': True}, 'attention_bias is True; supported: false'),
+  (INTERNLM3, {'qkv_bias': 'yes'}, "qkv_bias is 'yes'; supported: true or false"),
+  (QWEN2, {'use_sliding_window': True}, 'use_sliding_window is True; supported: false'),
+  (
+    QWEN2,
+    {'layer_types': ['full_attention', 'sliding_attention']},
+    "layer_types is ['full_attention', 'sliding_attention']; supported: full",
+  ),
+  (LLAMA, {'quantization_config': {'quant_method': 'fp8'}}, "quantization_config is {'quant_method': 'fp8'}; supported: null"),
+  (LLAMA, {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; supported: 1'),
+  (
+    LLAMA,
+    {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
+    "rope_scaling.rope_type is 'yarn'; supported: default, linear, dynamic, llama3",
+  ),
+  (LLAMA, {'rope_scaling': {'type': 'longrope', 'factor': 4.0}}, "rope_scaling.type is 'longrope'; supported: default, linear, dyn"),
+  (LLAMA, {'rope_scaling': None, 'rope_parameters': {'rope_type': 'yarn'}}, "rope_parameters.rope_type is 'yarn'; supported: default"),
+  (POLAR_7B, {'rope_scaling': LLAMA3_ROPE}, "rope_scaling.rope_type is 'llama3'; supported: default, linear, dynamic"),
+  (LLAMA, {'rope_scaling': {'type': 'linear'}}, 'rope_scaling.factor is missing'),
+  (LLAMA, {'rope_scaling': {'type': 'linear', 'factor': -1}}, 'rope_scaling.factor is -1; supported: a positive number'),
+  (
+    LLAMA,
+    {'rope_scaling': {'type': 'dynamic', 'factor': 2, 'alpha': 9}},
+    "rope_scaling.alpha is 9; supported: factor for rope type 'dynamic'",
+  ),
+  (LLAMA, {'rope_scaling': LLAMA3_ROPE | {'low_freq_factor': 4.0}}, 'rope_scaling.low_freq_factor is 4.0; supported: less than high_freq'),
+  (LLAMA, {'rope_scaling': 'dynamic'}, "rope_scaling is 'dynamic'; supported: an object or null"),
+  (LLAMA, {'model_type': 'mistral'}, "model_type is 'mistral'; supported: internlm2, internlm3, llama, qwen2"),
+  (QWEN2, {'model_type': 'llama'}, "architectures is ['Qwen2ForCausalLM']; supported: LlamaForCausalLM, LlamaForSequenceClassification, "),
+  (LLAMA, {'architectures': ['LlamaModel']}, "architectures is ['LlamaModel']; supported: LlamaForCausalLM"),
+  (LLAMA, {'architectures': ['MistralForCausalLM'], 'model_type': None}, 'model_type is None; supported: internlm2'),
+  (LLAMA, {'architectures': []}, 'architectures is []; supported: a list of one architecture'),
+  (LLAMA, {'architectures': ['LlamaForSequenceClassification']}, 'num_labels is 2; supported: 1'),
+  (
+    LLAMA,
+    {'architectures': ['LlamaForTokenClassification'], 'id2label': {'0': 'a', '1': 'b'}},
+    "id2label is {'0': 'a', '1': 'b'}; supported: one",
+  ),
+  (LLAMA, {'hidden_size': '4096'}, "hidden_size is '4096'; supported: a positive integer"),
+  (LLAMA, {'hidden_size': 4100}, 'hidden_size is 4100; supported: a multiple of num_attention_heads (32), unless head_dim is given'),
+  (LLAMA, {'head_dim': 63}, 'head_dim is 63; supported: an even number'),
+  (LLAMA, {'num_key_value_heads': 5}, 'num_key_value_heads is 5; supported: a divisor of num_attention_heads (32)'),
+  (LLAMA, {'rms_norm_eps': True}, 'rms_norm_eps is True; supported: a positive number'),
+  (POLAR_7B, {'reward_token_id': 'x'}, "reward_token_id is 'x'; supported: a token id or null"),
+]
+
+
+@pytest.mark.parametrize(('config', 'changes', 'message'), REFUSED, ids=[f'{i}-{next(reversed(c))}' for i, (_, c, _) in enumerate(REFUSED)])
+def test_what_is_refused(config, changes, message):
+  with pytest.raises(UserError) as caught:
+    from_json(config | changes, 'x/config.json')
+  assert str(caught.value).startswith(f'x/config.json: {message}')
+  assert '\n' not in str(caught.value)
+
+
+def test_what_looks_odd_and_is_fine():
+  labels = {'architectures': ['LlamaForSequenceClassification'], 'num_labels': 1}
+  assert from_json(LLAMA | labels, 'f').head == 'reward'
+  assert from_json(LLAMA | {'architectures': ['LlamaForTokenClassification'], 'id2label': {'0': 'x'}}, 'f').head == 'value'
+  assert from_json(_without(QWEN2, 'model_type'), 'f').model == FULL['qwen2_5_7b']
+  assert from_json(POLAR_7B | {'model_type': 'internlm'}, 'f').model == FULL['polar_7b']
+  assert from_json(INTERNLM3 | {'architectures': ['LlamaForCausalLM']}, 'f') == (FULL['internlm3_8b'], 'lm', 'LlamaForCausalLM', None)
+  assert from_json(INTERNLM3 | {'qkv_bias': True}, 'f').model.qkv_bias
+  assert from_json(LLAMA | {'head_dim': 64}, 'f').model.head_dim == 64
+  # Theta within the section comes before theta beside it, as in transformers.
+  both = LLAMA | {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
+  assert from_json(both, 'f').model.rope_theta == 7.0
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True; choose another'),
+    ({'family': 'qwen2'}, r'family qwen2 cannot have model\.qkv_bias False'),
+    ({'family': 'internlm2', 'head_dim': 64}, r'have a head_dim of d_model / num_heads \(128 / 4\), not 64'),
+    ({'family': 'internlm2', 'rope_scaling': 'llama3'}, r"model\.rope_scaling 'llama3', only: none, linear, dynamic$"),
+    ({'vocab_size': None}, r'model\.vocab_size must be set'),
+  ],
+)
+def test_what_cannot_be_written(fields, message):
+  with pytest.raises(UserError, match=message):
+    to_json(ModelConfig(**({'vocab_size': 9} | fields)), 'lm', dtype='float32')
+
+
+def test_dtypes_and_architectures_that_cannot_be_written():
+  with pytest.raises(UserError, match=r"cannot be stored as 'int8', only as: float32, bfloat16, float16"):
+    to_json(FULL['polar_7b'], 'lm', dtype='int8')
+  with pytest.raises(UserError, match=r"cannot be stored as 'InternLM2ForRewardModel'"):
+    to_json(FULL['polar_7b'], 'lm', dtype='float32', architecture='InternLM2ForRewardModel')

@@ -1,0 +1,112 @@
+"""Random models of ours, and a slow mapping of their parameters to Hugging Face tensors that shares nothing with the package's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pathlib
+import sys
+import types
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a network
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+
+REMOTE_CODE = pathlib.Path(__file__).parents[2] / 'polar_jax/checkpoints/remote_code'
+
+
+@pytest.fixture(scope='session')
+def torch_on_one_thread():
+  """Threads of torch wait for one another, for long when cores are busy. Imported here: most tests of this folder need no torch."""
+  import torch
+
+  before = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='session')
+def remote_code():
+  """`modeling_internlm2` imported as the package that transformers would make of an exported folder."""
+  package = types.ModuleType('exported_internlm2')
+  package.__path__ = [str(REMOTE_CODE)]
+  sys.modules[package.__name__] = package
+  yield importlib.import_module('exported_internlm2.modeling_internlm2')
+  for name in [n for n in sys.modules if n.split('.')[0] == package.__name__]:
+    del sys.modules[name]
+
+
+def _random_params(model: type[nnx.Module], config: ModelConfig, seed: int = 0) -> dict:
+  """Parameters of such a size that logits are of order one, attention is far from uniform, and no norm or bias could be left out."""
+  rng = np.random.default_rng(seed)
+  fan_in = {'wo': config.num_heads * config.head_dim, 'w_down': config.d_ff}
+  fan_in['embedding'] = config.d_model if config.tie_embeddings else 1
+
+  def fill(path, p):
+    name = path[-1].key
+    if 'norm' in name:
+      return rng.uniform(0.5, 1.5, p.shape).astype(np.float32)
+    if name in ('bq', 'bk', 'bv'):
+      return rng.normal(0, 0.7, p.shape).astype(np.float32)
+    gain = 1.5 if name in ('wq', 'wk') else 1.0
+    return rng.normal(0, gain * fan_in.get(name, config.d_model) ** -0.5, p.shape).astype(np.float32)
+
+  shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))), nnx.Param))
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@pytest.fixture(scope='session')
+def random_params():
+  return _random_params
+
+
+def _heads_as_rows(weight_DNH: np.ndarray) -> dict[int, np.ndarray]:
+  """The rows (H, D) of a stored projection that belong to each head."""
+  _, heads, dim = weight_DNH.shape
+  return {n: np.stack([weight_DNH[:, n, h] for h in range(dim)]) for n in range(heads)}
+
+
+def _as_stored(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
+  """Tensors by their Hugging Face names, one row at a time (section 4.1 of the paper's code, and transformers' Llama)."""
+  fused = config.family == 'internlm2'
+  p, layers, out = params['decoder'], params['decoder']['layers'], {}
+  out['model.tok_embeddings.weight' if fused else 'model.embed_tokens.weight'] = p['embedding']
+  out['model.norm.weight'] = p['norm']
+  if 'lm_head' in params:
+    out['output.weight' if fused else 'lm_head.weight'] = params['lm_head']
+  if 'v_head' in params:
+    out['v_head.weight' if fused else 'score.weight'] = params['v_head'][None]
+  for i in range(config.num_layers):
+    at = f'model.layers.{i}.'
+    q, k, v = (_heads_as_rows(layers[name][i]) for name in ('wq', 'wk', 'wv'))
+    if fused:
+      rows, group = [], config.num_heads // config.num_kv_heads
+      for g in range(config.num_kv_heads):
+        rows += [q[g * group + j] for j in range(group)] + [k[g], v[g]]
+      out[at + 'attention.wqkv.weight'] = np.concatenate(rows)
+    else:
+      for name, heads in (('q', q), ('k', k), ('v', v)):
+        out[f'{at}self_attn.{name}_proj.weight'] = np.concatenate([heads[n] for n in range(len(heads))])
+        if config.qkv_bias:
+          out[f'{at}self_attn.{name}_proj.bias'] = np.concatenate(list(layers[f'b{name}'][i]))
+    columns = [layers['wo'][i][n, h] for n in range(config.num_heads) for h in range(config.head_dim)]
+    out[at + ('attention.wo.weight' if fused else 'self_attn.o_proj.weight')] = np.stack(columns, axis=1)
+    names = ('feed_forward.w1', 'feed_forward.w3', 'feed_forward.w2') if fused else ('mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')
+    for name, ours in zip(names, ('w_gate', 'w_up', 'w_down'), strict=True):
+      out[f'{at}{name}.weight'] = np.stack(list(layers[ours][i].T))
+    norms = ('attention_norm', 'ffn_norm') if fused else ('input_layernorm', 'post_attention_layernorm')
+    for name, ours in zip(norms, ('attention_norm', 'mlp_norm'), strict=True):
+      out[f'{at}{name}.weight'] = layers[ours][i]
+  return {name: np.ascontiguousarray(array) for name, array in out.items()}
+
+
+@pytest.fixture(scope='session')
+def as_stored():
+  return _as_stored

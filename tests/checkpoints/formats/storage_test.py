@@ -1,0 +1,352 @@
+"""Hugging Face folders are read tensor by tensor, whatever is wrong with them is said, and what is written is read by others."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+import hypothesis
+import hypothesis.strategies as st
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from polar_jax.checkpoints.formats.storage import CheckpointFileError, SafetensorsWriter, halves_from_pairs, open_folder
+from polar_jax.types import UserError
+
+RNG = np.random.default_rng(0)
+TENSORS = {
+  'half': RNG.normal(size=(3, 4)).astype(np.float16),
+  'brain': RNG.normal(size=(5,)).astype(ml_dtypes.bfloat16),
+  'single': RNG.normal(size=(2, 3, 2)).astype(np.float32),
+  'scalar': np.array(1.5, np.float32),
+  'none': np.zeros((0, 3), np.float32),
+}
+
+
+def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
+  assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+  assert found.tobytes() == wanted.tobytes()
+
+
+def raw_file(header: object, data: bytes = b'') -> bytes:
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  return struct.pack('<Q', len(text)) + text + data
+
+
+def write_shards(folder: pathlib.Path, shards: dict[str, dict], index: dict | None = None) -> None:
+  for name, tensors in shards.items():
+    safetensors.numpy.save_file(tensors, folder / name)
+  weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map | (index or {})}))
+
+
+# ---- reading ----
+
+
+def test_reads_what_the_library_wrote(tmp_path):
+  safetensors.numpy.save_file(TENSORS, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+  source = open_folder(str(tmp_path))
+  assert source.path == tmp_path
+  assert {name: (i.shape, i.dtype) for name, i in source.tensors().items()} == {n: (a.shape, a.dtype) for n, a in TENSORS.items()}
+  assert {i.file for i in source.tensors().values()} == {tmp_path / 'model.safetensors'}
+  for name, array in TENSORS.items():
+    assert_same(source.read(name), array)
+
+
+def test_reads_what_torch_wrote_in_bfloat16(tmp_path):
+  tensor = torch.randn(7, 5).to(torch.bfloat16)
+  safetensors.torch.save_file({'w': tensor}, tmp_path / 'model.safetensors')
+  assert_same(open_folder(tmp_path).read('w'), tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+
+
+def test_shards_with_an_index_without_one_and_through_links(tmp_path):
+  stored, linked = tmp_path / 'blobs', tmp_path / 'snapshot'
+  stored.mkdir()
+  linked.mkdir()
+  a, b = {'half': TENSORS['half']}, {'brain': TENSORS['brain'], 'single': TENSORS['single']}
+  write_shards(stored, {'model-00001-of-00002.safetensors': a, 'model-00002-of-00002.safetensors': b})
+  safetensors.numpy.save_file({'other': TENSORS['half']}, stored / 'consolidated.safetensors')  # the index does not name it
+  for file in stored.iterdir():
+    (linked / file.name).symlink_to(file)
+  for _ in range(2):
+    source = open_folder(linked)
+    wanted = {name: array for name, array in (a | b).items() if name in source.tensors()}
+    assert wanted.keys() == (a | b).keys()
+    for name, array in wanted.items():
+      assert_same(source.read(name), array)
+    assert source.tensors()['half'].file == linked / 'model-00001-of-00002.safetensors'
+    (linked / 'model.safetensors.index.json').unlink(missing_ok=True)
+    (linked / 'consolidated.safetensors').unlink(missing_ok=True)
+
+
+def test_an_array_is_its_own_and_outlives_its_file(tmp_path):
+  file = tmp_path / 'model.safetensors'
+  safetensors.numpy.save_file(TENSORS, file)
+  array = open_folder(tmp_path).read('single')
+  assert array.flags.owndata
+  assert array.flags.writeable
+  file.write_bytes(b'\xff' * file.stat().st_size)
+  assert_same(array, TENSORS['single'])
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'', 'model.safetensors: is empty'),
+    (raw_file({'w': {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, bytes(16))[:30], 'model.safetensors: is damaged, cut short'),
+    (raw_file({'w': {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, bytes(15)), 'model.safetensors: is damaged, cut short'),
+    (b'abc', 'model.safetensors: is damaged, cut short'),
+    (raw_file(b'no json at all!!'), 'invalid JSON in header'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n', 'model.safetensors: is a Git LFS pointer.*git lfs pull'),
+    (
+      raw_file({'w8': {'dtype': 'F8_E4M3', 'shape': [4], 'data_offsets': [0, 4]}}, bytes(4)),
+      "model.safetensors: tensor 'w8' is stored as F8",
+    ),
+    (raw_file({'w8': {'dtype': 'I8', 'shape': [4], 'data_offsets': [0, 4]}}, bytes(4)), "model.safetensors: tensor 'w8' is stored as I8"),
+  ],
+)
+def test_bad_safetensors(tmp_path, content, message):
+  (tmp_path / 'model.safetensors').write_bytes(content)
+  with pytest.raises(CheckpointFileError, match=message) as error:
+    open_folder(tmp_path)
+  assert '\n' not in str(error.value)
+
+
+def test_a_file_cut_after_it_was_opened(tmp_path):
+  file = tmp_path / 'model.safetensors'
+  safetensors.numpy.save_file({'w': np.ones(100, np.float32)}, file)
+  source = open_folder(tmp_path)
+  file.write_bytes(file.read_bytes()[:-4])
+  with pytest.raises(CheckpointFileError, match=r'400 bytes expected at \d+, 396 found'):
+    source.read('w')
+  file.unlink()
+  with pytest.raises(CheckpointFileError, match=r'model.safetensors: cannot be read'):
+    source.read('w')
+  with pytest.raises(CheckpointFileError, match=r"holds no tensor 'v'"):
+    source.read('v')
+
+
+def test_folders_without_weights(tmp_path):
+  (tmp_path / 'link').mkdir()
+  (tmp_path / 'link/model.safetensors').symlink_to('nowhere')
+  with pytest.raises(CheckpointFileError, match=r'link/model.safetensors: cannot be read \(No such file'):
+    open_folder(tmp_path / 'link')
+  shutil.rmtree(tmp_path / 'link')
+  with pytest.raises(CheckpointFileError, match=r'does not exist'):
+    open_folder(tmp_path / 'nowhere')
+  with pytest.raises(CheckpointFileError, match=r'only: nothing'):
+    open_folder(tmp_path)
+  for name in ('config.json', 'training_args.bin'):
+    (tmp_path / name).write_text('{}')
+  with pytest.raises(CheckpointFileError, match=r'holds no weights .* only: config.json, training_args.bin$'):
+    open_folder(tmp_path)
+  with pytest.raises(CheckpointFileError, match=r'config.json: is a file; give the folder'):
+    open_folder(tmp_path / 'config.json')
+  for i in range(20):
+    (tmp_path / f'x{i:02}').touch()
+  with pytest.raises(CheckpointFileError, match=r'x07 and 12 more$'):
+    open_folder(tmp_path)
+
+
+def test_bins_without_torch_name_the_extra(tmp_path, monkeypatch):
+  (tmp_path / 'pytorch_model.bin').touch()
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError, match=re.escape("pip install 'polar_jax[torch]'")):
+    open_folder(tmp_path)
+
+
+A = {'a': np.ones(2, np.float32)}
+B = {'b': np.ones(2, np.float32)}
+
+
+@pytest.mark.parametrize(
+  ('shards', 'index', 'message'),
+  [
+    ({'x.safetensors': A}, {'b': 'y.safetensors'}, r'index.json: names files that are not there: y.safetensors'),
+    ({'x.safetensors': A}, {'b': 'x.safetensors'}, r"x.safetensors: lacks tensor 'b', which model.safetensors.index.json places there"),
+    ({'x.safetensors': A | B, 'y.safetensors': A}, {}, r"y.safetensors: holds tensor 'a', and so does x.safetensors"),
+    ({'x.safetensors': A, 'model.safetensors': B}, {'b': 'x.safetensors'}, r'holds both model.safetensors and model.safetensors.index'),
+    ({'x.safetensors': A}, {'b': '../x.safetensors'}, r'index.json: `weight_map` must give .* file of this folder'),
+    ({'x.safetensors': A}, {'b': 3}, r'index.json: `weight_map` must give .* file of this folder'),
+  ],
+)
+def test_bad_indices(tmp_path, shards, index, message):
+  write_shards(tmp_path, shards, index)
+  with pytest.raises(CheckpointFileError, match=message):
+    open_folder(tmp_path)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"weight_map": []}', '{"metadata": {}}'])
+def test_an_index_that_is_none(tmp_path, text):
+  safetensors.numpy.save_file(A, tmp_path / 'x.safetensors')
+  (tmp_path / 'model.safetensors.index.json').write_text(text)
+  with pytest.raises(CheckpointFileError, match=r'index.json: '):
+    open_folder(tmp_path)
+
+
+def test_files_without_an_index_must_be_complete_and_disjoint(tmp_path):
+  safetensors.numpy.save_file(A, tmp_path / 'model-00001-of-00002.safetensors')
+  with pytest.raises(CheckpointFileError, match=r'00001-of-00002.safetensors: is one of 2 files, and not all'):
+    open_folder(tmp_path)
+  safetensors.numpy.save_file(A, tmp_path / 'model-00002-of-00002.safetensors')
+  with pytest.raises(CheckpointFileError, match=r"00002-of-00002.safetensors: holds tensor 'a'"):
+    open_folder(tmp_path)
+
+
+MEASURE = """
+import sys
+from polar_jax.checkpoints.formats.storage import open_folder
+def peak():
+  return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1024
+source = open_folder(sys.argv[1])
+before = peak()
+for name in source.tensors():
+  array = source.read(name)
+  del array
+print(peak() - before)
+"""
+
+
+def test_peak_memory_is_one_tensor(tmp_path):
+  """Mapped pages count too: VmHWM is the peak of everything resident."""
+  zeros = {f'w{i}': np.zeros((8, 2**20), ml_dtypes.bfloat16) for i in range(6)}  # 16 MiB each
+  safetensors.numpy.save_file(zeros, tmp_path / 'model.safetensors')
+  out = subprocess.run([sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+  assert float(out.stdout) < 16 * 1.25
+
+
+# ---- writing ----
+
+
+def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], max_bytes: int, order: list[str] | None = None) -> None:
+  writer = SafetensorsWriter(folder, {name: array.nbytes for name, array in tensors.items()}, max_bytes)
+  for name in order or tensors:
+    writer.add(name, tensors[name])
+  writer.close()
+
+
+def test_one_file_when_all_fits(tmp_path):
+  write(tmp_path / 'new', TENSORS, 10**6)
+  assert [p.name for p in (tmp_path / 'new').iterdir()] == ['model.safetensors']
+  with safetensors.safe_open(tmp_path / 'new/model.safetensors', 'numpy') as f:
+    assert f.metadata() == {'format': 'pt'}
+    assert set(f.keys()) == set(TENSORS)
+    for name, array in TENSORS.items():
+      assert_same(np.asarray(f.get_tensor(name)), array)
+
+
+def test_shards_are_filled_in_order_and_indexed(tmp_path):
+  tensors = {name: np.full(n, i, np.float32) for i, (name, n) in enumerate([('z', 20), ('a', 4), ('b', 4), ('c', 3), ('d', 40), ('e', 1)])}
+  write(tmp_path, tensors, 32)
+  index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
+  files = [f'model-{i}-of-00005.safetensors' for i in ('00001', '00002', '00003', '00004', '00005')]
+  assert index == {'metadata': {'total_size': 72 * 4}, 'weight_map': dict(zip('zabcde', [*files[:2], *files[1:]], strict=True))}
+  for name, file in index['weight_map'].items():
+    assert_same(safetensors.numpy.load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_alignment_that_torch_needs(tmp_path):
+  tensors = {'odd': np.ones(3, ml_dtypes.bfloat16), 'v': np.arange(4, dtype=np.float32)}
+  write(tmp_path, tensors, 10**6)
+  text = (tmp_path / 'model.safetensors').read_bytes()
+  length = int.from_bytes(text[:8], 'little')
+  assert length % 8 == 0
+  assert json.loads(text[8 : 8 + length])['v']['data_offsets'][0] % 4 == 0
+  loaded = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+  assert loaded['v'].tolist() == [0, 1, 2, 3]
+  assert loaded['odd'].tolist() == [1, 1, 1]
+
+
+def test_an_unfinished_file_is_refused(tmp_path):
+  writer = SafetensorsWriter(tmp_path, {'a': 8, 'b': 8}, 100)
+  writer.add('a', A['a'])
+  with pytest.raises(CheckpointFileError, match=r'model.safetensors: is damaged'):
+    open_folder(tmp_path)
+  with pytest.raises(ValueError, match=r"1 planned tensors were not written: 'b'"):
+    writer.close()
+
+
+def test_tensors_against_the_plan(tmp_path):
+  writer = SafetensorsWriter(tmp_path, {'a': 8, 'b': 8}, 100)
+  with pytest.raises(ValueError, match=r"'c' was not planned"):
+    writer.add('c', A['a'])
+  for wrong in (np.ones(3, np.float32), np.ones(1, np.float64), np.ones(2, '>f4')):
+    with pytest.raises(ValueError, match=r"tensor 'a' was written already, is not"):
+      writer.add('a', wrong)
+  writer.add('a', A['a'])
+  with pytest.raises(ValueError, match=r"tensor 'a' was written already"):
+    writer.add('a', A['a'])
+  with pytest.raises(CheckpointFileError, match=r'model.safetensors: is there already'):
+    SafetensorsWriter(tmp_path, {'a': 8}, 100)
+
+
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+ARRAYS = st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.booleans())
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  plan=st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != '__metadata__'), ARRAYS, max_size=8),
+  max_bytes=st.integers(1, 600),
+  data=st.data(),
+)
+def test_round_trip(plan, max_bytes, data):
+  rng = np.random.default_rng(len(plan))
+  tensors = {}
+  for name, (dtype, shape, transposed) in plan.items():
+    array = np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)  # NaNs and all
+    tensors[name] = array.T if transposed else array
+  with tempfile.TemporaryDirectory() as folder:
+    write(pathlib.Path(folder), tensors, max_bytes, data.draw(st.permutations(list(tensors))))
+    source = open_folder(folder)
+    assert set(source.tensors()) == set(tensors)
+    by_library = {}
+    for file in pathlib.Path(folder).glob('*.safetensors'):
+      by_library |= safetensors.numpy.load_file(file)
+      in_file = [array.nbytes for name, array in tensors.items() if source.tensors()[name].file == file]
+      assert sum(in_file) <= max_bytes or sum(size > 0 for size in in_file) == 1
+    for name, array in tensors.items():
+      assert_same(source.read(name), array)
+      assert_same(np.asarray(by_library[name]), array)
+
+
+# ---- order of rotary dimensions ----
+
+
+def rotate(vector: list[float], position: int, pairs: list[tuple[int, int]]) -> list[float]:
+  out = list(vector)
+  for i, (a, b) in enumerate(pairs):
+    angle = position * 10_000.0 ** (-i / len(pairs))
+    out[a] = vector[a] * np.cos(angle) - vector[b] * np.sin(angle)
+    out[b] = vector[a] * np.sin(angle) + vector[b] * np.cos(angle)
+  return out
+
+
+def test_pairs_and_halves_give_the_same_scores():
+  heads, dim, width = 3, 8, 5
+  interleaved = [(2 * i, 2 * i + 1) for i in range(dim // 2)]
+  halves = [(i, i + dim // 2) for i in range(dim // 2)]
+  wq, wk = RNG.normal(size=(2, heads * dim, width))
+  x_q, x_k = RNG.normal(size=(2, width))
+
+  def score(wq, wk, pairs, head, at_q, at_k):
+    rows = slice(head * dim, (head + 1) * dim)
+    return np.dot(rotate(wq[rows] @ x_q, at_q, pairs), rotate(wk[rows] @ x_k, at_k, pairs))
+
+  moved = halves_from_pairs(wq, heads), halves_from_pairs(wk, heads)
+  for head in range(heads):
+    for at_q, at_k in ((0, 0), (3, 1), (11, 4)):
+      wanted = score(wq, wk, interleaved, head, at_q, at_k)
+      assert np.isclose(score(*moved, halves, head, at_q, at_k), wanted, rtol=1e-12)
+      if at_q != at_k:
+        assert not np.isclose(score(wq, wk, halves, head, at_q, at_k), wanted, rtol=1e-3)

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import sys
+import types
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polar_jax.data import examples as sources
+from polar_jax.data import tfds as triplet_dataset
+from polar_jax.types import Prompt, Triplet
+
+GOOD = {'prompt': 'p', 'reference': 'r', 'chosen': 'c', 'rejected': 'd'}
+MESSAGES = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+
+
+def without(field):
+  return {key: value for key, value in GOOD.items() if key != field}
+
+
+def write(path, rows):
+  """Rows are dicts, or lines as they are to stand in the file."""
+  lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+  data = b''.join(line + b'\n' for line in lines)
+  path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
+  return path
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet'])
+def test_all_formats_give_the_same_rows(tmp_path, name):
+  rows = [
+    {**GOOD, 'prompt': MESSAGES, 'wrapper': 'pretrain', 'category': 'easy', 'source': 'x', 'n': 3},
+    {'prompt': MESSAGES, 'reference': '', 'chosen': '', 'rejected': '', 'wrapper': None, 'category': None, 'source': '日本', 'n': 4},
+  ]
+  path = tmp_path / name
+  if name.endswith('.parquet'):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  else:
+    write(path, rows)
+  read = sources.read_rows(str(path))
+  expected = [
+    Triplet(MESSAGES, 'r', 'c', 'd', 'pretrain', 'easy', {'source': 'x', 'n': 3}),
+    Triplet(MESSAGES, '', '', '', 'sft', '', {'source': '日本', 'n': 4}),
+  ]
+  assert list(read) == expected
+  assert (len(read), read[-1], read[:1], read.path, read.skipped) == (2, expected[1], expected[:1], path, [])
+  with pytest.raises(IndexError):
+    read[2]
+  assert list(pickle.loads(pickle.dumps(read))) == expected
+
+
+def test_blank_lines_and_byte_order_mark(tmp_path):
+  path = write(tmp_path / 'a.jsonl', [b'\xef\xbb\xbf' + json.dumps(GOOD).encode(), b'', b'  ', GOOD, b'{'])
+  read = sources.read_rows(path, 'skip')
+  assert len(read) == 2
+  assert [number for number, _ in read.skipped] == [5]  # the line of the file
+
+
+BAD = [
+  (b'{"prompt": ', None, 'not JSON'),
+  (b'{"prompt": "\xff"}', None, 'not UTF-8'),
+  (b'[' * 100_000, None, 'not JSON'),
+  (b'{"prompt": ' + b'9' * 5_000 + b'}', None, 'not JSON'),
+  (b'[1, 2]', None, 'JSON object, not list'),
+  (b'null', None, 'JSON object, not NoneType'),
+  *[(without(field), field, f"field '{field}' is missing") for field in GOOD],
+  ({**GOOD, 'prompt': None}, 'prompt', 'prompt must be a string or a list of messages, not null'),
+  ({**GOOD, 'chosen': 7}, 'chosen', 'not int'),
+  ({**GOOD, 'chosen': {'content': 'x'}}, 'chosen', 'not dict'),
+  ({**GOOD, 'rejected': []}, 'rejected', 'empty list'),
+  ({**GOOD, 'reference': [{'role': 'user'}]}, 'reference', 'reference[0] is a message without content'),
+  ({**GOOD, 'reference': [{'content': None}]}, 'reference', 'reference[0].content must be a string, not null'),
+  ({**GOOD, 'reference': ['text']}, 'reference', 'reference[0] must be a message'),
+  ({**GOOD, 'chosen': '\ud83e'}, 'chosen', 'surrogate'),
+  ({**GOOD, 'wrapper': 'chat'}, 'wrapper', "wrapper is 'chat'"),
+  ({**GOOD, 'wrapper': ['sft']}, 'wrapper', 'wrapper is'),
+  ({**GOOD, 'category': 3}, 'category', 'category must be a string, not int'),
+]
+
+
+@pytest.mark.parametrize(('bad', 'field', 'reason'), BAD)
+def test_bad_row(tmp_path, bad, field, reason):
+  path = write(tmp_path / 'rows.jsonl', [GOOD, bad, GOOD])
+  with pytest.raises(sources.BadRowError) as caught:
+    sources.read_rows(path)
+  error = caught.value
+  assert isinstance(error, ValueError)
+  assert (error.path, error.row, error.field) == (path, 2, field)
+  assert reason in str(error)
+  assert f'{path}, row 2' in str(error)
+  assert '\n' not in str(error)
+  assert str(pickle.loads(pickle.dumps(error))) == str(error)
+  read = sources.read_rows(path, 'skip')
+  assert len(read) == 2
+  assert [number for number, _ in read.skipped] == [2]
+  assert reason in read.skipped[0][1]
+
+
+def test_bad_parquet_row_and_missing_column(tmp_path):
+  path = tmp_path / 'a.parquet'
+  pq.write_table(pa.Table.from_pylist([GOOD, {**GOOD, 'chosen': None}]), path)
+  with pytest.raises(sources.BadRowError, match='row 2: chosen must be'):
+    sources.read_rows(path)
+  assert sources.read_rows(path, 'skip').skipped == [(2, 'chosen must be a string or a list of messages, not null')]
+  pq.write_table(pa.Table.from_pylist([without('rejected')]), path)
+  with pytest.raises(sources.SourceError, match=r"no good rows.*'rejected' is missing"):
+    sources.read_rows(path, 'skip')
+
+
+def test_no_good_rows(tmp_path):
+  with pytest.raises(sources.SourceError, match=r'a\.jsonl: no good rows \(0'):
+    sources.read_rows(write(tmp_path / 'a.jsonl', []))
+  with pytest.raises(sources.SourceError, match=r'no good rows \(1 bad ones; row 1: not JSON'):
+    sources.read_rows(write(tmp_path / 'a.jsonl', [b'x']), 'skip')
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flip', 'plain', 'crc'])
+def test_damaged_gzip(tmp_path, damage):
+  path = write(tmp_path / 'a.jsonl.gz', [{**GOOD, 'prompt': str(i * 7919)} for i in range(500)])
+  data = bytearray(path.read_bytes())
+  if damage == 'cut':
+    data = data[: len(data) // 2]
+  elif damage == 'flip':
+    data[len(data) // 2 : len(data) // 2 + 20] = b'\xff' * 20
+  elif damage == 'crc':
+    data[-6] ^= 1
+  path.write_bytes(b'{"prompt": 1}' if damage == 'plain' else bytes(data))
+  with pytest.raises(sources.SourceError, match=r'a\.jsonl\.gz.*truncated or damaged'):
+    sources.read_rows(path, 'raise')
+
+
+def test_damaged_parquet(tmp_path):
+  path = tmp_path / 'a.parquet'
+  path.write_bytes(b'PAR1 nothing PAR1')
+  with pytest.raises(sources.SourceError, match=r'a\.parquet: not a parquet file'):
+    sources.read_rows(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+  path = tmp_path / 'a.parquet'
+  pq.write_table(pa.Table.from_pylist([GOOD]), path)
+  monkeypatch.setitem(sys.modules, 'pyarrow', None)
+  with pytest.raises(ImportError, match=r'pip install polar_jax\[parquet\]'):
+    sources.read_rows(path)
+
+
+def test_unusable_arguments(tmp_path):
+  with pytest.raises(sources.SourceError, match='no such file'):
+    sources.read_rows(tmp_path / 'a.jsonl')
+  (tmp_path / 'a.csv').write_text('x')
+  with pytest.raises(sources.SourceError, match=r'a\.csv: unknown kind.*\.parquet'):
+    sources.read_rows(tmp_path / 'a.csv')
+  with pytest.raises(ValueError, match='on_bad_row'):
+    sources.read_rows(tmp_path / 'a.jsonl', 'ignore')
+
+
+def test_open_source_of_files_and_folders(tmp_path):
+  path = write(tmp_path / 'train.jsonl.gz', [GOOD, b'x'])
+  assert len(sources.open_source(path, 'validation', 'skip')) == 1  # a file is its own split
+  assert len(sources.open_source(str(tmp_path), 'train', 'skip')) == 1
+  with pytest.raises(sources.BadRowError):
+    sources.open_source(tmp_path, 'train', 'raise')
+  with pytest.raises(sources.SourceError, match=r"no split 'test': looked for .*test\.jsonl.gz.*there is: train\.jsonl\.gz"):
+    sources.open_source(tmp_path, 'test', 'raise')
+  with pytest.raises(sources.SourceError, match=r'missing: no such file or folder; .* holds: train\.jsonl\.gz'):
+    sources.open_source(tmp_path / 'missing', 'train', 'raise')
+  write(tmp_path / 'train.jsonl', [GOOD])
+  with pytest.raises(sources.SourceError, match='more than once'):
+    sources.open_source(tmp_path, 'train', 'raise')
+
+
+def test_open_source_of_a_tfds_folder(tmp_path, monkeypatch):
+  (tmp_path / 'triplets' / '1.0.0').mkdir(parents=True)
+  (tmp_path / 'triplets' / '1.0.0' / 'dataset_info.json').write_text('{}')
+  opened = []
+  fake = types.ModuleType('polar_jax.data.tfds')
+  fake.open_triplets = lambda folder: opened.append(folder) or {'train': [Triplet(**GOOD)], 'validation': []}
+  monkeypatch.setitem(sys.modules, 'polar_jax.data.tfds', fake)
+  monkeypatch.setattr('polar_jax.data.tfds', fake, raising=False)
+  assert sources.open_source(tmp_path, 'train', 'raise') == [Triplet(**GOOD)]
+  assert opened == [tmp_path]
+  with pytest.raises(sources.SourceError, match="no split 'test'; its splits are: train, validation"):
+    sources.open_source(tmp_path, 'test', 'raise')
+
+
+def test_open_source_of_two_tfds_folders(tmp_path):
+  for version in ('1.0.0', '2.0.0'):
+    (tmp_path / version).mkdir()
+    (tmp_path / version / 'dataset_info.json').write_text('{}')
+  with pytest.raises(sources.SourceError, match=r'1\.0\.0.*2\.0\.0'):
+    sources.open_source(tmp_path, 'train')
+
+
+ASK = [{'role': 'user', 'content': 'Why?'}]
+OFFICIAL = {
+  'data_source': 'some/set',
+  'prompt': ASK,
+  'ability': 'math',
+  'reward_model': {'style': 'polar', 'ground_truth': [{'role': 'assistant', 'content': 'So 4.'}]},
+  'extra_info': {'split': 'train', 'index': 7, 'ability': 'math', 'prompt': ASK},
+}
+
+
+def official(**changes):
+  """An official row with fields replaced; `reward_model__style` is a field of a field, ... leaves one out."""
+  row = {key: dict(value) if isinstance(value, dict) else value for key, value in OFFICIAL.items()}
+  for name, value in changes.items():
+    *outer, key = name.split('__')
+    section = row[outer[0]] if outer else row
+    section.pop(key, None)
+    if value is not ...:
+      section[key] = value
+  return row
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet'])
+def test_prompts_of_the_official_format(tmp_path, name):
+  rows = [
+    OFFICIAL,
+    official(extra_info__prompt=[{'role': 'user', 'content': 'Why'}, {'role': 'user', 'content': '?'}], ability='general'),
+    official(extra_info__prompt=None, reward_model__ground_truth=[{'role': 'assistant', 'content': '4'}]),
+  ]
+  path = tmp_path / name
+  if name.endswith('.parquet'):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  else:
+    write(path, rows)
+  read = sources.open_prompts(path, 'train')
+  metadata = {'data_source': 'some/set', 'split': 'train', 'index': 7}
+  assert list(read) == [
+    Prompt(ASK, [{'role': 'assistant', 'content': 'So 4.'}], '', 'math', metadata),
+    Prompt(rows[1]['extra_info']['prompt'], rows[1]['reward_model']['ground_truth'], '', 'general', {**metadata, 'policy_prompt': ASK}),
+    Prompt(ASK, [{'role': 'assistant', 'content': '4'}], '', 'math', metadata),
+  ]
+  assert (read.path, read.skipped) == (path, [])
+
+
+def test_parquet_gives_every_message_the_fields_of_all(tmp_path):
+  """A field that only one prompt's messages have is null in the others of its column, which makes no two prompts differ."""
+  text = [{'role': 'assistant', 'content': 'Hello'}]
+  rows = [OFFICIAL, official(prompt=[{'role': 'user', 'content': 'Why?', 'name': 'Ann'}], reward_model__ground_truth=text)]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / 'a.parquet')
+  first, second = sources.open_prompts(tmp_path / 'a.parquet', 'train')
+  assert 'policy_prompt' not in first.metadata and second.metadata['policy_prompt'][0]['name'] == 'Ann'
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.parquet'])
+def test_plain_prompts(tmp_path, name):
+  rows = [
+    {'prompt': 'p', 'reference': 'r', 'answer': '72', 'category': 'math', 'policy_prompt': 'Think. p', 'n': 3},
+    {'prompt': 'p', 'reference': ' ', 'answer': None, 'category': None, 'policy_prompt': 'p', 'n': 4},
+  ]
+  path = tmp_path / name
+  if name.endswith('.parquet'):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  else:
+    write(path, rows)
+  expected = [Prompt('p', 'r', '72', 'math', {'n': 3, 'policy_prompt': 'Think. p'}), Prompt('p', ' ', '', '', {'n': 4})]
+  assert list(sources.open_prompts(path, 'any')) == expected
+
+
+BAD_PROMPTS = [
+  (b'{', None, 'not JSON'),
+  ({'prompt': 'p'}, 'reference', "field 'reference' is missing (in the official format it is reward_model.ground_truth)"),
+  ({'reference': 'r'}, 'prompt', "field 'prompt' is missing"),
+  ({'prompt': 'p', 'reference': ''}, 'reference', 'reference is empty'),
+  ({'prompt': 'p', 'reference': None}, 'reference', 'not null'),
+  ({'prompt': 'p', 'reference': [{'content': ''}, {'content': ''}]}, 'reference', 'reference is empty'),
+  ({'prompt': '', 'reference': 'r'}, 'prompt', 'prompt is empty'),
+  ({'prompt': 3, 'reference': 'r'}, 'prompt', 'not int'),
+  ({'prompt': 3, 'policy_prompt': 'p', 'reference': 'r'}, 'prompt', 'not int'),
+  ({'prompt': [{'content': 'x'}], 'reference': 'r'}, 'prompt', 'prompt[0] is a message without a role'),
+  ({'prompt': 'p', 'policy_prompt': [], 'reference': 'r'}, 'policy_prompt', 'empty list'),
+  ({'prompt': 'p', 'reference': 'r', 'answer': 72}, 'answer', 'answer must be a string, not int'),
+  ({'prompt': 'p', 'reference': 'r', 'category': 1}, 'category', 'category must be a string, not int'),
+  (official(reward_model='polar'), 'reward_model', 'reward_model must be an object, not str'),
+  (official(extra_info=[1]), 'extra_info', 'extra_info must be an object, not list'),
+  (official(reward_model__style='rule'), 'reward_model.style', "reward_model.style is 'rule'; it must be 'polar'"),
+  (official(reward_model__ground_truth=...), 'reward_model.ground_truth', "'reward_model.ground_truth' is missing"),
+  (official(reward_model__ground_truth=''), 'reward_model.ground_truth', 'reward_model.ground_truth is empty'),
+  (official(reward_model__ground_truth=4), 'reward_model.ground_truth', 'not int'),
+  (official(extra_info__prompt=4), 'extra_info.prompt', 'not int'),
+  (official(prompt=...), 'prompt', "field 'prompt' is missing"),
+  (official(prompt=[{'role': 'user'}]), 'prompt', 'prompt[0] is a message without content'),
+  (official(ability=5), 'ability', 'ability must be a string, not int'),
+]
+
+
+@pytest.mark.parametrize(('bad', 'field', 'reason'), BAD_PROMPTS)
+def test_bad_prompt(tmp_path, bad, field, reason):
+  path = write(tmp_path / 'rows.jsonl', [OFFICIAL, bad, {'prompt': 'p', 'reference': 'r'}])
+  with pytest.raises(sources.BadRowError) as caught:
+    sources.open_prompts(path, 'train')
+  assert (caught.value.path, caught.value.row, caught.value.field) == (path, 2, field)
+  assert reason in str(caught.value) and f'{path}, row 2' in str(caught.value) and '\n' not in str(caught.value)
+  read = sources.open_prompts(path, 'train', 'skip')
+  assert len(read) == 2
+  assert [number for number, _ in read.skipped] == [2] and reason in read.skipped[0][1]
+
+
+def test_prompts_of_folders(tmp_path):
+  write(tmp_path / 'train.jsonl', [OFFICIAL])
+  assert len(sources.open_prompts(tmp_path, 'train')) == 1
+  with pytest.raises(sources.NoSplitError, match="no split 'test'"):
+    sources.open_prompts(tmp_path, 'test')
+  with pytest.raises(ValueError, match='on_bad_row'):
+    sources.open_prompts(tmp_path, 'train', 'ignore')
+
+
+def test_prompts_of_a_tfds_folder(tmp_path):
+  prompts = [
+    Prompt('p', 'r', '72', 'math', {'n': 3, 'policy_prompt': ASK}),
+    Prompt([{'role': 'system', 'content': 'Be.'}, *ASK], [{'role': 'assistant', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]),
+  ]
+  triplet_dataset.write_prompts(tmp_path / 'prompts', 'prompts', {'train': prompts, 'test': [Prompt('p', '')]}, 'Prompts.', {})
+  assert list(sources.open_prompts(tmp_path / 'prompts', 'train')) == [
+    prompts[0],
+    Prompt('Be.\nWhy?', 'a\nb', metadata={'policy_prompt': prompts[1].prompt}),  # the same to reward model and policy
+  ]
+  with pytest.raises(sources.BadRowError, match='prompts:test, row 1: reference is empty'):
+    sources.open_prompts(tmp_path / 'prompts', 'test')
+  with pytest.raises(sources.NoSplitError, match='its splits are: test, train'):
+    sources.open_prompts(tmp_path / 'prompts', 'validation')
+  triplet_dataset.write_triplets(
+    tmp_path / 'triplets', 'rows', {'train': [Triplet('p', 'r', 'c', 'd', 'pretrain', 'x', {'k': 1})]}, 'Rows.', {}
+  )
+  assert list(sources.open_prompts(tmp_path / 'triplets', 'train')) == [Prompt('p', 'r', '', 'x', {'k': 1})]
+
+
+@pytest.mark.data
+def test_real_prompts_read_cleanly(data_folder):
+  path = data_folder / 'prompts/gsm8k_train.jsonl.gz'
+  with gzip.open(path) as file:
+    rows = [json.loads(line) for line in file]
+  read = sources.open_prompts(path, 'train')
+  assert [(p.prompt, p.reference, p.category, p.metadata) for p in read] == [
+    (row['prompt'], row['reference'], 'math', {'split': 'train'}) for row in rows
+  ]
+
+
+@pytest.mark.data
+def test_real_preferences_read_cleanly(data_folder):
+  files = sorted((data_folder / 'preferences').glob('*.jsonl.gz'))
+  assert files
+  for path in files:
+    with gzip.open(path) as file:
+      lines = sum(1 for _ in file)
+    assert len(sources.read_rows(path)) == lines

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from polar_jax.miniature import ngram, ngram_index, policy, pool, vocabulary
+
+VOCAB = 24
+
+
+@pytest.fixture(scope='module')
+def index():
+  rng = np.random.default_rng(1)
+  stream = rng.choice(np.r_[2, 5:VOCAB], 600, p=np.r_[0.05, rng.dirichlet(np.ones(VOCAB - 5) * 0.5) * 0.95])
+  return ngram_index.CorpusIndex('toy', stream, VOCAB, 4)
+
+
+def make(index, order=3, **changes):
+  values = {'name': 'x', 'corpus': 'toy', 'start': 0.2, 'fraction': 0.6, 'order': order, 'weights': (0.9, 0.8, 0.7, 0.85)[:order]}
+  values |= {'strength': 0.4, 'temperature': 0.7, 'top_p': 1.0} | changes
+  return ngram.NgramPolicy(ngram.NgramParams(**values), index)
+
+
+def slow_law(p, history):
+  """The module's formula, by dictionaries and dense vectors."""
+  q, total = p.params, len(p.index.stream)
+  begin = int(q.start * total)
+  window = p.index.stream[begin : begin + round(q.fraction * total)].tolist()
+  law = np.full(VOCAB, 1 / VOCAB)
+  for k in range(1, min(q.order, len(history) + 1) + 1):
+    context = tuple(history[len(history) - k + 1 :])
+    counts = collections.Counter(window[i] for i in range(k - 1, len(window)) if tuple(window[i - k + 1 : i]) == context)
+    if counts:
+      n = sum(counts.values())
+      share = q.weights[k - 1] * n / (n + q.strength * len(counts))
+      law = (1 - share) * law + share * np.array([counts[v] / n for v in range(VOCAB)])
+  law = law ** (1 / q.temperature)
+  return law / law.sum()
+
+
+@pytest.mark.parametrize('order', [1, 2, 3, 4])
+def test_logprob_against_the_slow_law(index, order):
+  p, rng = make(index, order), np.random.default_rng(order)
+  prefixes = [index.stream[i : i + n] for i, n in ((30, 1), (100, 4), (300, 6))] + [np.zeros(0, int), np.array([23, 23, 23])]
+  trajectories = [rng.integers(0, VOCAB, 9) for _ in prefixes]
+  expected = []
+  for prefix, trajectory in zip(prefixes, trajectories, strict=True):
+    history, total = list(prefix), 0.0
+    for token in trajectory:
+      total += np.log(slow_law(p, history)[token])
+      history.append(token)
+    expected.append(total)
+  got = p.logprob(prefixes, trajectories)
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 1.3])
+def test_next_token_law_sums_to_one_and_is_finite(index, temperature):
+  p = make(index, 4, temperature=temperature)
+  for prefix in (index.stream[200:204], index.stream[580:583], np.array([0, 1, 3])):
+    logs = p.logprob([prefix] * VOCAB, [np.array([v]) for v in range(VOCAB)])
+    assert np.isfinite(logs).all()
+    assert np.exp(logs).sum() == pytest.approx(1, abs=1e-12)
+
+
+def first_token_law(p, prefix, samples, **options):
+  drawn = p.sample([prefix], samples, np.random.default_rng(0), max_tokens=4, **options)[0]
+  return np.bincount([t[0] for t in drawn], minlength=VOCAB) / samples
+
+
+@pytest.mark.parametrize('order', [1, 2, 4])
+@pytest.mark.parametrize('options', [{}, {'top_p': 0.6}, {'top_k': 3}, {'temperature': 1.8, 'top_p': 0.8}])
+def test_samples_follow_the_truncated_law(index, order, options):
+  p, prefix = make(index, order), index.stream[200:206]
+  law = slow_law(make(index, order, temperature=0.7 * options.get('temperature', 1.0)), list(prefix))
+  law[[0, 1, 2, 3, 4]] = 0  # special tokens are never sampled, and a document does not end at once
+  if 'top_k' in options:
+    law[law < np.sort(law)[-options['top_k']]] = 0
+  above = np.array([law[law > x].sum() for x in law])
+  law[above >= options.get('top_p', 1.1) * law.sum()] = 0
+  got = first_token_law(p, prefix, 20_000, **options)
+  assert set(np.flatnonzero(got)) <= set(np.flatnonzero(law))
+  np.testing.assert_allclose(got, law / law.sum(), atol=0.017)
+
+
+def test_documents_end_but_not_early(index):
+  drawn = make(index, 2, temperature=1.3).sample([index.stream[:5]], 500, np.random.default_rng(0), max_tokens=30)[0]
+  lengths = np.array([len(t) for t in drawn])
+  assert lengths.min() >= 4 and lengths.max() == 30 and (lengths < 30).mean() > 0.3
+  assert all(t.dtype == np.int32 and t.min() >= vocabulary.NUM_SPECIAL for t in drawn)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(index):
+  p, rng = make(index, 4), np.random.default_rng(5)
+  prefixes = [index.stream[i : i + 5] for i in rng.integers(0, 500, 700)]
+  uniforms = rng.random((700, 12))
+  ids, lengths, _ = p.sample_ids(prefixes, uniforms, 1.0, 0.9, None)
+  some = [3, 350, 699]
+  ids_some, lengths_some, _ = p.sample_ids([prefixes[i] for i in some], uniforms[some], 1.0, 0.9, None)
+  assert np.array_equal(ids[some], ids_some) and np.array_equal(lengths[some], lengths_some)
+
+
+def test_policies_satisfy_the_protocols(index):
+  assert isinstance(make(index), policy.ExactPolicy)
+
+
+@pytest.mark.parametrize(
+  'changes, message', [({'weights': (0.9, 1.0, 0.7)}, 'strictly'), ({'order': 5}, 'order 5'), ({'corpus': 'y'}, "'y'")]
+)
+def test_bad_parameters_are_named(index, changes, message):
+  with pytest.raises(ValueError, match=message):
+    make(index, **changes)
+
+
+def test_too_cold_sampling_is_refused(index):
+  with pytest.raises(ValueError, match=r'temperature 0\.07'):
+    make(index).sample([index.stream[:5]], 1, np.random.default_rng(0), temperature=0.1)
+
+
+def test_pool_logprobs_is_each_policys_own(index):
+  members = [make(index, k) for k in (1, 3, 4)]
+  prefixes, trajectories = [index.stream[9:14], index.stream[40:42]], [index.stream[14:20], index.stream[50:59]]
+  got = pool.pool_logprobs(members, prefixes, trajectories, workers=2)
+  np.testing.assert_allclose(got, [p.logprob(prefixes, trajectories) for p in members], rtol=0, atol=0)

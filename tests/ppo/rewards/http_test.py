@@ -1,0 +1,359 @@
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import socket
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+
+from polar_jax.config import ConfigError, RewardConfig, TemplateConfig
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.ppo.rewards.http import HttpReward, RewardServerError
+from polar_jax.ppo.rewards.sources import RewardError
+from polar_jax.types import Prompt, UserError
+
+TEMPLATE = Template(TemplateConfig(), ByteTokenizer())
+KINDS = ('sglang', 'vllm', 'lmdeploy')
+
+
+def score_of(text):
+  """A number between -4 and 4 that depends on every byte."""
+  return zlib.crc32(text.encode()) / 2**29 - 4
+
+
+def official(kind, texts):
+  """What a server of a kind answers to a list of texts (and sglang to a bare string)."""
+  if kind == 'sglang':
+    if isinstance(texts, str):
+      return {'embedding': [score_of(texts)]}
+    return [{'embedding': [score_of(t)], 'meta_info': {'id': 'x', 'prompt_tokens': 3}} for t in texts]
+  item = (lambda s: [[9.5], [-7.25], [s]]) if kind == 'vllm' else (lambda s: s)
+  data = [{'index': i, 'object': 'pooling', 'data': item(score_of(t))} for i, t in enumerate(texts)]
+  return {'id': 'pool-1', 'object': 'list', 'created': 1, 'model': 'm', 'data': data, 'usage': {'prompt_tokens': 3}}
+
+
+class Server:
+  """A reward server in a thread. `script` holds what befalls the next requests: functions of (handler, texts, usual answer)."""
+
+  def __init__(self, kind, script=(), port=0):
+    self.kind, self.script, self.requests = kind, list(script), []
+    outer = self
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        outer.requests.append((self.path, body))
+        texts = body['text' if outer.kind == 'sglang' else 'input']
+        act = outer.script.pop(0) if outer.script else send()
+        with contextlib.suppress(ConnectionError):
+          act(self, texts, official(outer.kind, texts))
+
+      def log_message(self, *_):
+        pass
+
+    self.http = http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler)
+    self.http.daemon_threads = True
+    self.port = self.http.server_address[1]
+    self.address = f'127.0.0.1:{self.port}'
+    threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+  def close(self):
+    self.http.shutdown()
+    self.http.server_close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def send(change=lambda answer: answer, status=200, raw=None):
+  def act(handler, texts, answer):
+    content = json.dumps(change(answer)).encode() if raw is None else raw
+    handler.send_response(status)
+    handler.send_header('Content-Length', str(len(content)))
+    if status // 100 == 3:
+      handler.send_header('Location', '/elsewhere')
+    handler.end_headers()
+    handler.wfile.write(content)
+
+  return act
+
+
+def hang(seconds):
+  return lambda *_: time.sleep(seconds)
+
+
+def trickle(handler, texts, answer):
+  handler.send_response(200)
+  handler.end_headers()
+  for _ in range(100):
+    handler.wfile.write(b' ')
+    handler.wfile.flush()
+    time.sleep(0.05)
+
+
+def cut_off(handler, texts, answer):
+  handler.send_response(200)
+  handler.send_header('Content-Length', '100000')
+  handler.end_headers()
+  handler.wfile.write(json.dumps(answer).encode())
+
+
+def hang_up(handler, texts, answer):
+  handler.connection.close()
+
+
+class FakeTime:
+  """A clock that only `sleep` moves; `at` are (second, what happens then)."""
+
+  def __init__(self, *at):
+    self.now, self.at, self.pauses = 1_000.0, list(at), []
+
+  def clock(self):
+    return self.now
+
+  def sleep(self, seconds):
+    assert seconds > 0
+    self.now += seconds
+    self.pauses.append(seconds)
+    while self.at and self.now - 1_000 >= self.at[0][0]:
+      self.at.pop(0)[1]()
+
+
+def free_port():
+  with socket.socket() as sock:
+    sock.bind(('127.0.0.1', 0))
+    return sock.getsockname()[1]
+
+
+def reward(server, *, fake=None, batch=4, **settings):
+  address = server.address if isinstance(server, Server) else server
+  kind = server.kind if isinstance(server, Server) else 'sglang'
+  config = RewardConfig(**{'source': 'http', 'server': kind, 'address': address, 'checkpoint': 'some/folder/POLAR-7B', **settings})
+  times = {'clock': fake.clock, 'sleep': fake.sleep} if fake else {}
+  return HttpReward(TEMPLATE, config, batch, **times)
+
+
+PROMPTS = [Prompt(f'question {i // 3} é', f'reference {i // 3}') for i in range(10)]
+OUTPUTS = [f'answer {i}' for i in range(10)]
+TEXTS = [TEMPLATE.candidate_texts(p.prompt, p.reference, [o])[0] for p, o in zip(PROMPTS, OUTPUTS, strict=True)]
+EXPECTED = np.array([score_of(text) for text in TEXTS], np.float32)
+
+
+def check(source):
+  got = source.score(PROMPTS, OUTPUTS)
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(got, EXPECTED)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_official_servers(kind):
+  with Server(kind) as server:
+    check(reward(server))
+    requests = server.requests.copy()
+    np.testing.assert_array_equal(reward(server).score(PROMPTS[:1], OUTPUTS[:1]), EXPECTED[:1])
+    assert reward(server).score([], []).shape == (0,)
+    assert len(server.requests) == 4  # one text is a list of one, no text is no request
+  field, path = ('text', '/classify') if kind == 'sglang' else ('input', '/pooling')
+  assert [body[field] for _, body in requests] == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
+  assert {p for p, _ in requests} == {path}
+  assert {body.get('model') for _, body in requests} == {'POLAR-7B' if kind == 'sglang' else None}
+  assert TEXTS[0] == 'question 0 é\nreference 0<|reward|>question 0 é\nanswer 0[UNUSED_TOKEN_130]'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_model_name_and_wrapper_are_those_of_the_configuration(kind):
+  with Server(kind) as server:
+    got = reward(server, server_model='mine', wrapper='pretrain').score([Prompt('p', 'r')], ['c'])
+    assert server.requests[0][1]['model'] == 'mine'
+  assert got[0] == np.float32(score_of('pr<|reward|>pc[UNUSED_TOKEN_130]'))
+
+
+def test_no_text_depends_on_the_others():
+  """The prompt is cut for each output as if it were the only one."""
+  template = Template(TemplateConfig(max_length=64), ByteTokenizer())
+  with Server('sglang') as server:
+    source = HttpReward(template, RewardConfig(address=server.address))
+    source.score([Prompt('p' * 40, 'r')] * 2, ['c', 'c' * 30])
+    texts = server.requests[0][1]['text']
+  assert texts == [template.candidate_texts('p' * 40, 'r', [output])[0] for output in ('c', 'c' * 30)]
+  assert texts[0].count('p') > texts[1].count('p')
+
+
+def test_proxies_of_the_environment_are_not_used(monkeypatch):
+  for name in ('http_proxy', 'HTTP_PROXY', 'all_proxy'):
+    monkeypatch.setenv(name, f'http://127.0.0.1:{free_port()}')
+  monkeypatch.delenv('no_proxy', raising=False)
+  with Server('vllm') as server:
+    check(reward(server, patience=0.0))
+    check(reward(server, address=f'http://{server.address}/', patience=0.0))
+
+
+def test_rewards_are_put_where_their_index_says():
+  def backwards(answer):
+    return {**answer, 'data': answer['data'][::-1]}
+
+  with Server('lmdeploy', [send(backwards)] * 3) as server:
+    check(reward(server))
+
+
+@pytest.mark.parametrize(
+  'failure',
+  [
+    send(status=500),
+    send(status=503, raw=b'loading'),
+    send(status=429),
+    send(raw=b'<html>gateway</html>'),
+    send(raw=b''),
+    send(raw=b'\xff\xfe'),
+    cut_off,
+    hang_up,
+    hang(1.0),
+    trickle,
+  ],
+)
+def test_a_passing_failure_loses_and_repeats_nothing(failure):
+  fake = FakeTime()
+  with Server('sglang', [send(), failure, failure]) as server:  # amid the batches
+    check(reward(server, fake=fake, timeout=0.4))
+    sent = [body['text'] for _, body in server.requests]
+  assert sent == [TEXTS[:4], TEXTS[4:8], TEXTS[4:8], TEXTS[4:8], TEXTS[8:]]
+  assert fake.pauses == [0.5, 1.0]
+
+
+def test_a_server_that_is_down_for_a_minute_is_waited_for():
+  """On a clock of its own, with a port that really refuses."""
+  port, started = free_port(), []
+  fake = FakeTime((60, lambda: started.append(Server('sglang', port=port))))
+  check(reward(f'127.0.0.1:{port}', fake=fake, patience=180.0))
+  assert 60 <= fake.now - 1_000 < 71
+  assert max(fake.pauses) == 10
+  started[0].close()
+
+
+def test_a_server_that_restarts_is_waited_for_in_real_time():
+  server = Server('vllm', [send()])
+  started = []
+
+  def restart(handler, texts, answer):
+    hang_up(handler, texts, answer)
+    threading.Thread(target=lambda: (server.close(), time.sleep(1.2), started.append(Server('vllm', port=server.port)))).start()
+
+  server.script.append(restart)
+  begun = time.monotonic()
+  check(reward(server, patience=30.0))
+  assert 1.2 < time.monotonic() - begun < 15
+  assert len(server.requests) == 2 and len(started[0].requests) == 2
+  started[0].close()
+
+
+def test_a_server_that_stays_away_is_named():
+  address = f'127.0.0.1:{free_port()}'
+  fake = FakeTime()
+  with pytest.raises(RewardServerError) as caught:
+    reward(address, fake=fake, patience=45.0).score(PROMPTS, OUTPUTS)
+  message = str(caught.value)
+  assert f'http://{address}/classify: no rewards after 9 tries in 45 s' in message
+  assert 'refused' in message and 'continues from its last checkpoint' in message and '\n' not in message
+  assert isinstance(caught.value, UserError)
+  assert sum(fake.pauses) == 45  # the last try is at the end of the patience
+  with pytest.raises(RewardServerError, match='after 1 tries in 0 s'):
+    reward(address, fake=FakeTime(), patience=0.0).score(PROMPTS, OUTPUTS)
+
+
+@pytest.mark.parametrize(
+  ('failure', 'message'),
+  [
+    (send(status=502, raw=b'bad\n  gateway'), 'status 502 .*: bad gateway'),
+    (send(raw=b'oops ' * 100), r'an answer that is not JSON \(oops oops .*\.\.\.\)'),
+    (hang(0.6), r'no answer within 0.2 s \(rft.reward.timeout\)'),
+    (trickle, r'no answer within 0.2 s \(rft.reward.timeout\)'),
+  ],
+)
+def test_the_last_failure_is_told(failure, message):
+  with Server('sglang', [failure] * 9) as server, pytest.raises(RewardServerError, match=f'after 2 tries.*{message}'):
+    reward(server, fake=FakeTime(), patience=0.5, timeout=0.2).score(PROMPTS, OUTPUTS)
+
+
+@pytest.mark.parametrize('status', [302, 400, 404])
+def test_a_refusal_ends_it_at_once_with_what_the_server_says(status):
+  fake = FakeTime()
+  with Server('vllm', [send(lambda _: {'error': 'no model POLAR'}, status)]) as server:
+    with pytest.raises(RewardServerError, match=rf'/pooling: refuses the request with status {status} .*no model POLAR'):
+      reward(server, fake=fake).score(PROMPTS, OUTPUTS)
+    assert len(server.requests) == 1 and not fake.pauses
+
+
+def in_data(change):
+  """Changes the list of rewards, wherever a kind keeps it."""
+  return lambda answer: change(answer) if isinstance(answer, list) else {**answer, 'data': change(answer['data'])}
+
+
+def first(value, key='data'):
+  return in_data(lambda items: [{**items[0], key: value}, *items[1:]])
+
+
+@pytest.mark.parametrize(
+  ('kind', 'change', 'message'),
+  [
+    *((kind, in_data(lambda items: items[:-1]), '3 rewards came for 4 texts') for kind in KINDS),
+    *((kind, in_data(lambda items: [*items, items[0]]), '5 rewards came for 4 texts') for kind in KINDS),
+    *((kind, lambda _: {'object': 'error', 'message': 'x'}, f'not of the form that {kind} gives') for kind in KINDS),
+    *((kind, lambda _: None, f'not of the form that {kind} gives.*null') for kind in KINDS),
+    *((kind, in_data(lambda items: [*items[:2], 1.5, items[3]]), f'reward 2 is not of the form that {kind}') for kind in KINDS),
+    *((kind, in_data(lambda items: [{}, *items[1:]]), f'reward 0 is not of the form that {kind}') for kind in KINDS),
+    ('sglang', lambda answer: answer[0], 'not of the form that sglang gives'),
+    ('sglang', first([None], 'embedding'), "reward 0 is 'null', which is no number"),
+    ('sglang', first([True], 'embedding'), "reward 0 is 'true', which is no number"),
+    ('sglang', first([], 'embedding'), 'in the place of reward 0 there are 0 numbers'),
+    ('sglang', first([0.1] * 4_096, 'embedding'), 'there are 4096 numbers.*serves a reward model'),
+    ('vllm', first([[1.0], ['2.0']]), r"""reward 0 is '"2.0"', which is no number"""),
+    ('vllm', first([]), 'in the place of reward 0 there are 0 numbers'),
+    ('vllm', first([[1.0], [2.0, 3.0]]), 'there are 2 numbers'),
+    ('lmdeploy', first([1.0]), 'which is no number'),
+    ('lmdeploy', first(None), "reward 0 is 'null'"),
+    ('lmdeploy', first(10**400), 'too large'),
+    ('lmdeploy', first(1, 'index'), 'the indices of the rewards are not those of the 4 texts'),
+    ('lmdeploy', first('0', 'index'), 'the indices of the rewards are not those of the 4 texts'),
+  ],
+)
+def test_an_answer_of_another_form_ends_it_at_once(kind, change, message):
+  fake = FakeTime()
+  with Server(kind, [send(change)]) as server:
+    with pytest.raises(RewardServerError, match=message) as caught:
+      reward(server, fake=fake).score(PROMPTS, OUTPUTS)
+    assert len(server.requests) == 1 and not fake.pauses
+  assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(('value', 'shown'), [(float('nan'), 'nan'), (float('-inf'), '-inf'), (1e39, 'inf')])
+def test_a_reward_that_is_not_finite_names_prompt_and_output(value, shown):
+  change = in_data(lambda items: [items[0], {**items[1], 'data': value}, *items[2:]])
+  named = pytest.raises(RewardError, match=rf"gave the reward {shown} .*prompt 5 'question 1 é', output 'answer 5'")
+  with Server('lmdeploy', [send(), send(change)]) as server, named:
+    reward(server).score(PROMPTS, OUTPUTS)
+
+
+def test_a_flat_list_of_vllm_ends_in_the_reward():
+  flat = in_data(lambda items: [{**item, 'data': [row[0] for row in item['data']]} for item in items])
+  with Server('vllm', [send(flat)] * 3) as server:
+    check(reward(server))
+
+
+@pytest.mark.parametrize('address', ['', 'http://', 'ftp://host:1', 'host:port', 'ho st:1', 'host:99999', 'http://host:1?x=1'])
+def test_an_address_that_is_none_is_named(address):
+  with pytest.raises(ConfigError, match=r'rft\.reward\.address is .* it must be HOST:PORT'):
+    reward(address)
+
+
+def test_prompts_and_outputs_must_be_as_many():
+  with pytest.raises(ValueError, match='zip'):
+    reward('127.0.0.1:1').score(PROMPTS, OUTPUTS[:3])

@@ -1,0 +1,381 @@
+"""The whole loop on a tiny world: policies that learn a rule, runs that are killed, servers that stay away, rewards that are no numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from polar_jax import sharding
+from polar_jax.checkpoints import pretrained
+from polar_jax.checkpoints.checkpointer import FOLDER
+from polar_jax.config import (
+  AlarmConfig,
+  CheckpointingConfig,
+  Config,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RewardConfig,
+  RftConfig,
+  RolloutConfig,
+  TemplateConfig,
+  TokenizerConfig,
+  TrainConfig,
+)
+from polar_jax.ppo import trainer as loop
+from polar_jax.ppo.rewards.http import RewardServerError
+from polar_jax.ppo.rewards.sources import Mixture, RewardError
+from polar_jax.stages import rft as stage
+from polar_jax.stages import rft_setup as opening
+from polar_jax.stages import training as stages
+from polar_jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEPS = 6
+TIMED = ('seconds_rollout', 'seconds_reward', 'seconds_logprobs', 'seconds_update', 'step_seconds', 'tokens_per_second', 'goodput')
+MODEL = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, init_std=0.2, v_head_init='normal')
+FAST = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0, final_lr_ratio=1.0)
+
+
+def make_config(folder: pathlib.Path, **changes) -> Config:
+  rft = RftConfig(
+    steps=STEPS,
+    prompts=4,
+    samples=2,
+    minibatch=4,
+    update_epochs=2,
+    rows=2,
+    kl_in='reward',
+    kl_target=0.01,
+    actor=FAST,
+    critic=FAST,
+    evaluate_every=3,
+    evaluate_prompts=3,
+    rollout=RolloutConfig(max_prompt=12, max_new=5, slots=8),
+    reward=RewardConfig(checkpoint='pretrain', rule='last_number', normalize='running', clip=5.0, rows=2),
+  )
+  return Config(
+    stage='rft',
+    tokenizer=TokenizerConfig(kind='byte'),
+    model=MODEL,
+    template=TemplateConfig(max_length=64),
+    data=DataConfig(
+      triplets=str(folder / 'rows.jsonl'),
+      evaluation=str(folder / 'rows.jsonl'),
+      text=str(folder / 'text.txt'),
+      prompts=str(folder / 'prompts'),
+    ),
+    lm=TrainConfig(steps=2, batch_size=4, start_from='scratch', sequence_length=16),
+    train=TrainConfig(steps=2, batch_size=4, start_from='scratch', evaluate_rows=4),
+    rft=dataclasses.replace(rft, **changes),
+    checkpointing=CheckpointingConfig(every_steps=1, keep=2),
+  )
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory) -> pathlib.Path:
+  """A folder with prompts, and a workdir `base` with a policy and a reward model."""
+  folder, rng = tmp_path_factory.mktemp('rft'), np.random.default_rng(0)
+  word = lambda: bytes(rng.integers(97, 123, int(rng.integers(2, 9))).tolist()).decode()
+  rows = [{name: word() for name in ('prompt', 'reference', 'chosen', 'rejected')} for _ in range(20)]
+  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (folder / 'text.txt').write_text('hello world, this is a text. ' * 100)
+  (folder / 'prompts').mkdir()
+  prompts = [{'prompt': word(), 'reference': f'{word()} {i}'} for i in range(9)]
+  for split in ('train', 'test'):
+    (folder / 'prompts' / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, prompts)))
+  made = context(folder, 'base')
+  stages.pretrain_lm(made)
+  stages.pretrain(made)
+  return folder
+
+
+def context(folder: pathlib.Path, workdir: str, log=None, devices: int = 1, **changes) -> stages.Context:
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+  config = make_config(folder, **changes)
+  made = stages.Context(config, folder / workdir, mesh, (lambda _: None) if log is None else log.append)
+  for name in (stages.LM, stages.PRETRAIN):
+    if workdir != 'base' and not (made.workdir / name).exists():
+      made.workdir.mkdir(exist_ok=True)
+      (made.workdir / name).symlink_to(folder / 'base' / name)
+  return made
+
+
+@pytest.fixture(scope='module')
+def finished(world):
+  """A run to the end: (its context, what the stage says)."""
+  made = context(world, 'finished')
+  return made, stage.rft(made)['rft']['runs']['rft']
+
+
+def rows_of(folder: pathlib.Path) -> list[dict]:
+  return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(folder)]
+
+
+def final_state(folder: pathlib.Path):
+  newest = max((folder / FOLDER).glob('[0-9]*'), key=lambda p: int(p.name))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    item = checkpointer.metadata(newest / 'state').item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    return checkpointer.restore(newest / 'state', args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def assert_same(one: pathlib.Path, other: pathlib.Path) -> None:
+  a, b = final_state(one), final_state(other)
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    assert x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
+  assert rows_of(one) == rows_of(other)
+  assert (one / loop.SAMPLES).read_text() == (other / loop.SAMPLES).read_text()
+
+
+def test_a_run_logs_every_step_and_measures_held_out_prompts(finished):
+  made, summary = finished
+  rows = rows_of(made.workdir / 'rft')
+  assert [r['step'] for r in rows if 'reward' in r] == list(range(1, STEPS + 1))
+  assert [r['step'] for r in rows if 'evaluation_raw' in r] == [0, 3, 6]
+  wanted = {
+    'raw',
+    'rule',
+    'shuffled_gap',
+    'kl',
+    'entropy',
+    'clip_fraction',
+    'explained_variance',
+    'truncated',
+    'length_free',
+    'rollout_mismatch',
+  }
+  assert wanted <= set(rows[1]) and all(np.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+  assert rows[1]['kl'] == 0 and rows[-2]['kl'] > 0  # the start is where the policy starts, and it moves
+  assert rows[1]['rollout_mismatch'] < 1e-5
+  assert rows[-2]['kl_coef'] != make_config(made.workdir).rft.kl_coef  # steered
+  assert summary['steps'] == STEPS and summary['answers'] == 8 * STEPS and {'evaluation_before', 'evaluation_after'} <= set(summary)
+  samples = [json.loads(line) for line in (made.workdir / 'rft' / loop.SAMPLES).read_text().splitlines()]
+  assert {s['step'] for s in samples} == set(range(1, STEPS + 1))
+  state = final_state(made.workdir / 'rft')
+  assert state['critic']['params']['v_head'].any() and state['step'] == state['critic']['step'] == STEPS * 4
+
+
+def test_a_tuned_policy_is_a_checkpoint_like_any_other(finished):
+  made, _ = finished
+  opened = pretrained.open_pretrained(made.workdir / 'rft')
+  assert opened.head == 'lm' and opened.tokenizer().vocab_size == 261
+  params = opened.params(made.mesh, 'float32', head='lm')
+  start = pretrained.open_pretrained(made.workdir / stages.LM).params(made.mesh, 'float32')
+  assert jax.tree.structure(params) == jax.tree.structure(start)
+  assert not np.array_equal(params['lm_head'], start['lm_head'])
+
+
+def test_starting_again_redoes_nothing_and_other_settings_are_refused(finished):
+  made, summary = finished
+  before = (made.workdir / 'rft' / 'metrics.jsonl').read_bytes()
+  assert stage.rft(made)['rft']['runs']['rft'] == summary
+  assert (made.workdir / 'rft' / 'metrics.jsonl').read_bytes() == before
+  other = dataclasses.replace(made, config=make_config(made.workdir.parent, clip=0.3))
+  with pytest.raises(ValueError, match=r'rft\.clip was 0\.2, is 0\.3'):
+    stage.rft(other)
+
+
+class Interrupted(Exception):
+  pass
+
+
+def test_stopped_in_the_middle_of_a_step_it_ends_as_if_it_had_not(world, finished, monkeypatch):
+  """In one process, at the points where a step is only half done; real kills: test_killed_by_a_signal."""
+  for number, where in enumerate(('_score', '_one_update')):
+    calls = []
+    original = getattr(loop.Trainer, where)
+
+    def fail(self, *args, original=original, calls=calls):
+      calls.append(1)
+      if len(calls) == 3:
+        raise Interrupted
+      return original(self, *args)
+
+    made = context(world, f'half{number}')
+    with monkeypatch.context() as patch:
+      patch.setattr(loop.Trainer, where, fail)
+      with pytest.raises(Interrupted):
+        stage.rft(made)
+    stage.rft(made)
+    assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
+
+
+@pytest.mark.slow  # the same within one process: above and below; training's in tests/resume_test.py
+def test_killed_by_a_signal(world, finished):
+  made = context(world, 'killed')
+  config = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import dataclasses, pathlib, ml_collections
+from polar_jax.config import default_config
+from loop_test import make_config
+
+def fill(into, values):
+  for name, value in values.items():
+    if isinstance(value, dict):
+      fill(into[name], value)
+    else:
+      into[name] = value
+
+def get_config():
+  config = default_config()
+  fill(config, dataclasses.asdict(make_config(pathlib.Path({str(world)!r}))))
+  return config
+"""
+  (world / 'rft.py').write_text(config)
+  quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # to compile
+  environment = os.environ | {'XLA_FLAGS': quick, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+
+  def start(workdir: str) -> subprocess.Popen:
+    line = [sys.executable, '-m', 'polar_jax.main', f'--config={world / "rft.py"}', f'--workdir={workdir}']
+    return subprocess.Popen(line, cwd=world, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+  def newest(workdir: str) -> int:
+    return max((int(p.name) for p in (world / workdir / 'rft' / FOLDER).glob('*') if p.name.isdigit()), default=0)
+
+  def until(process: subprocess.Popen, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while newest('killed') < step:
+      assert process.poll() is None, process.stdout.read()
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+
+  context(world, 'whole')
+  whole = start('whole')
+  output, _ = whole.communicate(timeout=300)
+  assert whole.returncode == 0, output
+  process = start('killed')
+  until(process, 2)
+  process.kill()
+  process.communicate()
+  assert newest('killed') < STEPS
+  process = start('killed')
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == 0 and 'rft: resumed from step' in output, output
+  assert_same(made.workdir / 'rft', world / 'whole' / 'rft')
+
+
+def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
+  made, update = context(world, 'terminated'), loop.Progress.update
+
+  def send(self, row):
+    if row['step'] == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+    update(self, row)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Progress, 'update', send)
+    with pytest.raises(loop.Preempted, match='stopped by SIGTERM, saved at step 3'):
+      stage.rft(made)
+  stage.rft(made)
+  assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
+
+
+@pytest.mark.slow  # what a step computes on devices: tests/ppo/learner_test.py
+def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
+  made, one_step = context(world, 'sharded', devices=4), loop.Trainer.one_step
+
+  def first_step(self):
+    if self.step == 1:
+      raise Interrupted
+    return one_step(self)
+
+  monkeypatch.setattr(loop.Trainer, 'one_step', first_step)
+  with pytest.raises(Interrupted):
+    stage.rft(made)
+  many, alone = rows_of(made.workdir / 'rft')[1], rows_of(finished[0].workdir / 'rft')[1]
+  for name in ('reward', 'kl_answer', 'policy_loss', 'value_loss', 'entropy', 'grad_norm', 'critic_grad_norm'):
+    np.testing.assert_allclose(many[name], alone[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
+  made, calls = context(world, 'server'), []
+  original = Mixture.components
+
+  def fail(self, *args):
+    calls.append(1)
+    if len(calls) == 10:
+      raise RewardServerError('the reward server at 127.0.0.1:1 is down')
+    return original(self, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Mixture, 'components', fail)
+    with pytest.raises(RewardServerError):
+      stage.rft(made)
+  stage.rft(made)
+  assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
+
+
+def test_rewards_that_are_no_numbers_stop_the_run(world):
+  made = context(world, 'nan')
+  run = opening.open_run(made, 'rft', made.config.rft)
+
+  class Broken:
+    def score(self, prompts, outputs):
+      return np.full(len(outputs), np.nan, np.float32)
+
+  with pytest.raises(RewardError, match='prompt 0'):
+    loop.train(dataclasses.replace(run, reward=Mixture({'model': (1.0, Broken())}, False)))
+
+
+class Vowels:
+  """Rewards the share of the letter a: something that a policy can learn in a few steps."""
+
+  def score(self, prompts, outputs):
+    return np.array([text.count('a') / 5 for text in outputs], np.float32)
+
+
+@pytest.mark.parametrize('advantage', [pytest.param('gae', marks=pytest.mark.slow), 'rloo'])
+def test_the_reward_rises(world, advantage):
+  made = context(
+    world,
+    f'vowels_{advantage}',
+    steps=25,
+    prompts=8,
+    samples=4,
+    minibatch=None,
+    update_epochs=1,
+    kl_in='none',
+    advantage=advantage,
+    rows=4,
+    evaluate_every=None,
+    shuffled_every=5,
+  )
+  run = opening.open_run(made, 'rft', made.config.rft)
+  run = dataclasses.replace(run, reward=Mixture({'model': (1.0, Vowels())}, False), held_out=None)
+  loop.train(run)
+  rewards = [row['raw'] for row in read_metrics(run.folder) if 'raw' in row]
+  assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15, rewards
+
+
+def test_references_are_imitated(world):
+  made = context(world, 'sft', method='sft', steps=20, minibatch=None, update_epochs=1, samples=1, kl_in='none', kl_target=None)
+  run = opening.open_run(made, 'rft', made.config.rft)
+  loop.train(run)
+  rows = [row for row in read_metrics(run.folder) if 'approx_kl' in row]
+  state = run.actor()
+  assert state and rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
+  assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
+  assert not any('reward' in row for row in rows)  # nobody was asked
+
+
+def test_alarms_stop_a_run(world):
+  log: list[str] = []
+  alarms = AlarmConfig(action='stop', window=1, max_truncated=0.01)
+  made = context(world, 'alarm', log, alarms=alarms)
+  summary = stage.rft(made)['rft']['runs']['rft']
+  assert summary['steps'] < STEPS and summary['alarms'] and any('step 1:' in line for line in log)
