@@ -53,12 +53,12 @@ MODEL = ModelConfig(
   scan_unroll=4,
 )
 CONFIG = RftConfig(
-  prompts=16,
-  samples=4,
-  rows=4,
+  prompts_per_step=16,
+  num_generations=4,
+  micro_batch_rows=4,
   row_length=512,
-  rollout=RolloutConfig(max_prompt=128, max_new=64, slots=32),
-  reward=RewardConfig(rows=8, row_length=768),
+  rollout=RolloutConfig(max_prompt=128, max_new=64, max_concurrent=32),
+  reward=RewardConfig(rows_per_batch=8, row_length=768),
 )
 # A random policy stops after some 30 tokens: answers differ in length, as they do in earnest.
 STOP_IDS = (ByteTokenizer.eos_id, *range(5))
@@ -128,7 +128,7 @@ def main() -> None:
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     template, c = Template(TemplateConfig(), Letters()), CONFIG.reward
-    scorer = Scorer(draw(RewardModel, 1), MODEL, template, mesh, row_length=c.row_length, rows=c.rows)
+    scorer = Scorer(draw(RewardModel, 1), MODEL, template, mesh, row_length=c.row_length, rows=c.rows_per_batch)
     runs = {name: Steps(name, scorer, mesh, pathlib.Path(folder), args.rounds + 1) for name in ('gae', 'grpo')}
     seconds = timing.alternate({name: run.step for name, run in runs.items()}, args.rounds)
     for run in runs.values():

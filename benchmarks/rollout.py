@@ -130,7 +130,7 @@ def main() -> None:
   theirs = torch_model(jax.device_get(params))
   rng = np.random.default_rng(1)
   prompts = [rng.integers(1, MODEL.vocab_size, int(n)).tolist() for n in rng.integers(24, LONGEST_PROMPT, args.prompts)]
-  config = RolloutConfig(max_prompt=LONGEST_PROMPT, max_new=LONGEST, slots=args.slots)
+  config = RolloutConfig(max_prompt=LONGEST_PROMPT, max_new=LONGEST, max_concurrent=args.slots)
   engine = RolloutEngine(MODEL, mesh, config, ())
   cases = {'real lengths': drawn_lengths(args.prompts, args.responses, args.tokenizer), 'fixed length': np.full(args.slots, 128)}
   rows, figures = [], dict[str, Any]()

@@ -1,6 +1,6 @@
 """Fine-tuning of POLAR-7B on ranked data with the paper's hyper-parameters.
 
-  python -m polar_jax.main --config=configs/finetune_7b.py --config.data.preferences=mine.jsonl --config.data.evaluation=held_out.jsonl
+  python -m polar_jax.main --config=configs/finetune_7b.py --config.data.preferences=mine.jsonl --config.data.validation=held_out.jsonl
 
 Reads: data/preferences (rows of prompt, reference, chosen, rejected), checkpoints/polar_7b_base (the pre-trained reward
 model, internlm/POLAR-7B-Base as on Hugging Face, or a folder of ours).

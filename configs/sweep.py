@@ -16,20 +16,20 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_tiny', train_rows=280_000, preference_rows=8)
+  config = miniature('mini_tiny', train_examples=280_000, preference_examples=8)
   config.stage = 'synthesize,sweep,fit'
-  config.synthesis.evaluation_rows = 8_000
+  config.synthesize.evaluation_examples = 8_000
   # Policies that differ in the words they prefer, in many ways: what there is to learn does not run out within an hour.
-  config.synthesis.max_order = 1
-  config.synthesis.smallest_window = 0.02
-  config.synthesis.max_tokens = 64
+  config.synthesize.max_order = 1
+  config.synthesize.min_window = 0.02
+  config.synthesize.max_tokens = 64
   # The language models have read what such authors write, so that a run learns to compare from its first steps on.
-  config.synthesis.documents = 40_000
+  config.synthesize.documents = 40_000
   config.data.row_length = 480
-  config.lm.sequence_length = 256
-  config.lm.steps = 1_200  # no text twice
-  config.lm.learning_rate = 5e-3  # at width 64, as the rate below
-  config.train.evaluate_rows = 8_000
+  config.pretrain_lm.sequence_length = 256
+  config.pretrain_lm.steps = 1_200  # no text twice
+  config.pretrain_lm.learning_rate = 5e-3  # at width 64, as the rate below
+  config.pretrain.evaluate_examples = 8_000
   config.sweep.sizes = ('4x2', '6x2', '8x2', '12x2', '18x2', '28x2', '44x2', '64x2')
   config.sweep.tokens = (15_000_000, 30_000_000)  # at 64x3
   config.sweep.tokens_exponent = 0.6

@@ -13,8 +13,8 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_tiny', train_rows=80_000, preference_rows=6_000)
-  config.lm.steps = 700
-  config.train.evaluate_every = 625
+  config = miniature('mini_tiny', train_examples=80_000, preference_examples=6_000)
+  config.pretrain_lm.steps = 700
+  config.pretrain.evaluate_every = 625
   config.checkpointing.every_steps = 500
   return config

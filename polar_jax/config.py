@@ -99,18 +99,18 @@ class DataConfig:
 
   triplets: str | None = None  # TFDS folder, .jsonl, .jsonl.gz or .parquet
   preferences: str | None = None
-  evaluation: str | None = None  # held-out rows, needed when the training rows are a single file; None: the other splits beside them
+  validation: str | None = None  # held-out rows, needed when the training rows are a single file; None: the other splits beside them
   prompts: str | None = None  # of rft: TFDS folder, .jsonl, .jsonl.gz or .parquet (the official format, or prompt and reference)
-  prompts_evaluation: str | None = None  # held-out ones, of which rft only measures; None: the split `test` beside them, if there is one
+  prompts_validation: str | None = None  # held-out ones, of which rft only measures; None: the split `test` beside them, if there is one
   text: str | None = None  # folder or file of .txt for pretrain_lm
-  on_bad_row: str = _field('raise', choices=('raise', 'skip'))
+  on_bad_example: str = _field('raise', choices=('raise', 'skip'))
   row_length: int | None = _field(None, low=8)  # tokens of a row, which holds as many triplets as fit; None: chosen from the data
   read_threads: int = _field(2, low=0)
   prefetch: int = _field(4, low=1)  # batches
 
 
 @dataclasses.dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesizeConfig:
   """The policy pool and what is sampled from it; or, in the arithmetic world, word problems."""
 
   world: str = _field('ngram', choices=('ngram', 'arithmetic'))
@@ -118,7 +118,7 @@ class SynthesisConfig:
   policies: int = _field(256, low=8)
   unseen_policies: int = _field(48, low=2)  # of `policies`, kept for evaluation only
   max_order: int = _field(4, low=1, high=5)
-  smallest_window: float = _field(0.15, low=0, high=1, open_low=True)  # of a corpus, that a policy learns from; the largest is all of it
+  min_window: float = _field(0.15, low=0, high=1, open_low=True)  # of a corpus, that a policy learns from; the largest is all of it
   prefix_min_tokens: int = _field(4, low=1)
   prefix_max_tokens: int = _field(12, low=1)
   max_tokens: int = _field(32, low=4)  # of a trajectory
@@ -127,11 +127,11 @@ class SynthesisConfig:
   top_k: int | None = _field(None, low=1)
   documents: int = _field(0, low=0)  # that policies of the pool write for `pretrain_lm` to read beside the corpora
   document_tokens: int = _field(256, low=16)  # of a document, at most
-  train_rows: int = _field(60_000, low=1)
-  evaluation_rows: int = _field(2_000, low=1)  # each of validation, unseen_prompts, unseen_policies
-  preference_rows: int = _field(8_000, low=1)
-  preference_evaluation_rows: int = _field(2_000, low=1)  # each of the same splits
-  largest: int = _field(12, low=6)  # number in an arithmetic problem and its answer
+  train_examples: int = _field(60_000, low=1)
+  evaluation_examples: int = _field(2_000, low=1)  # each of validation, unseen_prompts, unseen_policies
+  preference_examples: int = _field(8_000, low=1)
+  preference_evaluation_examples: int = _field(2_000, low=1)  # each of the same splits
+  max_number: int = _field(12, low=6)  # number in an arithmetic problem and its answer
   two_steps: float = _field(0.25, low=0, high=1)  # share of arithmetic problems that take two steps
   workers: int = _field(2, low=1)
 
@@ -156,12 +156,12 @@ class TrainConfig(OptimizerConfig):
 
   steps: int | None = _field(None, low=1)  # None: one epoch
   batch_size: int = _field(64, low=1)  # rows of the global batch: triplets, or text windows for `lm`
-  accumulation: int = _field(1, low=1)  # micro-batches per step; the result does not depend on it
+  gradient_accumulation_steps: int = _field(1, low=1)  # micro-batches per step; the result does not depend on it
   sequence_length: int = _field(128, low=8)  # tokens of a text window (`lm` only)
-  start_from: str = 'lm'  # 'scratch', 'lm', 'pretrain' (a stage of this workdir) or the workdir of another run
+  start_from: str = 'pretrain_lm'  # 'scratch', 'pretrain_lm', 'pretrain' (a stage of this workdir) or the workdir of another run
   log_every: int = _field(10, low=1)  # plain progress lines; metrics.jsonl has every step
   evaluate_every: int | None = _field(None, low=1)  # validation during training; None: only at the end
-  evaluate_rows: int = _field(512, low=1)
+  evaluate_examples: int = _field(512, low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ class RolloutConfig:
   top_p: float = _field(1.0, low=0, high=1, open_low=True)
   top_k: int | None = _field(None, low=1)
   stop: str | None = None  # tokens that end an answer, separated by spaces; None: the tokenizer's EOS and what its chat template ends with
-  slots: int = _field(64, low=1)  # answers decoded at a time: a finished one makes room for the next prompt
+  max_concurrent: int = _field(64, low=1)  # answers decoded at a time: a finished one makes room for the next prompt
   chat: str = _field('auto', choices=('auto', 'none'))  # auto: with the policy's chat template, if its folder has one
 
 
@@ -204,7 +204,7 @@ class RewardConfig:
   length_buffer: int | None = _field(None, low=1)  # tokens before max_new over which `length_penalty` grows from 0; None: no length control
   length_penalty: float = _field(1.0, low=0)
   row_length: int | None = _field(None, low=8)  # tokens of a scored row; None: chosen from the template and the rollouts
-  rows: int = _field(16, low=1)  # of a scored batch
+  rows_per_batch: int = _field(16, low=1)  # of a scored batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,19 +226,19 @@ class RftConfig:
   """Reinforcement fine-tuning by PPO. Defaults are the official scripts' (docs/rft.md)."""
 
   method: str = _field('ppo', choices=('ppo', 'sft'))  # sft: the references themselves are the answers, and imitated
-  policy: str = 'lm'  # 'lm' (a stage of this workdir), or any checkpoint with a language-model head
+  policy: str = 'pretrain_lm'  # 'pretrain_lm' (a stage of this workdir), or any checkpoint with a language-model head
   epochs: int = _field(1, low=1)  # over the prompts, when `steps` is None
   steps: int | None = _field(None, low=1)
-  prompts: int = _field(1_024, low=1)  # of a step
-  samples: int = _field(1, low=1)  # answers to each prompt
-  minibatch: int | None = _field(None, low=1)  # answers of an update; None: all of a step
+  prompts_per_step: int = _field(1_024, low=1)  # of a step
+  num_generations: int = _field(1, low=1)  # answers to each prompt
+  mini_batch_size: int | None = _field(None, low=1)  # answers of an update; None: all of a step
   update_epochs: int = _field(1, low=1)  # passes over the answers of a step
   recompute_logprobs: bool = True  # False: those noted while sampling are the old ones, which spares a pass
   row_length: int | None = _field(None, low=8)  # tokens of a training row, which holds as many answers as fit; None: max_prompt + max_new
-  rows: int = _field(8, low=1)  # of a micro-batch; no result depends on it
+  micro_batch_rows: int = _field(8, low=1)  # of a micro-batch; no result depends on it
   advantage: str = _field('gae', choices=('gae', 'grpo', 'rloo'))
   gamma: float = _field(1.0, low=0, high=1)
-  lam: float = _field(1.0, low=0, high=1)
+  gae_lambda: float = _field(1.0, low=0, high=1)
   whiten: bool = True  # advantages of `gae`, over the tokens of a step
   kl_in: str = _field('none', choices=('none', 'reward', 'loss'))
   kl_estimator: str = _field('k1', choices=('k1', 'k2', 'k3'))
@@ -257,13 +257,19 @@ class RftConfig:
   evaluate_every: int | None = _field(None, low=1)  # steps between measurements on held-out prompts; None: before and after
   evaluate_prompts: int = _field(256, low=1)
   log_every: int = _field(1, low=1)  # plain progress lines; metrics.jsonl has every step
-  seeds: int = _field(1, low=1)  # runs of the miniature's study
-  start_steps: int = _field(100, low=1)  # of the language model that each of them starts from
   actor: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, final_lr_ratio=1.0, b2=0.999, weight_decay=0.01)
   critic: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_ratio=0.0, b2=0.999, weight_decay=0.01)
   rollout: RolloutConfig = RolloutConfig()
   reward: RewardConfig = RewardConfig()
   alarms: AlarmConfig = AlarmConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+  """The study of PPO in the miniature, where the target policy's likelihood is known."""
+
+  seeds: int = _field(1, low=1)  # independent runs
+  start_steps: int = _field(100, low=1)  # training steps of the language model that each run starts from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +299,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  rows: int = _field(16, low=1)  # of a scored batch; a row holds several groups of candidates
+  rows_per_batch: int = _field(16, low=1)  # of a scored batch; a row holds several groups of candidates
   bootstrap: int = _field(2_000, low=100)  # resamples for the 95% intervals
 
 
@@ -382,11 +388,12 @@ class Config:
   tokenizer: TokenizerConfig = TokenizerConfig()
   template: TemplateConfig = TemplateConfig()
   data: DataConfig = DataConfig()
-  synthesis: SynthesisConfig = SynthesisConfig()
-  lm: TrainConfig = TrainConfig(start_from='scratch')
-  train: TrainConfig = TrainConfig()
+  synthesize: SynthesizeConfig = SynthesizeConfig()
+  pretrain_lm: TrainConfig = TrainConfig(start_from='scratch')
+  pretrain: TrainConfig = TrainConfig()
   finetune: TrainConfig = TrainConfig(start_from='pretrain')
   rft: RftConfig = RftConfig()
+  study: StudyConfig = StudyConfig()
   ablations: bool = False  # also fine-tune without pre-training, and without the reference (Table 7 of the paper)
   checkpointing: CheckpointingConfig = CheckpointingConfig()
   mesh: MeshConfig = MeshConfig()
@@ -494,7 +501,7 @@ def _check_tuple(name: str, value: Any, hint: Any, bounds: Any) -> tuple:
 
 def _check_together(c: Config) -> None:
   """Rules that involve more than one setting, or parts of one."""
-  m, s = c.model, c.synthesis
+  m, s = c.model, c.synthesize
   for name in c.stage.split(','):
     if name not in STAGES or (name in ('all', 'plan') and c.stage != name):
       raise ConfigError(f'stage is {c.stage!r}; it must be one of: {", ".join(STAGES)}; or some but "all" and "plan", separated by commas')
@@ -509,23 +516,28 @@ def _check_together(c: Config) -> None:
   if c.tokenizer.kind == 'file' and c.tokenizer.path is None:
     raise ConfigError("tokenizer.path must name a tokenizer.json or tokenizer.model when tokenizer.kind is 'file'")
   if s.prefix_min_tokens > s.prefix_max_tokens:
-    raise ConfigError(f'synthesis.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesis.prefix_max_tokens ({s.prefix_max_tokens})')
+    raise ConfigError(f'synthesize.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesize.prefix_max_tokens ({s.prefix_max_tokens})')
   if s.unseen_policies > s.policies - 2:
-    raise ConfigError(f'synthesis.unseen_policies ({s.unseen_policies}) must leave two of synthesis.policies ({s.policies}) to train on')
+    raise ConfigError(f'synthesize.unseen_policies ({s.unseen_policies}) must leave two of synthesize.policies ({s.policies}) to train on')
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes are positive, and at most one is -1')
   r = c.rft
-  if r.minibatch is not None and r.minibatch > r.prompts * r.samples:
-    raise ConfigError(f'rft.minibatch ({r.minibatch}) exceeds the {r.prompts * r.samples} answers of a step (rft.prompts x rft.samples)')
-  if r.samples == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
-    raise ConfigError("rft.samples is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare answers to one prompt")
+  responses = r.prompts_per_step * r.num_generations
+  if r.mini_batch_size is not None and r.mini_batch_size > responses:
+    raise ConfigError(
+      f'rft.mini_batch_size ({r.mini_batch_size}) exceeds the {responses} responses of a step (rft.prompts_per_step x rft.num_generations)'
+    )
+  if r.num_generations == 1 and (r.advantage != 'gae' or r.reward.normalize == 'group'):
+    raise ConfigError(
+      "rft.num_generations is 1: rft.advantage 'grpo' and 'rloo' and rft.reward.normalize 'group' compare responses to one prompt"
+    )
   if r.row_length is not None and r.row_length < r.rollout.max_prompt + r.rollout.max_new:
     raise ConfigError(f'rft.row_length ({r.row_length}) is less than rft.rollout.max_prompt + max_new: a prompt with its answer must fit')
   if r.kl_in == 'loss' and r.kl_estimator == 'k1':
     raise ConfigError("rft.kl_in is 'loss' and rft.kl_estimator 'k1': its gradient is 0 in the mean; take 'k2' or 'k3'")
-  if r.kl_target is not None and r.kl_horizon <= 0.2 * r.prompts * r.samples:
-    raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {r.prompts * r.samples} answers of a step')
+  if r.kl_target is not None and r.kl_horizon <= 0.2 * responses:
+    raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {responses} responses of a step')
   if r.reward.rule_weight and r.reward.rule is None:
     raise ConfigError('rft.reward.rule_weight is set, and no rule is: set rft.reward.rule')
   if not r.reward.model_weight and not r.reward.rule_weight:

@@ -1,4 +1,4 @@
-"""The command line: `python -m polar_jax.main --config=configs/tiny.py [--config.train.steps=50] [--workdir=runs/x]`."""
+"""The command line: `python -m polar_jax.main --config=configs/tiny.py [--config.pretrain.steps=50] [--workdir=runs/x]`."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_siz
   config.stage = 'pretrain'
   config.data.triplets = 'data/polar_triplets'
   config.data.row_length = PRETRAIN_ROW
-  config.train.start_from = start_from
-  config.train.learning_rate = learning_rate
-  config.train.batch_size = batch_size
+  config.pretrain.start_from = start_from
+  config.pretrain.learning_rate = learning_rate
+  config.pretrain.batch_size = batch_size
   config.plan.triplet_tokens = PRETRAIN_TRIPLET
   return config
 
@@ -74,8 +74,8 @@ def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: 
   config.rft.policy = policy
   config.rft.reward.checkpoint = 'checkpoints/polar_7b'
   config.rft.row_length = RFT_ROW
-  config.rft.rows = rows
-  config.rft.rollout.slots = slots
+  config.rft.micro_batch_rows = rows
+  config.rft.rollout.max_concurrent = slots
   config.rft.shuffled_every = 10
   config.mesh.tensor = tensor
   config.checkpointing.every_steps = 50
@@ -83,22 +83,22 @@ def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: 
   return config
 
 
-def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_collections.ConfigDict:
+def miniature(preset: str, *, train_examples: int, preference_examples: int) -> ml_collections.ConfigDict:
   """The whole story on the tiny world, in one workdir: every stage, and the two ablations of fine-tuning."""
   config = default_config()
   config.stage = 'all'
   config.ablations = True
-  config.synthesis.train_rows = train_rows
-  config.synthesis.preference_rows = preference_rows
+  config.synthesize.train_examples = train_examples
+  config.synthesize.preference_examples = preference_examples
   config.model.update(PRESETS[preset])
   config.data.row_length = 640  # 32 triplets of about 92 tokens fit five rows
-  config.lm.batch_size = 16
-  config.lm.learning_rate = 1e-2
-  config.train.batch_size = 32
-  config.train.learning_rate = 2e-3
+  config.pretrain_lm.batch_size = 16
+  config.pretrain_lm.learning_rate = 1e-2
+  config.pretrain.batch_size = 32
+  config.pretrain.learning_rate = 2e-3
   config.finetune.batch_size = 32
   config.finetune.learning_rate = 5e-4
-  for run in (config.lm, config.train, config.finetune):
+  for run in (config.pretrain_lm, config.pretrain, config.finetune):
     run.log_every = 100
   _tune_towards_a_policy(config)
   # The machinery of a scaling law in a few minutes: a law takes the sizes and tokens of configs/sweep.py.
@@ -111,14 +111,14 @@ def miniature(preset: str, *, train_rows: int, preference_rows: int) -> ml_colle
 def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   """The miniature's study of reinforcement fine-tuning: short runs, so large learning rates."""
   r = config.rft
-  r.seeds = 3
-  r.start_steps = 60
+  config.study.seeds = 3
+  config.study.start_steps = 60
   r.steps = 30
-  r.prompts = 64
-  r.samples = 2
-  r.minibatch = 64
+  r.prompts_per_step = 64
+  r.num_generations = 2
+  r.mini_batch_size = 64
   r.recompute_logprobs = False  # those noted while sampling are the same in float32
-  r.rows = 7  # a minibatch needs six or seven
+  r.micro_batch_rows = 7  # a minibatch needs six or seven
   r.row_length = 384
   r.shuffled_every = 10
   r.log_every = 10
@@ -126,7 +126,7 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
   r.critic.update({'learning_rate': 3e-3, 'b2': 0.95, 'weight_decay': 0.0})
   # The pool's policies never end early. Left to itself PPO finds that the reward model prefers silence to a stranger's text.
-  r.rollout.update({'max_prompt': 16, 'max_new': 32, 'min_new': 28, 'slots': 128})
+  r.rollout.update({'max_prompt': 16, 'max_new': 32, 'min_new': 28, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})
 
 
@@ -135,11 +135,11 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config = default_config()
   config.stage = 'all'
   config.ablations = True  # also with the rule as the only reward
-  config.synthesis.world = 'arithmetic'
-  config.synthesis.train_rows = 2_000
-  config.synthesis.evaluation_rows = 200
-  config.synthesis.preference_rows = 800
-  config.synthesis.preference_evaluation_rows = 200
+  config.synthesize.world = 'arithmetic'
+  config.synthesize.train_examples = 2_000
+  config.synthesize.evaluation_examples = 200
+  config.synthesize.preference_examples = 800
+  config.synthesize.preference_evaluation_examples = 200
   config.model.update(PRESETS[preset])
   config.tokenizer.kind = 'checkpoint'
   # Special tokens of its vocabulary that plain text never holds.
@@ -149,13 +149,13 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.finetune.batch_size = 8
   config.finetune.steps = 80
   config.finetune.learning_rate = 3e-5
-  config.finetune.evaluate_rows = 120
+  config.finetune.evaluate_examples = 120
   config.rft.policy = checkpoint
   config.rft.advantage = 'rloo'
   config.rft.steps = 40
-  config.rft.prompts = 12
-  config.rft.samples = 8
-  config.rft.rows = 4
+  config.rft.prompts_per_step = 12
+  config.rft.num_generations = 8
+  config.rft.micro_batch_rows = 4
   config.rft.row_length = 384  # a prompt with its eight answers, or two
   config.rft.recompute_logprobs = False  # one update a step: those noted while sampling are the policy's
   config.rft.track_kl = False  # a third of a step's time on a CPU
@@ -166,10 +166,10 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.rft.actor.warmup_ratio = 0.05
   config.rft.rollout.max_prompt = 96
   config.rft.rollout.max_new = 32
-  config.rft.rollout.slots = 48
+  config.rft.rollout.max_concurrent = 48
   config.rft.rollout.temperature = 0.8
   config.rft.reward.rule = 'last_number'
-  config.rft.reward.rows = 8
+  config.rft.reward.rows_per_batch = 8
   config.checkpointing.every_steps = 10
   config.checkpointing.keep = 1
   return config

@@ -36,6 +36,11 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def round_up(n: int, multiple: int) -> int:
+  """The smallest multiple of `multiple` that is at least `n`."""
+  return -(-n // multiple) * multiple
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh over all devices; a size of -1 takes the devices that the other axes leave.
 

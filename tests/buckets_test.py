@@ -31,7 +31,7 @@ class World:
   def __init__(self, folder: pathlib.Path, bucket: bucket_stand_in.Bucket):
     self.folder, self.bucket, rng = folder, bucket, np.random.default_rng(0)
     settings = {'tokenizer.kind': 'file', 'tokenizer.path': 'tokenizer.json', 'checkpointing.every_steps': 5}
-    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_rows=8)
+    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_examples=8)
     vocabulary.train_tokenizer(['abc xyz'], 300).save(str(folder / 'tokenizer.json'))
     (folder / 'data').mkdir()
     for split in SPLITS:
@@ -146,7 +146,7 @@ def test_parquet_and_text_in_the_bucket(world, tmp_path):
   rows = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
   parquet.write_table(table(rows), tmp_path / 'rows.parquet')
   world.bucket.put('our/rows.parquet', (tmp_path / 'rows.parquet').read_bytes())
-  world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.evaluation=gs://our/rows.parquet')
+  world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.validation=gs://our/rows.parquet')
   assert world.metrics('parquet') == world.metrics('local')
   text = 'abc xyz ' * 300
   world.bucket.put('our/text/below/a.txt', text.encode())
@@ -154,7 +154,9 @@ def test_parquet_and_text_in_the_bucket(world, tmp_path):
   (world.folder / 'a.txt').write_text(text)
   losses = []
   for name, given in (('text_there', 'gs://our/text'), ('text_here', 'a.txt')):
-    world.finish(name, 'stage=pretrain_lm', f'data.text={given}', 'lm.steps=3', 'lm.batch_size=2', 'lm.sequence_length=8')
+    world.finish(
+      name, 'stage=pretrain_lm', f'data.text={given}', 'pretrain_lm.steps=3', 'pretrain_lm.batch_size=2', 'pretrain_lm.sequence_length=8'
+    )
     losses.append((world.folder / name / 'pretrain_lm/summary.json').read_text().split('"seconds"')[0])
   assert losses[0] == losses[1]
 
@@ -172,7 +174,7 @@ def test_checkpoint_that_is_being_written_is_none(world):
 def test_starts_from_a_run_in_the_bucket(world):
   losses = []
   for name, start in (('from_there', 'gs://our/whole/pretrain'), ('from_here', 'local/pretrain')):
-    said = world.finish(name, 'data.triplets=data', f'train.start_from={start}')
+    said = world.finish(name, 'data.triplets=data', f'pretrain.start_from={start}')
     assert f'starts from the parameters in {start}' in said
     losses.append([row.get('loss') for row in world.metrics(name)])
   assert losses[0] == losses[1] != [row.get('loss') for row in world.metrics('local')]
@@ -183,8 +185,8 @@ def test_starts_from_a_run_in_the_bucket(world):
   [
     (('data.triplets=gs://our/nothing',), 'data.triplets: no rows at gs://our/nothing'),
     (('data.triplets=gs://our/tfds',), 'gs://our/tfds: TFDS reads from file systems alone'),
-    (('data.triplets=data', 'train.start_from=gs://our/nothing'), 'no checkpoint to start from in gs://our/nothing'),
-    (('data.triplets=data', 'train.start_from=gs://our/data'), 'gs://our/data: no run of polar_jax'),
+    (('data.triplets=data', 'pretrain.start_from=gs://our/nothing'), 'no checkpoint to start from in gs://our/nothing'),
+    (('data.triplets=data', 'pretrain.start_from=gs://our/data'), 'gs://our/data: no run of polar_jax'),
     (('data.triplets=ftp://our/data',), 'not from ftp://'),
     (('stage=score', 'checkpoint=local/pretrain', 'input=data/train.jsonl', 'output=gs://our/out.jsonl'), 'name a local file'),
   ],

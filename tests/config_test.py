@@ -55,7 +55,7 @@ def test_defaults_round_trip():
 def test_a_partial_config_keeps_each_sections_own_defaults():
   raw = ml_collections.ConfigDict({'lm': {'steps': 3}, 'finetune': {'batch_size': 8}})
   config = parse(raw)
-  assert config.lm == dataclasses.replace(Config().lm, steps=3)
+  assert config.pretrain_lm == dataclasses.replace(Config().lm, steps=3)
   assert config.finetune == dataclasses.replace(Config().finetune, batch_size=8)
 
 
@@ -145,11 +145,11 @@ def test_stages_in_order():
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
 def test_floats_must_be_finite(value):
-  assert 'finite' in _refused('train.learning_rate', value)
+  assert 'finite' in _refused('pretrain.learning_rate', value)
 
 
 def test_int_is_accepted_for_float():
-  value = parse(_with(train__learning_rate=1)).train.learning_rate
+  value = parse(_with(pretrain__learning_rate=1)).train.learning_rate
   assert (value, type(value)) == (1.0, float)
 
 
@@ -167,8 +167,8 @@ def test_a_value_for_a_section_is_refused():
     ({'model__num_heads': 6, 'model__num_kv_heads': 4}, ['model.num_heads (6)', 'model.num_kv_heads (4)']),
     ({'model__head_dim': 33}, ['model.head_dim', '33', 'even']),
     ({'tokenizer__kind': 'file'}, ['tokenizer.path', 'tokenizer.json']),
-    ({'synthesis__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
-    ({'synthesis__policies': 50, 'synthesis__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
+    ({'synthesize__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
+    ({'synthesize__policies': 50, 'synthesize__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
     ({'mesh__data': 0}, ['mesh', '(0, -1, 1, 1)', 'data, fsdp, tensor, context']),
     ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
   ],
@@ -185,15 +185,15 @@ def test_locked_config_refuses_new_keys():
   with pytest.raises(AttributeError):
     raw.nonsense = 1
   with pytest.raises(AttributeError):
-    raw.train.nonsense = 1
-  raw.train.steps = 5
+    raw.pretrain.nonsense = 1
+  raw.pretrain.steps = 5
   raw.data.triplets = 'somewhere.jsonl'
   assert parse(raw).train.steps == 5
 
 
 def test_placeholders_keep_their_type():
   with pytest.raises(TypeError):
-    default_config().train.steps = 'many'
+    default_config().pretrain.steps = 'many'
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,15 @@ SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 
 
 def small_config(**changes):
-  config = miniature('mini_tiny', train_rows=300, preference_rows=64)
-  config.synthesis.update({'policies': 24, 'unseen_policies': 6, 'evaluation_rows': 40, 'preference_evaluation_rows': 40})
+  config = miniature('mini_tiny', train_examples=300, preference_examples=64)
+  config.synthesize.update({'policies': 24, 'unseen_policies': 6, 'evaluation_examples': 40, 'preference_evaluation_examples': 40})
   config.model.update({'num_layers': 1, 'd_model': 16, 'd_ff': 16, 'num_heads': 1, 'head_dim': 16})
-  config.lm.steps = config.train.steps = config.finetune.steps = 3
-  config.lm.batch_size = config.train.batch_size = config.finetune.batch_size = 8
-  config.train.evaluate_rows = config.lm.evaluate_rows = config.finetune.evaluate_rows = 8
-  config.rft.update({'seeds': 2, 'start_steps': 2, 'steps': 2, 'prompts': 4, 'minibatch': 4, 'rows': 4, 'evaluate_prompts': 12})
-  config.rft.rollout.update({'slots': 8})
+  config.pretrain_lm.steps = config.pretrain.steps = config.finetune.steps = 3
+  config.pretrain_lm.batch_size = config.pretrain.batch_size = config.finetune.batch_size = 8
+  config.pretrain.evaluate_examples = config.pretrain_lm.evaluate_examples = config.finetune.evaluate_examples = 8
+  config.study.update({'seeds': 2, 'start_steps': 2})
+  config.rft.update({'steps': 2, 'prompts_per_step': 4, 'mini_batch_size': 4, 'micro_batch_rows': 4, 'evaluate_prompts': 12})
+  config.rft.rollout.update({'max_concurrent': 8})
   config.sweep.update({'sizes': ('8x1', '16x1', '32x1'), 'tokens': (1_500,), 'batches': (8,), 'backend': 'inline'})
   config.update(changes)
   return parse(config)
@@ -116,10 +117,10 @@ def test_one_stage_alone_says_what_it_needs(tmp_path, capsys):
 def test_own_files_without_held_out_rows_are_refused(tmp_path, capsys):
   row = {name: name for name in ('prompt', 'reference', 'chosen', 'rejected')}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
-  config = miniature('mini_tiny', train_rows=300, preference_rows=64)
+  config = miniature('mini_tiny', train_examples=300, preference_examples=64)
   config.stage = 'pretrain'
   config.tokenizer.kind = 'byte'
-  config.train.start_from = 'scratch'
+  config.pretrain.start_from = 'scratch'
   config.data.triplets = str(tmp_path / 'rows.jsonl')
   assert runner.run(parse(config), tmp_path / 'run') == 1
-  assert 'data.evaluation must name held-out rows' in capsys.readouterr().err
+  assert 'data.validation must name held-out rows' in capsys.readouterr().err

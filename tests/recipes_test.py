@@ -60,10 +60,10 @@ def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_pa
   config = load('7b')
   config.tokenizer.kind = 'byte'
   config.template.reward_token_id = None  # 92527 is a token of the 7B tokenizer
-  config.data.triplets = config.data.evaluation = str(tmp_path / 'rows.jsonl')
+  config.data.triplets = config.data.validation = str(tmp_path / 'rows.jsonl')
   config.data.row_length = 40
-  config.train.start_from = 'scratch'
-  config.train.evaluate_rows = 64
+  config.pretrain.start_from = 'scratch'
+  config.pretrain.evaluate_examples = 64
   config.model.update({'vocab_size': 512, 'num_layers': 2, 'd_model': 16, 'd_ff': 32, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 8})
   config.mesh.update({'data': 2, 'fsdp': 2, 'tensor': 2})
   assert runner.run(parse(config), tmp_path / 'run') == 0
@@ -92,7 +92,7 @@ def test_every_stage_of_all_knows_which_it_is(tmp_path, monkeypatch):
 def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
   config = parse(load('sweep'))
   sizes = [
-    flops.reward_model_parameters(dataclasses.replace(sweep.model_of(config, size), vocab_size=config.synthesis.vocab_size))
+    flops.reward_model_parameters(dataclasses.replace(sweep.model_of(config, size), vocab_size=config.synthesize.vocab_size))
     for size in config.sweep.sizes
   ]
   assert len(sizes) >= 5 and sizes == sorted(sizes) and sizes[-1].total > 30 * sizes[0].total

@@ -28,8 +28,8 @@ class World:
   def __init__(self, folder: pathlib.Path):
     self.folder, rng = folder, np.random.default_rng(0)
     (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50))
-    settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.evaluation': 'rows.jsonl', 'checkpointing.every_steps': 2}
-    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_rows=8)
+    settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.validation': 'rows.jsonl', 'checkpointing.every_steps': 2}
+    small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_examples=8)
     # Compiled functions are shared by all starts: nearly all of a start is compiling.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}

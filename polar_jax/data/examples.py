@@ -42,7 +42,7 @@ class BadRowError(SourceError):
   """
 
   def __init__(self, path: pathlib.Path, row: int, field: str | None, reason: str):
-    super().__init__(f"{path}, row {row}: {reason}; mend it, or set data.on_bad_row to 'skip'")
+    super().__init__(f"{path}, row {row}: {reason}; mend it, or set data.on_bad_example to 'skip'")
     self.path, self.row, self.field, self.reason = path, row, field, reason
 
   def __reduce__(self) -> tuple:
@@ -79,54 +79,54 @@ class BadField(Exception):
     self.field, self.reason = field, reason
 
 
-def read_rows(path: str | pathlib.Path, on_bad_row: str = 'raise') -> RowFile[Triplet]:
+def read_rows(path: str | pathlib.Path, on_bad_example: str = 'raise') -> RowFile[Triplet]:
   """Reads and checks a file of triplets. Blank lines of a jsonl file are no rows.
 
   Args:
-    on_bad_row: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
+    on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
 
   Raises:
-    BadRowError: a bad row, with on_bad_row='raise'.
+    BadRowError: a bad row, with on_bad_example='raise'.
     SourceError: no such file, unknown suffix, damaged file, or no good row in it.
     ImportError: parquet without pyarrow.
   """
   path = path_of(path)
   skipped: list[tuple[int, str]] = []
-  return RowFile(path, [row for _, row in checked_rows(path, _triplet, on_bad_row, skipped)], skipped)
+  return RowFile(path, [row for _, row in checked_rows(path, _triplet, on_bad_example, skipped)], skipped)
 
 
 def checked_rows(
-  path: str | pathlib.Path, check: Callable[[Any], _Checked], on_bad_row: str, skipped: list[tuple[int, str]]
+  path: str | pathlib.Path, check: Callable[[Any], _Checked], on_bad_example: str, skipped: list[tuple[int, str]]
 ) -> Iterator[tuple[int, _Checked]]:
   """(row number from 1, what `check` makes of the row) of every good row of a file, read as it is asked for.
 
   Args:
     check: of a line of JSON in bytes, or a dict; raises BadField (see `parse_row`).
-    skipped: takes (row number, reason) of the rows left out with on_bad_row='skip'.
+    skipped: takes (row number, reason) of the rows left out with on_bad_example='skip'.
 
   Raises:
     As `read_rows`.
   """
   path = path_of(path)
-  _check_mode(on_bad_row)
+  _check_mode(on_bad_example)
   if not path.is_file():
     raise SourceError(f'{path}: no such file')
   reader = _parquet_rows if path.name.endswith('.parquet') else _jsonl_rows if path.name.endswith(SUFFIXES) else None
   if reader is None:
     raise SourceError(f'{path}: unknown kind of file; rows are read from {", ".join(SUFFIXES)}')
-  yield from _checked(path, reader(path), check, on_bad_row, skipped)
+  yield from _checked(path, reader(path), check, on_bad_example, skipped)
 
 
-def _check_mode(on_bad_row: str) -> None:
-  if on_bad_row not in ('raise', 'skip'):
-    raise ValueError(f"on_bad_row is {on_bad_row!r}; it must be 'raise' or 'skip'")
+def _check_mode(on_bad_example: str) -> None:
+  if on_bad_example not in ('raise', 'skip'):
+    raise ValueError(f"on_bad_example is {on_bad_example!r}; it must be 'raise' or 'skip'")
 
 
 def _checked(
   path: pathlib.Path,
   rows: Iterable[tuple[int, Any]],
   check: Callable[[Any], _Checked],
-  on_bad_row: str,
+  on_bad_example: str,
   skipped: list[tuple[int, str]],
 ) -> Iterator[tuple[int, _Checked]]:
   good = 0
@@ -134,7 +134,7 @@ def _checked(
     try:
       checked = check(row)
     except BadField as bad:
-      if on_bad_row == 'raise':
+      if on_bad_example == 'raise':
         raise BadRowError(path, number, bad.field, bad.reason) from bad
       skipped.append((number, bad.reason))
     else:
@@ -229,7 +229,7 @@ def _triplet(row: Any) -> Triplet:
   return Triplet(**values, metadata={key: value for key, value in row.items() if key not in known})
 
 
-def open_source(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise') -> Sequence[Triplet]:
+def open_source(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> Sequence[Triplet]:
   """One split of a data set: of a TFDS folder, of a folder with `<split>.jsonl` (.jsonl.gz, .parquet), or a file, which is its own split.
 
   Raises:
@@ -237,7 +237,7 @@ def open_source(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise')
     SourceError: nothing there, saying what was looked for and what there is; and as `read_rows`.
   """
   found = _locate(path_of(path), split)
-  return read_rows(found, on_bad_row) if isinstance(found, pathlib.PurePath) else found
+  return read_rows(found, on_bad_example) if isinstance(found, pathlib.PurePath) else found
 
 
 def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
@@ -269,27 +269,27 @@ def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
   return found[0]
 
 
-def open_prompts(path: str | pathlib.Path, split: str, on_bad_row: str = 'raise') -> RowFile[Prompt]:
+def open_prompts(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> RowFile[Prompt]:
   """The prompts of one split: of a file or folder as `open_source` finds them, or of a TFDS set of triplets, whose candidates are not read.
 
   `Prompt.prompt` is what the reward model reads. Where the policy is to answer something else (the official format keeps both),
   that is in `metadata['policy_prompt']`.
 
   Args:
-    on_bad_row: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
+    on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
 
   Raises:
     As `open_source` and `read_rows`.
   """
-  _check_mode(on_bad_row)
+  _check_mode(on_bad_example)
   path = path_of(path)
   found = _locate(path, split)
   skipped: list[tuple[int, str]] = []
   if isinstance(found, pathlib.PurePath):
-    path, rows = found, checked_rows(found, _prompt, on_bad_row, skipped)
+    path, rows = found, checked_rows(found, _prompt, on_bad_example, skipped)
   else:
     path = pathlib.Path(f'{path}:{split}')
-    rows = _checked(path, enumerate(found, 1), _prompt_of_triplet, on_bad_row, skipped)
+    rows = _checked(path, enumerate(found, 1), _prompt_of_triplet, on_bad_example, skipped)
   return RowFile(path, [prompt for _, prompt in rows], skipped)
 
 

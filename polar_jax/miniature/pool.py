@@ -29,11 +29,11 @@ def parallel_map(function: Callable[[_In], _Out], items: Iterable[_In], workers:
 
 
 def draw_pool_params(
-  seed: int, policies: int, held_out: int, max_order: int, smallest_window: float, corpora: Sequence[str]
+  seed: int, policies: int, held_out: int, max_order: int, min_window: float, corpora: Sequence[str]
 ) -> list[ngram.NgramParams]:
   """Draws every policy's parameters.
 
-  Windows are log-uniform in size ("intermediate checkpoints"), from `smallest_window` of a corpus to all of it, and one policy in eight is
+  Windows are log-uniform in size ("intermediate checkpoints"), from `min_window` of a corpus to all of it, and one policy in eight is
   a near twin of an earlier one. `held_out` of the policies are kept for evaluation; a policy and its twins are always on the same side,
   lest a held-out one be known by its twin.
   """
@@ -42,7 +42,7 @@ def draw_pool_params(
   for i in range(policies):
     rng = np.random.default_rng([seed, _STREAM_POOL, i])
     if i < policies - twins:
-      drawn.append(_draw_params(rng, f'p{i:03d}', max_order, smallest_window, corpora))
+      drawn.append(_draw_params(rng, f'p{i:03d}', max_order, min_window, corpora))
     else:
       drawn.append(_nudge(rng, drawn[int(rng.integers(policies - twins))], f'p{i:03d}'))
   families: dict[str, list[int]] = {}
@@ -59,8 +59,8 @@ def draw_pool_params(
   return [dataclasses.replace(p, held_out=i in chosen) for i, p in enumerate(drawn)]
 
 
-def _draw_params(rng: np.random.Generator, name: str, max_order: int, smallest_window: float, corpora: Sequence[str]) -> ngram.NgramParams:
-  fraction = float(smallest_window ** rng.random())
+def _draw_params(rng: np.random.Generator, name: str, max_order: int, min_window: float, corpora: Sequence[str]) -> ngram.NgramParams:
+  fraction = float(min_window ** rng.random())
   order = 1 + int(rng.integers(max_order))
   return ngram.NgramParams(
     name=name,

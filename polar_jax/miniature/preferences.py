@@ -43,7 +43,7 @@ def choose_policies(kl: np.ndarray, members: np.ndarray, uniforms: np.ndarray) -
   others = len(members) - 1
   if others < 2:
     raise types.UserError(
-      f'preferences need three policies, this split has {others + 1}; raise synthesis.unseen_policies or synthesis.policies'
+      f'preferences need three policies, this split has {others + 1}; raise synthesize.unseen_policies or synthesize.policies'
     )
   among = kl[np.ix_(members, members)].copy()
   np.fill_diagonal(among, -np.inf)  # so that the target ranks first and is never drawn

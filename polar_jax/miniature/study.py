@@ -68,7 +68,7 @@ class World:
 
 
 def run(context: stages.Context) -> dict[str, Any]:
-  """The study, `rft.seeds` times. Returns the section `rft` of the report: see `polar_jax.report.rft`."""
+  """The study, `study.seeds` times. Returns the section `rft` of the report: see `polar_jax.report.rft`."""
   world = _open(context)
   p = world.target.params
   context.log(f'rft: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}')
@@ -83,7 +83,7 @@ def run(context: stages.Context) -> dict[str, Any]:
 def _all_seeds(world: World) -> list[dict[str, dict[str, float]]]:
   """Figures by seed. The first runs alone and compiles what all of them share. On one device the others then run two at a time,
   because a small model's operations leave half of it idle; none of them knows of another."""
-  seeds = range(world.config.seeds)
+  seeds = range(world.context.config.study.seeds)
   if world.context.mesh.size > 1:  # two threads that start collectives in different orders would wait for each other
     return [_one_seed(world, seed) for seed in seeds]
   found = [_one_seed(world, seeds[0])]
@@ -131,7 +131,7 @@ def _one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
 
 def _train_start(world: World, seed: int, name: str) -> pathlib.Path:
   """The language model of another corpus. Returns its folder."""
-  context, lm = world.context, dataclasses.replace(world.context.config.lm, steps=world.context.config.rft.start_steps)
+  context, lm = world.context, dataclasses.replace(world.context.config.pretrain_lm, steps=world.context.config.study.start_steps)
   streams = engine.load_text(context.data / 'text.npz')
   windows = pipeline.TextWindows(streams['train'][START_CORPUS], lm.sequence_length, seed)
   made = stages.text_run(context, name, dataclasses.replace(lm, start_from='scratch'), windows, None, seed)
@@ -142,7 +142,7 @@ def _train_start(world: World, seed: int, name: str) -> pathlib.Path:
 
 def _prompts(world: World, split: str, seed: int, most: int | None = None) -> PolicyPrompts:
   """The first `most` prefixes of a split with references that the target writes, cleaned up as all trajectories of this world are."""
-  s = world.context.config.synthesis
+  s = world.context.config.synthesize
   texts = [t.prompt for t in itertools.islice(world.context.triplets(split), most)]
   ids = world.tokenizer.encode_batch([str(text) for text in texts])
   uniforms = np.random.default_rng([seed, _STREAM_REFERENCES, *map(ord, split)]).random((len(ids), s.max_tokens))
@@ -218,7 +218,7 @@ class _Judge:
     # All in one call, since most of its time goes into the policies, not into the answers.
     prefixes = [np.asarray(i, np.int32) for i in self._ids] * len(answers)
     in_order = [answer for part in answers.values() for answer in part]
-    logprob_PR = pool.pool_logprobs(world.policies, prefixes, in_order, world.context.config.synthesis.workers)
+    logprob_PR = pool.pool_logprobs(world.policies, prefixes, in_order, world.context.config.synthesize.workers)
     of_target = [p.name for p in world.policies].index(world.target.name)
     found = {}
     for name, logprob_Pr in zip(answers, np.split(logprob_PR, len(answers), axis=1), strict=True):

@@ -41,7 +41,7 @@ class PrefixSource:
       ahead = ends[np.searchsorted(ends, np.arange(len(stream)))] - np.arange(len(stream)) if len(ends) else np.zeros(0, int)
       starts = [np.flatnonzero(ahead >= length) for length in range(min_tokens, max_tokens + 1)]
       if not len(starts[-1]):
-        raise types.UserError(f'corpus {name!r} has no held-out document of {max_tokens} tokens; lower synthesis.prefix_max_tokens')
+        raise types.UserError(f'corpus {name!r} has no held-out document of {max_tokens} tokens; lower synthesize.prefix_max_tokens')
       self._starts.append(starts)
 
   def draw(self, uniforms: np.ndarray) -> list[np.ndarray]:
@@ -64,7 +64,7 @@ class World:
   pool: Sequence[ngram.NgramPolicy]
   prefixes: Mapping[str, PrefixSource]  # by split
   pieces: np.ndarray  # object (V,), the text of every token
-  config: config_lib.SynthesisConfig
+  config: config_lib.SynthesizeConfig
   seed: int
 
   def members(self, split: str) -> np.ndarray:
@@ -74,7 +74,7 @@ class World:
 
 
 def prefix_sources(
-  prompts: Mapping[str, np.ndarray], unseen: Mapping[str, np.ndarray], config: config_lib.SynthesisConfig
+  prompts: Mapping[str, np.ndarray], unseen: Mapping[str, np.ndarray], config: config_lib.SynthesizeConfig
 ) -> dict[str, PrefixSource]:
   """The prefix source of every split, from the token streams of the corpus parts 'prompts' and 'unseen'."""
   low, high = config.prefix_min_tokens, config.prefix_max_tokens

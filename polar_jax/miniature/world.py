@@ -42,7 +42,7 @@ class SynthesisResult:
   reused: bool = False
 
 
-def config_fingerprint(config: config_lib.SynthesisConfig, seed: int, corpora: list[corpora_lib.Corpus]) -> str:
+def config_fingerprint(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus]) -> str:
   """SHA-256 over all that decides the rows: settings (not the number of workers), seed, and the text of this Python."""
   settings = {k: v for k, v in dataclasses.asdict(config).items() if k != 'workers'}
   digest = hashlib.sha256(json.dumps([_FORMAT, settings, seed], sort_keys=True).encode())
@@ -52,7 +52,7 @@ def config_fingerprint(config: config_lib.SynthesisConfig, seed: int, corpora: l
   return digest.hexdigest()
 
 
-def synthesize(config: config_lib.SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> SynthesisResult:
+def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> SynthesisResult:
   """Makes the tiny world's data, or reuses a complete one of the same settings.
 
   Writes to workdir/data: tokenizer.json, text.npz (int32 streams `train_<corpus>` and `validation_<corpus>`, and `train_documents` and
@@ -80,14 +80,14 @@ def synthesize(config: config_lib.SynthesisConfig, seed: int, workdir: pathlib.P
 
   world = _build_world(config, seed, corpora, folder)
   clock.lap('pool')
-  pretrain = {s: triplets.make_triplets(world, s, _rows(s, config.train_rows, config.evaluation_rows)) for s in triplets.SPLITS}
+  pretrain = {s: triplets.make_triplets(world, s, _rows(s, config.train_examples, config.evaluation_examples)) for s in triplets.SPLITS}
   sampling = clock.lap('triplets')
   kl = pool_lib.kl_matrix(
     world.pool, world.prefixes['train'].draw(triplets.row_uniforms(seed, 'kl', 'train', 64, 3)), seed, config.max_tokens, config.workers
   )
   clock.lap('kl')
   finetune = {
-    s: preferences.make_preferences(world, kl, s, _rows(s, config.preference_rows, config.preference_evaluation_rows))
+    s: preferences.make_preferences(world, kl, s, _rows(s, config.preference_examples, config.preference_evaluation_examples))
     for s in triplets.SPLITS
   }
   clock.lap('preferences')
@@ -160,7 +160,7 @@ def load_text(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
   return out
 
 
-def _build_world(config: config_lib.SynthesisConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path) -> triplets.World:
+def _build_world(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path) -> triplets.World:
   """Tokenizer, streams and pool, written to `folder` as they are made."""
   tokenizer = vocabulary.train_tokenizer((d for c in corpora for d in c.part('train')), config.vocab_size)
   tokenizer.save(str(folder / 'tokenizer.json'))
@@ -169,7 +169,7 @@ def _build_world(config: config_lib.SynthesisConfig, seed: int, corpora: list[co
   text = {f'train_{name}': s for name, s in streams['train'].items()}
   text |= {f'validation_{name}': s for name, s in streams['prompts'].items()}
   names = [c.name for c in corpora]
-  params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, config.smallest_window, names)
+  params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, config.min_window, names)
   _write_json(folder / 'pool.json', {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
   pool = pool_lib.build_pool(params, streams['train'], vocab.size)
   sources = triplets.prefix_sources(streams['prompts'], streams['unseen'], config)

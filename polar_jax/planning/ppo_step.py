@@ -162,7 +162,7 @@ class _Maker:
   def _scoring(self) -> Call:
     c = self._c
     shards = sharding.batch_shards(self._mesh)
-    rows, length = -(-c.reward.rows // shards) * shards, scored_row_length(c)
+    rows, length = -(-c.reward.rows_per_batch // shards) * shards, scored_row_length(c)
     tokens, ends = (self._array((rows, width), jnp.int32) for width in (length, _CANDIDATES))
     batch = GroupBatch(**{name: ends if name.endswith('_BQ') else tokens for name in GroupBatch._fields})
     score = jit_rewards(RewardModel.score, self._reward_model, self._mesh)
@@ -205,11 +205,11 @@ def scored_row_length(config: RftConfig) -> int:
 
 # Phase -> what makes it smaller and changes no result.
 _SMALLER = {
-  'rollout': 'rft.rollout.slots: fewer answers decoded at a time',
-  'reward': 'rft.reward.rows: fewer rows scored at a time',
-  'logprobs': 'rft.rows: smaller micro-batches',
-  'update actor': 'rft.rows: smaller micro-batches',
-  'update critic': 'rft.rows: smaller micro-batches',
+  'rollout': 'rft.rollout.max_concurrent: fewer answers decoded at a time',
+  'reward': 'rft.reward.rows_per_batch: fewer rows scored at a time',
+  'logprobs': 'rft.micro_batch_rows: smaller micro-batches',
+  'update actor': 'rft.micro_batch_rows: smaller micro-batches',
+  'update critic': 'rft.micro_batch_rows: smaller micro-batches',
 }
 
 

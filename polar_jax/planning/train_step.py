@@ -27,7 +27,6 @@ from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.optimizer import make_optimizer
 from polar_jax.types import PairBatch, TextBatch
 
-SECTIONS = {'pretrain_lm': 'lm', 'pretrain': 'train', 'finetune': 'finetune'}
 # A triplet's shape, where only its length is known: at the paper's greatest lengths each candidate is 4,096 of 14,336 tokens.
 _CANDIDATE_SHARE = 2 / 7
 _STEPS = 1_000  # of a run, which only the learning rate's schedule depends on
@@ -101,13 +100,13 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
   Raises:
     ConfigError: the slice is not known, the mesh does not fit it, or a shape is left open that data would decide.
   """
-  settings: TrainConfig = getattr(config, SECTIONS[config.plan.step])
+  settings: TrainConfig = getattr(config, config.plan.step)
   name, chip, devices = open_slice(config.plan.topology)
   mesh = sharding.make_mesh(config.mesh, devices)
   objective = NEXT_TOKEN if config.plan.step == 'pretrain_lm' else RANKING
   shape = _ranking_shape if objective is RANKING else _text_shape
   batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
-  functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.accumulation)
+  functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.gradient_accumulation_steps)
   log(f'plan: compiles a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
   with jax.set_mesh(mesh), as_on_a_tpu():
     traced = cast(Any, functions.train).trace(functions.abstract, batch)
@@ -121,7 +120,7 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
     parameters=_parameters(objective, model),
     rows=batch.tokens_BT.shape[0],
     row_length=batch.tokens_BT.shape[1],
-    accumulation=settings.accumulation,
+    accumulation=settings.gradient_accumulation_steps,
     tokens_per_step=tokens,
     total_tokens=config.plan.tokens or (settings.steps * tokens if settings.steps else None),
     state=bytes_of_a_device((functions.abstract.params, functions.abstract.opt_state)),
@@ -163,7 +162,7 @@ def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, me
   if length is None:
     raise ConfigError('data.row_length is None: a run measures its data for it, a plan needs the tokens of a row')
   tokens = min(config.plan.triplet_tokens or length, length)
-  rows = _rows(settings.batch_size, length / tokens, mesh, settings.accumulation)
+  rows = _rows(settings.batch_size, length / tokens, mesh, settings.gradient_accumulation_steps)
   pairs_per_row = max(2 * length // tokens, 1)
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
   text, pairs = array((rows, length), jnp.int32), array((rows, pairs_per_row), jnp.float32)
@@ -182,7 +181,7 @@ def _one_triplet(tokens: int) -> PairBatch:
 
 def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
   """As `_ranking_shape`."""
-  length, rows = settings.sequence_length, _rows(settings.batch_size, 1, mesh, settings.accumulation)
+  length, rows = settings.sequence_length, _rows(settings.batch_size, 1, mesh, settings.gradient_accumulation_steps)
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
   text = array((rows, length), jnp.int32)
   batch = TextBatch(text, text, text, text, text, array((rows, length), jnp.float32), array((rows,), jnp.int32))

@@ -48,9 +48,9 @@ def read(function: Any, params: Any, batches: Sequence[PolicyBatch], mesh: Mesh,
 
 
 def rows_of_batch(config: RftConfig, mesh: Mesh) -> int:
-  """Rows of a micro-batch: `rft.rows`, rounded up to what the mesh divides."""
+  """Rows of a micro-batch: `rft.micro_batch_rows`, rounded up to what the mesh divides."""
   shards = sharding.batch_shards(mesh)
-  return -(-config.rows // shards) * shards
+  return -(-config.micro_batch_rows // shards) * shards
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'groups'))
@@ -71,7 +71,7 @@ def estimate(
   coef = kl_coef if config.kl_in == 'reward' else jnp.zeros_like(kl_coef)
   reward_RT = advantages.token_rewards(score_R, kl_RT, mask_RT, coef)
   if config.advantage == 'gae':
-    advantage_RT, return_RT = advantages.gae(reward_RT, value_RT, mask_RT, config.gamma, config.lam)
+    advantage_RT, return_RT = advantages.gae(reward_RT, value_RT, mask_RT, config.gamma, config.gae_lambda)
     return (advantages.whiten(advantage_RT, mask_RT) if config.whiten else advantage_RT), return_RT
   compare = {'grpo': advantages.grpo, 'rloo': advantages.rloo}[config.advantage]
   advantage_RT = compare(jnp.sum(reward_RT, axis=1), group_R, groups)[:, None] * mask_RT

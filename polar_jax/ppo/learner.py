@@ -104,7 +104,7 @@ def intervals(batch: PolicyBatch, shared: bool) -> list[tuple[Any, Any]]:
 
 def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array):
   """(loss, sums of metrics) of a micro-batch: clipped policy gradient, less the entropy bonus, plus KL to the start where it is a loss."""
-  logprob_BT, entropy_BT = read_actor(model, batch, config.rollout.temperature, config.samples > 1)
+  logprob_BT, entropy_BT = read_actor(model, batch, config.rollout.temperature, config.num_generations > 1)
   t = targets
   total = lambda x_BT: jnp.sum(jnp.where(t.weight_BT > 0, x_BT, 0.0) * t.weight_BT)
   high = config.clip if config.clip_high is None else config.clip_high
@@ -125,7 +125,7 @@ def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targ
 def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, targets: CriticTargets, kl_coef: jax.Array):
   """(loss, sums of metrics) of a micro-batch: half the squared error of the returns, clipped."""
   del kl_coef
-  (value_BT,) = read_critic(model, batch, config.samples > 1)
+  (value_BT,) = read_critic(model, batch, config.num_generations > 1)
   t = targets
   total = lambda x_BT: jnp.sum(jnp.where(t.weight_BT > 0, x_BT, 0.0) * t.weight_BT)
   error_BT, clipped_BT = losses.value_loss(value_BT, t.old_value_BT, t.return_BT, config.value_clip)
@@ -159,7 +159,7 @@ def _scheduled(shared: Learner, optimizer: OptimizerConfig, updates: int) -> Lea
 
 @functools.cache
 def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> Learner:
-  read = functools.partial(read_actor, temperature=config.rollout.temperature, shared=config.samples > 1)
+  read = functools.partial(read_actor, temperature=config.rollout.temperature, shared=config.num_generations > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
   return _build(lambda rngs: LanguageModel(model, rngs=rngs), read, loss, names, config.actor, mesh)
@@ -169,7 +169,7 @@ def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> Learner:
 def _build_critic(model: ModelConfig, config: RftConfig, mesh: Mesh) -> Learner:
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
-  read = functools.partial(read_critic, shared=config.samples > 1)
+  read = functools.partial(read_critic, shared=config.num_generations > 1)
   return _build(lambda rngs: ValueModel(model, rngs=rngs), read, loss, names, config.critic, mesh)
 
 

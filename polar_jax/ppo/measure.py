@@ -64,7 +64,7 @@ def score(
   if shuffle is not None:
     others = diagnostics.shuffled_references(prompts, shuffle)
     shuffled_R = None if others is None else reward.total(reward.components(others, outputs))
-  group_R = np.repeat(np.arange(len(prompts) // config.samples), config.samples)
+  group_R = np.repeat(np.arange(len(prompts) // config.num_generations), config.num_generations)
   shaped_R, metrics = shaping.shape(
     raw_R,
     normalizer=normalizer,

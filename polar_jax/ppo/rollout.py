@@ -57,9 +57,9 @@ class RolloutEngine:
 
   def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int]):
     shards = sharding.batch_shards(mesh)
-    slots = -(-config.slots // shards) * shards
+    slots = -(-config.max_concurrent // shards) * shards
     # What the functions do not depend on is set to the same for all, so that engines share them.
-    self._config = dataclasses.replace(config, slots=slots, stop=None, chat='auto')
+    self._config = dataclasses.replace(config, max_concurrent=slots, stop=None, chat='auto')
     self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))
     self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids)
     most = config.max_prompt - 1
@@ -85,8 +85,8 @@ class RolloutEngine:
     most = np.full(len(prompts), c.max_new, np.int32) if limits is None else np.clip(np.asarray(limits, np.int32), 1, c.max_new)
     out = _Answers(len(prompts), c.max_new)
     key = np.random.SeedSequence(seed).generate_state(2)
-    waiting, running = deque(range(len(prompts))), np.full(c.slots, -1)
-    place_B = np.zeros(c.slots, np.int32)
+    waiting, running = deque(range(len(prompts))), np.full(c.max_concurrent, -1)
+    place_B = np.zeros(c.max_concurrent, np.int32)
     with jax.set_mesh(self._mesh):
       weights, slots = f.prepare(params), f.vacant()
       for length in self._lengths:  # compiled at once: which lengths occur depends on what is sampled
@@ -98,7 +98,7 @@ class RolloutEngine:
           place_B[entering.fresh_B > 0] = 0
           slots = f.admit(weights, slots, entering)
         # A short answer that ends makes room at once; when nothing waits there is nothing to stop for.
-        leave = max(1, c.slots // 32) if waiting else c.slots + 1
+        leave = max(1, c.max_concurrent // 32) if waiting else c.max_concurrent + 1
         slots, answered = f.advance(weights, slots, key, np.int32(leave))
         answered = jax.device_get(answered)
         out.append(running, place_B, answered)
@@ -159,7 +159,7 @@ class RolloutEngine:
 
   def _nothing(self, length: int) -> Entering:
     """No texts, in rows of a length."""
-    packed, each = (self._rows, length), (self._config.slots,)
+    packed, each = (self._rows, length), (self._config.max_concurrent,)
     new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
     new.slot_PT[:] = -1
     return new
@@ -215,7 +215,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
 
   return _Functions(
     prepare=jax.jit(prepare, out_shardings=whole),
-    vacant=jax.jit(lambda: generation.vacant(model, config.slots, config.max_prompt + config.max_new), out_shardings=slots),
+    vacant=jax.jit(lambda: generation.vacant(model, config.max_concurrent, config.max_prompt + config.max_new), out_shardings=slots),
     admit=jax.jit(admit, in_shardings=(whole, slots, replicated), out_shardings=slots, donate_argnums=1),
     advance=jax.jit(advance, in_shardings=(whole, slots, replicated, replicated), out_shardings=(slots, replicated), donate_argnums=1),
   )

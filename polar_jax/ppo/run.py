@@ -62,13 +62,13 @@ class Run:
   @property
   def steps(self) -> int:
     """Of the whole run."""
-    return self.config.steps or max(self.config.epochs * len(self.prompts) // self.config.prompts, 1)
+    return self.config.steps or max(self.config.epochs * len(self.prompts) // self.config.prompts_per_step, 1)
 
   @property
   def updates(self) -> int:
     """Steps of the optimizers, which their learning rates' schedules are over."""
-    answers = self.config.prompts * self.config.samples
-    return self.steps * self.config.update_epochs * math.ceil(answers / (self.config.minibatch or answers))
+    answers = self.config.prompts_per_step * self.config.num_generations
+    return self.steps * self.config.update_epochs * math.ceil(answers / (self.config.mini_batch_size or answers))
 
   def actor(self) -> Learner:
     """The policy's jitted functions."""

@@ -55,7 +55,7 @@ class Trainer:
 
   def __init__(self, run: Run):
     self.run, c, self.clock = run, run.config, Clock()
-    self.rollouts_per_step = c.prompts * c.samples
+    self.rollouts_per_step = c.prompts_per_step * c.num_generations
     self.actor, self.critic = run.actor(), run.critic()
     self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
     self.row_length = run.row_length
@@ -178,8 +178,8 @@ class Trainer:
   def _answer(self) -> tuple[list[Prompt], Rollouts]:
     """The prompts of this step, each `samples` times one after another, and an answer to each."""
     run, c = self.run, self.run.config
-    places = [self.order(self.step * c.prompts + i)[0] for i in range(c.prompts)]
-    chosen = [run.prompts[i] for i in places for _ in range(c.samples)]
+    places = [self.order(self.step * c.prompts_per_step + i)[0] for i in range(c.prompts_per_step)]
+    chosen = [run.prompts[i] for i in places for _ in range(c.num_generations)]
     prompts, ids = [p for p, _ in chosen], [i for _, i in chosen]
     if c.method == 'sft':
       return prompts, _references(prompts, ids, run)
@@ -207,8 +207,8 @@ class Trainer:
       # With advantage 1 and a ratio of 1 the policy's gradient is that of the log-likelihood.
       return Experience(mask_RT, old_RT, reference_RT, entropy_RT, value_RT, mask_RT, zeros_RT)
     kl_RT = _kl(old_RT, reference_RT, estimator=c.kl_estimator)
-    group_R = np.repeat(np.arange(c.prompts, dtype=np.int32), c.samples)
-    found = experience.estimate(c, c.prompts, score_R, kl_RT, value_RT, mask_RT, group_R, np.float32(self.kl_coef))
+    group_R = np.repeat(np.arange(c.prompts_per_step, dtype=np.int32), c.num_generations)
+    found = experience.estimate(c, c.prompts_per_step, score_R, kl_RT, value_RT, mask_RT, group_R, np.float32(self.kl_coef))
     advantage_RT, return_RT = jax.device_get(found)
     return Experience(mask_RT, old_RT, reference_RT, entropy_RT, value_RT, advantage_RT, return_RT)
 
@@ -218,7 +218,7 @@ class Trainer:
     total, found = self.rollouts_per_step, list[dict[str, float]]()
     for epoch in range(c.update_epochs):
       shuffled = np.random.default_rng([run.seed, self.step, epoch]).permutation(total)
-      size = c.minibatch or total
+      size = c.mini_batch_size or total
       for low in range(0, total, size):
         which = sorted(shuffled[low : low + size].tolist())
         part = batches if len(which) == total else rows.pack(rollouts, which, self.row_length, len(batches[0].tokens_BT))

@@ -60,12 +60,26 @@ def size_and_time(file: pathlib.Path) -> tuple[int, int]:
   return stat.st_size, stat.st_mtime_ns
 
 
-def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a file, whose folder is made if need be. The target is never seen half written by its final name."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  if in_bucket(target):
-    target.write_bytes(source.read_bytes())  # an object appears whole
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file so that no reader ever sees it half written: to a temporary file, synced to disk, then renamed.
+
+  Args:
+    path: local or in a bucket; its folder is created if needed.
+    content: text is encoded as UTF-8.
+  """
+  data = content.encode('utf-8') if isinstance(content, str) else content
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if in_bucket(path):
+    path.write_bytes(data)  # an object appears whole
     return
-  temporary = target.with_name(target.name + '.tmp')
-  temporary.write_bytes(source.read_bytes())
-  os.replace(temporary, target)
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('wb') as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a file atomically (see `write_atomically`)."""
+  write_atomically(target, source.read_bytes())

@@ -94,7 +94,7 @@ def _tokens(config: Config, size: str, tokens: int) -> int:
   """The tokens of a size, to three digits."""
   if not config.sweep.tokens_exponent:
     return tokens
-  vocabulary = config.model.vocab_size or config.synthesis.vocab_size  # of a tokenizer that is not there yet
+  vocabulary = config.model.vocab_size or config.synthesize.vocab_size  # of a tokenizer that is not there yet
   count = lambda model: flops.reward_model_parameters(dataclasses.replace(model, vocab_size=vocabulary)).total
   scaled = tokens * (count(model_of(config, size)) / count(config.model)) ** config.sweep.tokens_exponent
   return int(float(f'{scaled:.3g}'))
@@ -102,7 +102,7 @@ def _tokens(config: Config, size: str, tokens: int) -> int:
 
 def language_models(context: stages.Context, cells: Sequence[Cell]) -> list[Job]:
   """The jobs that must be done before `cells`."""
-  if context.config.train.start_from != 'lm':
+  if context.config.pretrain.start_from != 'pretrain_lm':
     return []
   own = [Job(size, None, seed) for size, seed in dict.fromkeys((cell.size, cell.seed) for cell in cells)]
   return [job for job in own if _start(context, job) == context.home(job.run)]
@@ -164,12 +164,12 @@ def config_of(config: Config, job: Job) -> Config:
   """The settings of a job's run but for the steps of a cell, which depend on the data."""
   model = model_of(config, job.size)
   factor = (config.model.d_model / model.d_model) ** config.sweep.width_exponent
-  lm = dataclasses.replace(config.lm, learning_rate=config.lm.learning_rate * factor)
-  train = config.train
+  lm = dataclasses.replace(config.pretrain_lm, learning_rate=config.pretrain_lm.learning_rate * factor)
+  train = config.pretrain
   if job.cell:
     train = dataclasses.replace(train, learning_rate=job.cell.learning_rate * factor, batch_size=job.cell.batch)
   stage = 'pretrain' if job.cell else 'pretrain_lm'
-  return dataclasses.replace(config, stage=stage, seed=config.seed + job.seed, model=model, lm=lm, train=train)
+  return dataclasses.replace(config, stage=stage, seed=config.seed + job.seed, model=model, pretrain_lm=lm, pretrain=train)
 
 
 def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
       return done
     made = dataclasses.replace(context, config=config_of(context.config, job))
     if job.cell:
-      start = _start(context, job) if context.config.train.start_from == 'lm' else None
+      start = _start(context, job) if context.config.pretrain.start_from == 'pretrain_lm' else None
       result = _train_cell(made, job.cell, start)
     else:
       result = stages.pretrain_lm(made, job.run)
@@ -206,7 +206,7 @@ def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None)
   steps = _steps(cell, tokens_per_triplet(context))
   if steps * cell.batch > rows:
     context.log(f'{cell.name}: {steps * cell.batch:,} triplets of {rows:,}: some are seen again, and a law of fresh ones does not hold')
-  train = dataclasses.replace(config.train, steps=steps)
+  train = dataclasses.replace(config.pretrain, steps=steps)
   tokenised = functools.partial(_stored, context)
   summary = stages.rank(context, f'{FOLDER}/{cell.name}', train, context.triplets, start=start, tokenised=tokenised)
   count = flops.reward_model_parameters(context.model_config())
@@ -315,11 +315,11 @@ def check_settings(context: stages.Context) -> None:
   """
   config = context.config
   every = dataclasses.asdict(config)
-  shared = {name: every[name] for name in ('seed', 'tokenizer', 'template', 'model', 'lm', 'train')}
-  for section, name in itertools.product(('lm', 'train'), ('log_every', 'evaluate_every', 'accumulation')):
+  shared = {name: every[name] for name in ('seed', 'tokenizer', 'template', 'model', 'pretrain_lm', 'pretrain')}
+  for section, name in itertools.product(('pretrain_lm', 'pretrain'), ('log_every', 'evaluate_every', 'gradient_accumulation_steps')):
     del shared[section][name]
   for name in ('learning_rate', 'batch_size', 'steps'):  # the grid's, not the section's
-    del shared['train'][name]
+    del shared['pretrain'][name]
   shared['sweep.width_exponent'] = config.sweep.width_exponent
   shared['rows'] = {split: stages.rows_fingerprint(context.triplets(split)) for split in ('train', 'validation')}
   now = json.loads(json.dumps(_flat(shared)))

@@ -30,18 +30,18 @@ class Row(NamedTuple):
   group: Group  # of one candidate
 
 
-def read_rows(path: pathlib.Path, on_bad_row: str, skipped: list[tuple[int, str]], *, use_reference: bool = True) -> Iterator[Row]:
+def read_rows(path: pathlib.Path, on_bad_example: str, skipped: list[tuple[int, str]], *, use_reference: bool = True) -> Iterator[Row]:
   """The good rows of a .jsonl, .jsonl.gz or .parquet file, in order, read as they are asked for.
 
   A row is {prompt, reference, output}, each a string or a list of messages, with an optional wrapper; it may hold anything else
   but a `reward`, which is what the stage writes: whether an older one may be lost is for the user to say, by renaming it.
 
   Args:
-    skipped: takes (row number, reason) of the bad rows, with on_bad_row='skip'.
+    skipped: takes (row number, reason) of the bad rows, with on_bad_example='skip'.
     use_reference: False: a row needs no reference.
 
   Raises:
-    BadRowError: a bad row, with on_bad_row='raise', naming file, row and field.
+    BadRowError: a bad row, with on_bad_example='raise', naming file, row and field.
     SourceError: no such file, unknown suffix, damaged file, or no good row in it.
   """
   fields = ('prompt', 'reference', 'output') if use_reference else ('prompt', 'output')
@@ -57,7 +57,7 @@ def read_rows(path: pathlib.Path, on_bad_row: str, skipped: list[tuple[int, str]
         raise sources.BadField(None, f'cannot be written as JSON ({error})') from error
     return content
 
-  for number, content in sources.checked_rows(path, check, on_bad_row, skipped):
+  for number, content in sources.checked_rows(path, check, on_bad_example, skipped):
     group = Group(content['prompt'], content.get('reference', ''), [content['output']], content.get('wrapper') or 'sft')
     yield Row(number, content, group)
 

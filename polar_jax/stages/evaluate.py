@@ -16,7 +16,7 @@ from polar_jax.stages import training as stages
 from polar_jax.types import Triplet
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')  # of the synthesize stage
-GIVEN = ('validation',)  # what `data.evaluation` names is one split
+GIVEN = ('validation',)  # what `data.validation` names is one split
 # Arm of Table 7 -> (folder of its run, does it read the reference).
 ARMS = {
   'pretrained_finetuned': (stages.FINETUNE, True),
@@ -45,7 +45,7 @@ def _trained(context: stages.Context, folder: str) -> bool:
 def _scorer(context: stages.Context, folder: str, use_reference: bool) -> Scorer:
   config = context.config
   template, model = context.template(use_reference), context.model_config()
-  return Scorer.from_run(context.home(folder), model, template, context.mesh, rows=config.evaluate.rows)
+  return Scorer.from_run(context.home(folder), model, template, context.mesh, rows=config.evaluate.rows_per_batch)
 
 
 def _correct(scorer: Scorer, rows: Sequence[Triplet]) -> np.ndarray:
@@ -58,7 +58,7 @@ def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
   ceiling = _Ceiling(context)
   by_split, margins = {}, {}
   by_baseline: dict[str, dict[str, Any]] = {}
-  for split in GIVEN if context.config.data.evaluation else SPLITS:
+  for split in GIVEN if context.config.data.validation else SPLITS:
     rows = list(context.triplets(split))
     rules = baselines.rule_correct(rows)
     correct = _correct(scorer, rows)
@@ -95,8 +95,8 @@ class _Ceiling:
   """The Bayes discriminator of the workdir's own pool; nothing for data that came from elsewhere."""
 
   def __init__(self, context: stages.Context):
-    self._workers = context.config.synthesis.workers
-    given = context.config.data.triplets or context.config.data.evaluation
+    self._workers = context.config.synthesize.workers
+    given = context.config.data.triplets or context.config.data.validation
     self._pool = [] if given else engine.load_pool(context.workdir)
 
   def __call__(self, rows: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:

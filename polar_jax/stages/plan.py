@@ -59,7 +59,7 @@ def _shape(context: stages.Context) -> ModelConfig:
   if model.vocab_size is not None:
     return model
   if context.config.tokenizer.kind == 'trained':
-    return dataclasses.replace(model, vocab_size=context.config.synthesis.vocab_size)
+    return dataclasses.replace(model, vocab_size=context.config.synthesize.vocab_size)
   try:
     return context.model_config()
   except UserError as error:

@@ -22,7 +22,7 @@ def rft(context: stages.Context) -> dict[str, Any]:
     UserError: a setting, a file or a row cannot be used.
   """
   config = context.config
-  if config.data.prompts is None and config.synthesis.world == 'ngram':
+  if config.data.prompts is None and config.synthesize.world == 'ngram':
     return {'rft': study.run(context)}
   arms = {RFT: config.rft}
   if config.ablations and config.rft.reward.rule:

@@ -22,7 +22,7 @@ from polar_jax.stages import training as stages
 from polar_jax.types import Prompt
 
 # Settings that may change while a workdir is resumed.
-_FREE = ('log_every', 'evaluate_every', 'evaluate_prompts', 'alarms', 'seeds')
+_FREE = ('log_every', 'evaluate_every', 'evaluate_prompts', 'alarms')
 
 
 def open_run(context: stages.Context, name: str, config: RftConfig) -> Run:
@@ -65,7 +65,7 @@ def open_policy(context: stages.Context, config: RftConfig) -> Pretrained:
   Raises:
     UserError: there is none, or it has no language-model head.
   """
-  path = context.home(stages.LM) if config.policy == 'lm' else path_of(config.policy)
+  path = context.home(stages.LM) if config.policy == 'pretrain_lm' else path_of(config.policy)
   opened = open_pretrained(path)
   if opened.head != 'lm':
     raise ConfigError(f'rft.policy {path}: has a {opened.head} head; only a language model answers prompts')
@@ -101,7 +101,7 @@ def open_scorer(context: stages.Context, config: RewardConfig, rows: Sequence[Pr
   template = Template(opened.template(context.config.template), opened.tokenizer())
   length = config.row_length or _row_length(template, rows, config.wrapper, max_new)
   params = opened.params(context.mesh, model.compute_dtype)
-  return Scorer(params, model, template, context.mesh, row_length=length, rows=config.rows, grow=True)
+  return Scorer(params, model, template, context.mesh, row_length=length, rows=config.rows_per_batch, grow=True)
 
 
 def _row_length(template: Template, rows: Sequence[Prompt], wrapper: str, max_new: int) -> int:
@@ -129,23 +129,23 @@ def _rows(context: stages.Context, split: str) -> Sequence[Prompt]:
   """Prompts of a split; of the held-out one none, where none is named and none stands beside the others."""
   data = context.config.data
   path = path_of(data.prompts) if data.prompts else context.data / 'prompts'
-  if split == 'test' and data.prompts_evaluation:
-    path = path_of(data.prompts_evaluation)
+  if split == 'test' and data.prompts_validation:
+    path = path_of(data.prompts_validation)
   elif not path.exists():
     raise ConfigError(f'data.prompts: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
   elif split == 'test' and path.is_file():
     return []
   try:
-    return stages.report_skipped(open_prompts(path, split, data.on_bad_row), path, context.log)
+    return stages.report_skipped(open_prompts(path, split, data.on_bad_example), path, context.log)
   except NoSplitError:
-    if split == 'test' and not data.prompts_evaluation:
+    if split == 'test' and not data.prompts_validation:
       return []
     raise
 
 
 def fingerprint(config: Config, rft_config: RftConfig, model: ModelConfig, tokenizer: Tokenizer, rows: Sequence[Prompt]) -> dict[str, Any]:
   """What must not change while a workdir is resumed. The first entries are those that any checkpoint is opened by."""
-  same_maths = {'attention', 'remat', 'scan_unroll', 'rft.rows', 'rft.reward.rows', 'rft.rollout.slots'}
+  same_maths = {'attention', 'remat', 'scan_unroll', 'rft.micro_batch_rows', 'rft.reward.rows_per_batch', 'rft.rollout.max_concurrent'}
   settings = _flat('rft', {k: v for k, v in dataclasses.asdict(rft_config).items() if k not in _FREE})
   return {
     'objective': 'next_token',

@@ -117,7 +117,7 @@ def _write_config(config: Config, workdir: pathlib.Path) -> None:
 def _stage_names(config: Config) -> list[str]:
   if config.stage != 'all':
     return config.stage.split(',')
-  if config.synthesis.world == 'arithmetic':  # a real language model is the start of everything
+  if config.synthesize.world == 'arithmetic':  # a real language model is the start of everything
     return ['synthesize', 'finetune', 'rft']
   return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit']
 
@@ -146,9 +146,9 @@ def _finish(workdir: pathlib.Path, seconds: float) -> None:
 
 
 def _synthesize(context: stages.Context) -> dict[str, Any]:
-  if context.config.synthesis.world == 'arithmetic':
-    return {'synthesize': arithmetic.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)}
-  result = engine.synthesize(context.config.synthesis, context.config.seed, context.workdir, context.log)
+  if context.config.synthesize.world == 'arithmetic':
+    return {'synthesize': arithmetic.synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log)}
+  result = engine.synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log)
   facts = dataclasses.asdict(result)
   return {'synthesize': {name: facts[name] for name in ('rows', 'rows_per_minute', 'fingerprints', 'seconds')}}
 
@@ -156,7 +156,7 @@ def _synthesize(context: stages.Context) -> dict[str, Any]:
 def _finetune(context: stages.Context) -> dict[str, Any]:
   runs = {'finetune': stages.finetune(context)}
   # Word problems have no language model of their own, and no pre-training to leave out.
-  if context.config.ablations and context.config.synthesis.world == 'ngram':
+  if context.config.ablations and context.config.synthesize.world == 'ngram':
     runs |= {'finetune_only': stages.finetune_only(context), 'finetune_no_reference': stages.finetune_no_reference(context)}
   return {'finetune': {'runs': runs}}
 

@@ -44,7 +44,7 @@ def score(context: stages.Context) -> dict[str, Any]:
   tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
   template = Template(opened.template(config.template), tokenizer)
   skipped: list[tuple[int, str]] = []
-  read = lambda found: row_files.read_rows(source, config.data.on_bad_row, found, use_reference=template.config.use_reference)
+  read = lambda found: row_files.read_rows(source, config.data.on_bad_example, found, use_reference=template.config.use_reference)
   total = sum(1 for _ in read(skipped))
   if skipped:
     named = '; '.join(f'row {row}: {reason}' for row, reason in skipped[:20])

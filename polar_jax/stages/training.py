@@ -63,9 +63,9 @@ class Context:
   def _checkpoint(self) -> pathlib.Path:
     """What tokenizer.kind 'checkpoint' means: the checkpoint that is given, or that the stage starts from."""
     c = self.config
-    section = {'pretrain_lm': c.lm, 'pretrain': c.train, 'finetune': c.finetune}.get(c.stage)
+    section = {'pretrain_lm': c.pretrain_lm, 'pretrain': c.pretrain, 'finetune': c.finetune}.get(c.stage)
     start = c.checkpoint or (section.start_from if section else None)
-    if start in (None, 'scratch', 'lm', 'pretrain'):
+    if start in (None, 'scratch', 'pretrain_lm', 'pretrain'):
       raise ConfigError(
         "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to its folder"
       )
@@ -96,13 +96,13 @@ class Context:
 
   def _rows(self, setting: str, given: str | None, made: str, split: str) -> Sequence[Triplet]:
     path = paths.path_of(given) if given else self.data / made
-    if split != 'train' and self.config.data.evaluation:
-      setting, path = 'data.evaluation', paths.path_of(self.config.data.evaluation)
+    if split != 'train' and self.config.data.validation:
+      setting, path = 'data.validation', paths.path_of(self.config.data.validation)
     elif split != 'train' and path.is_file():
-      raise ConfigError(f'data.evaluation must name held-out rows: {path} is a single file, and its rows are trained on')
+      raise ConfigError(f'data.validation must name held-out rows: {path} is a single file, and its rows are trained on')
     if not path.exists():
       raise ConfigError(f'{setting}: no rows at {path}; name a data set there, or run the synthesize stage in this workdir first')
-    return report_skipped(open_source(path, split, self.config.data.on_bad_row), path, self.log)
+    return report_skipped(open_source(path, split, self.config.data.on_bad_example), path, self.log)
 
 
 def report_skipped(rows: Sequence[Any], path: pathlib.Path, log: Callable[[str], None]) -> Sequence[Any]:
@@ -118,9 +118,9 @@ def pretrain_lm(context: Context, name: str = LM) -> dict[str, Any]:
   """Next-token pre-training of the language model that the reward model starts from, in the folder `name` of the workdir."""
   config = context.config
   train_ids, validation_ids = text_tokens(context)
-  length = config.lm.sequence_length
+  length = config.pretrain_lm.sequence_length
   windows = pipeline.TextWindows(train_ids, length, config.seed)
-  run = text_run(context, name, config.lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
+  run = text_run(context, name, config.pretrain_lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
   keep_tokenizer(context.tokenizer(), run.home)
   return loop.train(run)
 
@@ -143,7 +143,7 @@ def text_run(
     seed=seed,
     num_rows=len(windows),
     batches=lambda plan, steps: (pipeline.text_batches(windows, plan, steps=steps, seed=seed), pipeline.text_rows(plan)),
-    validation=None if held_out is None else lambda plan: _text_validation(held_out, plan, lm.evaluate_rows),
+    validation=None if held_out is None else lambda plan: _text_validation(held_out, plan, lm.evaluate_examples),
     start_from=_start_folder(context, lm),
     fingerprint=_fingerprint(context, lm, NEXT_TOKEN.name, {'data.text': data.text, 'seed': seed}),
     threads=data.read_threads,
@@ -154,7 +154,7 @@ def text_run(
 
 def pretrain(context: Context) -> dict[str, Any]:
   """Contrastive pre-training on triplets of policies (equation 7)."""
-  return rank(context, PRETRAIN, context.config.train, context.triplets)
+  return rank(context, PRETRAIN, context.config.pretrain, context.triplets)
 
 
 def finetune(context: Context) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def finetune_no_reference(context: Context) -> dict[str, Any]:
 
 
 def _from_lm(train: TrainConfig) -> TrainConfig:
-  return dataclasses.replace(train, start_from='lm')
+  return dataclasses.replace(train, start_from='pretrain_lm')
 
 
 def rank(
@@ -190,7 +190,7 @@ def rank(
 
   Args:
     rows: split -> its rows.
-    start: the run whose parameters it starts from; None: what `train.start_from` says.
+    start: the run whose parameters it starts from; None: what `pretrain.start_from` says.
     tokenised: how training rows become tokens.
   """
   config, data = context.config, context.config.data
@@ -215,7 +215,7 @@ def rank(
     seed=config.seed,
     num_rows=len(tokens),
     batches=batches,
-    validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_rows),
+    validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_examples),
     start_from=start or _start_folder(context, train),
     fingerprint=_fingerprint(context, train, RANKING.name, {'use_reference': use_reference, 'rows': rows_fingerprint(tokens.source)}),
     threads=data.read_threads,
@@ -281,7 +281,7 @@ def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:
 
 def _start_folder(context: Context, train: TrainConfig) -> pathlib.Path | None:
   """Where a run's parameters come from; None is from scratch. A resumed run ignores it."""
-  names = {'lm': LM, 'pretrain': PRETRAIN}
+  names = {'pretrain_lm': LM, 'pretrain': PRETRAIN}
   if train.start_from == 'scratch':
     return None
   if train.start_from in names:
@@ -323,7 +323,7 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
 
 def _fingerprint(context: Context, train: TrainConfig, objective: str, more: dict[str, Any]) -> dict[str, Any]:
   """Settings that must not change while a workdir is resumed: they decide what the run computes."""
-  free = {'log_every', 'evaluate_every', 'evaluate_rows'}
+  free = {'log_every', 'evaluate_every', 'evaluate_examples'}
   same_maths = {'attention', 'remat', 'scan_unroll'}
   model = {f'model.{k}': v for k, v in dataclasses.asdict(context.model_config()).items() if k not in same_maths}
   template = {f'template.{k}': v for k, v in dataclasses.asdict(context.config.template).items()}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polar_jax.config import SynthesisConfig
+from polar_jax.config import SynthesizeConfig
 
 SPLITS = ('train', 'validation', 'test')
 _FORMAT = 1  # raised whenever the same settings give other rows
@@ -247,22 +247,22 @@ def _sentence(text: str) -> str:
   return text[:1].upper() + text[1:]
 
 
-def make_prompts(config: SynthesisConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
+def make_prompts(config: SynthesizeConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
   """Rows 0..rows-1 of prompts for reinforcement fine-tuning: what the policy is asked, the worked answer, and its number."""
-  problems = (make_problem(seed, 'prompts', split, i, config.largest, config.two_steps) for i in range(rows))
+  problems = (make_problem(seed, 'prompts', split, i, config.max_number, config.two_steps) for i in range(rows))
   return [
     {'prompt': _asked(p), 'reference': p.reference, 'answer': str(p.result), 'category': f'{len(p.equations)} step'} for p in problems
   ]
 
 
-def make_preferences(config: SynthesisConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
+def make_preferences(config: SynthesizeConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
   """Rows 0..rows-1 of ranked answers to other problems: chosen is right and rejected is wrong, their wordings drawn from one law.
 
   The category says how the rejected answer goes wrong.
   """
   made = []
   for i in range(rows):
-    problem = make_problem(seed, 'preferences', split, i, config.largest, config.two_steps)
+    problem = make_problem(seed, 'preferences', split, i, config.max_number, config.two_steps)
     rng = np.random.default_rng([seed, *map(ord, 'wordings'), SPLITS.index(split), i])
     mistake, number, equation = _mistake(problem, rng)
     right, wrong = (_WORDINGS[int(rng.integers(len(_WORDINGS)))] for _ in range(2))
@@ -313,7 +313,7 @@ def _mistake(problem: Problem, rng: np.random.Generator) -> tuple[str, int, str]
   return 'sum', number, f'{left} {operator} {right} = {number}'
 
 
-def synthesize(config: SynthesisConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
+def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
   """Writes workdir/data/prompts/{train,test}.jsonl and workdir/data/preferences/{train,validation}.jsonl, unless they are there.
 
   Returns:
@@ -326,10 +326,10 @@ def synthesize(config: SynthesisConfig, seed: int, workdir: pathlib.Path, log: C
     log(f'synthesize: reusing the complete data in {folder} (same settings)')
     return known['result']
   files = {
-    'prompts/train': make_prompts(config, seed, 'train', config.train_rows),
-    'prompts/test': make_prompts(config, seed, 'test', config.evaluation_rows),
-    'preferences/train': make_preferences(config, seed, 'train', config.preference_rows),
-    'preferences/validation': make_preferences(config, seed, 'validation', config.preference_evaluation_rows),
+    'prompts/train': make_prompts(config, seed, 'train', config.train_examples),
+    'prompts/test': make_prompts(config, seed, 'test', config.evaluation_examples),
+    'preferences/train': make_preferences(config, seed, 'train', config.preference_examples),
+    'preferences/validation': make_preferences(config, seed, 'validation', config.preference_evaluation_examples),
   }
   (folder / _MARKER).unlink(missing_ok=True)
   for name, rows in files.items():
@@ -343,7 +343,7 @@ def synthesize(config: SynthesisConfig, seed: int, workdir: pathlib.Path, log: C
   return result
 
 
-_SETTINGS = ('largest', 'two_steps', 'train_rows', 'evaluation_rows', 'preference_rows', 'preference_evaluation_rows')
+_SETTINGS = ('max_number', 'two_steps', 'train_examples', 'evaluation_examples', 'preference_examples', 'preference_evaluation_examples')
 
 
 def _read(path: pathlib.Path) -> Mapping[str, Any]:

@@ -125,11 +125,11 @@ class _Trainer:
   def __init__(self, run: Run):
     self.run, config = run, run.train
     self.clock = Clock()
-    multiple = sharding.batch_shards(run.mesh) * config.accumulation
+    multiple = sharding.batch_shards(run.mesh) * config.gradient_accumulation_steps
     self.plan = pipeline.BatchPlan(config.batch_size, multiple, step_lib.local_share(run.mesh))
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
-    self.functions = _functions(run.objective, run.model, config, run.steps, run.mesh, config.accumulation)
+    self.functions = _functions(run.objective, run.model, config, run.steps, run.mesh, config.gradient_accumulation_steps)
     lm = run.objective is NEXT_TOKEN
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'

@@ -154,7 +154,7 @@ def test_unusable_arguments(tmp_path):
   (tmp_path / 'a.csv').write_text('x')
   with pytest.raises(sources.SourceError, match=r'a\.csv: unknown kind.*\.parquet'):
     sources.read_rows(tmp_path / 'a.csv')
-  with pytest.raises(ValueError, match='on_bad_row'):
+  with pytest.raises(ValueError, match='on_bad_example'):
     sources.read_rows(tmp_path / 'a.jsonl', 'ignore')
 
 
@@ -307,7 +307,7 @@ def test_prompts_of_folders(tmp_path):
   assert len(sources.open_prompts(tmp_path, 'train')) == 1
   with pytest.raises(sources.NoSplitError, match="no split 'test'"):
     sources.open_prompts(tmp_path, 'test')
-  with pytest.raises(ValueError, match='on_bad_row'):
+  with pytest.raises(ValueError, match='on_bad_example'):
     sources.open_prompts(tmp_path, 'train', 'ignore')
 
 

@@ -16,9 +16,9 @@ def library():
 
 @pytest.fixture(scope='session')
 def small_config():
-  return config_lib.SynthesisConfig(
-    vocab_size=400, policies=16, unseen_policies=5, train_rows=40, evaluation_rows=12, preference_rows=24,
-    preference_evaluation_rows=8, max_tokens=16,
+  return config_lib.SynthesizeConfig(
+    vocab_size=400, policies=16, unseen_policies=5, train_examples=40, evaluation_examples=12, preference_examples=24,
+    preference_evaluation_examples=8, max_tokens=16,
   )  # fmt: skip
 
 

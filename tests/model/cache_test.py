@@ -45,7 +45,7 @@ class Compiled:
     self._next = jax.jit(lambda params, *state: nnx.merge(graphdef, params).next(*state))
     self._append = jax.jit(cache.KVCache.append)
     self._graphdef = graphdef
-    self.engine = RolloutEngine(config, ONE, RolloutConfig(max_prompt=11, max_new=8, slots=4, temperature=0.0), ())
+    self.engine = RolloutEngine(config, ONE, RolloutConfig(max_prompt=11, max_new=8, max_concurrent=4, temperature=0.0), ())
 
   def _fill(self, params, tokens, positions, start, slot, memory, length):
     end = jnp.where(slot < 0, start, start + positions + 1)

@@ -26,12 +26,12 @@ def get_config():
   config.model.compute_dtype = 'bfloat16'
   config.model.remat = 'full'
   config.mesh.fsdp, config.mesh.tensor = 2, 2
-  config.rft.rows = 4
+  config.rft.micro_batch_rows = 4
   config.rft.row_length = 512
   config.rft.reward.row_length = 512
   config.rft.rollout.max_prompt = 128
   config.rft.rollout.max_new = 128
-  config.rft.rollout.slots = 8
+  config.rft.rollout.max_concurrent = 8
   config.plan.step = 'rft'
   config.plan.topology = 'v5e:2x2'
   config.plan.reward = 'smollm2_135m'
@@ -67,7 +67,7 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   assert small['fits'] and small['peak'] == max(small['phases'].values()) < small['hbm'] == 16 << 30
 
   # Imitation, which compiles less: no rollouts and no critic.
-  large = plan_of(tmp_path, '--config.rft.method=sft', '--config.rft.reward.source=http', '--config.rft.rows=262144')
+  large = plan_of(tmp_path, '--config.rft.method=sft', '--config.rft.reward.source=http', '--config.rft.micro_batch_rows=262144')
   assert [call['phase'] for call in large['calls']] == ['logprobs', 'logprobs', 'update actor', 'update actor']
   assert not large['fits'] and large['peak'] > large['hbm']
 
@@ -82,8 +82,8 @@ def test_what_to_change_follows_the_phases_that_do_not_fit():
   assert changes(made(2, rollout=10, reward=16)) == []
   said = changes(made(2, rollout=20, logprobs=17, update_actor=18, reward=3))
   assert [line.split(':')[0] for line in said] == [
-    'rft.rollout.slots',
-    'rft.rows',
+    'rft.rollout.max_concurrent',
+    'rft.micro_batch_rows',
     'more chips, or larger ones',
   ] and '2.0 of 16 GiB' in said[-1]
   assert [line.split(':')[0] for line in changes(made(17, rollout=20))] == ['more chips, or larger ones']

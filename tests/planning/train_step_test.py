@@ -39,9 +39,9 @@ def get_config():
   config.model.remat = 'full'
   config.mesh.tensor = 2
   config.data.row_length = 512
-  config.train.batch_size = 24
-  config.train.accumulation = 4
-  config.train.steps = 100
+  config.pretrain.batch_size = 24
+  config.pretrain.gradient_accumulation_steps = 4
+  config.pretrain.steps = 100
   config.plan.topology = 'v5e:2x2'
   config.plan.triplet_tokens = 200
   return config
@@ -88,7 +88,9 @@ def test_a_step_is_compiled_for_chips_that_are_not_there(tmp_path):
 @pytest.mark.slow  # the same code as above, and `changes` below
 @needs_libtpu
 def test_what_does_not_fit_says_what_to_change(tmp_path):
-  found = plan_of(tmp_path, '--config.train.batch_size=400_000', '--config.train.accumulation=1', '--config.model.remat=none')
+  found = plan_of(
+    tmp_path, '--config.pretrain.batch_size=400_000', '--config.pretrain.gradient_accumulation_steps=1', '--config.model.remat=none'
+  )
   assert found['fits'] is False and found['memory']['peak'] > found['memory']['hbm']
   assert any('accumulation' in line for line in found['change']) and any('remat' in line for line in found['change'])
   assert 'does not fit' in found['said'] and 'to make it fit: accumulation' in found['said']
@@ -106,13 +108,13 @@ def mesh(**sizes):
 
 
 def config(**changes):
-  return Config(data=DataConfig(row_length=600), train=TrainConfig(batch_size=50), plan=PlanConfig(triplet_tokens=140), **changes)
+  return Config(data=DataConfig(row_length=600), pretrain=TrainConfig(batch_size=50), plan=PlanConfig(triplet_tokens=140), **changes)
 
 
 def test_flops_and_pairs_are_those_of_packed_rows():
   """Fifty triplets of 140 tokens, really packed, cost what the plan says of them."""
   c = config()
-  batch, tokens, seen, model_flops = train_step._ranking_shape(c, c.train, MODEL, mesh())
+  batch, tokens, seen, model_flops = train_step._ranking_shape(c, c.pretrain, MODEL, mesh())
   shared, tail = [0] * 60, 40
   rows = [pair_row(shared + [1] * tail, shared + [2] * tail)] * 50
   packed = packing.first_fit([140] * 50, 600, 50)
@@ -125,7 +127,7 @@ def test_flops_and_pairs_are_those_of_packed_rows():
 
 def test_rows_divide_among_chips_and_micro_batches():
   c = config()
-  settings = dataclasses.replace(c.train, accumulation=3)
+  settings = dataclasses.replace(c.pretrain, gradient_accumulation_steps=3)
   assert train_step._ranking_shape(c, settings, MODEL, mesh(fsdp=4, tensor=2))[0].tokens_BT.shape[0] == 12
   whole = dataclasses.replace(c, plan=PlanConfig())  # every triplet fills a row
   assert train_step._ranking_shape(whole, settings, MODEL, mesh(fsdp=4, tensor=2))[0].tokens_BT.shape[0] == 60
@@ -134,7 +136,7 @@ def test_rows_divide_among_chips_and_micro_batches():
 def test_a_row_length_that_data_would_decide_is_asked_for():
   c = dataclasses.replace(config(), data=DataConfig())
   with pytest.raises(ConfigError, match=r'data\.row_length'):
-    train_step._ranking_shape(c, c.train, MODEL, mesh())
+    train_step._ranking_shape(c, c.pretrain, MODEL, mesh())
 
 
 def test_kernels_count_what_their_pairs_cost():

@@ -31,7 +31,7 @@ CONFIG = RftConfig(
   entropy_coef=0.03,
   dual_clip=1.5,
   value_clip=0.1,
-  samples=2,
+  num_generations=2,
 )
 KL_COEF = 0.2
 

@@ -102,7 +102,7 @@ def test_parameters_and_layout_on_the_machines_named():
         if path[-1].key not in SPLIT:
           assert leaf.size <= model.num_layers * model.d_model
       held[role] = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaves)
-    assert config.rft.rows % mesh.shape['fsdp'] == 0
+    assert config.rft.micro_batch_rows % mesh.shape['fsdp'] == 0
     # Float32 parameters and two moments of Adam; frozen copies in bfloat16; float32 gradients of the larger one.
     o, m = config.rft.rollout, config.model
     cache = 4 * o.slots * (o.max_prompt + o.max_new) * m.num_layers * m.num_kv_heads * m.head_dim / devices
@@ -111,7 +111,7 @@ def test_parameters_and_layout_on_the_machines_named():
     said = [float(gb) for gb in re.findall(r'([\d.]+) GB', text[text.index('Memory') :])]
     assert said == pytest.approx([figure / 1e9 for figure in figures], abs=0.07), name
     # Kept layer inputs of a micro-batch, the only large activations with remat full.
-    inputs = 2 * m.num_layers * config.rft.rows // mesh.shape['fsdp'] * config.rft.row_length * m.d_model
+    inputs = 2 * m.num_layers * config.rft.micro_batch_rows // mesh.shape['fsdp'] * config.rft.row_length * m.d_model
     assert sum(figures) + inputs < 0.75 * HBM, name
 
 

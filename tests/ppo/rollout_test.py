@@ -17,7 +17,7 @@ from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.types import UserError
 
 MODEL = ModelConfig(vocab_size=31, num_layers=2, d_model=24, d_ff=40, num_heads=4, num_kv_heads=2, head_dim=6, init_std=0.4)
-CONFIG = RolloutConfig(max_prompt=12, max_new=9, temperature=0.0, slots=3)
+CONFIG = RolloutConfig(max_prompt=12, max_new=9, temperature=0.0, max_concurrent=3)
 STOP = 16
 WIDTH = 24
 
@@ -73,7 +73,7 @@ def expected(params, prompts):
 
 @pytest.mark.parametrize('slots', [1, 3, 16])
 def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expected, slots):
-  engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, slots=slots), [STOP])
+  engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, max_concurrent=slots), [STOP])
   got = engine.generate(params, prompts, (0,))
   assert answers(got) == expected
   assert got.stopped_R.tolist() == [a[-1] == STOP for a in expected] and got.prompts == prompts
@@ -116,7 +116,7 @@ def test_the_seed_decides_and_the_slots_do_not(params, prompts):
   first, again, other = (engine.generate(params, prompts, seed) for seed in ((3, 1), (3, 1), (3, 2)))
   assert first.tokens_RT.tobytes() == again.tokens_RT.tobytes() and first.logprob_RT.tobytes() == again.logprob_RT.tobytes()
   assert answers(first) != answers(other)
-  more = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(config, slots=16), [STOP]).generate(params, prompts, (3, 1))
+  more = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(config, max_concurrent=16), [STOP]).generate(params, prompts, (3, 1))
   assert answers(more) == answers(first)  # the noise belongs to the answer, not to the slot
   same = engine.generate(params, [prompts[0]] * 6, (4,))
   assert len({tuple(a) for a in answers(same)}) > 3  # answers to one prompt differ

@@ -52,19 +52,19 @@ FAST = OptimizerConfig(learning_rate=2e-2, warmup_ratio=0.0, final_lr_ratio=1.0)
 def make_config(folder: pathlib.Path, **changes) -> Config:
   rft = RftConfig(
     steps=STEPS,
-    prompts=4,
-    samples=2,
-    minibatch=4,
+    prompts_per_step=4,
+    num_generations=2,
+    mini_batch_size=4,
     update_epochs=2,
-    rows=2,
+    micro_batch_rows=2,
     kl_in='reward',
     kl_target=0.01,
     actor=FAST,
     critic=FAST,
     evaluate_every=3,
     evaluate_prompts=3,
-    rollout=RolloutConfig(max_prompt=12, max_new=5, slots=8),
-    reward=RewardConfig(checkpoint='pretrain', rule='last_number', normalize='running', clip=5.0, rows=2),
+    rollout=RolloutConfig(max_prompt=12, max_new=5, max_concurrent=8),
+    reward=RewardConfig(checkpoint='pretrain', rule='last_number', normalize='running', clip=5.0, rows_per_batch=2),
   )
   return Config(
     stage='rft',
@@ -73,12 +73,12 @@ def make_config(folder: pathlib.Path, **changes) -> Config:
     template=TemplateConfig(max_length=64),
     data=DataConfig(
       triplets=str(folder / 'rows.jsonl'),
-      evaluation=str(folder / 'rows.jsonl'),
+      validation=str(folder / 'rows.jsonl'),
       text=str(folder / 'text.txt'),
       prompts=str(folder / 'prompts'),
     ),
-    lm=TrainConfig(steps=2, batch_size=4, start_from='scratch', sequence_length=16),
-    train=TrainConfig(steps=2, batch_size=4, start_from='scratch', evaluate_rows=4),
+    pretrain_lm=TrainConfig(steps=2, batch_size=4, start_from='scratch', sequence_length=16),
+    pretrain=TrainConfig(steps=2, batch_size=4, start_from='scratch', evaluate_examples=4),
     rft=dataclasses.replace(rft, **changes),
     checkpointing=CheckpointingConfig(every_steps=1, keep=2),
   )

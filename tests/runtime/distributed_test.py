@@ -75,7 +75,7 @@ def test_an_environment_that_is_no_number_is_named():
 def world(tmp_path_factory):
   folder, rng = tmp_path_factory.mktemp('distributed'), np.random.default_rng(0)
   (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50, longest=5))
-  settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.evaluation': 'rows.jsonl', 'data.row_length': 32}
+  settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.validation': 'rows.jsonl', 'data.row_length': 32}
   settings['checkpointing.every_steps'] = 2
   small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=8, evaluate_every=12)
   return folder
@@ -185,18 +185,20 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(world, alone):
 
 
 def test_hosts_that_differ_are_named(world):
-  with started(world, 'odd', 3, of_last=('--config.train.learning_rate=1e-2',)) as running:
+  with started(world, 'odd', 3, of_last=('--config.pretrain.learning_rate=1e-2',)) as running:
     assert all(process.wait(120) not in (0, None) for process in running)
   for process in range(3):
     text = said(world, 'odd', process)
-    assert 'config.train.learning_rate is not the same on every host: process 2' in text and 'has 0.01; the others have 0.003' in text, text
+    assert 'config.pretrain.learning_rate is not the same on every host: process 2' in text and 'has 0.01; the others have 0.003' in text, (
+      text
+    )
   assert not (world / 'odd/config.json').exists()
 
 
 @pytest.mark.slow  # its report: tests/heartbeat_test.py
 def test_a_process_that_stands_still_is_named(world):
   """Stopped, not killed: it keeps its connections, and the other waits for it. Its own file says where it was."""
-  quick = ('--config.train.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')
+  quick = ('--config.pretrain.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')
   with started(world, 'still', 2, *quick) as running:
     wait_for(world / 'still/pretrain/checkpoints/2', running, world, 'still')
     running[1].send_signal(signal.SIGSTOP)
@@ -213,7 +215,7 @@ def test_a_process_that_stands_still_is_named(world):
 
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
   """At once: a process that is silent would be waited for longer than this test waits."""
-  settings = ('--config.train.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')
+  settings = ('--config.pretrain.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')
   with started(world, 'lost', 2, *settings) as (first, second):
     wait_for(world / 'lost/pretrain/metrics.jsonl', [first, second], world, 'lost')
     second.send_signal(signal.SIGKILL)
@@ -224,7 +226,7 @@ def test_a_lost_process_stops_the_others_with_a_named_error(world):
 
 def test_a_silent_process_is_given_up(world):
   """Its connections are open: nothing breaks, and it is JAX that ends the others once it has not been heard of for so long."""
-  with started(world, 'silent', 2, '--config.train.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
+  with started(world, 'silent', 2, '--config.pretrain.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
     wait_for(world / 'silent/pretrain/metrics.jsonl', [first, second], world, 'silent')
     second.send_signal(signal.SIGSTOP)
     assert first.wait(60) not in (0, None)

@@ -35,16 +35,16 @@ def make(sweep_rows):
 
   def of(workdir: pathlib.Path, log: list[str] | None = None, **changes) -> stages.Context:
     known = {f.name for f in dataclasses.fields(SweepConfig)}
-    train = TrainConfig(batch_size=8, steps=5, start_from='lm', learning_rate=1e-2, sequence_length=16)
+    train = TrainConfig(batch_size=8, steps=5, start_from='pretrain_lm', learning_rate=1e-2, sequence_length=16)
     config = Config(
       stage='sweep',
       tokenizer=TokenizerConfig(kind='byte'),
       data=DataConfig(
-        triplets=str(sweep_rows / 'rows.jsonl'), evaluation=str(sweep_rows / 'rows.jsonl'), text=str(sweep_rows / 'text.txt')
+        triplets=str(sweep_rows / 'rows.jsonl'), validation=str(sweep_rows / 'rows.jsonl'), text=str(sweep_rows / 'text.txt')
       ),
       model=ModelConfig(num_layers=1, d_model=32, d_ff=64, num_heads=4, num_kv_heads=2, head_dim=8),
-      lm=dataclasses.replace(train, start_from='scratch'),
-      train=train,
+      pretrain_lm=dataclasses.replace(train, start_from='scratch'),
+      pretrain=train,
       checkpointing=CheckpointingConfig(every_steps=2),
       sweep=dataclasses.replace(GRID, **{k: v for k, v in changes.items() if k in known}),
     )

@@ -157,8 +157,8 @@ def test_a_larger_grid_runs_only_what_is_new(finished, make, tmp_path, monkeypat
 
 
 def test_a_workdir_holds_one_sweep(finished, make):
-  changed = dataclasses.replace(finished.config, lm=dataclasses.replace(finished.config.lm, steps=6))
-  with pytest.raises(ConfigError, match=r'lm.steps was 5, is 6.*another --workdir'):
+  changed = dataclasses.replace(finished.config, pretrain_lm=dataclasses.replace(finished.config.pretrain_lm, steps=6))
+  with pytest.raises(ConfigError, match=r'pretrain_lm.steps was 5, is 6.*another --workdir'):
     sweep_stage.run(dataclasses.replace(finished, config=changed))
 
 

@@ -25,8 +25,8 @@ def write(path, rows):
   return path
 
 
-def read(path, on_bad_row='raise', skipped=None, **how):
-  return list(row_files.read_rows(path, on_bad_row, [] if skipped is None else skipped, **how))
+def read(path, on_bad_example='raise', skipped=None, **how):
+  return list(row_files.read_rows(path, on_bad_example, [] if skipped is None else skipped, **how))
 
 
 def rows_of(contents):

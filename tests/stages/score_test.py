@@ -160,7 +160,7 @@ def test_bad_rows_stop_before_anything_is_scored_or_are_skipped(score, source, t
     score(tmp_path / 'out.jsonl')
   assert not list(tmp_path.glob('out*'))
   log: list[str] = []
-  facts = score(tmp_path / 'out.jsonl', log, data=DataConfig(on_bad_row='skip'))
+  facts = score(tmp_path / 'out.jsonl', log, data=DataConfig(on_bad_example='skip'))
   assert (facts['rows'], facts['skipped']) == (COUNT, 1)
   assert log[0] == f"{source}: skipped 1 bad rows of {COUNT + 1} (row 8: field 'reference' is missing)"
   assert [json.loads(line)['id'] for line in (tmp_path / 'out.jsonl').read_text().splitlines()] == list(range(COUNT))

@@ -14,8 +14,8 @@ from polar_jax.ppo.rewards import rules
 from polar_jax.synthesis import arithmetic
 from polar_jax.types import Triplet
 
-CONFIG = config_lib.SynthesisConfig(
-  world='arithmetic', train_rows=40, evaluation_rows=12, preference_rows=24, preference_evaluation_rows=8, two_steps=0.4
+CONFIG = config_lib.SynthesizeConfig(
+  world='arithmetic', train_examples=40, evaluation_examples=12, preference_examples=24, preference_evaluation_examples=8, two_steps=0.4
 )
 
 
@@ -134,6 +134,6 @@ def test_files_are_read_as_rows_and_reused_only_for_the_same_settings(tmp_path):
   arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append)
   assert 'reusing' not in lines[-1] and json.loads(marker.read_text())['result']['rows'] == first['rows']
   assert {name: (tmp_path / 'data' / f'{name}.jsonl').read_text() for name in read} == read
-  more = dataclasses.replace(CONFIG, evaluation_rows=15)
+  more = dataclasses.replace(CONFIG, evaluation_examples=15)
   assert arithmetic.synthesize(more, 3, tmp_path, lines.append)['rows']['prompts/test'] == 15
   assert (tmp_path / 'data' / 'prompts' / 'test.jsonl').read_text().startswith(read['prompts/test'])  # rows do not depend on their number

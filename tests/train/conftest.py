@@ -44,10 +44,10 @@ def make_context(world) -> Callable[..., stages.Context]:
     rows = str(world / 'rows.jsonl')
     config = Config(
       tokenizer=TokenizerConfig(kind='byte'),
-      data=DataConfig(triplets=rows, preferences=rows, evaluation=rows, text=str(world / 'text.txt')),
+      data=DataConfig(triplets=rows, preferences=rows, validation=rows, text=str(world / 'text.txt')),
       model=ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8),
-      lm=dataclasses.replace(train, sequence_length=16),
-      train=train,
+      pretrain_lm=dataclasses.replace(train, sequence_length=16),
+      pretrain=train,
       finetune=train,
       checkpointing=CheckpointingConfig(every_steps=3),
     )

@@ -54,7 +54,7 @@ def checkpoints(folder):
 def parameters(folder, like):
   """What `folder` last saved, as numpy, laid out as the model of the context `like`."""
   model = like.model_config()
-  functions = loop.step_lib.build(RANKING, model, loop.make_optimizer(like.config.train, STEPS), like.mesh)
+  functions = loop.step_lib.build(RANKING, model, loop.make_optimizer(like.config.pretrain, STEPS), like.mesh)
   return jax.device_get(load_params(folder, functions.abstract.params, RANKING.name))
 
 
@@ -220,9 +220,9 @@ def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
   assert [row['step'] for row in rows] == [1, 2] and 'reward_histogram' not in rows[0] and 'margin' not in rows[0]
   assert rows[0]['loss'] == pytest.approx(math.log(context.model_config().vocab_size), rel=0.05) and summary['validation_loss'] > 0
   log = []
-  stages.pretrain(at_rest(make_context, tmp_path, log, start_from='lm'))
+  stages.pretrain(at_rest(make_context, tmp_path, log, start_from='pretrain_lm'))
   assert log == [f'pretrain: starts from the parameters in {tmp_path / stages.LM}']
-  model = loop.step_lib.build(NEXT_TOKEN, context.model_config(), loop.make_optimizer(context.config.lm, 2), context.mesh)
+  model = loop.step_lib.build(NEXT_TOKEN, context.model_config(), loop.make_optimizer(context.config.pretrain_lm, 2), context.mesh)
   language_model = jax.device_get(load_params(tmp_path / stages.LM, model.abstract.params, NEXT_TOKEN.name))
   started = parameters(tmp_path / stages.PRETRAIN, context)
   assert_same_tree(started['decoder'], language_model['decoder'])
@@ -240,7 +240,7 @@ def test_starts_from_the_whole_of_a_reward_model(resumable, finished, tmp_path, 
 
 def test_start_that_is_not_there_or_does_not_fit(resumable, tmp_path, make_context):
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*pretrain_lm') as missing:
-    stages.pretrain(make_context(tmp_path / 'new', start_from='lm'))
+    stages.pretrain(make_context(tmp_path / 'new', start_from='pretrain_lm'))
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in nowhere'):
     stages.pretrain(make_context(tmp_path / 'new2', start_from='nowhere'))
   wider = ModelConfig(num_layers=2, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)
@@ -285,7 +285,11 @@ def row_of_step(step, context):
 @pytest.mark.parametrize(('accumulation', 'devices'), [(1, 1), (4, 1), (2, 8)])
 def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monkeypatch, accumulation, devices):
   context = make_context(
-    tmp_path, devices=devices, accumulation=accumulation, evaluate_every=None, checkpointing=CheckpointingConfig(every_steps=1)
+    tmp_path,
+    devices=devices,
+    gradient_accumulation_steps=accumulation,
+    evaluate_every=None,
+    checkpointing=CheckpointingConfig(every_steps=1),
   )
   row, plan_packing = row_of_step(4, context), pipeline.plan_packing
 
