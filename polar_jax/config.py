@@ -26,6 +26,33 @@ ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
 STORED_DTYPES = ('float32', 'bfloat16', 'float16')
 
+# Options and sections of earlier versions, by dotted name, and what they are called now.
+_RENAMED_SECTIONS = {'lm': 'pretrain_lm', 'train': 'pretrain', 'synthesis': 'synthesize'}
+_RENAMED_FIELDS = {
+  **{f'{section}.accumulation': f'{section}.gradient_accumulation_steps' for section in ('pretrain_lm', 'pretrain', 'finetune')},
+  **{f'{section}.evaluate_rows': f'{section}.evaluate_examples' for section in ('pretrain_lm', 'pretrain', 'finetune')},
+  'data.evaluation': 'data.validation',
+  'data.prompts_evaluation': 'data.prompts_validation',
+  'data.on_bad_row': 'data.on_bad_example',
+  'synthesize.smallest_window': 'synthesize.min_window',
+  'synthesize.train_rows': 'synthesize.train_examples',
+  'synthesize.evaluation_rows': 'synthesize.evaluation_examples',
+  'synthesize.preference_rows': 'synthesize.preference_examples',
+  'synthesize.preference_evaluation_rows': 'synthesize.preference_evaluation_examples',
+  'synthesize.largest': 'synthesize.max_number',
+  'rft.prompts': 'rft.prompts_per_step',
+  'rft.samples': 'rft.num_generations',
+  'rft.minibatch': 'rft.mini_batch_size',
+  'rft.rows': 'rft.micro_batch_rows',
+  'rft.lam': 'rft.gae_lambda',
+  'rft.seeds': 'study.seeds',
+  'rft.start_steps': 'study.start_steps',
+  'rft.rollout.slots': 'rft.rollout.max_concurrent',
+  'rft.reward.rows': 'rft.reward.rows_per_batch',
+  'evaluate.rows': 'evaluate.rows_per_batch',
+}
+RENAMED = _RENAMED_SECTIONS | _RENAMED_FIELDS
+
 
 class ConfigError(UserError):
   """A setting is unknown, of the wrong type, or outside its allowed values. The message is one line for the user."""
@@ -412,6 +439,17 @@ def _plain_type(hint: Any) -> tuple[type, bool]:
   """(type, may it be None) of an annotation such as `int` or `int | None`."""
   args = [a for a in typing.get_args(hint) if a is not types.NoneType]
   return (args[0], True) if isinstance(hint, types.UnionType) else (hint, False)
+
+
+def current_name(name: str) -> str:
+  """Return what an option or section of an earlier version is called now; a name that did not change is returned as it is.
+
+  Args:
+    name: dotted, for instance 'train.accumulation'.
+  """
+  section, dot, field = name.partition('.')
+  name = RENAMED.get(section, section) + dot + field
+  return RENAMED.get(name, name)
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -8,7 +8,7 @@ import typing
 import ml_collections
 import pytest
 
-from polar_jax.config import Config, ConfigError, default_config, parse
+from polar_jax.config import RENAMED, Config, ConfigError, current_name, default_config, parse
 
 CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / 'configs').glob('*.py'))
 
@@ -214,3 +214,26 @@ def test_settings_of_reinforcement_that_contradict_each_other(settings, message)
   config.rft.update(settings)
   with pytest.raises(ConfigError, match=message):
     parse(config)
+
+
+def test_renamed_options_exist_under_their_new_names_only():
+  names = {*FIELDS, *TUPLES}
+  sections = {name.rpartition('.')[0] for name in names}
+  assert set(RENAMED.values()) <= names | sections and not set(RENAMED) & (names | sections)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [
+    ('lm', 'pretrain_lm'),
+    ('train.steps', 'pretrain.steps'),
+    ('lm.accumulation', 'pretrain_lm.gradient_accumulation_steps'),
+    ('finetune.evaluate_rows', 'finetune.evaluate_examples'),
+    ('rft.rollout.slots', 'rft.rollout.max_concurrent'),
+    ('synthesis.largest', 'synthesize.max_number'),
+    ('rft.seeds', 'study.seeds'),
+    ('rft.kl_in', 'rft.kl_in'),
+  ],
+)
+def test_current_name(old, new):
+  assert current_name(old) == new == current_name(new)
