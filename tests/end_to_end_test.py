@@ -48,7 +48,10 @@ def workdir(tmp_path_factory):
 
 
 def is_interval(value):
-  return set(value) == {'accuracy', 'low', 'high', 'n'} and 0 <= value['low'] <= value['accuracy'] <= value['high'] <= 1
+  """Policies are known in the miniature, so every interval resamples them."""
+  clustered = value['clustered_by'] == 'policy' and 2 <= value['clusters'] <= min(value['n'], 24)
+  keys = {'accuracy', 'low', 'high', 'n', 'clusters', 'clustered_by'}
+  return clustered and set(value) == keys and 0 <= value['low'] <= value['accuracy'] <= value['high'] <= 1
 
 
 def test_report_is_the_interface(workdir):
@@ -60,6 +63,10 @@ def test_report_is_the_interface(workdir):
   arms = report['finetune']['arms']
   assert set(arms) == {'pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only'}
   assert all(map(is_interval, arms.values())) and all(map(is_interval, report['finetune']['by_category'].values()))
+  assert report['evaluate']['by_split']['unseen_policies']['clusters'] <= 6
+  margins = [*report['evaluate']['margin_over_best_baseline'].values(), report['finetune']['margin_over_best_baseline']]
+  margins += report['finetune']['margin_over_arms'].values()
+  assert len(margins) == 7 and all(m['clustered_by'] == 'policy' and m['low'] <= m['difference'] <= m['high'] for m in margins)
   assert sum(c['n'] for c in report['finetune']['by_category'].values()) == 40
   assert report['pretrain']['steps'] == 3 and report['pretrain']['tokens'] > 0 and 0.6 < report['pretrain']['loss'] < 0.8
   assert {'synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit', 'total'} <= set(report['timing'])

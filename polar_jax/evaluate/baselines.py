@@ -1,7 +1,7 @@
-"""What a reward model is shown beside: rules that learn nothing, and the discriminator that knows every policy.
+"""Baselines of a reward model: heuristics that learn nothing, and the Bayes-optimal discriminator.
 
-A rule scores a candidate by its likeness to the reference; a row is right when chosen scores higher, and half right on a
-tie. `bayes_correct` is the other end: no discriminator of the same texts can do better on average.
+A heuristic scores a candidate by its similarity to the reference. An example is correct if chosen scores higher, and half correct on
+a tie. `bayes_correct` is the upper bound: on average no discriminator of the same texts does better.
 """
 
 from __future__ import annotations
@@ -13,139 +13,156 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from polar_jax.evaluate import statistics
+from polar_jax.evaluate.clusters import Clusters
 from polar_jax.types import Text, Triplet
 
 NGRAMS = (1, 2, 3)
-NOT_RULES = ('bayes', 'random')  # shown beside the rules, but nothing to be beaten
+NOT_HEURISTICS = ('bayes', 'random')  # reported with the heuristics, but no model is compared with them
 _FIELDS = ('reference', 'chosen', 'rejected')
 _WORD = re.compile(r'\w+')
 
 
-def rule_correct(triplets: Sequence[Triplet], seed: int = 0) -> dict[str, np.ndarray]:
-  """Applies every learning-free rule to every row.
+def heuristic_correct(triplets: Sequence[Triplet], seed: int = 0) -> dict[str, np.ndarray]:
+  """Apply every heuristic baseline to every example.
 
-  `length`: the length in characters closer to the reference's. `overlap_1`, `_2`, `_3`: Jaccard index of the sets of n-grams
-  of token ids (metadata `reference_ids`, `chosen_ids`, `rejected_ids`), or of lower-cased words in rows without ids.
-  `words`: Jaccard index of lower-cased words. `random`: a coin. Two empty sets have likeness 0.
+  `length`: the candidate whose length in characters is closer to that of the reference. `overlap_1`, `_2`, `_3`: Jaccard index of the
+  sets of n-grams of token ids (metadata `reference_ids`, `chosen_ids`, `rejected_ids`), or of lower-cased words in examples without
+  ids. `words`: Jaccard index of lower-cased words. `random`: a coin flip. Two empty sets have similarity 0.
 
   Args:
-    triplets: the rows.
-    seed: of `random`.
+    triplets: the examples.
+    seed: seed of `random`.
 
   Returns:
-    rule name -> (rows,) float64: 1 right, .5 tie, 0 wrong.
+    Name of the heuristic -> (examples,) float64: 1 correct, .5 tie, 0 wrong.
 
   Raises:
-    ValueError: naming the row and field, if a text is not text or only some of a row's ids are there.
+    ValueError: naming the example and the field, if a text is not plain text or an example has only some of its token ids.
   """
-  texts = [[_plain(getattr(t, name), row, name) for name in _FIELDS] for row, t in enumerate(triplets)]
+  texts = [[_plain(getattr(t, name), example, name) for name in _FIELDS] for example, t in enumerate(triplets)]
   words = [[_WORD.findall(text.lower()) for text in three] for three in texts]
-  tokens = [_token_ids(t.metadata, row) or words[row] for row, t in enumerate(triplets)]
+  tokens = [_token_ids(t.metadata, example) or words[example] for example, t in enumerate(triplets)]
   coin = np.random.default_rng(seed).random((len(texts), 2))
 
   lengths = np.array([[len(text) for text in three] for three in texts], dtype=np.float64).reshape(-1, 3)
   scores = {'length': -np.abs(lengths[:, 1:] - lengths[:, :1])}
   for n in NGRAMS:
-    scores[f'overlap_{n}'] = _likeness(tokens, functools.partial(_ngrams, n=n))
-  scores['words'] = _likeness(words, set)
+    scores[f'overlap_{n}'] = _similarity(tokens, functools.partial(_ngrams, n=n))
+  scores['words'] = _similarity(words, set)
   scores['random'] = coin
   return {name: statistics.pair_correct(s[:, 0], s[:, 1]) for name, s in scores.items()}
 
 
-def margin_over_best_rule(
-  correct: np.ndarray, rules: Mapping[str, np.ndarray], groups: np.ndarray | None = None, resamples: int = 2_000, seed: int = 0
-) -> dict[str, str | float]:
-  """Paired comparison of a model with the most accurate rule on the same rows.
+def margin_over_best_baseline(
+  correct: np.ndarray,
+  baselines: Mapping[str, np.ndarray],
+  clusters: Clusters | None = None,
+  resamples: int = 2_000,
+  seed: int = 0,
+) -> dict[str, str | float | int]:
+  """Compare a model with the most accurate heuristic baseline on the same examples.
 
-  The rule is picked with hindsight on these rows, which on average understates the model's margin.
+  The baseline is chosen in hindsight on these examples, so on average the margin of the model is understated.
 
   Args:
-    correct: (rows,) of the model.
-    rules: name -> (rows,); `bayes` and `random` are passed over.
-    groups: as in `statistics.accuracy_interval`.
-    resamples: bootstrap samples.
-    seed: of the resampling.
+    correct: (examples,) of the model.
+    baselines: name -> (examples,); `bayes` and `random` are ignored.
+    clusters: as in `statistics.accuracy_interval`.
+    resamples: number of bootstrap samples.
+    seed: seed of the resampling.
 
   Returns:
-    {baseline, difference, low, high}; differences are fractions, positive in favour of the model.
+    {baseline, difference, low, high, clusters, clustered_by}; differences are fractions, positive in favor of the model.
 
   Raises:
-    ValueError: if no rule is given.
+    ValueError: if there is no heuristic to compare with.
   """
-  names = sorted(name for name in rules if name not in NOT_RULES)
+  names = sorted(name for name in baselines if name not in NOT_HEURISTICS)
   if not names:
-    raise ValueError(f'no rule to compare with among {sorted(rules)}')
-  best = max(names, key=lambda name: float(np.mean(rules[name])))
-  d = statistics.paired_difference(correct, rules[best], groups, resamples, seed)
-  return {'baseline': best, 'difference': d.difference, 'low': d.low, 'high': d.high}
+    raise ValueError(f'no heuristic to compare with among {sorted(baselines)}')
+  best = max(names, key=lambda name: float(np.mean(baselines[name])))
+  difference = statistics.paired_difference(correct, baselines[best], clusters, resamples, seed).asdict()
+  return {'baseline': best, **{key: difference[key] for key in ('difference', 'low', 'high', 'clusters', 'clustered_by')}}
 
 
 def bayes_scores(logp_reference: np.ndarray, logp_candidate: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
-  """How much more likely a candidate is as the reference's sibling than as a sample of another policy.
+  """Return the log odds that a candidate came from the policy of the reference rather than from another policy.
 
-  With policy k of reference and chosen drawn from the prior p and policy j != k of rejected from p renormalised, the posterior
-  odds that x rather than y is the sibling are, after the terms with k = j cancel,
+  With policy k of reference and chosen drawn from the prior p, and policy j != k of rejected from p renormalized, the posterior
+  odds that x rather than y shares the reference's policy are, after the terms with k = j cancel,
 
     [sum_k w_k r_k x_k / sum_j p_j x_j] / [sum_k w_k r_k y_k / sum_j p_j y_j],   w_k = p_k / (1 - p_k),
 
-  so each candidate has a score of its own. The numerator alone would prefer whatever text is likely under every policy, such
-  as the shorter of the two, and is not optimal.
+  so each candidate has its own score. The numerator alone is not optimal: it prefers any text that is likely under every policy,
+  such as the shorter of the two.
 
   Args:
-    logp_reference: (policies, rows), log-likelihood of each row's reference under each policy, in nats; -inf: impossible.
-    logp_candidate: (policies, rows), of the candidate.
+    logp_reference: (policies, examples), log-likelihood of each reference under each policy, in nats; -inf: impossible.
+    logp_candidate: (policies, examples), the same of the candidate.
     prior: (policies,) probabilities; None: uniform.
 
   Returns:
-    (rows,) log odds in nats up to a constant; -inf if no policy could have written both texts.
+    (examples,) log odds in nats up to a constant; -inf if no policy could have written both texts.
 
   Raises:
-    ValueError: on shapes, NaN or +inf, a text that no policy could have written, or a prior that is none.
+    ValueError: if a shape or the prior is invalid, a likelihood is NaN or +inf, or no policy could have written a text.
   """
   reference, candidate = (_log_likelihoods(x, name) for x, name in ((logp_reference, 'reference'), (logp_candidate, 'candidate')))
   if reference.shape != candidate.shape:
-    raise ValueError(f'log-likelihoods of reference {reference.shape} and candidate {candidate.shape} must have one shape')
+    raise ValueError(f'log-likelihoods of reference {reference.shape} and candidate {candidate.shape} must have the same shape')
   p = _checked_prior(prior, len(reference))
   with np.errstate(divide='ignore'):
     log_p, log_w = np.log(p)[:, None], np.log(p / (1 - p))[:, None]
   for x, name in ((reference, 'reference'), (candidate, 'candidate')):
     bad = np.flatnonzero(np.isneginf(x + log_p).all(axis=0))
     if bad.size:
-      raise ValueError(f'row {bad[0]}: no policy of the pool could have written the {name} ({bad.size} such rows); is the pool complete?')
+      raise ValueError(
+        f'example {bad[0]}: no policy of the pool could have written the {name} ({bad.size} such examples); check that the pool is complete'
+      )
   return _logsumexp(log_w + reference + candidate) - _logsumexp(log_p + candidate)
 
 
 def bayes_correct(
   logp_reference: np.ndarray, logp_chosen: np.ndarray, logp_rejected: np.ndarray, prior: np.ndarray | None = None
 ) -> np.ndarray:
-  """The ceiling: which rows the discriminator that knows the pool gets right (`bayes_scores` has the arguments and errors).
+  """Return which examples the Bayes-optimal discriminator, which knows every policy of the pool, gets right.
+
+  Args:
+    logp_reference: as in `bayes_scores`.
+    logp_chosen: (policies, examples), log-likelihood of chosen, in nats.
+    logp_rejected: (policies, examples), log-likelihood of rejected, in nats.
+    prior: as in `bayes_scores`.
 
   Returns:
-    (rows,) float64: 1 right, .5 tie, 0 wrong.
+    (examples,) float64: 1 correct, .5 tie, 0 wrong.
+
+  Raises:
+    ValueError: as `bayes_scores`.
   """
   return statistics.pair_correct(bayes_scores(logp_reference, logp_chosen, prior), bayes_scores(logp_reference, logp_rejected, prior))
 
 
-def _plain(text: Text, row: int, name: str) -> str:
+def _plain(text: Text, example: int, name: str) -> str:
   if isinstance(text, str):
     return text
   contents = []
   for message in text:
     content = message.get('content')
     if not isinstance(content, str):
-      raise ValueError(f'row {row}: {name} holds a message whose content is a {type(content).__name__}; rules compare plain text')
+      kind = type(content).__name__
+      raise ValueError(f'example {example}: {name} has a message whose content is a {kind}; heuristic baselines compare plain text')
     contents.append(content)
   return '\n'.join(contents)
 
 
-def _token_ids(metadata: Mapping, row: int) -> list[list[int]] | None:
-  """Ids of reference, chosen, rejected; None when the row has none of them."""
+def _token_ids(metadata: Mapping, example: int) -> list[list[int]] | None:
+  """Return the token ids of reference, chosen and rejected; None if the example has none of them."""
   keys = [f'{name}_ids' for name in _FIELDS]
   missing = [key for key in keys if metadata.get(key) is None]
   if len(missing) == len(keys):
     return None
   if missing:
-    raise ValueError(f'row {row}: metadata has token ids but no {missing[0]}; give all of {", ".join(keys)} or none')
+    raise ValueError(f'example {example}: metadata has token ids but no {missing[0]}; give all of {", ".join(keys)} or none')
   return [np.asarray(metadata[key]).tolist() for key in keys]
 
 
@@ -153,25 +170,25 @@ def _ngrams(sequence: Sequence, n: int) -> set[tuple]:
   return set(zip(*(sequence[i:] for i in range(n)), strict=False))
 
 
-def _likeness(rows: Sequence[Sequence], features: Callable[[Sequence], set]) -> np.ndarray:
-  """(rows, 2) Jaccard index of the reference's features with chosen's and rejected's."""
-  out = np.zeros((len(rows), 2))
-  for row, sequences in enumerate(rows):
+def _similarity(examples: Sequence[Sequence], features: Callable[[Sequence], set]) -> np.ndarray:
+  """Return the (examples, 2) Jaccard index of the reference's features with those of chosen and of rejected."""
+  out = np.zeros((len(examples), 2))
+  for example, sequences in enumerate(examples):
     reference, *candidates = map(features, sequences)
     for column, candidate in enumerate(candidates):
       shared = len(reference & candidate)
-      out[row, column] = shared / (len(reference) + len(candidate) - shared) if shared else 0.0
+      out[example, column] = shared / (len(reference) + len(candidate) - shared) if shared else 0.0
   return out
 
 
 def _log_likelihoods(x: np.ndarray, name: str) -> np.ndarray:
   x = np.asarray(x, dtype=np.float64)
   if x.ndim != 2 or len(x) < 2:
-    raise ValueError(f'log-likelihoods of the {name} have shape {x.shape}; they must be (policies, rows) with two policies or more')
+    raise ValueError(f'log-likelihoods of the {name} have shape {x.shape}; it must be (policies, examples) with at least two policies')
   bad = np.argwhere(np.isnan(x) | np.isposinf(x))
   if bad.size:
-    k, row = bad[0]
-    raise ValueError(f'row {row}: the log-likelihood of the {name} under policy {k} is {x[k, row]} ({len(bad)} such entries)')
+    k, i = bad[0]
+    raise ValueError(f'example {i}: the log-likelihood of the {name} under policy {k} is {x[k, i]} ({len(bad)} such entries)')
   return x
 
 
@@ -180,12 +197,12 @@ def _checked_prior(prior: np.ndarray | None, policies: int) -> np.ndarray:
     return np.full(policies, 1 / policies)
   p = np.asarray(prior, dtype=np.float64)
   if p.shape != (policies,) or not (p >= 0).all() or not (p < 1).all() or not np.isclose(p.sum(), 1.0):
-    raise ValueError(f'the prior must be {policies} probabilities below 1 that sum to 1; shape {p.shape}, sum {p.sum()}')
+    raise ValueError(f'the prior has shape {p.shape} and sum {p.sum()}; it must be {policies} probabilities below 1 that sum to 1')
   return p
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:
-  """log sum exp over the first axis; a column of -inf stays -inf."""
+  """Return log sum exp over the first axis; a column of -inf stays -inf."""
   top = x.max(axis=0)
   safe = np.where(np.isneginf(top), 0.0, top)
   with np.errstate(divide='ignore'):

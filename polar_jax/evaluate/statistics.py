@@ -1,9 +1,9 @@
-"""Accuracies with 95% bootstrap intervals, and paired differences between two scorers of the same rows.
+"""Accuracies with 95% bootstrap intervals, and paired differences between two scorers of the same examples.
 
-Rows that share a policy or a prompt are not independent, so an interval over rows would be too narrow. When `groups` is
-given, whole groups are resampled (cluster bootstrap). Only the totals of a resample matter, never which row they came from:
-groups with equal (sum, size) are pooled and a resample is one multinomial draw over the distinct pairs. For independent
-rows with values in {0, .5, 1} that is a draw over three counts, whatever the number of rows.
+Examples that share a policy or a prompt are not independent, so an interval that resamples examples would be too narrow. Given
+`clusters`, whole clusters are resampled instead (cluster bootstrap). Only the totals of a resample matter, not which examples they
+came from: clusters with equal (sum, size) are pooled, and a resample is one multinomial draw over the distinct pairs. For independent
+examples with values in {0, .5, 1} that is a draw over three counts, however many examples there are.
 """
 
 from __future__ import annotations
@@ -12,124 +12,157 @@ import dataclasses
 
 import numpy as np
 
+from polar_jax.evaluate.clusters import Clusters
+
 LEVEL = 0.95
-_CHUNK = 2_000_000  # multinomial counts held at once
+_CHUNK = 2_000_000  # largest number of multinomial counts in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """Mean accuracy over `n` rows and its 95% interval, all as fractions."""
+  """Mean accuracy over `n` examples and its 95% interval, all as fractions.
+
+  Attributes:
+    accuracy: the mean.
+    low: lower end of the interval.
+    high: upper end of the interval.
+    n: number of examples.
+    clusters: number of clusters that were resampled.
+    clustered_by: 'policy', 'prompt' or 'example'; see `polar_jax.evaluate.clusters.Clusters`.
+  """
 
   accuracy: float
   low: float
   high: float
   n: int
+  clusters: int
+  clustered_by: str
 
-  def asdict(self) -> dict[str, float | int]:
+  def asdict(self) -> dict[str, float | int | str]:
+    """Return the fields as plain Python values."""
     return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Mean difference in accuracy over the same `n` rows and its 95% interval, as fractions; positive favours the first."""
+  """Mean difference in accuracy over the same `n` examples and its 95% interval, as fractions; positive favors the first scorer.
+
+  The other fields are those of `Interval`.
+  """
 
   difference: float
   low: float
   high: float
   n: int
+  clusters: int
+  clustered_by: str
 
-  def asdict(self) -> dict[str, float | int]:
+  def asdict(self) -> dict[str, float | int | str]:
+    """Return the fields as plain Python values."""
     return dataclasses.asdict(self)
 
 
 def pair_correct(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-  """1 where `chosen` scores higher, .5 where the scores are equal, 0 elsewhere.
+  """Return 1 where `chosen` scores higher, .5 where the scores are equal and 0 elsewhere.
 
   Args:
-    chosen: (rows,) scores; -inf is a score like any other.
-    rejected: (rows,) scores.
+    chosen: (examples,) scores; -inf is a score like any other.
+    rejected: (examples,) scores.
 
   Returns:
-    (rows,) float64.
+    (examples,) float64.
 
   Raises:
-    ValueError: on different shapes, or a NaN, which would otherwise pass for a wrong answer.
+    ValueError: if the shapes differ, or a score is NaN, which would otherwise count as a wrong answer.
   """
   chosen, rejected = np.asarray(chosen), np.asarray(rejected)
   if chosen.shape != rejected.shape or chosen.ndim != 1:
-    raise ValueError(f'scores of chosen {chosen.shape} and rejected {rejected.shape} must be two vectors of one length')
+    raise ValueError(f'scores of chosen {chosen.shape} and rejected {rejected.shape} must be two vectors of the same length')
   bad = np.flatnonzero(np.isnan(chosen) | np.isnan(rejected))
   if bad.size:
-    raise ValueError(f'row {bad[0]}: a score is NaN (chosen {chosen[bad[0]]}, rejected {rejected[bad[0]]}; {bad.size} such rows)')
+    i = bad[0]
+    raise ValueError(f'example {i}: a score is NaN (chosen {chosen[i]}, rejected {rejected[i]}; {bad.size} such examples)')
   return np.where(chosen > rejected, 1.0, np.where(chosen == rejected, 0.5, 0.0))
 
 
-def accuracy_interval(correct: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2_000, seed: int = 0) -> Interval:
-  """Mean of `correct` with a 95% percentile bootstrap interval.
+def accuracy_interval(correct: np.ndarray, clusters: Clusters | None = None, resamples: int = 2_000, seed: int = 0) -> Interval:
+  """Return the mean of `correct` with a 95% percentile bootstrap interval.
 
-  A single group (or row) says nothing about the spread, so its interval is [0, 1]. When every value is equal the bootstrap
-  cannot see the spread either, and the interval has no width.
+  A single cluster (or example) carries no information about the spread, so its interval is [0, 1]. If all values are equal, the
+  bootstrap sees no spread either, and the interval has zero width.
 
   Args:
-    correct: (rows,) values in {0, .5, 1}; ties count half.
-    groups: (rows,) integers, equal for rows that are not independent; None: every row is.
-    resamples: bootstrap samples.
-    seed: of the resampling.
+    correct: (examples,) values in {0, .5, 1}; ties count half.
+    clusters: of the examples; None treats them as independent.
+    resamples: number of bootstrap samples.
+    seed: seed of the resampling.
 
   Raises:
-    ValueError: on no rows, another value, or another shape.
+    ValueError: if there are no examples, or a value or a shape is invalid.
   """
   correct = _checked(correct, 'correct')
-  mean, low, high = _bootstrap(correct, groups, resamples, seed, (0.0, 1.0))
-  return Interval(mean, low, high, correct.size)
+  mean, low, high = _bootstrap(correct, clusters, resamples, seed, (0.0, 1.0))
+  return Interval(mean, low, high, correct.size, *_described(clusters, correct.size))
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, resamples: int = 2_000, seed: int = 0) -> Difference:
-  """Mean of `a - b` with a 95% percentile bootstrap interval; rows are resampled together, so what they share cancels.
+def paired_difference(a: np.ndarray, b: np.ndarray, clusters: Clusters | None = None, resamples: int = 2_000, seed: int = 0) -> Difference:
+  """Return the mean of `a - b` with a 95% percentile bootstrap interval; examples are resampled together, so shared noise cancels.
 
   Args:
-    a: (rows,) values in {0, .5, 1}.
-    b: (rows,) values in {0, .5, 1} for the same rows.
-    groups: as in `accuracy_interval`.
-    resamples: bootstrap samples.
-    seed: of the resampling.
+    a: (examples,) values in {0, .5, 1}.
+    b: (examples,) values in {0, .5, 1} for the same examples.
+    clusters: as in `accuracy_interval`.
+    resamples: number of bootstrap samples.
+    seed: seed of the resampling.
 
   Raises:
-    ValueError: on no rows, another value, or different shapes.
+    ValueError: if there are no examples, a value is invalid, or the shapes differ.
   """
   a, b = _checked(a, 'a'), _checked(b, 'b')
   if a.shape != b.shape:
-    raise ValueError(f'a has {a.size} rows and b {b.size}; a paired difference needs the same rows')
-  mean, low, high = _bootstrap(a - b, groups, resamples, seed, (-1.0, 1.0))
-  return Difference(mean, low, high, a.size)
+    raise ValueError(f'a has {a.size} examples and b {b.size}; a paired difference needs the same examples')
+  mean, low, high = _bootstrap(a - b, clusters, resamples, seed, (-1.0, 1.0))
+  return Difference(mean, low, high, a.size, *_described(clusters, a.size))
+
+
+def _described(clusters: Clusters | None, n: int) -> tuple[int, str]:
+  return (n, 'example') if clusters is None else (clusters.count, clusters.by)
 
 
 def _checked(values: np.ndarray, name: str) -> np.ndarray:
   values = np.asarray(values, dtype=np.float64)
   if values.ndim != 1 or not values.size:
-    raise ValueError(f'{name} has shape {values.shape}; it must be a vector of at least one row')
+    raise ValueError(f'{name} has shape {values.shape}; it must be a vector of at least one example')
   bad = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
   if bad.size:
-    raise ValueError(f'{name}, row {bad[0]}: {values[bad[0]]} is none of 0, 0.5 (tie), 1 ({bad.size} such rows)')
+    raise ValueError(f'{name}, example {bad[0]}: {values[bad[0]]} is not one of 0, 0.5 (tie) and 1 ({bad.size} such examples)')
   return values
 
 
 def _bootstrap(
-  values: np.ndarray, groups: np.ndarray | None, resamples: int, seed: int, limits: tuple[float, float]
+  values: np.ndarray, clusters: Clusters | None, resamples: int, seed: int, limits: tuple[float, float]
 ) -> tuple[float, float, float]:
-  """(mean, low, high) of the ratio (sum of values) / (number of rows) over resampled groups."""
+  """Return (mean, low, high) of the ratio (sum of values) / (number of examples) over resampled clusters.
+
+  Args:
+    values: (examples,).
+    clusters: of the examples; None treats them as independent.
+    resamples: number of bootstrap samples.
+    seed: seed of the resampling.
+    limits: (low, high) of a single cluster.
+  """
   if resamples < 1:
     raise ValueError(f'resamples is {resamples}; it must be >= 1')
   mean = float(values.mean())
-  if groups is None:
+  if clusters is None:
     sums, sizes = values, np.ones_like(values)
   else:
-    groups = np.asarray(groups)
-    if groups.shape != values.shape:
-      raise ValueError(f'groups has shape {groups.shape}; it must have one entry for each of the {values.size} rows')
-    if not np.issubdtype(groups.dtype, np.integer):
-      raise ValueError(f'groups must be integers, not {groups.dtype}')
-    index = np.unique(groups, return_inverse=True)[1]
+    labels = np.asarray(clusters.labels)
+    if labels.shape != values.shape:
+      raise ValueError(f'cluster labels have shape {labels.shape}; there must be one for each of the {values.size} examples')
+    if not np.issubdtype(labels.dtype, np.integer):
+      raise ValueError(f'cluster labels must be integers, not {labels.dtype}')
+    index = np.unique(labels, return_inverse=True)[1]
     sums, sizes = np.bincount(index, weights=values), np.bincount(index).astype(np.float64)
   if sums.size == 1:
     return mean, *limits

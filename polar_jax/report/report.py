@@ -288,7 +288,7 @@ def _preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list
     out += ['## Preferences', 'Accuracy in % on held-out preference rows.', markdown.table(['', 'meaning', 'accuracy', 'n'], rows)]
     out += markdown.figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')
     main = arms.get(ARMS[0])
-    comparable = {name: v for name, v in rules.items() if name not in baselines_lib.NOT_RULES}
+    comparable = {name: v for name, v in rules.items() if name not in baselines_lib.NOT_HEURISTICS}
     if 'margin_over_best_baseline' in finetune:
       out.append(f'On preferences, {_verdict("the fine-tuned model", finetune["margin_over_best_baseline"])}')
     elif main and comparable:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from polar_jax.evaluate import baselines, statistics
+from polar_jax.evaluate.clusters import Clusters
 from polar_jax.types import Triplet
 
 
@@ -30,68 +31,73 @@ def with_ids(reference, chosen, rejected):
 
 def test_overlaps_match_a_slow_count_over_ids():
   rng = np.random.default_rng(0)
-  rows = [[rng.integers(6, size=rng.integers(1, 14)).tolist() for _ in range(3)] for _ in range(200)]
-  got = baselines.rule_correct([with_ids(*row) for row in rows])
+  examples = [[rng.integers(6, size=rng.integers(1, 14)).tolist() for _ in range(3)] for _ in range(200)]
+  got = baselines.heuristic_correct([with_ids(*example) for example in examples])
   for n in (1, 2, 3):
-    expected = [slow_correct(slow_jaccard(r, c, n), slow_jaccard(r, x, n)) for r, c, x in rows]
+    expected = [slow_correct(slow_jaccard(r, c, n), slow_jaccard(r, x, n)) for r, c, x in examples]
     np.testing.assert_array_equal(got[f'overlap_{n}'], expected)
   assert {0.0, 0.5, 1.0} == set(got['overlap_2'])
 
 
-def test_ids_win_over_text_and_words_stand_in_for_missing_ids():
+def test_ids_take_precedence_and_words_replace_missing_ids():
   text = {'prompt': 'p', 'reference': 'The cat sat', 'chosen': 'the CAT, sat!', 'rejected': 'a dog ran'}
   ids = {'reference_ids': np.array([1, 2, 3]), 'chosen_ids': [7, 8, 9], 'rejected_ids': [1, 2, 3]}
-  got = baselines.rule_correct([Triplet(**text), Triplet(**text, metadata=ids)])
+  got = baselines.heuristic_correct([Triplet(**text), Triplet(**text, metadata=ids)])
   assert got['overlap_1'].tolist() == got['overlap_3'].tolist() == [1.0, 0.0]
   assert got['words'].tolist() == [1.0, 1.0]
 
 
 def test_length_counts_characters_of_joined_messages():
   messages = [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': 'cd'}]  # 'ab\ncd': 5
-  rows = [Triplet('p', messages, 'x' * 5, 'x' * 4), Triplet('p', messages, 'x' * 6, 'x' * 4), Triplet('p', messages, 'x' * 9, 'x' * 2)]
-  assert baselines.rule_correct(rows)['length'].tolist() == [1.0, 0.5, 0.0]
+  examples = [Triplet('p', messages, 'x' * 5, 'x' * 4), Triplet('p', messages, 'x' * 6, 'x' * 4), Triplet('p', messages, 'x' * 9, 'x' * 2)]
+  assert baselines.heuristic_correct(examples)['length'].tolist() == [1.0, 0.5, 0.0]
 
 
 def test_random_is_seeded_and_fair():
-  rows = [Triplet('p', 'a', 'b', 'c')] * 4_000
-  first = baselines.rule_correct(rows, seed=1)['random']
-  np.testing.assert_array_equal(first, baselines.rule_correct(rows, seed=1)['random'])
-  assert (first != baselines.rule_correct(rows, seed=2)['random']).any()
+  examples = [Triplet('p', 'a', 'b', 'c')] * 4_000
+  first = baselines.heuristic_correct(examples, seed=1)['random']
+  np.testing.assert_array_equal(first, baselines.heuristic_correct(examples, seed=1)['random'])
+  assert (first != baselines.heuristic_correct(examples, seed=2)['random']).any()
   assert abs(first.mean() - 0.5) < 0.03
 
 
-def test_every_rule_is_there_also_for_no_rows():
-  got = baselines.rule_correct([])
+def test_every_heuristic_is_present_even_without_examples():
+  got = baselines.heuristic_correct([])
   assert set(got) == {'length', 'overlap_1', 'overlap_2', 'overlap_3', 'words', 'random'}
   assert all(v.shape == (0,) for v in got.values())
 
 
 @pytest.mark.parametrize(
-  ('row', 'message'),
+  ('example', 'message'),
   [
-    (Triplet('p', 'a', 'b', 'c', metadata={'reference_ids': [1], 'rejected_ids': [2]}), 'row 1: .*no chosen_ids'),
-    (Triplet('p', 'a', [{'content': None}], 'c'), 'row 1: chosen holds a message'),
+    (Triplet('p', 'a', 'b', 'c', metadata={'reference_ids': [1], 'rejected_ids': [2]}), 'example 1: .*no chosen_ids'),
+    (Triplet('p', 'a', [{'content': None}], 'c'), 'example 1: chosen has a message'),
   ],
 )
-def test_bad_rows_are_named(row, message):
+def test_bad_examples_are_named(example, message):
   with pytest.raises(ValueError, match=message):
-    baselines.rule_correct([Triplet('p', 'a', 'b', 'c'), row])
+    baselines.heuristic_correct([Triplet('p', 'a', 'b', 'c'), example])
 
 
-def test_margin_is_against_the_best_rule_and_never_against_bayes_or_the_coin():
+def test_margin_is_against_the_best_heuristic_and_never_against_bayes_or_the_coin():
   correct = np.array([1.0, 1.0, 1.0, 0.0] * 50)
-  rules = {'length': np.full(200, 0.5), 'words': np.array([1.0, 1.0, 0.0, 0.0] * 50), 'overlap_1': np.array([1.0, 0.0, 0.0, 0.0] * 50)}
-  rules['words'][0], rules['length'][0] = 1.0, 0.0
-  got = baselines.margin_over_best_rule(correct, {**rules, 'bayes': np.ones(200), 'random': np.ones(200)}, seed=3)
+  heuristics = {'length': np.full(200, 0.5), 'words': np.array([1.0, 1.0, 0.0, 0.0] * 50), 'overlap_1': np.array([1.0, 0.0, 0.0, 0.0] * 50)}
+  heuristics['words'][0], heuristics['length'][0] = 1.0, 0.0
+  got = baselines.margin_over_best_baseline(correct, {**heuristics, 'bayes': np.ones(200), 'random': np.ones(200)}, seed=3)
   assert got['baseline'] == 'words'
-  expected = statistics.paired_difference(correct, rules['words'], seed=3)
+  expected = statistics.paired_difference(correct, heuristics['words'], seed=3)
   assert (got['difference'], got['low'], got['high']) == (expected.difference, expected.low, expected.high)
-  with pytest.raises(ValueError, match='no rule'):
-    baselines.margin_over_best_rule(correct, {'bayes': np.ones(200)})
+  assert (got['clusters'], got['clustered_by']) == (200, 'example')
+  clusters = Clusters(np.arange(200) // 40, 'policy')
+  got = baselines.margin_over_best_baseline(correct, heuristics, clusters, seed=3)
+  expected = statistics.paired_difference(correct, heuristics['words'], clusters, seed=3)
+  assert got == {'baseline': 'words', **{k: v for k, v in expected.asdict().items() if k != 'n'}} and got['clusters'] == 5
+  with pytest.raises(ValueError, match='no heuristic'):
+    baselines.margin_over_best_baseline(correct, {'bayes': np.ones(200)})
 
 
 def posterior_oracle(reference, chosen, rejected, prior):
-  """P(chosen is the sibling) by summing over every ordered pair of policies, in plain probabilities."""
+  """Return P(chosen shares the policy of the reference), summed over all ordered pairs of policies in plain probabilities."""
   policies = len(prior)
   yes = no = 0.0
   for k, j in itertools.permutations(range(policies), 2):
@@ -104,31 +110,31 @@ def posterior_oracle(reference, chosen, rejected, prior):
 @pytest.mark.parametrize('uniform', [True, False])
 def test_bayes_agrees_with_the_posterior_over_all_pairs_of_policies(uniform):
   rng = np.random.default_rng(1)
-  policies, rows = 5, 400
-  logp = rng.normal(-3, 2, size=(3, policies, rows))
+  policies, examples = 5, 400
+  logp = rng.normal(-3, 2, size=(3, policies, examples))
   prior = None if uniform else rng.dirichlet(np.ones(policies))
   p = np.full(policies, 1 / policies) if uniform else prior
   got = baselines.bayes_correct(*logp, prior=prior)
-  posterior = [posterior_oracle(*logp[:, :, row], p) for row in range(rows)]
+  posterior = [posterior_oracle(*logp[:, :, i], p) for i in range(examples)]
   np.testing.assert_array_equal(got, [slow_correct(x, 0.5) for x in posterior])
 
 
 def test_bayes_is_optimal_where_the_joint_likelihood_alone_is_not():
-  """Policies share a tilt, so some texts are likely under all of them; the joint likelihood falls for those."""
+  """All policies favor the same texts, which the joint likelihood mistakes for evidence."""
   rng = np.random.default_rng(2)
-  policies, texts, rows = 6, 12, 20_000
-  law = np.exp(rng.normal(size=(policies, texts)) + 2 * rng.normal(size=texts))
-  law /= law.sum(axis=1, keepdims=True)
-  k = rng.integers(policies, size=rows)
-  j = (k + rng.integers(1, policies, size=rows)) % policies
+  policies, texts, examples = 6, 12, 20_000
+  distribution = np.exp(rng.normal(size=(policies, texts)) + 2 * rng.normal(size=texts))
+  distribution /= distribution.sum(axis=1, keepdims=True)
+  k = rng.integers(policies, size=examples)
+  j = (k + rng.integers(1, policies, size=examples)) % policies
 
   def draw(who):
-    return (law.cumsum(axis=1)[who] < rng.random((rows, 1))).sum(axis=1).clip(max=texts - 1)
+    return (distribution.cumsum(axis=1)[who] < rng.random((examples, 1))).sum(axis=1).clip(max=texts - 1)
 
   r, x, y = draw(k), draw(k), draw(j)
-  logp = np.log(law)
+  logp = np.log(distribution)
   bayes = baselines.bayes_correct(logp[:, r], logp[:, x], logp[:, y])
-  joint = statistics.pair_correct(*(np.log((law[:, r] * law[:, c]).sum(axis=0)) for c in (x, y)))
+  joint = statistics.pair_correct(*(np.log((distribution[:, r] * distribution[:, c]).sum(axis=0)) for c in (x, y)))
   prior = np.full(policies, 1 / policies)
   posterior = np.array([posterior_oracle(*(logp[:, text] for text in row), prior) for row in zip(r[:999], x[:999], y[:999], strict=True)])
   expected = np.maximum(posterior, 1 - posterior).mean()
@@ -144,23 +150,23 @@ def test_bayes_is_stable_far_from_zero_and_ties_equal_texts():
   np.testing.assert_allclose(baselines.bayes_scores(logp + 1_990, logp) - 1_990, scores, rtol=0, atol=1e-9)
 
 
-def test_impossible_texts_decide_or_are_refused():
+def test_impossible_texts_decide_or_are_rejected():
   inf = np.inf
   reference, chosen, rejected = np.array([[-1.0], [-inf]]), np.array([[-3.0], [-9.0]]), np.array([[-inf], [-0.1]])
   assert baselines.bayes_correct(reference, chosen, rejected).tolist() == [1.0]
-  with pytest.raises(ValueError, match=r'row 0: no policy .* the reference'):
+  with pytest.raises(ValueError, match=r'example 0: no policy .* the reference'):
     baselines.bayes_correct(np.full((2, 1), -inf), chosen, rejected)
-  with pytest.raises(ValueError, match=r'row 0: no policy .* the candidate'):
+  with pytest.raises(ValueError, match=r'example 0: no policy .* the candidate'):
     baselines.bayes_correct(reference, chosen, np.full((2, 1), -inf))
 
 
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ((np.zeros((2, 3)), np.zeros((2, 4))), 'one shape'),
-    ((np.zeros(3), np.zeros(3)), 'policies, rows'),
-    ((np.zeros((1, 3)), np.zeros((1, 3))), 'two policies'),
-    ((np.zeros((2, 3)), np.array([[0, 0, 0], [0, np.nan, 0]])), 'row 1: .*candidate under policy 1 is nan'),
+    ((np.zeros((2, 3)), np.zeros((2, 4))), 'same shape'),
+    ((np.zeros(3), np.zeros(3)), 'policies, examples'),
+    ((np.zeros((1, 3)), np.zeros((1, 3))), 'at least two policies'),
+    ((np.zeros((2, 3)), np.array([[0, 0, 0], [0, np.nan, 0]])), 'example 1: .*candidate under policy 1 is nan'),
     ((np.zeros((2, 3)), np.zeros((2, 3)), np.array([0.7, 0.7])), 'prior'),
     ((np.zeros((2, 3)), np.zeros((2, 3)), np.array([1.0, 0.0])), 'prior'),
   ],

@@ -4,27 +4,32 @@ import numpy as np
 import pytest
 
 from polar_jax.evaluate import statistics
+from polar_jax.evaluate.clusters import Clusters
 
 
-def slow_bootstrap(values, groups, resamples, seed):
-  """Redraws whole groups one by one: no pooling of equal groups, no counts."""
+def slow_bootstrap(values, labels, resamples, seed):
+  """Redraw whole clusters one by one, without pooling equal clusters or counting."""
   rng = np.random.default_rng(seed)
-  members = [np.flatnonzero(groups == g) for g in sorted(set(groups.tolist()))]
+  members = [np.flatnonzero(labels == label) for label in sorted(set(labels.tolist()))]
   means = []
   for _ in range(resamples):
-    rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-    means.append(values[rows].mean())
+    drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+    means.append(values[drawn].mean())
   return np.percentile(means, [2.5, 97.5])
 
 
 def clustered(rng, clusters, size, spread):
-  """Each cluster has its own rate of success around .7."""
+  """Return (correct, labels) of clusters that each have their own success rate around .7."""
   rates = np.clip(0.7 + spread * rng.standard_normal(clusters), 0, 1)
-  groups = np.repeat(np.arange(clusters), size)
-  return (rng.random(clusters * size) < rates[groups]).astype(float), groups
+  labels = np.repeat(np.arange(clusters), size)
+  return (rng.random(clusters * size) < rates[labels]).astype(float), labels
 
 
-def test_interval_of_independent_rows_matches_the_slow_bootstrap():
+def policies(labels):
+  return Clusters(np.asarray(labels), 'policy')
+
+
+def test_interval_of_independent_examples_matches_the_slow_bootstrap():
   rng = np.random.default_rng(1)
   correct = rng.choice([0.0, 0.5, 1.0], size=300, p=[0.25, 0.1, 0.65])
   got = statistics.accuracy_interval(correct, resamples=20_000)
@@ -33,51 +38,51 @@ def test_interval_of_independent_rows_matches_the_slow_bootstrap():
   assert got.low == pytest.approx(low, abs=0.006) and got.high == pytest.approx(high, abs=0.006)
 
 
-def test_cluster_interval_matches_the_slow_bootstrap_with_unequal_groups():
+def test_cluster_interval_matches_the_slow_bootstrap_with_unequal_clusters():
   rng = np.random.default_rng(2)
-  groups = rng.integers(40, size=500) ** 2 - 7  # gaps and negative labels
+  labels = rng.integers(40, size=500) ** 2 - 7  # gaps and negative labels
   rates = rng.random(2_000)
-  correct = (rng.random(500) < rates[groups]).astype(float)
-  got = statistics.accuracy_interval(correct, groups, resamples=20_000)
-  low, high = slow_bootstrap(correct, groups, 4_000, seed=5)
+  correct = (rng.random(500) < rates[labels]).astype(float)
+  got = statistics.accuracy_interval(correct, policies(labels), resamples=20_000)
+  low, high = slow_bootstrap(correct, labels, 4_000, seed=5)
   assert got.low == pytest.approx(low, abs=0.012) and got.high == pytest.approx(high, abs=0.012)
 
 
-def test_a_resample_is_a_mean_over_its_rows_when_large_groups_are_the_accurate_ones():
+def test_a_resample_is_a_mean_over_its_examples_when_large_clusters_are_the_accurate_ones():
   sizes = np.array([1] * 20 + [30] * 5)
-  groups = np.repeat(np.arange(25), sizes)
-  correct = (np.random.default_rng(9).random(groups.size) < np.where(sizes > 1, 0.9, 0.3)[groups]).astype(float)
-  got = statistics.accuracy_interval(correct, groups, resamples=20_000)
-  low, high = slow_bootstrap(correct, groups, 4_000, seed=5)
+  labels = np.repeat(np.arange(25), sizes)
+  correct = (np.random.default_rng(9).random(labels.size) < np.where(sizes > 1, 0.9, 0.3)[labels]).astype(float)
+  got = statistics.accuracy_interval(correct, policies(labels), resamples=20_000)
+  low, high = slow_bootstrap(correct, labels, 4_000, seed=5)
   assert got.low == pytest.approx(low, abs=0.015) and got.high == pytest.approx(high, abs=0.015)
   assert got.high <= 1
 
 
-def test_groups_of_one_row_are_independent_rows():
+def test_clusters_of_one_example_are_independent_examples():
   correct = np.random.default_rng(3).choice([0.0, 0.5, 1.0], size=200)
   a = statistics.accuracy_interval(correct, resamples=20_000)
-  b = statistics.accuracy_interval(correct, np.arange(200)[::-1], resamples=20_000, seed=1)
+  b = statistics.accuracy_interval(correct, policies(np.arange(200)[::-1]), resamples=20_000, seed=1)
   assert a.low == pytest.approx(b.low, abs=0.005) and a.high == pytest.approx(b.high, abs=0.005)
 
 
-def test_coverage_of_independent_rows_is_near_95_percent():
+def test_coverage_of_independent_examples_is_near_95_percent():
   rng = np.random.default_rng(4)
   intervals = [statistics.accuracy_interval((rng.random(200) < 0.7).astype(float), resamples=500, seed=i) for i in range(400)]
   covered = np.mean([i.low <= 0.7 <= i.high for i in intervals])
   assert 0.91 <= covered <= 0.98
 
 
-def test_only_the_cluster_bootstrap_covers_clustered_rows():
+def test_only_the_cluster_bootstrap_covers_clustered_examples():
   rng = np.random.default_rng(5)
-  with_groups, without = [], []
+  with_clusters, without = [], []
   truth = np.clip(0.7 + 0.2 * rng.standard_normal(1_000_000), 0, 1).mean()
   for i in range(300):
-    correct, groups = clustered(rng, clusters=50, size=20, spread=0.2)
-    a = statistics.accuracy_interval(correct, groups, resamples=500, seed=i)
+    correct, labels = clustered(rng, clusters=50, size=20, spread=0.2)
+    a = statistics.accuracy_interval(correct, policies(labels), resamples=500, seed=i)
     b = statistics.accuracy_interval(correct, resamples=500, seed=i)
-    with_groups.append(a.low <= truth <= a.high)
+    with_clusters.append(a.low <= truth <= a.high)
     without.append(b.low <= truth <= b.high)
-  assert 0.90 <= np.mean(with_groups) <= 0.99
+  assert 0.90 <= np.mean(with_clusters) <= 0.99
   assert np.mean(without) < 0.80
 
 
@@ -94,40 +99,54 @@ def test_pairing_narrows_the_interval_of_a_difference_and_keeps_its_mean():
   assert got.high - got.low < 0.5 * (separate.high - separate.low)
 
 
-def test_difference_uses_groups_and_is_antisymmetric():
+def test_difference_uses_clusters_and_is_antisymmetric():
   rng = np.random.default_rng(7)
-  a, groups = clustered(rng, clusters=30, size=20, spread=0.25)
+  a, labels = clustered(rng, clusters=30, size=20, spread=0.25)
   b = np.full_like(a, 0.5)
-  wide, narrow = statistics.paired_difference(a, b, groups), statistics.paired_difference(a, b)
+  wide, narrow = statistics.paired_difference(a, b, policies(labels)), statistics.paired_difference(a, b)
   assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
-  back = statistics.paired_difference(b, a, groups)
+  back = statistics.paired_difference(b, a, policies(labels))
   assert back.difference == pytest.approx(-wide.difference)
 
 
 def test_same_seed_same_interval_and_resamples_are_chunked_alike(monkeypatch):
-  correct, groups = clustered(np.random.default_rng(8), clusters=60, size=10, spread=0.2)
-  first = statistics.accuracy_interval(correct, groups, seed=3)
-  assert first == statistics.accuracy_interval(correct, groups, seed=3)
-  assert first != statistics.accuracy_interval(correct, groups, seed=4)
+  correct, labels = clustered(np.random.default_rng(8), clusters=60, size=10, spread=0.2)
+  first = statistics.accuracy_interval(correct, policies(labels), seed=3)
+  assert first == statistics.accuracy_interval(correct, policies(labels), seed=3)
+  assert first != statistics.accuracy_interval(correct, policies(labels), seed=4)
   monkeypatch.setattr(statistics, '_CHUNK', 100)
-  assert first == statistics.accuracy_interval(correct, groups, seed=3)
+  assert first == statistics.accuracy_interval(correct, policies(labels), seed=3)
 
 
-def test_one_group_tells_nothing_about_the_spread():
+def test_one_cluster_carries_no_information_about_the_spread():
   correct = np.array([1.0, 0.0, 1.0])
-  assert statistics.accuracy_interval(correct, np.zeros(3, int)).asdict() == {
+  assert statistics.accuracy_interval(correct, policies(np.zeros(3, int))).asdict() == {
     'accuracy': pytest.approx(2 / 3),
     'low': 0.0,
     'high': 1.0,
     'n': 3,
+    'clusters': 1,
+    'clustered_by': 'policy',
   }
-  one = statistics.paired_difference(correct, correct, np.zeros(3, int)).asdict()
-  assert one == {'difference': 0.0, 'low': -1.0, 'high': 1.0, 'n': 3}
+  one = statistics.paired_difference(correct, correct, policies(np.zeros(3, int))).asdict()
+  assert one == {'difference': 0.0, 'low': -1.0, 'high': 1.0, 'n': 3, 'clusters': 1, 'clustered_by': 'policy'}
+
+
+def test_an_interval_states_what_was_resampled_and_its_mean_does_not_depend_on_it():
+  correct = np.random.default_rng(10).choice([0.0, 0.5, 1.0], size=300)
+  labels = np.arange(300) // 7
+  plain, grouped = statistics.accuracy_interval(correct), statistics.accuracy_interval(correct, Clusters(labels, 'prompt'))
+  assert (plain.clusters, plain.clustered_by) == (300, 'example')
+  assert (grouped.clusters, grouped.clustered_by) == (43, 'prompt')
+  assert plain.accuracy == grouped.accuracy == float(correct.mean())  # bit for bit
+  difference = statistics.paired_difference(correct, 1 - correct, Clusters(labels, 'prompt'))
+  assert (difference.clusters, difference.clustered_by) == (43, 'prompt')
+  assert difference.difference == statistics.paired_difference(correct, 1 - correct).difference
 
 
 def test_asdict_holds_plain_python_numbers():
   values = statistics.accuracy_interval(np.array([1, 0, 1, 1], dtype=np.float32)).asdict()
-  assert [type(values[k]) for k in ('accuracy', 'low', 'high', 'n')] == [float, float, float, int]
+  assert [type(values[k]) for k in ('accuracy', 'low', 'high', 'n', 'clusters', 'clustered_by')] == [float, float, float, int, int, str]
 
 
 def test_pair_correct_counts_ties_half():
@@ -138,15 +157,15 @@ def test_pair_correct_counts_ties_half():
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda: statistics.accuracy_interval(np.array([])), 'at least one row'),
-    (lambda: statistics.accuracy_interval(np.array([1.0, 0.3])), r'row 1: 0\.3'),
-    (lambda: statistics.accuracy_interval(np.array([1.0, np.nan])), 'row 1: nan'),
-    (lambda: statistics.accuracy_interval(np.ones(3), np.zeros(2, int)), '3 rows'),
-    (lambda: statistics.accuracy_interval(np.ones(2), np.array([0.5, 1.0])), 'integers'),
+    (lambda: statistics.accuracy_interval(np.array([])), 'at least one example'),
+    (lambda: statistics.accuracy_interval(np.array([1.0, 0.3])), r'example 1: 0\.3'),
+    (lambda: statistics.accuracy_interval(np.array([1.0, np.nan])), 'example 1: nan'),
+    (lambda: statistics.accuracy_interval(np.ones(3), policies(np.zeros(2, int))), '3 examples'),
+    (lambda: statistics.accuracy_interval(np.ones(2), policies([0.5, 1.0])), 'integers'),
     (lambda: statistics.accuracy_interval(np.ones(2), resamples=0), 'resamples'),
-    (lambda: statistics.paired_difference(np.ones(3), np.ones(2)), 'same rows'),
-    (lambda: statistics.pair_correct(np.array([0.0, np.nan]), np.zeros(2)), 'row 1: a score is NaN'),
-    (lambda: statistics.pair_correct(np.zeros(3), np.zeros(2)), 'one length'),
+    (lambda: statistics.paired_difference(np.ones(3), np.ones(2)), 'same examples'),
+    (lambda: statistics.pair_correct(np.array([0.0, np.nan]), np.zeros(2)), 'example 1: a score is NaN'),
+    (lambda: statistics.pair_correct(np.zeros(3), np.zeros(2)), 'same length'),
   ],
 )
 def test_bad_input_is_refused(call, message):
