@@ -31,9 +31,9 @@ from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import Mixture
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
+from polar_jax.runtime.preemption import SigtermFlag
 from polar_jax.stages import training as stages
 from polar_jax.stages.rft_setup import fingerprint, open_reward
-from polar_jax.train.trainer import SigtermFlag
 from polar_jax.train.trainer import train as train_model
 from polar_jax.types import Prompt, Rollouts
 

@@ -25,12 +25,13 @@ from polar_jax.ppo.rewards.http import RewardServerError
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import PpoState, Run
 from polar_jax.runtime import distributed, heartbeat
+from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.train.goodput import Clock
 from polar_jax.train.metrics import SAMPLES, SUMMARY, MetricsLog, Progress, StepLog, fetch_logs, keep_logs, read_metrics
 from polar_jax.train.optimizer import learning_rate_schedule
 from polar_jax.train.profile import Profiler
 from polar_jax.train.step import TrainState
-from polar_jax.train.trainer import NonFiniteError, Preempted, SigtermFlag
+from polar_jax.train.trainer import NonFiniteError
 from polar_jax.types import Prompt, Rollouts, UserError
 
 _weights = jax.jit(advantages.loss_weights, static_argnames='mode')

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from polar_jax.config import ConfigError, SweepConfig
+from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scaling import sweep
 from polar_jax.scaling.sweep import Job
 from polar_jax.stages import sweep_worker as worker
 from polar_jax.stages import training as stages
-from polar_jax.train.trainer import NonFiniteError, Preempted, SigtermFlag
+from polar_jax.train.trainer import NonFiniteError
 from polar_jax.types import UserError
 
 Ended = Iterator[tuple[Job, str | None]]

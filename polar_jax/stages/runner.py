@@ -20,6 +20,7 @@ from polar_jax.config import Config, MeshConfig
 from polar_jax.miniature import world as engine
 from polar_jax.report import report
 from polar_jax.runtime import distributed, heartbeat
+from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages import convert
 from polar_jax.stages import evaluate as evaluation
 from polar_jax.stages import plan as planning
@@ -28,7 +29,7 @@ from polar_jax.stages import score as scoring
 from polar_jax.stages import sweep as sweep_stage
 from polar_jax.stages import training as stages
 from polar_jax.synthesis import arithmetic
-from polar_jax.train.trainer import NonFiniteError, Preempted
+from polar_jax.train.trainer import NonFiniteError
 from polar_jax.types import UserError
 
 # Errors whose message is written for the user: shown without a traceback.

@@ -64,7 +64,8 @@ def main() -> int:
   logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
-  from polar_jax.train.trainer import NonFiniteError, Preempted
+  from polar_jax.runtime.preemption import Preempted
+  from polar_jax.train.trainer import NonFiniteError
   from polar_jax.types import UserError
 
   try:

@@ -8,11 +8,9 @@ import functools
 import json
 import math
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import grain
 import jax
@@ -27,6 +25,7 @@ from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, 
 from polar_jax.data import pipeline
 from polar_jax.model import flops
 from polar_jax.runtime import distributed, heartbeat
+from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.train import step as step_lib
 from polar_jax.train.goodput import Clock
 from polar_jax.train.metrics import SUMMARY, MetricsLog, Progress, fetch_logs, keep_logs, read_metrics, reward_histogram
@@ -37,14 +36,6 @@ from polar_jax.train.profile import Profiler
 
 class NonFiniteError(RuntimeError):
   """The loss or the gradient norm stopped being a number. Nothing was saved since."""
-
-
-class Preempted(Exception):
-  """SIGTERM arrived; what ran was saved and can go on from there. `where`: the step, or how far it came."""
-
-  def __init__(self, name: str, where: int | str):
-    at = f'saved at step {where}' if isinstance(where, int) else where
-    super().__init__(f'{name}: stopped by SIGTERM, {at}. The same command resumes from there.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +76,6 @@ def train(run: Run) -> dict[str, Any]:
   distributed.agree(run.name, run.fingerprint)
   with jax.set_mesh(run.mesh), contextlib.closing(_Trainer(run)) as trainer, distributed.leaving_when_lost():
     return trainer.run_to_end()
-
-
-class _OfAllProcesses(threading.Event):
-  """Set once SIGTERM has come to any process of the run, at the same question on all: they must ask equally often."""
-
-  def is_set(self) -> bool:
-    if not super().is_set() and distributed.preempted():
-      self.set()
-    return super().is_set()
-
-
-class SigtermFlag:
-  """Set by SIGTERM while in scope. Only the main thread hears signals: other threads share the flag that is in scope there, if any.
-
-  With several processes JAX hears the signal, and all stop after the same step.
-  """
-
-  _of_main: ClassVar[threading.Event | None] = None
-
-  def __enter__(self) -> threading.Event:
-    self._main = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
-    if jax.process_count() > 1:
-      return _OfAllProcesses()
-    if not self._main:
-      return SigtermFlag._of_main or threading.Event()
-    event = threading.Event()
-    self._old, SigtermFlag._of_main = SigtermFlag._of_main, event
-    self._old_handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
-
-  def __exit__(self, *_: Any) -> None:
-    if self._main:
-      signal.signal(signal.SIGTERM, self._old_handler)
-      SigtermFlag._of_main = self._old
 
 
 class _Trainer:
