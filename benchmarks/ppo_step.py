@@ -34,7 +34,7 @@ from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.ppo.prompts import PolicyPrompts
-from polar_jax.ppo.rewards.sources import Mixture, ModelReward
+from polar_jax.ppo.rewards.sources import ModelReward, RewardSum
 from polar_jax.ppo.run import Run
 from polar_jax.ppo.trainer import Trainer
 from polar_jax.scoring.scorer import Scorer
@@ -90,7 +90,7 @@ class Steps:
       held_out=None,
       tokenizer=tokenizer,
       stop_ids=STOP_IDS,
-      reward=Mixture({'model': (1.0, ModelReward(scorer, config.reward))}, strip_thinking=True),
+      reward=RewardSum({'model': (1.0, ModelReward(scorer, config.reward))}, strip_thinking=True),
       start=lambda: draw(LanguageModel, 0),
       fingerprint={},
       log=print,

@@ -213,7 +213,8 @@ class RewardConfig:
   The paper's recipe is the raw score of the model: the defaults.
   """
 
-  source: str = _field('model', choices=('model', 'http'))  # in this process, or a server of the official kinds
+  source: str = _field('model', choices=('model', 'http', 'python'))  # a model in this process, a server of the official kinds, `function`
+  function: str | None = None  # of source 'python': 'module:name' of f(prompts, completions, **columns) -> list of numbers, as in TRL
   checkpoint: str = 'finetune'  # 'pretrain' or 'finetune' (a stage of this workdir), or any checkpoint with a reward head
   server: str = _field('sglang', choices=('sglang', 'vllm', 'lmdeploy'))
   address: str = '127.0.0.1:30000'
@@ -222,7 +223,7 @@ class RewardConfig:
   patience: float = _field(180.0, low=0)  # seconds that a failing server is asked again before the run saves and stops
   wrapper: str = _field('sft', choices=('sft', 'pretrain'))
   strip_thinking: bool = True  # score what follows the first </think> (official rule)
-  model_weight: float = 1.0
+  model_weight: float = 1.0  # of what `source` gives
   rule_weight: float = 0.0
   rule: str | None = _field(None, choices=('last_number',))  # 1 if an answer's last number is the reference's; weight 0: measured
   normalize: str = _field('none', choices=('none', 'running', 'group', 'reference'))
@@ -576,6 +577,10 @@ def _check_together(c: Config) -> None:
     raise ConfigError("rft.kl_in is 'loss' and rft.kl_estimator 'k1': its gradient is 0 in the mean; take 'k2' or 'k3'")
   if r.kl_target is not None and r.kl_horizon <= 0.2 * responses:
     raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {responses} responses of a step')
+  if r.reward.source == 'python' and r.reward.function is None:
+    raise ConfigError("rft.reward.source is 'python' and rft.reward.function names no function; set it to 'module:name'")
+  if r.reward.source != 'python' and r.reward.function is not None:
+    raise ConfigError(f"rft.reward.function is set, but rft.reward.source is {r.reward.source!r}; set rft.reward.source to 'python'")
   if r.reward.rule_weight and r.reward.rule is None:
     raise ConfigError('rft.reward.rule_weight is set, and no rule is: set rft.reward.rule')
   if not r.reward.model_weight and not r.reward.rule_weight:

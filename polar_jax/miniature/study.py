@@ -28,7 +28,7 @@ from polar_jax.miniature import world as engine
 from polar_jax.ppo import diagnostics, experience, measure, rows
 from polar_jax.ppo import trainer as loop
 from polar_jax.ppo.prompts import PolicyPrompts
-from polar_jax.ppo.rewards.sources import Mixture
+from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
 from polar_jax.runtime.preemption import SigtermFlag
@@ -60,7 +60,7 @@ class World:
   pieces: np.ndarray
   tokenizer: Tokenizer
   model: ModelConfig
-  reward: Mixture
+  reward: RewardSum
 
   @property
   def config(self) -> RftConfig:

@@ -13,7 +13,7 @@ from polar_jax.data.template import join_messages
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo import diagnostics
 from polar_jax.ppo.rewards import shaping
-from polar_jax.ppo.rewards.sources import Mixture
+from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
 from polar_jax.types import Prompt, Rollouts
@@ -45,7 +45,7 @@ def texts(rollouts: Rollouts, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> 
 
 
 def score(
-  reward: Mixture,
+  reward: RewardSum,
   config: RftConfig,
   normalizer: shaping.Normalizer,
   prompts: Sequence[Prompt],

@@ -15,7 +15,7 @@ from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo.learner import Learner, build_actor, build_critic
 from polar_jax.ppo.prompts import PolicyPrompts
-from polar_jax.ppo.rewards.sources import Mixture
+from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.train.step import TrainState
 
 
@@ -54,7 +54,7 @@ class Run:
   held_out: PolicyPrompts | None  # measured before and after
   tokenizer: Tokenizer  # the policy's; the reward has its own
   stop_ids: tuple[int, ...]
-  reward: Mixture
+  reward: RewardSum
   start: Callable[[], dict[str, Any]]  # reads the parameters that the policy starts from, float32, on the mesh
   fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
   log: Callable[[str], None]

@@ -22,6 +22,7 @@ from polar_jax.ppo.experience import Experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner
 from polar_jax.ppo.rewards import shaping
 from polar_jax.ppo.rewards.http import RewardServerError
+from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import PpoState, Run
 from polar_jax.runtime import distributed, heartbeat
@@ -44,7 +45,7 @@ def train(run: Run) -> dict[str, Any]:
   Raises:
     NonFiniteError: an update went wrong, naming the step.
     Preempted: after SIGTERM, once the state is saved.
-    UserError: a reward is not finite, or the reward server stays away; then the state of the last step is saved first.
+    UserError: a reward is not finite, or the reward server or function fails; in these two cases the last step is saved first.
   """
   distributed.agree(run.name, run.fingerprint)
   with jax.set_mesh(run.mesh), contextlib.closing(Trainer(run)) as trainer, distributed.leaving_when_lost():
@@ -107,7 +108,7 @@ class Trainer:
         self.clock.lap('evaluate')
       while self.step < run.steps and not alarmed:
         self.profiler.before(self.step - first)
-        with self._saving_if_the_server_fails():
+        with self._saving_if_rewards_fail():
           row, batch_of_samples = self.one_step()
         self.clock.lap('compile' if self.step == first else 'step')
         row['goodput'] = self.clock.goodput
@@ -292,7 +293,7 @@ class Trainer:
     run = self.run
     if run.held_out is None or not len(run.held_out):
       return
-    with self._saving_if_the_server_fails():
+    with self._saving_if_rewards_fail():
       found = measure.evaluate(run, self.actor_state.params)
     self.evaluated = {f'evaluation_{name}': value for name, value in found.items()}
     row = {'stage': run.name, 'step': self.step, **self.evaluated}
@@ -300,11 +301,11 @@ class Trainer:
     run.log(f'{run.name}: step {self.step}: held-out prompts: ' + ', '.join(f'{name} {value:.4f}' for name, value in found.items()))
 
   @contextlib.contextmanager
-  def _saving_if_the_server_fails(self) -> Iterator[None]:
-    """A reward server that stays away costs the step that needed it, no more."""
+  def _saving_if_rewards_fail(self) -> Iterator[None]:
+    """Save the last complete step if the reward server or the reward function fails, before the error is raised."""
     try:
       yield
-    except RewardServerError:
+    except (RewardServerError, RewardFunctionError):
       if self.step > 0:
         self._save()
         self.checkpointer.wait()

@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from polar_jax.config import Config
 from polar_jax.miniature import study
 from polar_jax.ppo import trainer as loop
 from polar_jax.stages import training as stages
-from polar_jax.stages.rft_setup import open_run
+from polar_jax.stages.rft_setup import open_function, open_run
 
 RFT = 'rft'  # folder of the run in a workdir
+
+
+def check(config: Config) -> None:
+  """Check what can be checked before any stage runs: that a reward function can be imported.
+
+  Raises:
+    ConfigError: it cannot.
+  """
+  if config.rft.reward.source == 'python' and config.rft.reward.model_weight:
+    open_function(config.rft.reward)
 
 
 def rft(context: stages.Context) -> dict[str, Any]:
@@ -22,6 +33,7 @@ def rft(context: stages.Context) -> dict[str, Any]:
     UserError: a setting, a file or a row cannot be used.
   """
   config = context.config
+  check(config)
   if config.data.prompts is None and config.synthesize.world == 'ngram':
     return {'rft': study.run(context)}
   arms = {RFT: config.rft}

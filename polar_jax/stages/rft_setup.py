@@ -14,7 +14,8 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo import prompts
 from polar_jax.ppo.rewards.http import HttpReward
-from polar_jax.ppo.rewards.sources import Mixture, ModelReward, RewardSource, RuleReward
+from polar_jax.ppo.rewards.python import PythonReward, load_function
+from polar_jax.ppo.rewards.sources import ModelReward, RewardSource, RewardSum, RuleReward
 from polar_jax.ppo.run import Run
 from polar_jax.runtime.paths import path_of
 from polar_jax.scoring.scorer import Scorer
@@ -72,7 +73,7 @@ def open_policy(context: stages.Context, config: RftConfig) -> Pretrained:
   return opened
 
 
-def open_reward(context: stages.Context, config: RewardConfig, rows: Sequence[Prompt], max_new: int) -> Mixture:
+def open_reward(context: stages.Context, config: RewardConfig, rows: Sequence[Prompt], max_new: int) -> RewardSum:
   """What `rft.reward` describes.
 
   Args:
@@ -84,11 +85,24 @@ def open_reward(context: stages.Context, config: RewardConfig, rows: Sequence[Pr
   parts: dict[str, tuple[float, RewardSource]] = {}
   if config.model_weight and config.source == 'http':
     parts['model'] = (config.model_weight, HttpReward(_server_template(context, config), config))
+  elif config.model_weight and config.source == 'python':
+    parts['python'] = (config.model_weight, open_function(config))
   elif config.model_weight:
     parts['model'] = (config.model_weight, ModelReward(open_scorer(context, config, rows, max_new), config))
   if config.rule:
     parts['rule'] = (config.rule_weight, RuleReward(config.rule))
-  return Mixture(parts, config.strip_thinking)
+  return RewardSum(parts, config.strip_thinking)
+
+
+def open_function(config: RewardConfig) -> PythonReward:
+  """Import the function `rft.reward.function`.
+
+  Raises:
+    ConfigError: it is missing, cannot be imported or cannot be called.
+  """
+  if config.function is None:
+    raise ConfigError("rft.reward.source is 'python' and rft.reward.function names no function; set it to 'module:name'")
+  return PythonReward(load_function(config.function), config.function)
 
 
 def open_scorer(context: stages.Context, config: RewardConfig, rows: Sequence[Prompt], max_new: int) -> Scorer:

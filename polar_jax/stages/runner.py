@@ -44,6 +44,8 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     mesh = sharding.make_mesh(MeshConfig() if config.stage == 'plan' else config.mesh)
     _announce(config, workdir, mesh, cluster)
     distributed.agree('at the start', _start_facts(config))
+    if 'rft' in _stage_names(config):
+      reinforcement.check(config)
     _write_config(config, workdir)
     d = config.distributed
     with heartbeat.beating(workdir, jax.process_index(), jax.process_count(), d.beat, d.stall):

@@ -68,11 +68,11 @@ def test_figures_of_the_paper_and_of_the_official_scripts(name):
   r = config.rft
   assert (config.stage, config.model.compute_dtype, config.model.remat) == ('rft', 'bfloat16', 'full')
   # Paper, section E.3.
-  assert (r.actor.learning_rate, r.critic.learning_rate, r.prompts, r.samples, r.minibatch, r.epochs, r.steps) == (
+  assert (r.actor.learning_rate, r.critic.learning_rate, r.prompts_per_step, r.num_generations, r.mini_batch_size, r.epochs, r.steps) == (
     (1e-6, 1e-5, 1024, 1, None, 1, None)
   )
   # Official scripts and what verl does where they are silent.
-  assert (r.advantage, r.gamma, r.lam, r.whiten, r.update_epochs, r.loss_mean) == ('gae', 1, 1, True, 1, 'token')
+  assert (r.advantage, r.gamma, r.gae_lambda, r.whiten, r.update_epochs, r.loss_mean) == ('gae', 1, 1, True, 1, 'token')
   assert (r.kl_in, r.clip, r.clip_high, r.dual_clip, r.value_clip, r.entropy_coef, r.critic_warmup) == ('none', 0.2, None, 3, 0.5, 0, 0)
   assert (r.actor.warmup_ratio, r.actor.final_lr_ratio, r.critic.warmup_ratio, r.critic.final_lr_ratio) == (0.03, 1, 0, 0.1)
   for optimizer in (r.actor, r.critic):
@@ -105,7 +105,7 @@ def test_parameters_and_layout_on_the_machines_named():
     assert config.rft.micro_batch_rows % mesh.shape['fsdp'] == 0
     # Float32 parameters and two moments of Adam; frozen copies in bfloat16; float32 gradients of the larger one.
     o, m = config.rft.rollout, config.model
-    cache = 4 * o.slots * (o.max_prompt + o.max_new) * m.num_layers * m.num_kv_heads * m.head_dim / devices
+    cache = 4 * o.max_concurrent * (o.max_prompt + o.max_new) * m.num_layers * m.num_kv_heads * m.head_dim / devices
     frozen = 2 * (held['actor'] + held['reward'])
     figures = [12 * held['actor'], 12 * held['critic'], frozen, 4 * held['actor'], cache]
     said = [float(gb) for gb in re.findall(r'([\d.]+) GB', text[text.index('Memory') :])]

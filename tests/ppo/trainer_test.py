@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from polar_jax.config import (
   AlarmConfig,
   CheckpointingConfig,
   Config,
+  ConfigError,
   DataConfig,
   MeshConfig,
   ModelConfig,
@@ -36,9 +38,11 @@ from polar_jax.config import (
 )
 from polar_jax.ppo import trainer as loop
 from polar_jax.ppo.rewards.http import RewardServerError
-from polar_jax.ppo.rewards.sources import Mixture, RewardError
+from polar_jax.ppo.rewards.python import RewardFunctionError
+from polar_jax.ppo.rewards.sources import RewardError, RewardSum
 from polar_jax.stages import rft as stage
 from polar_jax.stages import rft_setup as opening
+from polar_jax.stages import runner
 from polar_jax.stages import training as stages
 from polar_jax.train.metrics import read_metrics
 
@@ -222,7 +226,7 @@ import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
 import dataclasses, pathlib, ml_collections
 from polar_jax.config import default_config
-from loop_test import make_config
+from trainer_test import make_config
 
 def fill(into, values):
   for name, value in values.items():
@@ -304,7 +308,7 @@ def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
 
 def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
   made, calls = context(world, 'server'), []
-  original = Mixture.components
+  original = RewardSum.components
 
   def fail(self, *args):
     calls.append(1)
@@ -313,7 +317,7 @@ def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
     return original(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(Mixture, 'components', fail)
+    patch.setattr(RewardSum, 'components', fail)
     with pytest.raises(RewardServerError):
       stage.rft(made)
   stage.rft(made)
@@ -329,7 +333,7 @@ def test_rewards_that_are_no_numbers_stop_the_run(world):
       return np.full(len(outputs), np.nan, np.float32)
 
   with pytest.raises(RewardError, match='prompt 0'):
-    loop.train(dataclasses.replace(run, reward=Mixture({'model': (1.0, Broken())}, False)))
+    loop.train(dataclasses.replace(run, reward=RewardSum({'model': (1.0, Broken())}, False)))
 
 
 class Vowels:
@@ -345,25 +349,27 @@ def test_the_reward_rises(world, advantage):
     world,
     f'vowels_{advantage}',
     steps=25,
-    prompts=8,
-    samples=4,
-    minibatch=None,
+    prompts_per_step=8,
+    num_generations=4,
+    mini_batch_size=None,
     update_epochs=1,
     kl_in='none',
     advantage=advantage,
-    rows=4,
+    micro_batch_rows=4,
     evaluate_every=None,
     shuffled_every=5,
   )
   run = opening.open_run(made, 'rft', made.config.rft)
-  run = dataclasses.replace(run, reward=Mixture({'model': (1.0, Vowels())}, False), held_out=None)
+  run = dataclasses.replace(run, reward=RewardSum({'model': (1.0, Vowels())}, False), held_out=None)
   loop.train(run)
   rewards = [row['raw'] for row in read_metrics(run.folder) if 'raw' in row]
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15, rewards
 
 
 def test_references_are_imitated(world):
-  made = context(world, 'sft', method='sft', steps=20, minibatch=None, update_epochs=1, samples=1, kl_in='none', kl_target=None)
+  made = context(
+    world, 'sft', method='sft', steps=20, mini_batch_size=None, update_epochs=1, num_generations=1, kl_in='none', kl_target=None
+  )
   run = opening.open_run(made, 'rft', made.config.rft)
   loop.train(run)
   rows = [row for row in read_metrics(run.folder) if 'approx_kl' in row]
@@ -371,6 +377,87 @@ def test_references_are_imitated(world):
   assert state and rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
   assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
   assert not any('reward' in row for row in rows)  # nobody was asked
+
+
+REWARD_MODULE = """
+calls = 0
+
+def count(prompts, completions, reference, **columns):
+  global calls
+  calls += 1
+  assert len(prompts) == len(completions) == len(reference) == len(columns['metadata'])
+  return [text.count('a') / 5 + len(r) / 100 for text, r in zip(completions, reference)]
+
+def other(completions):
+  return [0.0] * len(completions)
+
+def fails(**columns):
+  rewards = count(**columns)
+  return rewards if calls != 8 else rewards[:3]
+"""
+
+
+@pytest.fixture
+def reward_module(world, monkeypatch):
+  """The module `rewards_of_test` in the current directory."""
+  (world / 'rewards_of_test.py').write_text(REWARD_MODULE)
+  monkeypatch.chdir(world)
+  monkeypatch.delitem(sys.modules, 'rewards_of_test', raising=False)
+
+
+def python_reward(name: str) -> RewardConfig:
+  return RewardConfig(source='python', function=name, model_weight=2.0, rule='last_number', rule_weight=0.5)
+
+
+def test_a_python_function_is_the_reward(world, reward_module):
+  made = context(world, 'python', reward=python_reward('rewards_of_test:count'))
+  summary = stage.rft(made)['rft']['runs']['rft']
+  rows = [row for row in rows_of(made.workdir / 'rft') if 'reward' in row]
+  assert len(rows) == summary['steps'] == STEPS
+  for row in rows:
+    assert row['raw'] == pytest.approx(2 * row['python'] + 0.5 * row['rule'], abs=1e-6) and 'model' not in row
+  assert all(row['python'] > 0 for row in rows) and 'python' in summary['evaluation_after']
+  other = dataclasses.replace(made, config=make_config(world, reward=python_reward('rewards_of_test:other')))
+  with pytest.raises(
+    ConfigError, match=r"rft\.reward\.function was 'rewards_of_test:count', is 'rewards_of_test:other'.*another --workdir"
+  ):
+    stage.rft(other)
+
+
+def test_a_function_that_fails_costs_one_step(world, reward_module):
+  """The last complete step is saved, and the repeated command ends where an undisturbed run ends."""
+  made = context(world, 'python_fails', reward=python_reward('rewards_of_test:fails'), evaluate_every=None)
+  made = dataclasses.replace(made, config=dataclasses.replace(made.config, checkpointing=CheckpointingConfig(every_steps=100)))
+  with pytest.raises(RewardFunctionError, match=r'rewards_of_test:fails returned 3 rewards for 8 completions \(completion 3 has none\)'):
+    stage.rft(made)
+  saved = [int(path.name) for path in (made.workdir / 'rft' / FOLDER).glob('[0-9]*')]
+  assert saved == [3]  # scored before: an evaluation, and two scorings in each of three steps
+  log: list[str] = []
+  stage.rft(dataclasses.replace(made, log=log.append))
+  assert any('resumed from step 3' in line for line in log)
+  whole = context(world, 'python_whole', reward=python_reward('rewards_of_test:fails'), evaluate_every=None)
+  stage.rft(whole)
+  assert_same(made.workdir / 'rft', whole.workdir / 'rft')
+
+
+@pytest.mark.parametrize(
+  ('function', 'message'),
+  [
+    ('rewards_of_test:missing', "has no 'missing'; name a function that it defines"),
+    ('nowhere:f', "there is no module 'nowhere' in .*PYTHONPATH"),
+    ('rewards_of_test:calls', 'it is an int, not a function'),
+    (None, "names no function; set it to 'module:name'"),
+  ],
+)
+def test_a_function_that_cannot_be_used_stops_the_run_before_any_stage(world, reward_module, capsys, function, message):
+  config = dataclasses.replace(make_config(world, reward=python_reward(function)), stage='pretrain_lm,rft')
+  workdir = world / 'python_refused'
+  assert runner.run(config, workdir) == 1
+  assert re.search(f'polar_jax: .*rft.reward.function.*{message}', capsys.readouterr().err) and not workdir.exists()
+  made = context(world, 'python_refused_alone', reward=python_reward(function))
+  with pytest.raises(ConfigError, match=message):
+    stage.rft(made)
+  assert not (made.workdir / 'rft').exists()
 
 
 def test_alarms_stop_a_run(world):

@@ -18,14 +18,12 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from polar_jax.config import ConfigError, RewardConfig
 from polar_jax.data.template import Template
-from polar_jax.ppo.rewards.sources import check_rewards, shorten
+from polar_jax.ppo.rewards.sources import check_rewards, score_on_first_process, shorten
 from polar_jax.types import Prompt, UserError
 
 BATCH = 64  # texts of a request: at 2,000 tokens each a 7B model is far from the timeout, and the server's batch is full
@@ -76,23 +74,9 @@ class HttpReward:
       self._template.candidate_texts(prompt.prompt, prompt.reference, [output], wrapper)[0]
       for prompt, output in zip(prompts, outputs, strict=True)
     ]
-    return check_rewards(self._ask_once(texts), self._url, prompts, outputs)
-
-  def _ask_once(self, texts: list[str]) -> np.ndarray:
-    """Of several processes the first asks for all, so that all have the same bits."""
-    rewards, failure = np.zeros(len(texts), np.float32), None
-    if jax.process_index() == 0:
-      try:
-        rewards = self._ask_all(texts)
-      except RewardServerError as error:
-        failure = error
-    if jax.process_count() > 1:
-      rewards, failed = multihost_utils.broadcast_one_to_all((rewards, np.bool_(failure is not None)))
-      if failed and failure is None:
-        failure = RewardServerError(f'{self._url}: the first process got no rewards; it says why')
-    if failure is not None:
-      raise failure
-    return np.asarray(rewards)
+    failed = RewardServerError(f'{self._url}: the first process got no rewards; see its log')
+    rewards = score_on_first_process(lambda: self._ask_all(texts), len(texts), RewardServerError, failed)
+    return check_rewards(rewards, self._url, prompts, outputs)
 
   def _ask_all(self, texts: list[str]) -> np.ndarray:
     rewards = np.zeros(len(texts), np.float32)

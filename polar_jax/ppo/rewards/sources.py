@@ -6,10 +6,12 @@ Rewards are float32 from end to end, one for each answer, in the order of the an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from polar_jax.config import RewardConfig
 from polar_jax.data.template import join_messages
@@ -73,7 +75,7 @@ class RuleReward:
     return rewards
 
 
-class Mixture:
+class RewardSum:
   """A weighted sum of sources.
 
   Args:
@@ -111,6 +113,30 @@ def strip_thinking(text: str) -> str:
   """
   match = _THINKING.search(text)
   return match.group(2).strip() if match else text
+
+
+def score_on_first_process(score: Callable[[], np.ndarray], count: int, expected: type[UserError], elsewhere: UserError) -> np.ndarray:
+  """Return the rewards (n,), float32, that the first process computes, so that all processes have the same bits.
+
+  Args:
+    score: computes the rewards; only the first process calls it.
+    count: n.
+    expected: errors that every process raises, once `score` has raised one on the first process.
+    elsewhere: raised in its place by the other processes.
+  """
+  rewards, failure = np.zeros(count, np.float32), None
+  if jax.process_index() == 0:
+    try:
+      rewards = score()
+    except expected as error:
+      failure = error
+  if jax.process_count() > 1:
+    rewards, failed = multihost_utils.broadcast_one_to_all((rewards, np.bool_(failure is not None)))
+    if failed and failure is None:
+      failure = elsewhere
+  if failure is not None:
+    raise failure
+  return np.asarray(rewards)
 
 
 def check_rewards(rewards: np.ndarray, source: str, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:

@@ -13,7 +13,7 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.ppo.rewards.shaping import Normalizer, shape
-from polar_jax.ppo.rewards.sources import Mixture, ModelReward, RewardError, RuleReward, strip_thinking
+from polar_jax.ppo.rewards.sources import ModelReward, RewardError, RewardSum, RuleReward, strip_thinking
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, UserError
 
@@ -128,7 +128,7 @@ class Fixed:
 
 def test_mixture_is_the_weighted_sum():
   model, rule = Fixed([-0.57, 2.75, 1e-3]), Fixed([1, 0, 1])
-  mixture = Mixture({'model': (0.5, model), 'rule': (2.0, rule)}, strip_thinking=False)
+  mixture = RewardSum({'model': (0.5, model), 'rule': (2.0, rule)}, strip_thinking=False)
   components = mixture.components([Prompt('p', 'r')] * 3, ['a', 'b', '<think>x</think>c'])
   assert set(components) == {'model', 'rule'}
   np.testing.assert_array_equal(components['model'], model.rewards)
@@ -140,14 +140,14 @@ def test_mixture_is_the_weighted_sum():
 
 def test_thinking_is_kept_from_every_part():
   parts = {'model': (1.0, Fixed([0, 0])), 'rule': (1.0, Fixed([0, 0]))}
-  Mixture(parts, strip_thinking=True).components([Prompt('p', 'r')] * 2, ['<think>1</think> 2 ', 'a '])
+  RewardSum(parts, strip_thinking=True).components([Prompt('p', 'r')] * 2, ['<think>1</think> 2 ', 'a '])
   assert all(source.outputs == ['2', 'a '] for _, source in parts.values())
 
 
 def test_fractions_and_signs_survive_the_whole_way():
   """Scores between -1 and 1 would all be 0 in an array of integers."""
   raw = np.random.default_rng(1).uniform(-1, 1, 200).astype(np.float32)
-  mixture = Mixture({'model': (1.0, Fixed(raw))}, strip_thinking=True)
+  mixture = RewardSum({'model': (1.0, Fixed(raw))}, strip_thinking=True)
   components = mixture.components([Prompt('p', 'r')] * 200, ['o'] * 200)
   total = mixture.total(components)
   for kind in ('none', 'running', 'group', 'reference'):
@@ -169,7 +169,7 @@ def test_fractions_and_signs_survive_the_whole_way():
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_named(bad):
-  mixture = Mixture({'model': (1.0, Fixed([0.5, bad, bad]))}, strip_thinking=False)
+  mixture = RewardSum({'model': (1.0, Fixed([0.5, bad, bad]))}, strip_thinking=False)
   prompts = [Prompt('p', 'r'), Prompt([{'content': 'a long question ' * 20}], 'r'), Prompt('q', 'r')]
   with pytest.raises(RewardError) as caught:
     mixture.components(prompts, ['x', 'the\noutput', 'z'])
@@ -185,9 +185,9 @@ def test_what_is_no_array_of_float32_is_refused():
   for wrong in (np.array([1, 2]), np.array([1.0, 2.0]), np.zeros(3, np.float32), np.zeros((2, 1), np.float32)):
     source.rewards = wrong
     with pytest.raises(TypeError, match='rewards must be float32'):
-      Mixture({'model': (1.0, source)}, strip_thinking=False).components([Prompt('p', 'r')] * 2, ['a', 'b'])
+      RewardSum({'model': (1.0, source)}, strip_thinking=False).components([Prompt('p', 'r')] * 2, ['a', 'b'])
   with pytest.raises(ValueError, match='needs a part'):
-    Mixture({}, strip_thinking=False)
+    RewardSum({}, strip_thinking=False)
 
 
 @pytest.mark.parametrize(
