@@ -64,7 +64,7 @@ def main() -> None:
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     functions = step.build(RANKING, MODEL, optax.adamw(1e-5), mesh)
-    batch = step.to_device(draw_rows(1, 1_024, 2), mesh)
+    batch = sharding.put_local(draw_rows(1, 1_024, 2), mesh)
     open_in = lambda name, asynchronous: Checkpointer(
       pathlib.Path(folder) / name, CheckpointingConfig(keep=1, keep_best=0, asynchronous=asynchronous), 'validation_loss', True
     )

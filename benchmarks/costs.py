@@ -59,7 +59,7 @@ class Step:
 
   def __init__(self, batch: PairBatch, mesh: Any):
     functions = build(MODEL, mesh)
-    self._state, self._batch, self._train = functions.init(jax.random.key(0), None), step.to_device(batch, mesh), functions.train
+    self._state, self._batch, self._train = functions.init(jax.random.key(0), None), sharding.put_local(batch, mesh), functions.train
     self.losses: list[float] = []
 
   def __call__(self) -> None:

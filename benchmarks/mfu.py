@@ -41,7 +41,7 @@ PROFILED_STEPS = 3
 def measure(config: ModelConfig, batch: PairBatch, mesh: Any, rounds: int, profile: str | None) -> dict[str, Any]:
   """Seconds of every round, GiB that the compiled step asks for on a device, and GiB that a device really had in use at most."""
   functions = step.build(RANKING, config, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5)), mesh)
-  on_device = step.to_device(batch, mesh)
+  on_device = sharding.put_local(batch, mesh)
   compiled = functions.train.lower(functions.abstract, on_device).compile()
   memory = compiled.memory_analysis()
   state = functions.init(jax.random.key(0), None)

@@ -92,7 +92,7 @@ class Ours:
   def __init__(self, objective: Objective, batch: Any, mesh: Any):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     functions = step.build(objective, MODEL, tx, mesh)
-    self._state, self._batch, self._train = functions.init(jax.random.key(0), None), step.to_device(batch, mesh), functions.train
+    self._state, self._batch, self._train = functions.init(jax.random.key(0), None), sharding.put_local(batch, mesh), functions.train
     self.params = jax.tree.map(np.asarray, self._state.params)
     self.losses: list[float] = []
 

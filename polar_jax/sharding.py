@@ -6,9 +6,10 @@ else in the package mentions a mesh axis.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -124,3 +125,41 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
   """Devices that the rows of a batch are divided over."""
   return math.prod(mesh.shape[axis] for axis in RULES['batch'])
+
+
+class Share(NamedTuple):
+  """The contiguous part of every batch that one process builds: shards [low, high) of `of` equal ones."""
+
+  low: int
+  high: int
+  of: int
+
+  def rows(self, total: int) -> slice:
+    """Return which of the `total` rows of a batch belong to this share; `of` must divide `total`."""
+    return slice(self.low * total // self.of, self.high * total // self.of)
+
+
+def local_share(mesh: Mesh) -> Share:
+  """Return the part of every batch that the devices of this process hold, whatever the number of rows.
+
+  Raises:
+    ValueError: the shards of this process are not contiguous, because of an unusual device order.
+  """
+  shards = batch_shards(mesh)
+  slices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  ranges = sorted({index[0].indices(shards)[:2] for index in slices if index is not None})
+  if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
+    raise ValueError(f'this process holds shards {ranges} of the batch, which are not contiguous; order the devices by process')
+  return Share(ranges[0][0], ranges[-1][1], shards)
+
+
+def put_local(rows: Any, mesh: Mesh) -> Any:
+  """Build global arrays, divided over the batch axes of `mesh`, from host arrays that hold the rows of this process alone."""
+  layout = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), rows)
+
+
+def put_global(batch: Any, mesh: Mesh) -> Any:
+  """Build the same from host arrays that hold the rows of all processes: each process contributes its share of them."""
+  share = local_share(mesh).rows(len(jax.tree.leaves(batch)[0]))
+  return put_local(jax.tree.map(lambda x: x[share], batch), mesh)

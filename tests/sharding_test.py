@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -98,6 +99,44 @@ def test_fit_leaves_undividable_dimensions_whole():
 def test_batch_shards():
   assert sharding.batch_shards(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))) == 4
   assert sharding.batch_shards(sharding.make_mesh(MeshConfig())) == 8
+
+
+MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
+
+
+def _mesh(name: str):
+  return sharding.make_mesh(MESHES[name])
+
+
+def test_one_process_holds_every_shard():
+  for name, shards in {'8x1': 8, '4x2': 4, '2x2x2': 4}.items():
+    assert sharding.local_share(_mesh(name)) == (0, shards, shards)
+
+
+def test_share_rows_divide_a_batch():
+  shares = [sharding.Share(0, 1, 4), sharding.Share(1, 3, 4), sharding.Share(3, 4, 4)]
+  assert [list(range(12))[share.rows(12)] for share in shares] == [[0, 1, 2], [3, 4, 5, 6, 7, 8], [9, 10, 11]]
+
+
+def test_put_local_divides_rows_over_data_and_fsdp():
+  batch = {'tokens_BT': np.arange(16 * 6).reshape(16, 6), 'index_B': np.arange(16)}
+  placed = sharding.put_local(batch, _mesh('2x2x2'))
+  assert placed['tokens_BT'].sharding.spec == P(('data', 'fsdp'))
+  assert placed['tokens_BT'].addressable_shards[0].data.shape == (4, 6)
+  for name, value in batch.items():
+    np.testing.assert_array_equal(placed[name], value)
+
+
+def test_put_global_places_the_rows_of_this_process(monkeypatch):
+  batch = (np.arange(8), np.arange(16).reshape(8, 2))
+  for one, other in zip(sharding.put_global(batch, _mesh('4x2')), batch, strict=True):
+    assert one.sharding.spec == P(('data', 'fsdp'))
+    np.testing.assert_array_equal(one, other)
+  monkeypatch.setattr(sharding, 'local_share', lambda mesh: sharding.Share(1, 3, 4))
+  monkeypatch.setattr(sharding, 'put_local', lambda rows, mesh: rows)
+  index_B, tokens_BT = sharding.put_global(batch, _mesh('4x2'))
+  assert index_B.tolist() == [2, 3, 4, 5]
+  np.testing.assert_array_equal(tokens_BT, batch[1][2:6])
 
 
 def test_every_parameter_has_a_spec():

@@ -19,20 +19,10 @@ from polar_jax.data import packing
 from polar_jax.data.packing import PackPlan
 from polar_jax.data.rows import PairRow, pair_batch, pair_row, text_batch
 from polar_jax.data.template import Template
+from polar_jax.sharding import Share
 from polar_jax.types import PairBatch, TextBatch, Triplet, UserError
 
 _READ_TOGETHER = 1_024  # rows
-
-
-class Share(NamedTuple):
-  """The part of every batch that this process builds: shards [low, high) of `of` equal ones."""
-
-  low: int
-  high: int
-  of: int
-
-  def rows(self, total: int) -> slice:
-    return slice(self.low * total // self.of, self.high * total // self.of)
 
 
 class BatchPlan(NamedTuple):

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from polar_jax import sharding
 from polar_jax.config import RftConfig
 from polar_jax.ppo import advantages, rows
-from polar_jax.train import step as step_lib
 from polar_jax.types import PolicyBatch, Rollouts
 
 
@@ -30,16 +29,10 @@ class Experience(NamedTuple):
   return_RT: np.ndarray
 
 
-def to_device(tree: Any, mesh: Mesh) -> Any:
-  """Host arrays of all rows of a micro-batch -> global arrays, of which this process holds its share."""
-  share = step_lib.local_share(mesh).rows(len(jax.tree.leaves(tree)[0]))
-  return step_lib.to_device(jax.tree.map(lambda a: a[share], tree), mesh)
-
-
 def read(function: Any, params: Any, batches: Sequence[PolicyBatch], mesh: Mesh, rollouts: Rollouts, outputs: int) -> list[np.ndarray]:
   """What a model says of every token of the answers: `outputs` arrays (R, T) float32."""
   # All are under way before the first is waited for.
-  found = [function(params, to_device(batch, mesh)) for batch in batches]
+  found = [function(params, sharding.put_global(batch, mesh)) for batch in batches]
   out = [np.zeros(rollouts.tokens_RT.shape, np.float32) for _ in range(outputs)]
   for batch, values in zip(batches, jax.device_get(found), strict=True):
     for into_RT, values_BT in zip(out, values, strict=True):

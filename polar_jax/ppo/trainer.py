@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polar_jax import sharding
 from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.data import pipeline
 from polar_jax.data.template import join_messages
@@ -254,7 +255,7 @@ class Trainer:
     grads, sums = model.zeros(state.params)
     for batch in batches:
       placed = targets(*(rows.place(value_RT, batch) for value_RT in values))
-      batch, placed = experience.to_device((batch, placed), self.run.mesh)
+      batch, placed = sharding.put_global((batch, placed), self.run.mesh)
       grads, sums = model.accumulate(grads, sums, state.params, batch, placed, np.float32(self.kl_coef))
     state, norm = model.apply(state, grads)
     sums, norm = jax.device_get((sums, norm))

@@ -25,7 +25,6 @@ from polar_jax.config import ModelConfig
 from polar_jax.data.packing import LENGTH_MULTIPLE
 from polar_jax.data.template import Template
 from polar_jax.scoring.scorer import jit_rewards
-from polar_jax.train import step
 from polar_jax.types import Group, PairBatch, UserError
 
 # Computations that the host may be ahead of the device. Their inputs are all that they hold there: a few integers for each token.
@@ -110,7 +109,7 @@ class ExactScorer:
 
   def _dispatch(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], jax.Array]]:
     """(which sequences, their rewards, on the device) of every call; those of one row length one after another."""
-    shards, share = sharding.batch_shards(self._mesh), step.local_share(self._mesh)
+    shards = sharding.batch_shards(self._mesh)
     by_length: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
       by_length.setdefault(ladder_length(len(sequence)), []).append(index)
@@ -119,8 +118,7 @@ class ExactScorer:
         members = indices[low : low + shards]
         batch = _rows([sequences[i] for i in members], length, shards)
         with jax.set_mesh(self._mesh):
-          mine = step.to_device(jax.tree.map(lambda a: a[share.rows(shards)], batch), self._mesh)
-          reward_B = self._forward(self.params, mine)
+          reward_B = self._forward(self.params, sharding.put_global(batch, self._mesh))
         yield members, reward_B
 
 

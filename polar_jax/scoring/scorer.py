@@ -22,7 +22,6 @@ from polar_jax.data import packing
 from polar_jax.data.groups import GroupPart, group_batch, lay_out
 from polar_jax.data.template import Template
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.train import step
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import Group, Triplet, UserError
 
@@ -108,12 +107,11 @@ class Scorer:
     row_length = self._row_length or _choose_row_length(lengths)
     packed = packing.first_fit(lengths, row_length, self._candidates, [len(part.candidates) for part in parts])
     packed += [[]] * (-len(packed) % self._rows)
-    share, scored = step.local_share(self._mesh).rows(self._rows), []
+    scored = []
     with jax.set_mesh(self._mesh):
       for low in range(0, len(packed), self._rows):
         batch = group_batch(parts, first, packed[low : low + self._rows], row_length, self._candidates)
-        mine = step.to_device(jax.tree.map(lambda a: a[share], batch), self._mesh)
-        scored.append((batch.index_BQ, self._forward(self.params, mine)))
+        scored.append((batch.index_BQ, self._forward(self.params, sharding.put_global(batch, self._mesh))))
     return jax.device_get(scored)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
-from polar_jax.data.pipeline import Share
 from polar_jax.train.objectives import Objective
 
 
@@ -118,23 +116,3 @@ def state_layout(
   opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
   shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings), shardings
-
-
-def local_share(mesh: Mesh) -> Share:
-  """The part of every batch that this process's devices hold, whatever its number of rows.
-
-  Raises:
-    ValueError: when they are not contiguous (an unusual device order).
-  """
-  shards = sharding.batch_shards(mesh)
-  slices = sharding.batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-  ranges = sorted({index[0].indices(shards)[:2] for index in slices if index is not None})
-  if any(a[1] != b[0] for a, b in itertools.pairwise(ranges)):
-    raise ValueError(f'this process holds shards {ranges} of the batch, which are not contiguous: order the devices by process')
-  return Share(ranges[0][0], ranges[-1][1], shards)
-
-
-def to_device(batch: Any, mesh: Mesh) -> Any:
-  """Builds global arrays from this process's rows."""
-  rows = sharding.batch_sharding(mesh)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), batch)

@@ -83,7 +83,7 @@ class _Trainer:
     self.run, config = run, run.train
     self.clock = Clock()
     multiple = sharding.batch_shards(run.mesh) * config.gradient_accumulation_steps
-    self.plan = pipeline.BatchPlan(config.batch_size, multiple, step_lib.local_share(run.mesh))
+    self.plan = pipeline.BatchPlan(config.batch_size, multiple, sharding.local_share(run.mesh))
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = _functions(run.objective, run.model, config, run.steps, run.mesh, config.gradient_accumulation_steps)
@@ -127,7 +127,7 @@ class _Trainer:
       while self.step < run.steps:
         host_batch = next(self.iterator)
         self.clock.lap('data')
-        batch = step_lib.to_device(host_batch, run.mesh)
+        batch = sharding.put_local(host_batch, run.mesh)
         first_of_shape = self._note_shape(len(batch.tokens_BT))
         self.profiler.before(self.step - first)
         self.state, out = self.functions.train(self.state, batch)
@@ -308,7 +308,7 @@ def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapD
   """Means of the loss and metrics over one pass. Sums are added in float64 on the host."""
   count, totals = 0.0, dict[str, float]()
   for batch in batches:
-    out = jax.device_get(functions.evaluate(params, step_lib.to_device(batch, mesh)))
+    out = jax.device_get(functions.evaluate(params, sharding.put_local(batch, mesh)))
     count += float(out['count'])
     for name, value in out['sums'].items():
       totals[name] = totals.get(name, 0.0) + float(value)

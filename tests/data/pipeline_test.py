@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from polar_jax import sharding
 from polar_jax.data import pipeline
 from polar_jax.types import Triplet
 
@@ -78,7 +79,7 @@ def test_steps_read_the_stream_in_order_whatever_their_number_of_rows(rows):
 @pytest.mark.parametrize('rows', [None, 4])
 @pytest.mark.parametrize('parts', [1, 2, 4])
 def test_union_over_processes_is_the_whole_batch(parts, rows):
-  make = lambda *share: _packed(60, pipeline.BatchPlan(17, 4, pipeline.Share(*share)), steps=5, seed=1, rows=rows)[1]
+  make = lambda *share: _packed(60, pipeline.BatchPlan(17, 4, sharding.Share(*share)), steps=5, seed=1, rows=rows)[1]
   whole = make(0, 1, 1)
   each = [make(4 * p // parts, 4 * (p + 1) // parts, 4) for p in range(parts)]
   for step in range(5):
@@ -88,7 +89,7 @@ def test_union_over_processes_is_the_whole_batch(parts, rows):
 
 def test_union_over_processes_is_the_whole_batch_of_text():
   windows = pipeline.TextWindows(np.arange(200), 8, seed=2)
-  make = lambda *share: pipeline.text_batches(windows, pipeline.BatchPlan(7, 4, pipeline.Share(*share)), steps=5, seed=5)
+  make = lambda *share: pipeline.text_batches(windows, pipeline.BatchPlan(7, 4, sharding.Share(*share)), steps=5, seed=5)
   whole, each = make(0, 1, 1), [make(0, 1, 4), make(1, 3, 4), make(3, 4, 4)]
   for step in range(5):
     _equal(whole[step], [np.concatenate(arrays) for arrays in zip(*(b[step] for b in each), strict=True)])

@@ -117,7 +117,7 @@ def update(model, kind, names, mesh, rollouts, values, row_length, height):
     grads, sums = model.zeros(state.params)
     for batch in rows.pack(rollouts, range(7), row_length, height):
       targets = kind(*(rows.place(values[name], batch) for name in names))
-      batch, targets = experience.to_device((batch, targets), mesh)
+      batch, targets = sharding.put_global((batch, targets), mesh)
       grads, sums = model.accumulate(grads, sums, state.params, batch, targets, np.float32(KL_COEF))
     state, norm = model.apply(state, grads)
     return jax.device_get((state.params, sums, norm))

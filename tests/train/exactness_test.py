@@ -102,7 +102,7 @@ def test_one_packed_row_for_several_triplets_equals_two_sequences_for_each(world
     model = dataclasses.replace(config, attention=attention, remat=remat)
     functions = step_lib.build(RANKING, model, optax.trace(decay=0.0), devices, accumulation)
     state = functions.init(jax.random.key(0), params)
-    state, out = functions.train(state, step_lib.to_device(batch, devices))
+    state, out = functions.train(state, sharding.put_local(batch, devices))
   np.testing.assert_allclose(out['scalars']['loss'], loss, rtol=1e-5)
   index, got = np.asarray(out['rows']['index']), np.asarray(out['rows']['rewards_BPC'])
   real = index >= 0

@@ -3,12 +3,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, TrainConfig
@@ -67,7 +65,7 @@ def _steps(mesh_config, accumulation=1, steps=1, objective=RANKING, batches=None
     first = None
     for s in range(steps):
       batch = _batch(s) if batches is None else batches
-      state, out = functions.train(state, step_lib.to_device(batch, mesh))
+      state, out = functions.train(state, sharding.put_local(batch, mesh))
       first = first or jax.device_get((out, state.opt_state[0].trace, state.params))
   return functions, state, first
 
@@ -152,7 +150,7 @@ def test_the_tokens_of_a_row_are_divided_over_context(context):
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=context), jax.devices()[: 2 * context])
   model = RANKING.make_model(dataclasses.replace(CONFIG, attention='reference'), nnx.Rngs(0))
   with jax.set_mesh(mesh):
-    batch = step_lib.to_device(_batch(), mesh)
+    batch = sharding.put_local(_batch(), mesh)
     hidden = jax.jit(lambda b: model.decoder(b.tokens_BT, b.positions_BT, [(b.start_BT, b.end_BT)]))(batch)
   assert hidden.addressable_shards[0].data.shape == (PADDED // 2, LENGTH // context, 16)
 
@@ -198,9 +196,9 @@ def test_training_learns_one_batch():
     state = functions.init(jax.random.key(0), None)
     losses = []
     for _ in range(40):
-      state, out = functions.train(state, step_lib.to_device(batch, mesh))
+      state, out = functions.train(state, sharding.put_local(batch, mesh))
       losses.append(float(out['scalars']['loss']))
-    evaluated = jax.device_get(functions.evaluate(state.params, step_lib.to_device(batch, mesh)))
+    evaluated = jax.device_get(functions.evaluate(state.params, sharding.put_local(batch, mesh)))
   assert losses[-1] < 0.05 < losses[0]
   assert evaluated['count'] == COUNT
   assert evaluated['sums']['accuracy'] == COUNT
@@ -227,16 +225,3 @@ def _born(mesh_config):
   mesh = _mesh(mesh_config)
   with jax.set_mesh(mesh):
     return jax.device_get(step_lib.build(RANKING, CONFIG, _optimizer(), mesh).init(jax.random.key(5), None).params)
-
-
-def test_one_process_holds_every_shard():
-  for name, shards in {'8x1': 8, '4x2': 4, '2x2x2': 4}.items():
-    assert step_lib.local_share(_mesh(MESHES[name])) == (0, shards, shards)
-
-
-def test_to_device_lays_rows_over_data_and_fsdp():
-  mesh = _mesh(MESHES['2x2x2'])
-  batch = step_lib.to_device(_batch(), mesh)
-  assert batch.tokens_BT.sharding.spec == P(('data', 'fsdp'))
-  assert batch.tokens_BT.addressable_shards[0].data.shape == (4, LENGTH)
-  np.testing.assert_array_equal(jnp.asarray(batch.tokens_BT), _batch().tokens_BT)

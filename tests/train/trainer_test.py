@@ -66,7 +66,7 @@ def forbid_training(monkeypatch):
   def fail(*_):
     raise AssertionError('a batch was sent to the device')
 
-  monkeypatch.setattr(loop.step_lib, 'to_device', fail)
+  monkeypatch.setattr(loop.sharding, 'put_local', fail)
 
 
 def test_every_step_is_logged_once_with_every_field(finished):
