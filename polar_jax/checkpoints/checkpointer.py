@@ -1,9 +1,8 @@
-"""Orbax checkpoints: one atomic step holds parameters, optimizer, iterator and the config that made them."""
+"""Orbax checkpoints: one atomic step holds parameters, optimizer state, iterator state and the settings of the run."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import pathlib
 import time
@@ -16,38 +15,47 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from polar_jax.checkpoints import settings as settings_lib
 from polar_jax.config import CheckpointingConfig, ConfigError
 from polar_jax.runtime import paths
 
 FOLDER = 'checkpoints'
 
 
-# Of the state and what lies beside it. It counts up when they change, so that an older workdir is refused in words.
+# Version of the stored state and its JSON. Bumped on incompatible changes, so that an older workdir is rejected with a clear message.
 _LAYOUT = {'checkpoint_layout': 2}
 
 
 class Checkpointer:
-  """The checkpoints of one run, here or in a bucket. The newest `keep` and the `keep_best` best by validation are kept."""
+  """The checkpoints of one run, local or in a bucket. Keeps the newest `keep` and the `keep_best` best by validation."""
 
   def __init__(self, folder: pathlib.Path, config: CheckpointingConfig, best_metric: str, best_is_lower: bool):
+    """Open the checkpoints of a run, and remove what a killed process left half written.
+
+    Args:
+      folder: the run's folder; checkpoints go to its subfolder `FOLDER`.
+      config: how many checkpoints to keep, and whether to save asynchronously.
+      best_metric: name of the metric that ranks checkpoints.
+      best_is_lower: whether a lower value of it is better.
+    """
     policies = ocp.checkpoint_managers.preservation_policy
-    kept = [policies.LatestN(config.keep)]
+    preserved = [policies.LatestN(config.keep)]
 
     def goodness(metrics: dict[str, float]) -> float:
       value = metrics.get(best_metric)  # a step that was not validated is never the best
       return -math.inf if value is None else -value if best_is_lower else value
 
     if config.keep_best:
-      # Ascending order, the last n are kept.
-      kept.append(policies.BestN(get_metric_fn=goodness, n=config.keep_best, keep_checkpoints_without_metrics=False))
+      # Orbax sorts in ascending order and keeps the last n.
+      preserved.append(policies.BestN(get_metric_fn=goodness, n=config.keep_best, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
-      # Only with a best_fn does Orbax write metrics to disk, where a resumed run finds them. What is kept the policy decides.
+      # Orbax writes metrics to disk, where a resumed run finds them, only with a best_fn. What is kept is up to the policy.
       best_fn=goodness,
-      preservation_policy=policies.AnyPreservationPolicy(kept),
+      preservation_policy=policies.AnyPreservationPolicy(preserved),
       enable_async_checkpointing=config.asynchronous,
-      # Folders made in the background are waited for under a number that is the process's: two runs at once would take each other's.
+      # Orbax numbers background directory creation per process, so two concurrent runs would wait for each other's directories.
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-      # A process killed while saving leaves a temporary folder behind; the next start removes it.
+      # A process killed while saving leaves a temporary folder; the next start removes it.
       cleanup_tmp_directories=True,
     )
     self._manager = ocp.CheckpointManager(paths.absolute(folder) / FOLDER, options=options)
@@ -57,13 +65,15 @@ class Checkpointer:
     """The newest complete step."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]):
-    """Starts saving; returns once the state may be overwritten.
+  def save(self, step: int, state: Any, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Start saving a step, and return once the state may be overwritten. A step that is already saved is skipped.
 
     Args:
-      state: a TrainState, or another named tuple of which `params` is what a checkpoint is read for.
-      iterator_state: what must come back beside it, as JSON.
-      metrics: decide which checkpoint is the best; empty: none.
+      step: number of completed training steps.
+      state: a TrainState, or another named tuple with a field `params`.
+      iterator_state: JSON values to restore with the state.
+      fingerprint: settings that must not change while the run is resumed.
+      metrics: decide which checkpoint is the best; empty if the step was not validated.
     """
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
@@ -74,92 +84,90 @@ class Checkpointer:
       self._manager.save(step, args=args, metrics=metrics)
 
   def restore(self, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(state, iterator state) of the newest step that can be read, laid out as `abstract` says.
+    """Return (state, iterator state) of the newest readable step, sharded as `abstract` specifies.
 
-    Newer ones, which a full disk or a lost file system tore, are moved beside the others' folder, as `torn_<step>_<time>`, with a warning.
+    Newer steps that a full disk or a lost file system left torn are moved out of the checkpoint folder to `torn_<step>_<time>`, with
+    a warning.
 
     Raises:
-      ConfigError: when the checkpoint was made with other settings, naming the first that differ; or none can be read.
+      ConfigError: the checkpoint was made with other settings (the message names the first that differ), or none can be read.
     """
     torn: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      found, why = self._read(step, abstract, fingerprint)
-      if found is not None:
+      restored, reason = self._try_restore(step, abstract, fingerprint)
+      if restored is not None:
         self._set_aside(torn, step)
-        return found
-      torn[step] = why
-    said = '; '.join(f'step {step}: {why}' for step, why in torn.items())
-    raise ConfigError(f'no checkpoint in {self._manager.directory} can be read ({said}): restore one from a copy, or use another --workdir')
+        return restored
+      torn[step] = reason
+    reasons = '; '.join(f'step {step}: {reason}' for step, reason in torn.items())
+    raise ConfigError(
+      f'no checkpoint in {self._manager.directory} can be read ({reasons}): restore one from a backup, or use another --workdir'
+    )
 
-  def _read(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
-    """(what `restore` gives, or None on every host if one could not read it; why)."""
-    found, why = None, 'another host could not read it'
+  def _try_restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
+    """Return (what `restore` returns, or None on every host if any host could not read it; the reason)."""
+    restored, reason = None, 'another host could not read it'
     try:
-      found = self._restore(step, abstract, fingerprint)
+      restored = self._restore(step, abstract, fingerprint)
     except ConfigError:
       raise
-    except Exception as error:  # whatever Orbax, TensorStore and JSON make of what is left of a file
-      why = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
-    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(found is not None)).all():
-      found = None
-    return found, why
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own errors on a damaged file
+      reason = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
+      restored = None
+    return restored, reason
 
   def _set_aside(self, torn: dict[int, str], good: int) -> None:
+    """Move the `torn` steps ({step: reason}) out of the checkpoint folder; `good` is the step that is read instead."""
     if not torn:
       return
     folder = self._manager.directory
     if jax.process_index() == 0:
-      for step, why in torn.items():
+      for step, reason in torn.items():
         aside = folder.parent / f'torn_{step}_{time.time_ns()}'
         (folder / str(step)).rename(aside)
-        warnings.warn(f'the checkpoint of step {step} is torn ({why}): it lies in {aside} now, and step {good} is read', stacklevel=3)
+        warnings.warn(f'the checkpoint of step {step} is torn ({reason}): moved to {aside}; resuming from step {good}', stacklevel=3)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('torn checkpoints are set aside')
     self._manager.reload()
 
   def _restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-    _check_same_settings(saved, fingerprint | _LAYOUT, step)
+    stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+    different = settings_lib.differences(stored, fingerprint | _LAYOUT)
+    if different:
+      raise ConfigError(
+        f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir, '
+        'and another checkpointing.folder if that is set'
+      )
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())
     restored = self._manager.restore(step, args=args)
     return type(abstract)(**restored['state']), restored['data']
 
   def wait(self) -> None:
-    """Returns once everything saved is complete on disk."""
+    """Return once all saved steps are complete on disk."""
     self._manager.wait_until_finished()
 
   def close(self) -> None:
+    """Wait for pending saves and release Orbax's threads."""
     self._manager.close()
 
 
-def _check_same_settings(saved: dict[str, Any], current: dict[str, Any], step: int | None) -> None:
-  current = json.loads(json.dumps(current))  # as it would read back
-  different = [
-    f'{k} was {saved.get(k)!r}, is {current.get(k)!r}' for k in sorted(saved.keys() | current.keys()) if saved.get(k) != current.get(k)
-  ]
-  if different:
-    raise ConfigError(
-      f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir, '
-      'and another checkpointing.folder if that is set'
-    )
-
-
 def exists(folder: pathlib.Path) -> bool:
-  """Whether a run has a complete checkpoint."""
+  """Return whether a run has a complete checkpoint."""
   root = folder / FOLDER
-  # A bucket has no renaming: what is being written has its final name already, and says when it is whole.
+  # Buckets have no rename: a step being written already has its final name, and a marker says when it is complete.
   return root.is_dir() and any(step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) for step in root.iterdir())
 
 
-def _at_once(params: dict[str, Any]) -> float:
-  """Gigabytes of copies that Orbax may hold while it writes or reads: a little, or the largest array, which it takes whole."""
+def _concurrent_gb(params: dict[str, Any]) -> float:
+  """Return the gigabytes of copies Orbax may hold in flight: 1 GB, or the largest array, which it always takes whole."""
   return max([1e9, *(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))]) / 1e9
 
 
 def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str, Any]) -> None:
-  """Writes parameters alone, as step 0 of a run would hold them. `settings`: as a run's fingerprint."""
+  """Write parameters alone, as step 0 of a run. `settings`: like the fingerprint of a run."""
   handlers = {
-    'state': ocp.PyTreeCheckpointHandler(save_concurrent_gb=_at_once(params)),
+    'state': ocp.PyTreeCheckpointHandler(save_concurrent_gb=_concurrent_gb(params)),
     'data': ocp.JsonCheckpointHandler(),
     'config': ocp.JsonCheckpointHandler(),
   }
@@ -169,21 +177,22 @@ def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str
 
 
 @contextlib.contextmanager
-def _newest(folder: pathlib.Path, at_once: float | None = None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-  """The checkpoints of another run, to be read, and the newest step.
+def _open_newest(folder: pathlib.Path, concurrent_gb: float | None = None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+  """Open the checkpoints of another run for reading. Yields (manager, newest step).
 
   Args:
-    at_once: see `_at_once`; None: no limit.
+    folder: the run's folder.
+    concurrent_gb: see `_concurrent_gb`; None: no limit.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: the run has no checkpoint.
   """
   root = paths.absolute(folder) / FOLDER
   missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
   if not root.exists():
     raise missing
   handlers = {
-    'state': ocp.PyTreeCheckpointHandler(restore_concurrent_gb=at_once),
+    'state': ocp.PyTreeCheckpointHandler(restore_concurrent_gb=concurrent_gb),
     'config': ocp.JsonCheckpointHandler(),
     'data': ocp.JsonCheckpointHandler(),
   }
@@ -196,35 +205,33 @@ def _newest(folder: pathlib.Path, at_once: float | None = None) -> Iterator[tupl
 
 
 def load_settings(folder: pathlib.Path) -> dict[str, Any]:
-  """What the newest checkpoint of a run was made with: its fingerprint.
+  """Return the settings (fingerprint) stored in the newest checkpoint of a run, under their current names.
 
   Raises:
-    ConfigError: when there is no checkpoint.
+    ConfigError: the run has no checkpoint.
   """
-  with _newest(folder) as (manager, step):
-    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+  with _open_newest(folder) as (manager, step):
+    stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
+  return settings_lib.translate(stored)
 
 
-def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], objective: str, *, as_stored: bool = False) -> dict[str, Any]:
-  """Parameters of the newest checkpoint of another run, laid out as `abstract_params` says.
-
-  From a run with the same objective all of them; from another (a reward model that starts from a language model) the decoder.
+def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], *, as_stored: bool = False) -> dict[str, Any]:
+  """Return the parameters of the newest checkpoint of another run that `abstract_params` names, sharded as it specifies.
 
   Args:
-    as_stored: in the dtypes of the checkpoint instead of those of `abstract_params`.
+    folder: the run's folder.
+    abstract_params: all parameters, or a subtree such as the decoder alone.
+    as_stored: keep the dtypes of the checkpoint instead of those of `abstract_params`.
 
   Raises:
-    ConfigError: when there is no checkpoint, or its parameters have other names or shapes.
+    ConfigError: the run has no checkpoint, or its parameters have other names or shapes.
   """
-  with _newest(folder, _at_once(abstract_params)) as (manager, step):
-    saved = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-    if saved['objective'] != objective:
-      abstract_params = {'decoder': abstract_params['decoder']}
+  with _open_newest(folder, _concurrent_gb(abstract_params)) as (manager, step):
     stored = manager.item_metadata(step)['state']['params']
     _check_same_shapes(stored, abstract_params, folder)
     if as_stored:
-      keep = lambda wanted, have: jax.ShapeDtypeStruct(wanted.shape, have.dtype, sharding=wanted.sharding)
-      abstract_params = jax.tree.map(keep, abstract_params, {name: stored[name] for name in abstract_params})
+      with_stored_dtype = lambda wanted, have: jax.ShapeDtypeStruct(wanted.shape, have.dtype, sharding=wanted.sharding)
+      abstract_params = jax.tree.map(with_stored_dtype, abstract_params, {name: stored[name] for name in abstract_params})
     target = {'params': abstract_params}
     args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
     return manager.restore(step, args=ocp.args.Composite(state=args))['state']['params']
@@ -237,4 +244,6 @@ def _check_same_shapes(stored: Any, wanted: Any, folder: pathlib.Path) -> None:
   have = shapes(stored)
   for name, shape in shapes(wanted).items():
     if have.get(name) != shape:
-      raise ConfigError(f'{folder} cannot be started from: {name} is {have.get(name, "missing")} there and {shape} in this model')
+      raise ConfigError(
+        f'{folder} cannot be started from: {name} is {have.get(name, "missing")} in the checkpoint and {shape} in this model'
+      )

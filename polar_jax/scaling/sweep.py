@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.checkpoints import checkpointer as checkpoint
+from polar_jax.checkpoints import settings as settings_lib
 from polar_jax.config import Config, ConfigError, ModelConfig
 from polar_jax.data import pipeline, token_store
 from polar_jax.data.template import Template
@@ -328,8 +329,7 @@ def check_settings(context: stages.Context) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(now, indent=2) + '\n')
     return
-  before = json.loads(path.read_text())
-  changed = [f'{k} was {before.get(k)!r}, is {now.get(k)!r}' for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+  changed = settings_lib.differences(json.loads(path.read_text()), now)
   if changed:
     raise ConfigError(f'the sweep in this workdir was begun with other settings ({"; ".join(changed[:4])}): use another --workdir')
 

@@ -22,7 +22,6 @@ from polar_jax.data import packing
 from polar_jax.data.groups import GroupPart, group_batch, lay_out
 from polar_jax.data.template import Template
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.train.objectives import RANKING
 from polar_jax.types import Group, Triplet, UserError
 
 # Without a row length one is chosen for the groups of a call: at least this many times their mean, so that they pack densely.
@@ -64,7 +63,7 @@ class Scorer:
   @classmethod
   def from_run(cls, folder: pathlib.Path, model: ModelConfig, template: Template, mesh: Mesh, **shape: Any) -> Scorer:
     """With the parameters of the newest checkpoint of a training run."""
-    params = load_params(folder, sharding.abstract_params(_abstract_model(model), mesh), RANKING.name)
+    params = load_params(folder, sharding.abstract_params(_abstract_model(model), mesh))
     return cls(params, model, template, mesh, **shape)
 
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:

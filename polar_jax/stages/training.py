@@ -217,7 +217,9 @@ def rank(
     batches=batches,
     validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_examples),
     start_from=start or _start_folder(context, train),
-    fingerprint=_fingerprint(context, train, RANKING.name, {'use_reference': use_reference, 'rows': rows_fingerprint(tokens.source)}),
+    fingerprint=_fingerprint(
+      context, train, RANKING.name, {'template.use_reference': template.config.use_reference, 'rows': rows_fingerprint(tokens.source)}
+    ),
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from polar_jax import sharding
-from polar_jax.checkpoints.checkpointer import FOLDER, Checkpointer, load_params
+from polar_jax.checkpoints.checkpointer import FOLDER, Checkpointer, load_params, load_settings
 from polar_jax.config import CheckpointingConfig, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.train import step as step_lib
@@ -155,9 +155,9 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(open_checkpoints, tmp_pat
   for step in (5, 7):
     tear(tmp_path / FOLDER / str(step))
   checkpointer = open_checkpoints(keep=3)
-  with pytest.warns(UserWarning, match='step 7 is torn .*step 3 is read') as said:
+  with pytest.warns(UserWarning, match='step 7 is torn .*resuming from step 3') as warned:
     state, data = checkpointer.restore(abstract, FINGERPRINT)
-  assert len(said) == 2 and data == {'step': 3} and checkpointer.latest == 3
+  assert len(warned) == 2 and data == {'step': 3} and checkpointer.latest == 3
   assert_bit_equal(state, states[3])
   assert len(list(tmp_path.glob('torn_[57]_*'))) == 2  # nothing is lost
   checkpointer.save(5, states[5], {'step': 5}, FINGERPRINT, {})  # and the run can save these steps again
@@ -247,10 +247,10 @@ def test_parameters_for_another_run(open_checkpoints, tmp_path):
   checkpointer.save(4, saved, {}, FINGERPRINT, {})
   checkpointer.wait()
   wanted = step_lib.build(RANKING, MODEL, optax.identity(), mesh).abstract.params
-  whole = load_params(tmp_path, wanted, 'ranking')
+  whole = load_params(tmp_path, wanted)
   assert_bit_equal(whole, saved.params)
   jax.tree.map(lambda x, a: x.sharding == a.sharding or pytest.fail(f'{x.sharding}, not {a.sharding}'), whole, wanted)
-  decoder = load_params(tmp_path, wanted, 'another objective')
+  decoder = load_params(tmp_path, {'decoder': wanted['decoder']})
   assert list(decoder) == ['decoder']
   assert_bit_equal(decoder['decoder'], saved.params['decoder'])
 
@@ -258,14 +258,28 @@ def test_parameters_for_another_run(open_checkpoints, tmp_path):
 def test_parameters_that_do_not_fit_are_named(open_checkpoints, tmp_path):
   checkpointer = open_checkpoints()
   with pytest.raises(ConfigError, match='no checkpoint to start from'):
-    load_params(tmp_path / 'nowhere', {}, 'ranking')
+    load_params(tmp_path / 'nowhere', {})
   with pytest.raises(ConfigError, match='no checkpoint to start from'):  # a folder, and nothing in it
-    load_params(tmp_path, {}, 'ranking')
+    load_params(tmp_path, {})
   saved = random_state(abstract_state((1, 1, 1, 1)))
   checkpointer.save(4, saved, {}, FINGERPRINT, {})
   checkpointer.wait()
   wider = saved.params | {'v_head': jnp.zeros(17)}
-  with pytest.raises(ConfigError, match=r'v_head is \(16,\) there and \(17,\) in this model'):
-    load_params(tmp_path, wider, 'ranking')
-  with pytest.raises(ConfigError, match=r'extra is missing there'):
-    load_params(tmp_path, saved.params | {'extra': jnp.zeros(1)}, 'ranking')
+  with pytest.raises(ConfigError, match=r'v_head is \(16,\) in the checkpoint and \(17,\) in this model'):
+    load_params(tmp_path, wider)
+  with pytest.raises(ConfigError, match=r'extra is missing in the checkpoint'):
+    load_params(tmp_path, saved.params | {'extra': jnp.zeros(1)})
+
+
+def test_restore_checkpoint_of_earlier_version(open_checkpoints, tmp_path):
+  """Settings stored under their earlier names are compared, and read, under the current ones."""
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  earlier = FINGERPRINT | {'accumulation': 2, 'start_from': 'lm', 'use_reference': False, 'template.use_reference': True}
+  checkpointer.save(4, random_state(abstract), {'step': 4}, earlier, {})
+  checkpointer.wait()
+  current = FINGERPRINT | {'gradient_accumulation_steps': 2, 'start_from': 'pretrain_lm', 'template.use_reference': False}
+  assert checkpointer.restore(abstract, current)[1] == {'step': 4}
+  assert load_settings(tmp_path) == current | {'checkpoint_layout': 2}
+  with pytest.raises(ConfigError, match=r'gradient_accumulation_steps was 2, is 3; template.use_reference was False, is True'):
+    checkpointer.restore(abstract, current | {'gradient_accumulation_steps': 3, 'template.use_reference': True})

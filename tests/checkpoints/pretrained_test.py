@@ -15,8 +15,7 @@ import pytest
 from flax import nnx
 
 from polar_jax import sharding
-from polar_jax.checkpoints import checkpointer as checkpoint
-from polar_jax.checkpoints import config_json, exporter, families, tokenizer_files
+from polar_jax.checkpoints import checkpointer, config_json, exporter, families, tokenizer_files
 from polar_jax.checkpoints.formats.storage import CheckpointFileError
 from polar_jax.checkpoints.pretrained import HEADS, OBJECTIVES, abstract_model, open_pretrained
 from polar_jax.config import ConfigError, MeshConfig, ModelConfig, TemplateConfig
@@ -45,7 +44,7 @@ def random_params(model: ModelConfig, head: str, dtype=jnp.bfloat16):
 
 def save_run(folder: pathlib.Path, params, model: ModelConfig, head: str, **settings) -> pathlib.Path:
   fields = {f'model.{name}': value for name, value in dataclasses.asdict(model).items()}
-  checkpoint.save_params(folder, params, {'objective': OBJECTIVES[head], **fields, **settings})
+  checkpointer.save_params(folder, params, {'objective': OBJECTIVES[head], **fields, **settings})
   return folder
 
 
@@ -163,7 +162,7 @@ def test_a_llama2c_file(tmp_path):
   wanted = dataclasses.replace(LLAMA, tie_embeddings=True, rope_theta=10_000.0, max_position=16)
   assert (opened.kind, opened.head, opened.compute_like(LLAMA)) == ('llama2c', 'lm', wanted)
   equal(opened.params(mesh_of())['decoder']['embedding'], embedding)
-  with pytest.raises(ConfigError, match=r'stories.bin: no tokenizer beside it; looked for tok261.bin and tokenizer.bin'):
+  with pytest.raises(ConfigError, match=r'stories.bin: no tokenizer next to it; copy tok261.bin or tokenizer.bin there'):
     opened.tokenizer()
   pieces = ['<unk>', '\n<s>\n', '\n</s>\n', *(f'<0x{b:02X}>' for b in range(256)), ' a', 'b']
   records = b''.join(struct.pack('<fi', -i, len(p.encode())) + p.encode() for i, p in enumerate(pieces))
@@ -188,7 +187,7 @@ def test_tokenizers_of_runs_without_files(tmp_path):
   byte = save_run(tmp_path / 'byte', params, MODEL, 'reward', tokenizer='byte')
   assert isinstance(open_pretrained(byte).tokenizer(), ByteTokenizer)
   lost = save_run(tmp_path / 'lost', params, MODEL, 'reward', tokenizer='0123456789abcdef')
-  with pytest.raises(ConfigError, match=r'lost: holds no tokenizer files; set tokenizer.kind and tokenizer.path'):
+  with pytest.raises(ConfigError, match=r'lost: has no tokenizer files; set tokenizer.kind and tokenizer.path'):
     open_pretrained(lost).tokenizer()
 
 
@@ -224,13 +223,13 @@ def test_how_a_model_is_computed_is_the_configs(tmp_path):
 
 def test_what_is_no_checkpoint(tmp_path):
   (tmp_path / 'notes.txt').touch()
-  with pytest.raises(ConfigError, match=r'neither a run of polar_jax \(a folder with checkpoints/\) nor .*; it holds: notes.txt$'):
+  with pytest.raises(ConfigError, match=r'neither a run of polar_jax \(a folder with checkpoints/\) nor .*; it contains: notes.txt$'):
     open_pretrained(tmp_path)
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(ConfigError, match='no checkpoint to start from in'):
     open_pretrained(tmp_path)
   (tmp_path / 'm.safetensors').touch()
-  with pytest.raises(ConfigError, match=r'm.safetensors: a file must be a .gguf or a llama2.c .bin; of a Hugging Face .* the folder'):
+  with pytest.raises(ConfigError, match=r'm.safetensors: a file must be a .gguf or a llama2.c .bin; for a Hugging Face .* the folder'):
     open_pretrained(tmp_path / 'm.safetensors')
   (tmp_path / 'pytorch_model.bin').write_bytes(b'PK\x03\x04' + bytes(100))
   with pytest.raises(CheckpointFileError, match=r'pytorch_model.bin: is no llama2.c file'):

@@ -439,7 +439,7 @@ ODD = {
   'two_labels': (edit_config(id2label={'0': 'a', '1': 'b'}), r'config.json: id2label is .*one label'),
   'no_config': (
     lambda source: (source.path / 'config.json').unlink(),
-    r'source: neither a run .* nor a Hugging Face folder \(config.json\); it holds: chat',
+    r'source: neither a run .* nor a Hugging Face folder \(config.json\); it contains: chat',
   ),
   'no_json': (lambda source: (source.path / 'config.json').write_text('{"a": '), r'config.json: not JSON'),
   'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must hold a JSON object'),

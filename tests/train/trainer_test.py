@@ -55,7 +55,7 @@ def parameters(folder, like):
   """What `folder` last saved, as numpy, laid out as the model of the context `like`."""
   model = like.model_config()
   functions = loop.step_lib.build(RANKING, model, loop.make_optimizer(like.config.pretrain, STEPS), like.mesh)
-  return jax.device_get(load_params(folder, functions.abstract.params, RANKING.name))
+  return jax.device_get(load_params(folder, functions.abstract.params))
 
 
 def assert_same_tree(a, b):
@@ -223,7 +223,7 @@ def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
   stages.pretrain(at_rest(make_context, tmp_path, log, start_from='pretrain_lm'))
   assert log == [f'pretrain: starts from the parameters in {tmp_path / stages.LM}']
   model = loop.step_lib.build(NEXT_TOKEN, context.model_config(), loop.make_optimizer(context.config.pretrain_lm, 2), context.mesh)
-  language_model = jax.device_get(load_params(tmp_path / stages.LM, model.abstract.params, NEXT_TOKEN.name))
+  language_model = jax.device_get(load_params(tmp_path / stages.LM, model.abstract.params))
   started = parameters(tmp_path / stages.PRETRAIN, context)
   assert_same_tree(started['decoder'], language_model['decoder'])
   assert set(started) == {'decoder', 'v_head'} and not started['v_head'].any()

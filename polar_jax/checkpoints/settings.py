@@ -1,0 +1,45 @@
+"""Settings stored in a checkpoint: translation from earlier versions, and comparison when a run resumes.
+
+A training run stores the fields of its own section without a prefix (`learning_rate`), everything else under its dotted name
+(`model.d_model`, `rft.gamma`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from polar_jax.config import current_name
+
+_STAGE_VALUES = {'lm': 'pretrain_lm'}  # stages that were renamed, as values of the two options below
+_STAGE_OPTIONS = ('start_from', 'rft.policy')
+
+
+def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Return `settings` with the option names and values of earlier versions replaced by the current ones.
+
+  Earlier versions also stored `use_reference` next to `template.use_reference` (both had to be true), and the options of the study,
+  which do not affect a single run.
+  """
+  translated = {}
+  for name, value in settings.items():
+    name = current_name(name) if '.' in name else current_name(f'pretrain.{name}').removeprefix('pretrain.')
+    is_stage = name in _STAGE_OPTIONS or name.endswith('.start_from')
+    translated[name] = _STAGE_VALUES.get(value, value) if is_stage else value
+  if 'use_reference' in translated:
+    own, of_template = translated.pop('use_reference'), translated.get('template.use_reference', True)
+    translated['template.use_reference'] = own and of_template
+  return {name: value for name, value in translated.items() if not name.startswith('study.')}
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+  """Return a description of every setting whose value differs, sorted by name; earlier names are translated first.
+
+  Args:
+    stored: as read back from JSON.
+    current: settings of this run, which may hold tuples.
+  """
+  before, now = translate(stored), translate(json.loads(json.dumps(current)))
+  names = sorted(before.keys() | now.keys())
+  return [f'{name} was {before.get(name)!r}, is {now.get(name)!r}' for name in names if before.get(name) != now.get(name)]
