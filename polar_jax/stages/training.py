@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -23,8 +23,9 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
 from polar_jax.miniature import world as engine
 from polar_jax.runtime import paths
-from polar_jax.train import trainer as loop
+from polar_jax.train import trainer
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.train.validation import PairValidation, text_validation
 from polar_jax.types import Triplet
 
 # Folder names of the runs inside a workdir.
@@ -122,15 +123,17 @@ def pretrain_lm(context: Context, name: str = LM) -> dict[str, Any]:
   windows = pipeline.TextWindows(train_ids, length, config.seed)
   run = text_run(context, name, config.pretrain_lm, windows, pipeline.TextWindows(validation_ids, length, config.seed), config.seed)
   keep_tokenizer(context.tokenizer(), run.home)
-  return loop.train(run)
+  return trainer.train(run).summary
 
 
 def text_run(
   context: Context, name: str, lm: TrainConfig, windows: pipeline.TextWindows, held_out: pipeline.TextWindows | None, seed: int
-) -> loop.Run:
+) -> trainer.Run:
   """A run of next-token prediction on `windows`, in the folder `name` of the workdir."""
   config, data = context.config, context.config.data
-  return loop.Run(
+  plan = trainer.batch_plan(lm, context.mesh)
+  steps = trainer.num_steps(lm, len(windows))
+  return trainer.Run(
     name=name,
     folder=context.workdir / name,
     home=context.home(name),
@@ -141,9 +144,11 @@ def text_run(
     profile=config.profile,
     mesh=context.mesh,
     seed=seed,
-    num_rows=len(windows),
-    batches=lambda plan, steps: (pipeline.text_batches(windows, plan, steps=steps, seed=seed), pipeline.text_rows(plan)),
-    validation=None if held_out is None else lambda plan: _text_validation(held_out, plan, lm.evaluate_examples),
+    num_examples=len(windows),
+    plan=plan,
+    batches=pipeline.text_batches(windows, plan, steps=steps, seed=seed),
+    planned_rows=pipeline.text_rows(plan),
+    validation=None if held_out is None else text_validation(held_out, plan, lm.evaluate_examples),
     start_from=_start_folder(context, lm),
     fingerprint=_fingerprint(context, lm, NEXT_TOKEN.name, {'data.text': data.text, 'seed': seed}),
     threads=data.read_threads,
@@ -194,15 +199,14 @@ def rank(
     tokenised: how training rows become tokens.
   """
   config, data = context.config, context.config.data
+  started = time.perf_counter()
   template = context.template(use_reference)
   tokens = tokenised(rows('train'), template)
   held_out = pipeline.PairTokens(rows('validation'), template)
-
-  def batches(plan: pipeline.BatchPlan, steps: int) -> tuple[grain.MapDataset, int]:
-    pack = pipeline.plan_packing(tokens, plan, data.row_length, steps=steps, seed=config.seed)
-    return pipeline.pair_batches(tokens, plan, pack, steps=steps, seed=config.seed), pack.rows
-
-  run = loop.Run(
+  plan = trainer.batch_plan(train, context.mesh)
+  steps = trainer.num_steps(train, len(tokens))
+  pack = pipeline.plan_packing(tokens, plan, data.row_length, steps=steps, seed=config.seed)
+  run = trainer.Run(
     name=name,
     folder=context.workdir / name,
     home=context.home(name),
@@ -213,9 +217,11 @@ def rank(
     profile=config.profile,
     mesh=context.mesh,
     seed=config.seed,
-    num_rows=len(tokens),
-    batches=batches,
-    validation=lambda plan: pair_validation(held_out, plan, data.row_length, train.evaluate_examples),
+    num_examples=len(tokens),
+    plan=plan,
+    batches=pipeline.pair_batches(tokens, plan, pack, steps=steps, seed=config.seed),
+    planned_rows=pack.rows,
+    validation=PairValidation(held_out, plan, data.row_length, train.evaluate_examples),
     start_from=start or _start_folder(context, train),
     fingerprint=_fingerprint(
       context, train, RANKING.name, {'template.use_reference': template.config.use_reference, 'rows': rows_fingerprint(tokens.source)}
@@ -223,35 +229,10 @@ def rank(
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,
+    started=started,
   )
   keep_tokenizer(template.tokenizer, run.home)
-  return loop.train(run)
-
-
-def pair_validation(tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int | None, most: int) -> grain.MapDataset:
-  """One pass over the first `most` rows in file order."""
-  size = min(len(tokens), most)
-  first = pipeline.PairTokens(_Head(tokens.source, size), tokens.template)
-  order: Any = {'steps': -(-size // plan.size), 'seed': None, 'once': True}
-  return pipeline.pair_batches(first, plan, pipeline.plan_packing(first, plan, row_length, **order), **order)
-
-
-def _text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, most: int):
-  steps = -(-min(len(windows), most) // plan.size)
-  return pipeline.text_batches(windows, plan, steps=steps, seed=None, once=True)
-
-
-class _Head(Sequence[Triplet]):
-  """The first `size` rows of a sequence, read only when asked for."""
-
-  def __init__(self, rows: Sequence[Triplet], size: int):
-    self._rows, self._size = rows, size
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index):
-    return self._rows[index]
+  return trainer.train(run).summary
 
 
 def text_tokens(context: Context) -> tuple[np.ndarray, np.ndarray]:

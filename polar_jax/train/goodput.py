@@ -14,9 +14,10 @@ PARTS = ('start', 'compile', 'data', 'step', 'evaluate', 'save', 'lost')
 class Clock:
   """Adds up seconds by part: `lap` gives all since the last one to a part."""
 
-  def __init__(self) -> None:
+  def __init__(self, started: float | None = None) -> None:
+    """Start the clock now, or at an earlier reading of `time.perf_counter()`."""
     self.seconds = dict.fromkeys(PARTS, 0.0)
-    self._last = time.perf_counter()
+    self._last = time.perf_counter() if started is None else started
 
   def go_on(self, seconds: Mapping[str, float], lost: float) -> None:
     """Adds what earlier starts of the run took, and what of it was lost."""

@@ -9,8 +9,8 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -38,13 +38,39 @@ class NonFiniteError(RuntimeError):
   """The loss or the gradient norm stopped being a number. Nothing was saved since."""
 
 
+def batch_plan(train: TrainConfig, mesh: Mesh) -> pipeline.BatchPlan:
+  """Return how the batches of a run are divided among devices, gradient accumulation and processes."""
+  multiple = sharding.batch_shards(mesh) * train.gradient_accumulation_steps
+  return pipeline.BatchPlan(train.batch_size, multiple, sharding.local_share(mesh))
+
+
+def num_steps(train: TrainConfig, num_examples: int) -> int:
+  """Return the configured number of steps, or that of one epoch of `num_examples`."""
+  return train.steps or max(num_examples // train.batch_size, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run: what, on which data, where to."""
+  """One training run: the model, its data and settings, and the folders it writes to.
+
+  Attributes:
+    folder: of the logs.
+    home: of the checkpoints; the same folder, or one in a bucket.
+    num_examples: triplets or windows of one epoch.
+    plan: `batch_plan` of this run; `batches` and `validation` follow it.
+    batches: the batch of every step.
+    planned_rows: rows of most batches; another number means one more compilation.
+    validation: the batches of one validation pass.
+    start_from: folder of the checkpoint whose parameters a new run starts from.
+    fingerprint: settings that must not change when a run is resumed.
+    threads: that read batches.
+    prefetch: number of batches prepared ahead.
+    started: `time.perf_counter()` at the start of the stage; seconds since then count as `start` in the goodput.
+  """
 
   name: str
-  folder: pathlib.Path  # of what it logs
-  home: pathlib.Path  # of its checkpoints: the same folder, or one in a bucket
+  folder: pathlib.Path
+  home: pathlib.Path
   objective: Objective
   model: ModelConfig
   train: TrainConfig
@@ -52,25 +78,36 @@ class Run:
   profile: ProfileConfig
   mesh: Mesh
   seed: int
-  num_rows: int  # of one epoch
-  batches: Callable[[pipeline.BatchPlan, int], tuple[grain.MapDataset, int]]  # (plan, steps) -> (training batches, rows of most)
-  validation: Callable[[pipeline.BatchPlan], grain.MapDataset] | None  # one pass over the validation rows
-  start_from: pathlib.Path | None  # folder of the run that the parameters start from
-  fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
+  num_examples: int
+  plan: pipeline.BatchPlan
+  batches: grain.MapDataset
+  planned_rows: int
+  validation: Iterable[Any] | None
+  start_from: pathlib.Path | None
+  fingerprint: dict[str, Any]
   threads: int
   prefetch: int
   log: Callable[[str], None]
+  started: float = dataclasses.field(default_factory=time.perf_counter)
 
   @property
   def steps(self) -> int:
-    return self.train.steps or max(self.num_rows // self.train.batch_size, 1)
+    """Number of steps of the whole run."""
+    return len(self.batches)
 
 
-def train(run: Run) -> dict[str, Any]:
-  """Trains to the last step, resuming from the newest checkpoint. Returns the summary written to `summary.json`.
+class TrainedRun(NamedTuple):
+  """The result of a training run."""
+
+  params: dict[str, Any]  # after the last step, sharded over the mesh
+  summary: dict[str, Any]  # content of `summary.json`; empty on all processes but the first
+
+
+def train(run: Run) -> TrainedRun:
+  """Train to the last step, resuming from the newest checkpoint.
 
   Raises:
-    NonFiniteError: naming the step and the rows of its batch that gave a non-finite reward.
+    NonFiniteError: naming the step and the examples of its batch that gave a non-finite reward.
     Preempted: after SIGTERM, once the state is saved.
   """
   distributed.agree(run.name, run.fingerprint)
@@ -81,9 +118,7 @@ def train(run: Run) -> dict[str, Any]:
 class _Trainer:
   def __init__(self, run: Run):
     self.run, config = run, run.train
-    self.clock = Clock()
-    multiple = sharding.batch_shards(run.mesh) * config.gradient_accumulation_steps
-    self.plan = pipeline.BatchPlan(config.batch_size, multiple, sharding.local_share(run.mesh))
+    self.clock = Clock(run.started)
     # All at once: evaluated step by step it would queue behind the running step, and the host would wait for it.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = _functions(run.objective, run.model, config, run.steps, run.mesh, config.gradient_accumulation_steps)
@@ -91,10 +126,9 @@ class _Trainer:
     self.count_flops = flops.language_model_flops if lm else flops.reward_model_flops
     self.best_metric = 'validation_loss' if lm else 'validation_accuracy'
     self.checkpointer = Checkpointer(run.home, run.checkpointing, self.best_metric, best_is_lower=lm)
-    batches, self.planned_rows = run.batches(self.plan, run.steps)
     self.compiled_rows = set[int]()
     self.profiler = Profiler(run.profile, run.folder, run.log)
-    iterator = pipeline.iterate(batches, threads=run.threads, prefetch=run.prefetch)
+    iterator = pipeline.iterate(run.batches, threads=run.threads, prefetch=run.prefetch)
     self.tokens, self.flops, self.step, self.validated, self.validated_step = 0, 0.0, 0, {}, -1
     earlier: dict[str, float] = {}
     if self.checkpointer.latest is None:
@@ -120,7 +154,7 @@ class _Trainer:
     self.run.log(f'{self.run.name}: starts from the parameters in {self.run.start_from}')
     return pretrained.start_params(self.run.start_from, self.run.model, pretrained.HEADS[self.run.objective.name], self.run.mesh)
 
-  def run_to_end(self) -> dict[str, Any]:
+  def run_to_end(self) -> TrainedRun:
     run, started, first = self.run, time.perf_counter(), self.step
     with SigtermFlag() as stop:
       self.clock.lap('start')
@@ -154,20 +188,20 @@ class _Trainer:
       summary = self._summary(time.perf_counter() - started, self.step - first)
       if stop.is_set():  # too late to cut this run short, but the next stage must not start
         raise Preempted(run.name, self.step)
-    return summary
+    return TrainedRun(self.state.params, summary)
 
   def _note_shape(self, rows: int) -> bool:
     """Whether a step with so many rows is the first of this start: then it is compiled. Says so where that was not planned."""
     if rows in self.compiled_rows:
       return False
     self.compiled_rows.add(rows)
-    if rows != self.planned_rows:
-      self.run.log(f'{self.run.name}: step {self.step + 1} needs {rows} rows, planned {self.planned_rows}: one more compilation')
+    if rows != self.run.planned_rows:
+      self.run.log(f'{self.run.name}: step {self.step + 1} needs {rows} rows, planned {self.run.planned_rows}: one more compilation')
     return True
 
   def _host_facts(self, batch: Any) -> dict[str, Any]:
     """What the host knows of a batch without asking the device. On several hosts the FLOPs of this host's share are scaled up."""
-    share = self.plan.share.of / (self.plan.share.high - self.plan.share.low)
+    share = self.run.plan.share.of / (self.run.plan.share.high - self.run.plan.share.low)
     step_flops = 3.0 * self.count_flops(self.run.model, batch) * share
     self.flops += step_flops
     return {'slots': batch.tokens_BT.size * share, 'total_flops': self.flops, 'flops': step_flops}
@@ -187,7 +221,7 @@ class _Trainer:
     self.tokens += tokens
     row |= {
       'learning_rate': float(self.learning_rates[step - 1]),
-      'epoch': step * self.run.train.batch_size / self.run.num_rows,
+      'epoch': step * self.run.train.batch_size / self.run.num_examples,
       'tokens': self.tokens,
       'flops': facts['total_flops'],  # by the rule of MFU
       'pad_fraction': 1 - tokens / facts['slots'],
@@ -213,18 +247,13 @@ class _Trainer:
     where = f'rows {held(~finite)}' if held(~finite) else f'no single row; the batch held rows {held(np.full(len(real), True))}'
     return f'{self.run.name}: step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}; non-finite outputs: {where}'
 
-  @functools.cached_property
-  def _validation(self) -> grain.MapDataset:
-    assert self.run.validation is not None
-    return self.run.validation(self.plan)
-
   def _maybe_validate(self) -> None:
     every = self.run.train.evaluate_every
     due = self.step == self.run.steps or (every is not None and self.step % every == 0)
     if not due or self.run.validation is None:
       return
     self._finish_pending()
-    means = evaluate(self.functions, self.state.params, self._validation, self.run.mesh)
+    means = evaluate(self.functions, self.state.params, self.run.validation, self.run.mesh)
     self.validated, self.validated_step = {f'validation_{name}': value for name, value in means.items()}, self.step
     row = {'stage': self.run.name, 'step': self.step, **self.validated}
     self.metrics.write(row)
@@ -304,7 +333,7 @@ def _init(objective: Objective, model: ModelConfig, mesh: Mesh) -> Callable[...,
   return step_lib.build(objective, model, make_optimizer(OptimizerConfig(), 1), mesh).init
 
 
-def evaluate(functions: step_lib.StepFunctions, params: Any, batches: grain.MapDataset, mesh: Mesh) -> dict[str, float]:
+def evaluate(functions: step_lib.StepFunctions, params: Any, batches: Iterable[Any], mesh: Mesh) -> dict[str, float]:
   """Means of the loss and metrics over one pass. Sums are added in float64 on the host."""
   count, totals = 0.0, dict[str, float]()
   for batch in batches:

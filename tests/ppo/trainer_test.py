@@ -40,6 +40,7 @@ from polar_jax.ppo import trainer as loop
 from polar_jax.ppo.rewards.http import RewardServerError
 from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rewards.sources import RewardError, RewardSum
+from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages import rft as stage
 from polar_jax.stages import rft_setup as opening
 from polar_jax.stages import runner
@@ -283,7 +284,7 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(loop.Progress, 'update', send)
-    with pytest.raises(loop.Preempted, match='stopped by SIGTERM, saved at step 3'):
+    with pytest.raises(Preempted, match='stopped by SIGTERM, saved at step 3'):
       stage.rft(made)
   stage.rft(made)
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')

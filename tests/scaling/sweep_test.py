@@ -23,13 +23,13 @@ from polar_jax.config import (
   SweepConfig,
 )
 from polar_jax.model import flops
+from polar_jax.runtime.preemption import Preempted
 from polar_jax.scaling import fanout, results, sweep
 from polar_jax.scaling import progress as table
 from polar_jax.scaling.sweep import Cell, Job
 from polar_jax.stages import sweep as sweep_stage
 from polar_jax.stages import sweep_worker as worker
 from polar_jax.stages import training as stages
-from polar_jax.train import trainer as loop
 from polar_jax.train.metrics import read_metrics
 from polar_jax.types import UserError
 
@@ -207,7 +207,7 @@ def test_processes_give_the_same_rows(finished, make, tmp_path):
   thread = threading.Thread(target=watch_and_stop)
   thread.start()
   try:
-    with pytest.raises(loop.Preempted, match=r'sweep: stopped by SIGTERM, \d of \d runs done, the others saved'):
+    with pytest.raises(Preempted, match=r'sweep: stopped by SIGTERM, \d of \d runs done, the others saved'):
       sweep_stage.run(context)
   finally:
     sent.set()

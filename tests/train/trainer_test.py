@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from polar_jax import sharding
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
-from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig
+from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
+from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages import training as stages
 from polar_jax.train import trainer as loop
@@ -344,7 +346,7 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
   handler = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
     Interrupt(patch, step=5)
-    with pytest.raises(loop.Preempted, match=r'stopped by SIGTERM, saved at step 6\. The same command resumes'):
+    with pytest.raises(Preempted, match=r'stopped by SIGTERM, saved at step 6\. The same command resumes'):
       stages.pretrain(make_context(tmp_path))
   assert signal.getsignal(signal.SIGTERM) == handler
   assert checkpoints(tmp_path / 'pretrain')[-1] == 6
@@ -363,11 +365,11 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
 
 def test_runs_in_other_threads_hear_sigterm_through_the_main_thread():
   def other() -> tuple[bool, int]:
-    with loop.SigtermFlag() as flag:
+    with SigtermFlag() as flag:
       return flag.is_set(), id(flag)
 
   with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    with loop.SigtermFlag() as flag:
+    with SigtermFlag() as flag:
       assert thread.submit(other).result() == (False, id(flag))
       os.kill(os.getpid(), signal.SIGTERM)
       assert flag.wait(10) and thread.submit(other).result() == (True, id(flag))
@@ -377,7 +379,7 @@ def test_runs_in_other_threads_hear_sigterm_through_the_main_thread():
 def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, monkeypatch):
   with monkeypatch.context() as patch:
     Interrupt(patch, step=2)
-    with pytest.raises(loop.Preempted, match='saved at step 2'):
+    with pytest.raises(Preempted, match='saved at step 2'):
       stages.pretrain(make_context(tmp_path, steps=2))
   forbid_training(monkeypatch)
   assert stages.pretrain(make_context(tmp_path, steps=2))['steps'] == 2
@@ -386,3 +388,31 @@ def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, 
 def test_one_epoch_is_the_default(tmp_path, make_context):
   summary = stages.pretrain(make_context(tmp_path, steps=None, evaluate_every=None))
   assert summary['steps'] == 40 // BATCH
+
+
+@pytest.mark.parametrize(('steps', 'num_examples', 'expected'), [(None, 40, 5), (None, 47, 5), (None, 3, 1), (7, 40, 7)])
+def test_steps_of_an_epoch_of_whole_batches(steps, num_examples, expected):
+  assert loop.num_steps(TrainConfig(steps=steps, batch_size=BATCH), num_examples) == expected
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_batches_are_padded_for_devices_and_accumulation(tmp_path, make_context, devices):
+  context = make_context(tmp_path, devices=devices, gradient_accumulation_steps=3)
+  plan = loop.batch_plan(context.config.pretrain, context.mesh)
+  assert plan == pipeline.BatchPlan(BATCH, 3 * devices, sharding.Share(0, devices, devices))
+
+
+def test_parameters_of_a_finished_run_come_from_its_checkpoint(resumable, finished, make_context, monkeypatch):
+  train, runs = loop.train, []
+  monkeypatch.setattr(loop, 'train', lambda run: runs.append(train(run)) or runs[-1])
+  forbid_training(monkeypatch)
+  assert stages.pretrain(make_context(resumable)) == runs[0].summary == finished.summary
+  assert_same_tree(jax.device_get(runs[0].params), parameters(finished.folder, finished.context))
+
+
+def test_trained_parameters_are_those_that_are_saved(tmp_path, make_context, monkeypatch):
+  train, runs = loop.train, []
+  monkeypatch.setattr(loop, 'train', lambda run: runs.append(train(run)) or runs[-1])
+  context = make_context(tmp_path, steps=2, evaluate_every=None)
+  assert stages.pretrain(context) == runs[0].summary
+  assert_same_tree(jax.device_get(runs[0].params), parameters(tmp_path / 'pretrain', context))
