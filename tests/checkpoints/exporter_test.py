@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
-import transformers
 from flax import nnx
+from optional import torch, transformers
 
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
@@ -30,7 +29,7 @@ from polar_jax.stages import convert
 from polar_jax.stages import training as stages
 from polar_jax.types import UserError
 
-pytestmark = pytest.mark.usefixtures('torch_on_one_thread')
+pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
 
 MODEL = ModelConfig(vocab_size=19, num_layers=2, d_model=24, d_ff=28, num_heads=6, num_kv_heads=2, head_dim=4, tie_embeddings=True)
 QWEN = dataclasses.replace(MODEL, family='qwen2', qkv_bias=True)

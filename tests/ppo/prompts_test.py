@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-import transformers
+from optional import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from polar_jax.config import ConfigError
@@ -131,6 +131,7 @@ def test_open_chat(tmp_path):
   assert open_chat(tmp_path, 'auto').render(TURNS) == 'S<end>' and open_chat(tmp_path, 'none') is None
 
 
+@pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_real_prompts_equal_transformers(data_folder):
   folder = data_folder / 'tokenizers/qwen3'

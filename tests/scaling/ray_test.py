@@ -6,13 +6,13 @@ import threading
 import time
 
 import pytest
+from optional import ray
 
 from polar_jax.scaling import fanout, sweep
 from polar_jax.stages import sweep as sweep_stage
 from polar_jax.train.metrics import read_metrics
 
-ray = pytest.importorskip('ray')
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.needs('ray'), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import torch
 from flax import nnx
+from optional import torch
 
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
@@ -204,7 +204,11 @@ class Converted(NamedTuple):
   results: dict[str, Any]
 
 
-@pytest.fixture(scope='module', params=CASES)
+def case_param(name: str):
+  return pytest.param(name, marks=pytest.mark.needs('torch')) if 'bin' in CASES[name].layout else name
+
+
+@pytest.fixture(scope='module', params=[case_param(name) for name in CASES])
 def converted(request, make_folder, tmp_path_factory) -> Converted:
   """A folder read into ours and written again."""
   case, root, log = CASES[request.param], tmp_path_factory.mktemp('converted'), []
@@ -319,6 +323,7 @@ def as_torch_rounds(array: np.ndarray) -> np.ndarray:
   return torch.from_numpy(np.array(array, np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(BF16)
 
 
+@pytest.mark.needs('torch')
 def test_bfloat16_is_torchs_bfloat16_whichever_way_it_is_asked_for(make_folder, tmp_path):
   case, mesh = CASES['llama_reward'], 'fsdp2_tensor4'
   source = make_folder(case, tmp_path / 'source')
@@ -340,6 +345,7 @@ def test_bfloat16_is_torchs_bfloat16_whichever_way_it_is_asked_for(make_folder, 
     assert 0 < said['max_difference'] < 0.2 and said['dtypes'] == ['bfloat16']
 
 
+@pytest.mark.needs('torch')
 @pytest.mark.parametrize(('dtype', 'large'), [('float16', 7e4), ('bfloat16', 3.4e38)])
 def test_numbers_that_a_dtype_cannot_hold_are_refused(make_folder, tmp_path, dtype, large, recwarn):
   source = make_folder(CASES['llama_reward'], tmp_path / 'source')
@@ -448,6 +454,7 @@ ODD = {
 }
 
 
+@pytest.mark.needs('torch')
 @pytest.mark.parametrize('odd', ODD)
 def test_odd_folders_are_refused_and_nothing_is_left_behind(make_folder, tmp_path, odd):
   source = make_folder(CASES['llama_reward'], tmp_path / 'source')
@@ -475,6 +482,7 @@ def test_a_bias_of_the_head_must_be_zero(make_folder, tmp_path):
   assert stored_in(tmp_path / 'exported')['score.bias'].tolist() == [0.0]
 
 
+@pytest.mark.needs('torch')
 def test_paths_that_cannot_be_used(tmp_path, make_folder, capsys):
   source = make_folder(CASES['llama_reward'], tmp_path / 'source')
   (tmp_path / 'out').mkdir()
@@ -498,6 +506,7 @@ def small(make_folder, tmp_path) -> Folder:
   return make_folder(CASES['llama_reward'], tmp_path / 'source')
 
 
+@pytest.mark.needs('torch')
 def test_nothing_stays_of_a_conversion_that_stops(small, tmp_path, monkeypatch):
   written = []
 
@@ -519,6 +528,7 @@ def test_nothing_stays_of_a_conversion_that_stops(small, tmp_path, monkeypatch):
     refused(context_of(small.path, tmp_path / 'ours2'), '^$', KeyboardInterrupt)
 
 
+@pytest.mark.needs('torch')
 def test_what_a_killed_conversion_left_is_removed(small, tmp_path):
   for output in ('ours', 'hf'):
     stale = tmp_path / f'{output}.partial'
@@ -544,6 +554,7 @@ def flip(params: dict[str, Any], *path: str) -> dict[str, Any]:
   return copied
 
 
+@pytest.mark.needs('torch')
 @pytest.mark.parametrize('path', [('decoder', 'layers', 'w_up'), ('decoder', 'embedding'), ('v_head',)])
 def test_a_bit_that_changes_on_the_way_into_ours_is_found(small, tmp_path, monkeypatch, path):
   save = checkpoint.save_params
@@ -553,6 +564,7 @@ def test_a_bit_that_changes_on_the_way_into_ours_is_found(small, tmp_path, monke
   )
 
 
+@pytest.mark.needs('torch')
 def test_a_bit_that_changes_on_the_way_to_hugging_face_is_found(small, tmp_path, monkeypatch):
   convert.convert(context_of(small.path, tmp_path / 'ours'))
   write = exporter.write_weights
@@ -571,6 +583,7 @@ def test_a_bit_that_changes_on_the_way_to_hugging_face_is_found(small, tmp_path,
   )
 
 
+@pytest.mark.needs('torch')
 @pytest.mark.parametrize('setting', [{'rope_theta': 501.0}, {'norm_eps': 0.02}])
 def test_a_setting_that_does_not_come_across_is_found(small, tmp_path, monkeypatch, setting):
   """Equal weights are not the same model."""
@@ -585,6 +598,7 @@ def test_a_setting_that_does_not_come_across_is_found(small, tmp_path, monkeypat
   refused(context_of(tmp_path / 'ours', tmp_path / 'out'), r'out: scores differ by .* from those of .*ours; not kept')
 
 
+@pytest.mark.needs('torch')
 def test_a_folder_without_tokenizer_is_converted_and_says_so(small, tmp_path):
   for name in ('tokenizer.json', 'tokenizer_config.json'):
     (small.path / name).unlink()
@@ -595,6 +609,7 @@ def test_a_folder_without_tokenizer_is_converted_and_says_so(small, tmp_path):
   assert stored_in(tmp_path / 'hf').keys() == small.tensors.keys()
 
 
+@pytest.mark.needs('torch')
 def test_the_stage_writes_its_facts_to_the_report(small, tmp_path, capsys):
   config = context_of(small.path, tmp_path / 'ours').config
   assert runner.run(config, tmp_path / 'workdir') == 0

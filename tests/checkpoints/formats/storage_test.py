@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import safetensors.torch
-import torch
+from optional import torch
 
 from polar_jax.checkpoints.formats.storage import CheckpointFileError, SafetensorsWriter, halves_from_pairs, open_folder
 from polar_jax.types import UserError
@@ -63,7 +62,10 @@ def test_reads_what_the_library_wrote(tmp_path):
     assert_same(source.read(name), array)
 
 
+@pytest.mark.needs('torch')
 def test_reads_what_torch_wrote_in_bfloat16(tmp_path):
+  import safetensors.torch
+
   tensor = torch.randn(7, 5).to(torch.bfloat16)
   safetensors.torch.save_file({'w': tensor}, tmp_path / 'model.safetensors')
   assert_same(open_folder(tmp_path).read('w'), tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
@@ -255,7 +257,10 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path):
     assert_same(safetensors.numpy.load_file(tmp_path / file)[name], tensors[name])
 
 
+@pytest.mark.needs('torch')
 def test_alignment_that_torch_needs(tmp_path):
+  import safetensors.torch
+
   tensors = {'odd': np.ones(3, ml_dtypes.bfloat16), 'v': np.arange(4, dtype=np.float32)}
   write(tmp_path, tensors, 10**6)
   text = (tmp_path / 'model.safetensors').read_bytes()

@@ -11,10 +11,12 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
+from optional import torch
 
 from polar_jax.checkpoints.formats import torch_files
 from polar_jax.checkpoints.formats.storage import CheckpointFileError, open_folder
+
+pytestmark = pytest.mark.needs('torch')
 
 SHARED = torch.arange(12.0)
 STATE = {

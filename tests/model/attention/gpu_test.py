@@ -33,15 +33,7 @@ def _gpus() -> list[jax.Device]:
     return []
 
 
-def _has_tokamax() -> bool:
-  try:
-    import tokamax  # noqa: F401
-  except ImportError:
-    return False
-  return True
-
-
-needs_tokamax = pytest.mark.skipif(not _has_tokamax(), reason="needs tokamax: pip install 'polar_jax[kernels]'")
+needs_tokamax = pytest.mark.needs('tokamax')
 needs_gpu = pytest.mark.skipif(not _gpus(), reason='needs an NVIDIA GPU and JAX_PLATFORMS=cuda')
 needs_cpu = pytest.mark.skipif(bool(_gpus()), reason='kernels are interpreted on CPU only')
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -144,7 +143,7 @@ def test_refuses_what_it_cannot_lay_out(make_case):
     attend(q, k, v, start, end, interpret=False)
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed')
+@pytest.mark.needs('libtpu')
 @pytest.mark.parametrize(
   'others',
   [
