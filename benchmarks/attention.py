@@ -1,9 +1,9 @@
-"""One attention layer, forward and with its gradient, with every backend that runs on this device.
+"""One attention layer, forward and with its gradient, for every backend that runs on this device.
 
     python benchmarks/attention.py
 
-Causal rows, and rows packed with triplets that share their prefix: what a backend skips there is time it saves. Every call sees the
-same number of tokens, so longer rows are fewer. Backends run alternately in one process; the last line is a JSON object.
+Measures causal rows, and rows packed with triplets with shared prefixes, where a backend saves time by skipping masked tiles. Every call
+processes the same number of tokens, so longer rows are fewer. Backends take turns in one process. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ KINDS, CALLS = ('causal', 'packed'), ('forward', 'gradient')
 
 
 def draw_triplet(rng: np.random.Generator, length: int, vocabulary: int) -> PairRow:
-  """A triplet of `length` tokens (5 at least): prefix (prompt, reference, prompt) three fifths, candidates, alike long, one each."""
+  """Return a triplet of `length` tokens (at least 5): three fifths are the prefix (prompt, reference, prompt), one fifth each candidate."""
   tail = length // 5
   prefix, chosen, rejected = (rng.integers(10, vocabulary, n) for n in (length - 2 * tail, tail, tail))
-  chosen[0], rejected[0] = 1, 2  # they differ from their first token on, the worst case for sharing
+  chosen[0], rejected[0] = 1, 2  # candidates differ from their first token on, the worst case for sharing
   chosen[-1] = rejected[-1] = 3 if tail > 1 else chosen[-1]
   return pair_row(np.concatenate([prefix, chosen]), np.concatenate([prefix, rejected]))
 
 
 def draw_rows(rows: int, row_length: int, per_row: int, *, vocabulary: int = 1_000, vary: bool = False) -> PairBatch:
-  """Rows of `per_row` triplets each. They fill the row; with `vary` each is up to a fifth shorter, and the row ends in padding."""
+  """Return rows of `per_row` triplets that fill the row, or with `vary` are up to a fifth shorter, so that the row ends in padding."""
   rng = np.random.default_rng(0)
-  most = row_length // per_row
-  lengths = rng.integers(most - most // 5, most + 1, rows * per_row) if vary else [most] * (rows * per_row)
+  longest = row_length // per_row
+  lengths = rng.integers(longest - longest // 5, longest + 1, rows * per_row) if vary else [longest] * (rows * per_row)
   triplets = [draw_triplet(rng, int(n), vocabulary) for n in lengths]
   packed = np.arange(len(triplets)).reshape(rows, per_row).tolist()
   return pair_batch(triplets, range(len(triplets)), packed, row_length, per_row)
 
 
 def intervals(kind: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """(start_BT, end_BT) of the keys that each query sees."""
+  """Return (start_BT, end_BT), the interval of keys that each query attends to."""
   if kind == 'packed':
     batch = draw_rows(rows, length, PER_ROW, vary=True)
     return batch.start_BT, batch.end_BT
@@ -62,7 +62,7 @@ def intervals(kind: str, rows: int, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def functions(backend: str) -> dict[str, Callable[..., Any]]:
-  """By call. The gradient call gives the output too, and drops the log of the sum, as the model does."""
+  """Return the jitted functions by call. The gradient call also returns the output, and drops the log-sum-exp, as the model does."""
   run = lambda q, k, v, start, end: attention.BACKENDS[backend](q, k, v, start, end)[0]
 
   def gradient(q, k, v, start, end, d_out):
@@ -73,7 +73,7 @@ def functions(backend: str) -> dict[str, Callable[..., Any]]:
 
 
 def check(backends: dict[str, dict[str, Callable[..., Any]]], arrays: tuple[jax.Array, ...]) -> None:
-  """All backends agree with the reference where that runs: output and gradients."""
+  """Assert that the output and gradients of every backend agree with the reference, if that runs."""
   if 'reference' not in backends:
     return
   tolerance = 1e-4 if arrays[0].dtype == jnp.float32 else 5e-2
@@ -82,11 +82,11 @@ def check(backends: dict[str, dict[str, Callable[..., Any]]], arrays: tuple[jax.
     for got, want in zip(calls['gradient'](*arrays), expected, strict=True):
       difference = float(jnp.max(jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))))
       scale = float(jnp.max(jnp.abs(want)))
-      assert difference <= tolerance * max(scale, 1.0), f'{name} is off the reference by {difference:.1e} of {scale:.1e}'
+      assert difference <= tolerance * max(scale, 1.0), f'{name} differs from the reference by {difference:.1e}, at a scale of {scale:.1e}'
 
 
 def draw_arrays(kind: str, length: int, args: argparse.Namespace) -> tuple[tuple[jax.Array, ...], float]:
-  """(q, k, v, start, end, gradient of the output; query-key pairs that are seen)."""
+  """Return ((q, k, v, start, end, gradient of the output), number of query-key pairs that are attended to)."""
   rows = max(args.tokens // length, 1)
   start, end = intervals(kind, rows, length)
   keys = jax.random.split(jax.random.key(0), 4)
@@ -96,7 +96,7 @@ def draw_arrays(kind: str, length: int, args: argparse.Namespace) -> tuple[tuple
 
 
 def measure(length: int, names: list[str], args: argparse.Namespace) -> dict[tuple[str, str, str], dict[str, Any]]:
-  """By (rows, backend, call): seconds of every round, the speedup over the reference, and GFLOP/s over the pairs that are seen."""
+  """Return, by (kind of rows, backend, call): seconds per round, speed-up over the reference, and GFLOP/s of the pairs attended to."""
   backends = {name: functions(name) for name in names}
   drawn = {kind: draw_arrays(kind, length, args) for kind in KINDS}
   for arrays, _ in drawn.values():
@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
   on_cpu = jax.default_backend() == 'cpu'
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--head_dim', type=int, choices=(64, 128), default=64)
-  parser.add_argument('--tokens', type=int, default=4_096 if on_cpu else 16_384, help='tokens of a call')
+  parser.add_argument('--tokens', type=int, default=4_096 if on_cpu else 16_384, help='tokens per call')
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   args.dtype = jnp.dtype('float32' if on_cpu else 'bfloat16')
@@ -134,19 +134,20 @@ def main() -> None:
   auto = attention.choose('auto')
   names = ['reference', 'chunked', *({auto} - {'chunked'})]
   device = jax.devices()[0].device_kind
-  print(f'{device}, {len(os.sched_getaffinity(0))} CPU cores, {args.dtype}, {HEADS} heads, {KV_HEADS} key heads of {args.head_dim}')
+  heads = f'{HEADS} heads, {KV_HEADS} key/value heads of dimension {args.head_dim}'
+  print(f'{device}, {len(os.sched_getaffinity(0))} CPU cores, {args.dtype}, {heads}')
   rows, results = [], {}
   for length in args.lengths:
-    able = [name for name in names if name != 'reference' or length <= args.longest_reference]
-    for (kind, name, call), figures in measure(length, able, args).items():
-      results[length, kind, name, call] = figures
-      speedup = '' if figures['speedup'] is None else f'{figures["speedup"]:.2f}'
-      rows.append((length, kind, name, call, timing.milliseconds(figures['seconds']), speedup, f'{figures["gflops"]:,.1f}'))
-  print(timing.table(('tokens of a row', 'rows', 'backend', 'call', 'ms: median [range]', 'times faster', 'GFLOP/s'), rows))
+    runnable = [name for name in names if name != 'reference' or length <= args.longest_reference]
+    for (kind, name, call), result in measure(length, runnable, args).items():
+      results[length, kind, name, call] = result
+      speedup = '' if result['speedup'] is None else f'{result["speedup"]:.2f}'
+      rows.append((length, kind, name, call, timing.milliseconds(result['seconds']), speedup, f'{result["gflops"]:,.1f}'))
+  print(timing.table(('tokens of a row', 'rows', 'backend', 'call', 'ms: median [range]', 'speed-up', 'GFLOP/s'), rows))
 
-  def by_length(figure: Callable[[int, str, str], float | None]) -> dict[str, dict[str, float]]:
-    found = {n: {f'{kind} {call}': figure(n, kind, call) for kind in KINDS for call in CALLS} for n in args.lengths}
-    return {str(n): {k: round(v, 2) for k, v in values.items()} for n, values in found.items() if None not in values.values()}
+  def by_length(metric: Callable[[int, str, str], float | None]) -> dict[str, dict[str, float]]:
+    by_call = {n: {f'{kind} {call}': metric(n, kind, call) for kind in KINDS for call in CALLS} for n in args.lengths}
+    return {str(n): {k: round(v, 2) for k, v in values.items()} for n, values in by_call.items() if None not in values.values()}
 
   skipping = lambda n, call: timing.ratio(*(results[n, kind, auto, call]['seconds'] for kind in KINDS))
   timing.report(

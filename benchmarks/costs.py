@@ -1,10 +1,10 @@
-"""Whether cost grows as it should: time with packing, memory with row length, compilation with depth.
+"""Scaling of cost: time with packing, memory with row length, compilation with depth.
 
     python benchmarks/costs.py
 
-Three tables: seconds of a train step per token, for rows that hold 1 to 16 triplets; temporary memory of the compiled gradient per token,
-for rows of 1,024 to 16,384; seconds to compile the train step, for 2 to 32 layers. Each column should be flat: the JSON object of the last
-line holds its largest value over its smallest.
+Three tables: seconds of a training step per token, for rows of 1 to 16 triplets; temporary memory of the compiled gradient per token, for
+rows of 1,024 to 16,384 tokens; seconds to compile the training step, for 2 to 32 layers. Each column should be flat: the JSON object in
+the last line holds its largest value over its smallest.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEPTHS = (2, 4, 8, 16, 32)
 
 
 def spread(values: Any) -> float:
-  """Largest over smallest: 1 is flat."""
+  """Return the largest over the smallest value; 1 means flat."""
   return max(values) / min(values)
 
 
@@ -55,7 +55,7 @@ def build(config: ModelConfig, mesh: Any) -> step.StepFunctions:
 
 
 class Step:
-  """A train step on one batch, again and again."""
+  """A training step that is repeated on one batch."""
 
   def __init__(self, batch: PairBatch, mesh: Any):
     functions = build(MODEL, mesh)
@@ -69,7 +69,7 @@ class Step:
 
 
 def time_per_token(mesh: Any, rounds: int) -> float:
-  """The same triplets, one a row up to all in one."""
+  """Time the same triplets from one per row to all in one row, and return the spread of the medians."""
   steps = {n: Step(draw_rows(TOKENS // (n * TRIPLET), n * TRIPLET, n), mesh) for n in PACKING}
   seconds = timing.alternate(steps, rounds)
   losses = [s.losses[0] for s in steps.values()]
@@ -78,21 +78,20 @@ def time_per_token(mesh: Any, rounds: int) -> float:
     (n, n * TRIPLET, TOKENS // (n * TRIPLET), timing.milliseconds(v), f'{statistics.median(v) / TOKENS * 1e6:.1f}')
     for n, v in seconds.items()
   ]
-  print(
-    timing.table(('triplets in a row', 'tokens of a row', 'rows', 'ms a step: median [range]', 'us a token'), rows), end='\n\n', flush=True
-  )
+  header = ('triplets in a row', 'tokens of a row', 'rows', 'ms per step: median [range]', 'us per token')
+  print(timing.table(header, rows), end='\n\n', flush=True)
   return spread([statistics.median(v) for v in seconds.values()])
 
 
 def abstract_batch(row_length: int, mesh: Any, rows: int = 1) -> PairBatch:
-  """Shapes alone of rows with one triplet."""
+  """Return the shapes of `rows` rows with one triplet each."""
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
   row = array(jnp.int32, rows, row_length)
   return PairBatch(row, row, row, row, array(jnp.int32, rows, 1, 2), array(jnp.float32, rows, 1), array(jnp.int32, rows, 1))
 
 
 def gradient_memory(config: ModelConfig, row_length: int, mesh: Any) -> int:
-  """Bytes that the compiled gradient of one row needs beside parameters, batch and gradients."""
+  """Return the bytes that the compiled gradient of one row needs in addition to parameters, batch and gradients."""
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: RANKING.make_model(config, nnx.Rngs(params=0))))
   loss = lambda params, batch: RANKING.loss_sums(nnx.merge(graphdef, params), batch)[0]
   rows = sharding.batch_shards(mesh)
@@ -101,11 +100,11 @@ def gradient_memory(config: ModelConfig, row_length: int, mesh: Any) -> int:
 
 
 def memory_per_token(mesh: Any) -> tuple[float, float, dict[str, float]]:
-  """(spread of the backend that 'auto' chooses, of the reference over the lengths it is compiled for, bytes a token of the former)."""
+  """Return (spread for the backend that 'auto' chooses, spread for the reference over its lengths, bytes per token of the former)."""
   auto = attention.choose('auto')
-  found: dict[str, dict[int, float]] = {auto: {}, 'reference': {}}
+  by_backend: dict[str, dict[int, float]] = {auto: {}, 'reference': {}}
   rows = []
-  for name, per_token in found.items():
+  for name, per_token in by_backend.items():
     config = dataclasses.replace(MODEL, attention=name, remat='full')
     for length in LENGTHS:
       if name == 'reference' and length > LONGEST_REFERENCE:
@@ -113,12 +112,16 @@ def memory_per_token(mesh: Any) -> tuple[float, float, dict[str, float]]:
       size = gradient_memory(config, length, mesh)
       per_token[length] = size / length
       rows.append((name, f'{length:,}', f'{size / 2**20:,.1f}', f'{per_token[length] / 1024:,.1f}'))
-  print(timing.table(('attention', 'tokens of the row', 'temporary MiB', 'KiB a token'), rows), end='\n\n', flush=True)
-  return spread(found[auto].values()), spread(found['reference'].values()), {str(n): round(v) for n, v in found[auto].items()}
+  print(timing.table(('attention', 'tokens of the row', 'temporary MiB', 'KiB per token'), rows), end='\n\n', flush=True)
+  return (
+    spread(by_backend[auto].values()),
+    spread(by_backend['reference'].values()),
+    {str(n): round(v) for n, v in by_backend[auto].items()},
+  )
 
 
 def compile_once(layers: int, mesh: Any) -> tuple[float, float, tuple[int, int, int]]:
-  """(seconds to trace and lower, seconds to compile, lines of the jaxpr, of the lowered and of the compiled program)."""
+  """Return (seconds to trace and lower, seconds to compile, lines of the jaxpr, the lowered and the compiled program)."""
   jax.clear_caches()
   functions = build(dataclasses.replace(MODEL, num_layers=layers), mesh)
   batch = abstract_batch(512, mesh, sharding.batch_shards(mesh))
@@ -133,31 +136,31 @@ def compile_once(layers: int, mesh: Any) -> tuple[float, float, tuple[int, int, 
 
 
 def compile_seconds(mesh: Any, rounds: int) -> tuple[float, float, float]:
-  """(spread of the seconds, spread of the compiled program's lines, of the lowered program's lines)."""
-  found = {layers: [] for layers in DEPTHS}
+  """Return the spread over depths of (seconds, lines of the compiled program, lines of the lowered program)."""
+  by_depth = {layers: [] for layers in DEPTHS}
   for _ in range(rounds):
-    for layers, results in found.items():
+    for layers, results in by_depth.items():
       results.append(compile_once(layers, mesh))
   rows, totals = [], {}
-  for layers, results in found.items():
+  for layers, results in by_depth.items():
     lowering, compiling = ([r[i] for r in results] for i in range(2))
     totals[layers] = statistics.median(np.add(lowering, compiling).tolist())
     sizes = [f'{n:,}' for n in results[0][2]]
     rows.append((layers, f'{statistics.median(lowering):.2f}', f'{statistics.median(compiling):.2f}', f'{totals[layers]:.2f}', *sizes))
   print(timing.table(('layers', 's lowering', 's compiling', 's both', 'jaxpr lines', 'StableHLO lines', 'HLO lines'), rows))
-  lowered_lines, compiled_lines = ([results[0][2][i] for results in found.values()] for i in (1, 2))
+  lowered_lines, compiled_lines = ([results[0][2][i] for results in by_depth.values()] for i in (1, 2))
   return spread(totals.values()), spread(compiled_lines), spread(lowered_lines)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--rounds', type=int, default=7, help='of the train steps')
-  parser.add_argument('--compilations', type=int, default=3, help='of each depth')
+  parser.add_argument('--rounds', type=int, default=7, help='rounds of training steps')
+  parser.add_argument('--compilations', type=int, default=3, help='compilations per depth')
   args = parser.parse_args()
   jax.config.update('jax_enable_compilation_cache', False)
   device = jax.devices()[0].device_kind
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  print(f'{device}, {len(os.sched_getaffinity(0))} CPU cores, {MODEL.compute_dtype}, {MODEL.num_layers} layers of {MODEL.d_model}\n')
+  print(f'{device}, {len(os.sched_getaffinity(0))} CPU cores, {MODEL.compute_dtype}, {MODEL.num_layers} layers of width {MODEL.d_model}\n')
   with jax.set_mesh(mesh):
     time_spread = time_per_token(mesh, args.rounds)
     memory_spread, reference_spread, bytes_per_token = memory_per_token(mesh)

@@ -1,12 +1,12 @@
-"""Host memory that importing a checkpoint takes beyond the arrays it fills, shown on a generated one of real shapes.
+"""Host memory that importing a checkpoint takes in addition to its parameters, for a generated checkpoint of real shapes.
 
     python benchmarks/import_memory.py
     python benchmarks/import_memory.py --preset=qwen2_5_7b --folder=/big/disk
 
-Writes the checkpoint (random weights, bfloat16, safetensors of at most 2 GB; with torch installed also as pytorch_model.bin) and
-imports it in fresh processes: onto one device as stored, cast to float32, onto eight fake devices. What counts is the peak of
-the resident memory, pages of mapped files included, less what the process had before and less the parameters themselves. The
-limit is 1.3 times the largest stored tensor plus 1 GiB. The last line is a JSON object.
+Writes the checkpoint (random weights, bfloat16, safetensors files of at most 2 GB; also as pytorch_model.bin if torch is installed) and
+imports it in fresh processes: onto one device as stored, cast to float32, and onto eight simulated devices. Measures the peak resident
+memory, including pages of mapped files, minus that before the import and minus the parameters. The limit is 1.3 times the largest stored
+tensor plus 1 GiB. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GIB = 2**30
 
 
 def generate(model: ModelConfig, folder: pathlib.Path) -> int:
-  """Writes a reward model as Hugging Face would hold it. Returns the bytes of the largest tensor."""
+  """Write a reward model as a Hugging Face folder, and return the bytes of the largest tensor."""
   folder.mkdir(parents=True)
   (folder / 'config.json').write_text(json.dumps(config_json.to_json(model, 'reward', dtype='bfloat16', reward_token_id=92_527)))
   stored = families.stored_tensors(model, 'reward')
@@ -47,7 +47,7 @@ def generate(model: ModelConfig, folder: pathlib.Path) -> int:
 
 
 def as_torch_files(folder: pathlib.Path, target: pathlib.Path) -> bool:
-  """The same as pytorch_model-*.bin; False without torch."""
+  """Write the same model as pytorch_model-*.bin, and return whether torch is installed to do so."""
   try:
     import torch
     from safetensors.torch import load_file
@@ -62,13 +62,13 @@ def as_torch_files(folder: pathlib.Path, target: pathlib.Path) -> bool:
 
 
 def resident() -> dict[str, int]:
-  """Bytes by name, from the kernel."""
+  """Return the resident memory of this process and its peak (VmRSS, VmHWM), in bytes."""
   lines = pathlib.Path('/proc/self/status').read_text().splitlines()
   return {name: int(line.split()[1]) * 1024 for line in lines for name in ('VmHWM', 'VmRSS') if line.startswith(name)}
 
 
 def measure(folder: str, dtype: str | None) -> None:
-  """Runs in a process of its own: imports, and prints what it took."""
+  """Import `folder` in this process, and print memory and time. Runs in a process of its own."""
   import jax
 
   from polar_jax import sharding
@@ -88,18 +88,19 @@ def measure(folder: str, dtype: str | None) -> None:
 
 
 def run(folder: pathlib.Path, dtype: str | None, devices: int) -> dict[str, Any]:
+  """Run `measure` in a fresh process with `devices` simulated devices, and return what it printed."""
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
   command = [sys.executable, __file__, '--measure', str(folder), '--dtype', dtype or '']
-  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-  if done.returncode:
-    sys.exit(done.stderr)
-  return json.loads(done.stdout.splitlines()[-1])
+  process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  if process.returncode:
+    sys.exit(process.stderr)
+  return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--preset', default='polar_1_8b', choices=sorted(presets.PRESETS))
-  parser.add_argument('--folder', help='where to write the checkpoint; default: a temporary folder')
+  parser.add_argument('--folder', help='where to write the checkpoint (default: a temporary folder)')
   parser.add_argument('--measure', help=argparse.SUPPRESS)
   parser.add_argument('--dtype', default='', help=argparse.SUPPRESS)
   args = parser.parse_args()
@@ -119,7 +120,7 @@ def main() -> None:
     results = {name: run(folder, dtype, devices) for name, folder, dtype, devices in cases}
   gib = lambda size: f'{size / _GIB:.2f}'
   rows = [(name, gib(r['parameters']), gib(r['beyond']), f'{r["seconds"]:.1f}') for name, r in results.items()]
-  print(timing.table(('import', 'parameters, GiB', 'beyond them, GiB', 'seconds'), rows))
+  print(timing.table(('import', 'parameters, GiB', 'additional, GiB', 'seconds'), rows))
   print(f'largest tensor {gib(largest)} GiB; limit {gib(limit)} GiB')
   timing.report(
     preset=args.preset,

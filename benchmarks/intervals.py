@@ -1,10 +1,10 @@
-"""How often the 95% interval of an exponent holds the true one, by the way it is made and the number of runs.
+"""Coverage of 95% intervals of a scaling exponent, by method and number of runs.
 
     python benchmarks/intervals.py
 
-Losses on a known power law with noise: normal, or normal of which a tenth has eight times the deviation. Beside the interval of
-`polar_jax.scaling.fit` stand percentiles of a bootstrap of the rows, and of one of the residuals of the least-squares line. The last line
-is a JSON object. Two and a half minutes.
+Losses follow a known power law with noise: normal, or normal with eight times the deviation for a tenth of the runs. Compares the
+interval of `polar_jax.scaling.fit` with the percentiles of a bootstrap of the runs, and of one of the residuals of the least-squares
+line. Takes two and a half minutes. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESAMPLES = 1_000
 
 
 def percentiles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> dict[str, tuple[float, float]]:
-  """Intervals of the slope of `y` over `x` that most people would draw."""
+  """Return the usual percentile intervals of the slope of `y` over `x`."""
   slope, level = np.polyfit(x, y, 1)
   line = level + slope * x
   which = rng.integers(len(x), size=(RESAMPLES, len(x)))
@@ -31,8 +31,8 @@ def percentiles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> dict[
   drawn = {'rows': (x[which], y[which]), 'residuals': (np.broadcast_to(x, which.shape), line + (y - line)[which])}
   out = {}
   for name, (xs, ys) in drawn.items():
-    centred = xs - xs.mean(axis=1, keepdims=True)
-    slopes = (centred * ys).sum(axis=1) / (centred**2).sum(axis=1)
+    centered = xs - xs.mean(axis=1, keepdims=True)
+    slopes = (centered * ys).sum(axis=1) / (centered**2).sum(axis=1)
     low, high = np.quantile(slopes, [0.025, 0.975])
     out[f'percentiles of {name}'] = (float(low), float(high))
   return out
@@ -42,23 +42,23 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--trials', type=int, default=400)
   trials = parser.parse_args().trials
-  rows, figures = [], dict[str, Any]()
+  rows, coverage = [], dict[str, Any]()
   for outliers in (False, True):
     for n in RUNS:
-      held: dict[str, int] = {}
+      covered: dict[str, int] = {}
       for trial in range(trials):
         rng = np.random.default_rng([outliers, n, trial])
         x = np.geomspace(5e7, 1e9, n)
         noise = rng.normal(0, NOISE, n) * (np.where(rng.random(n) < 0.1, 8, 1) if outliers else 1)
         loss = BETA * x**ALPHA * np.exp(noise)
-        found = fit.fit_power_law(x, loss, seed=trial)
-        for name, (low, high) in {'fit': (found.low, found.high), **percentiles(np.log(x), np.log(loss), rng)}.items():
-          held[name] = held.get(name, 0) + (low <= ALPHA <= high)
+        law = fit.fit_power_law(x, loss, seed=trial)
+        for name, (low, high) in {'fit': (law.low, law.high), **percentiles(np.log(x), np.log(loss), rng)}.items():
+          covered[name] = covered.get(name, 0) + (low <= ALPHA <= high)
       kind = 'a tenth outliers' if outliers else 'normal'
-      rows.append((kind, str(n), *(f'{100 * count / trials:.1f}' for count in held.values())))
-      figures |= {f'{kind} {n} {name}': count / trials for name, count in held.items()}
+      rows.append((kind, str(n), *(f'{100 * count / trials:.1f}' for count in covered.values())))
+      coverage |= {f'{kind} {n} {name}': count / trials for name, count in covered.items()}
   print(timing.table(('noise', 'runs', 'fit, %', 'percentiles of rows, %', 'percentiles of residuals, %'), rows))
-  timing.report(**{name.replace(' ', '_'): value for name, value in figures.items()})
+  timing.report(**{name.replace(' ', '_'): value for name, value in coverage.items()})
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""Model FLOP utilisation of one train step of the reward model, on every device of this process.
+"""Model FLOP utilization of one training step of the reward model, on all devices of this process.
 
-    python benchmarks/mfu.py                       # POLAR-1.8B in bfloat16; on a CPU a miniature in float32
+    python benchmarks/mfu.py                       # POLAR-1.8B in bfloat16; on a CPU, a miniature in float32
     python benchmarks/mfu.py --preset=polar_7b --rows=2 --remat=full --profile=profile
 
-Rows are packed with triplets until they are full. Counted twice: by the rule of `polar_jax.model.flops`, and as the FLOPs of two full
-causal sequences a pair, which a trainer without shared rows would have had to do in the same time. A rematerialisation policy that does not
-fit into memory is a line of the table. The last line is a JSON object.
+Rows are packed full of triplets. FLOPs are counted twice: by the rule of `polar_jax.model.flops`, and as two full causal sequences per
+pair, which is the work that a trainer without shared prefixes would have done in the same time. A rematerialization policy that does not
+fit into memory is reported in the table. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROFILED_STEPS = 3
 
 
 def measure(config: ModelConfig, batch: PairBatch, mesh: Any, rounds: int, profile: str | None) -> dict[str, Any]:
-  """Seconds of every round, GiB that the compiled step asks for on a device, and GiB that a device really had in use at most."""
+  """Return the seconds of every round, the GiB per device that the compiled step requests, and the peak GiB that a device had in use."""
   functions = step.build(RANKING, config, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5)), mesh)
   on_device = sharding.put_local(batch, mesh)
   compiled = functions.train.lower(functions.abstract, on_device).compile()
@@ -60,8 +60,8 @@ def measure(config: ModelConfig, batch: PairBatch, mesh: Any, rounds: int, profi
       for _ in range(PROFILED_STEPS):
         run()
   in_use = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
-  asked = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  return {'seconds': seconds, 'compiled_gib': asked / 2**30, 'peak_gib': in_use and in_use / 2**30}
+  requested = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  return {'seconds': seconds, 'compiled_gib': requested / 2**30, 'peak_gib': in_use and in_use / 2**30}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,13 +69,13 @@ def parse_arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--preset', choices=PRESETS, default='mini_small' if on_cpu else 'polar_1_8b')
   parser.add_argument('--row_length', type=int, default=512 if on_cpu else 4_096)
-  parser.add_argument('--rows', type=int, default=devices, help='of a step, over all devices')
-  parser.add_argument('--triplets', type=int, help='of a row; default: one for every 1,024 tokens')
-  # From the one that keeps least: the peak of a device's memory is that of the whole process.
+  parser.add_argument('--rows', type=int, default=devices, help='rows per step, over all devices')
+  parser.add_argument('--triplets', type=int, help='triplets per row (default: one for every 1,024 tokens)')
+  # In order of memory use, because the peak of a device is that of the whole process.
   default = ['none'] if on_cpu else ['full', 'dots_no_batch', 'dots']
   parser.add_argument('--remat', nargs='+', choices=REMAT_POLICIES, default=default)
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--profile', metavar='DIR', help=f'writes a trace of {PROFILED_STEPS} steps there')
+  parser.add_argument('--profile', metavar='DIR', help=f'write a trace of {PROFILED_STEPS} steps to DIR')
   args = parser.parse_args()
   args.triplets = args.triplets or max(args.row_length // 1_024, 1)
   args.dtype = 'float32' if on_cpu else 'bfloat16'
@@ -93,32 +93,32 @@ def main() -> None:
   by_rule, as_two = (3 * count(config, batch) for count in (flops.reward_model_flops, flops.two_sequences_flops))
   tokens = int((batch.end_BT > batch.start_BT).sum())
   print(f'{devices} x {device.device_kind}; {args.preset}, {args.dtype}, attention {attention.choose("auto")}')
-  print(f'{args.rows} rows of {args.row_length:,} tokens with {args.triplets} triplets each: {tokens:,} tokens a step')
+  print(f'{args.rows} rows of {args.row_length:,} tokens with {args.triplets} triplets each: {tokens:,} tokens per step')
   print(f'peak {peak / 1e12:,.3g} TFLOP/s: {source}\nrule: {flops.MFU_RULE}')
-  rows, figures = [], {}
+  rows, by_policy = [], {}
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     for remat in args.remat:
       try:
-        found = measure(dataclasses.replace(config, remat=remat), batch, mesh, args.rounds, args.profile)
+        measured = measure(dataclasses.replace(config, remat=remat), batch, mesh, args.rounds, args.profile)
       except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
           raise
         rows.append((remat, 'out of memory', *[''] * 6))
-        figures[remat] = None
+        by_policy[remat] = None
         continue
-      seconds = statistics.median(found['seconds'])
+      seconds = statistics.median(measured['seconds'])
       results = {'mfu': by_rule / seconds / peak, 'mfu_as_two_sequences': as_two / seconds / peak, 'tokens_per_second': tokens / seconds}
-      results |= {'seconds': seconds, 'compiled_gib': found['compiled_gib'], 'peak_gib': found['peak_gib']}
-      figures[remat] = {k: v and float(f'{v:.4g}') for k, v in results.items()}
+      results |= {'seconds': seconds, 'compiled_gib': measured['compiled_gib'], 'peak_gib': measured['peak_gib']}
+      by_policy[remat] = {k: v and float(f'{v:.4g}') for k, v in results.items()}
       mfus = [f'{100 * results[k]:.1f}' for k in ('mfu', 'mfu_as_two_sequences')]
-      used = '' if found['peak_gib'] is None else f'{found["peak_gib"]:.2f}'
+      used = '' if measured['peak_gib'] is None else f'{measured["peak_gib"]:.2f}'
       speed = (f'{tokens / seconds:,.0f}', f'{by_rule / seconds / 1e12:.3g}')
-      rows.append((remat, timing.milliseconds(found['seconds']), *mfus, *speed, f'{found["compiled_gib"]:.2f}', used))
-  header = ('remat', 'ms a step: median [range]', 'MFU, %', 'as two sequences, %', 'tokens/s', 'TFLOP/s', 'GiB compiled', 'GiB peak')
+      rows.append((remat, timing.milliseconds(measured['seconds']), *mfus, *speed, f'{measured["compiled_gib"]:.2f}', used))
+  header = ('remat', 'ms per step: median [range]', 'MFU, %', 'as two sequences, %', 'tokens/s', 'TFLOP/s', 'GiB compiled', 'GiB peak')
   print(timing.table(header, rows))
   timing.report(
-    remat=figures,
+    remat=by_policy,
     flops_saved=1 - by_rule / as_two,
     preset=args.preset,
     row_length=args.row_length,

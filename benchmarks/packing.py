@@ -1,10 +1,10 @@
-"""What padding costs: the share of token slots that hold nothing, by batch, row length, devices and steps of a run.
+"""Cost of padding: the share of empty token positions, by batch size, devices and steps of a run.
 
     python benchmarks/packing.py
     python benchmarks/packing.py --rows=mine.jsonl --tokenizer=tokenizer.model --reward_token_id=92527
 
-Without rows of your own it draws lengths like those of chat models' answers (log-normal, mean near 1,200 tokens, a long tail). The
-last line is a JSON object.
+Without triplets of your own, lengths are drawn to resemble those of chat models' responses (log-normal, mean near 1,200 tokens, a long
+tail). The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MEASURED_STEPS = 40
 
 
 def real_lengths(rows: str, tokenizer: str, reward_token_id: int | None) -> np.ndarray:
-  """Tokens of every triplet of a file, laid out."""
+  """Return the length in tokens of the segment of every triplet in a file."""
   settings = TokenizerConfig(kind='file', path=tokenizer)
   template = Template(TemplateConfig(reward_token_id=reward_token_id), load_tokenizer(settings, pathlib.Path(tokenizer)))
   encoded = pipeline.PairTokens(open_source(pathlib.Path(rows), 'train', 'raise'), template)
@@ -35,11 +35,12 @@ def real_lengths(rows: str, tokenizer: str, reward_token_id: int | None) -> np.n
 
 
 def drawn_lengths() -> np.ndarray:
+  """Return lengths like those of triplets with responses of chat models."""
   return np.clip(np.random.default_rng(0).lognormal(6.85, 0.66, 4_000), 64, 8_600).astype(int)
 
 
 def waste(lengths: np.ndarray, batch: int, shards: int, steps: int) -> tuple[int, float, int]:
-  """(row length, pad fraction, compiled shapes) of a run with the row length that is chosen for it."""
+  """Return (row length, pad fraction, compiled shapes) of a run with the row length that is chosen for it."""
   rng = np.random.default_rng(1)
   drawn = [rng.choice(lengths, batch) for _ in range(MEASURED_STEPS)]
   sampled = max(min(packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // batch), 1)
@@ -55,22 +56,20 @@ def main() -> None:
   parser.add_argument('--reward_token_id', type=int)
   args = parser.parse_args()
   lengths = real_lengths(args.rows, args.tokenizer, args.reward_token_id) if args.rows else drawn_lengths()
-  print(
-    f'{len(lengths):,} triplets, {lengths.mean():,.0f} tokens on average, {lengths.max():,} at most; each alone in a row of the longest'
-  )
-  print(f'would leave {1 - lengths.mean() / lengths.max():.0%} of the slots empty')
-  table, figures = [], {}
+  print(f'{len(lengths):,} triplets, {lengths.mean():,.0f} tokens on average, {lengths.max():,} at most; one per row of the longest')
+  print(f'would leave {1 - lengths.mean() / lengths.max():.0%} of the positions empty')
+  table, pad_fraction = [], {}
   for batch in BATCHES:
     for shards in SHARDS:
       for steps in RUNS:
         row_length, padding, shapes = waste(lengths, batch, shards, steps)
         table.append((f'{batch:,}', shards, f'{steps:,}', f'{row_length:,}', f'{padding:.1%}', shapes))
-        figures[f'{batch} x {shards} x {steps}'] = round(float(padding), 4)
-  print(timing.table(('triplets a step', 'devices', 'steps of the run', 'row length chosen', 'padding', 'compilations'), table))
+        pad_fraction[f'{batch} x {shards} x {steps}'] = round(float(padding), 4)
+  print(timing.table(('triplets per step', 'devices', 'steps of the run', 'chosen row length', 'padding', 'compilations'), table))
   items = np.random.default_rng(2).choice(lengths, 4_096)
   started = time.perf_counter()
   packing.first_fit(items, int(lengths.max()), len(items))
-  timing.report(pad_fraction=figures, pack_4096_seconds=time.perf_counter() - started, mean_tokens=float(lengths.mean()))
+  timing.report(pad_fraction=pad_fraction, pack_4096_seconds=time.perf_counter() - started, mean_tokens=float(lengths.mean()))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""A training step on triplets: one shared row, two rows, torch, and TRL, on the same triplets with the same weights.
+"""A training step on triplets with shared prefixes, without them, in torch and in TRL, with the same triplets and weights.
 
     pip install -e '.[bench]' && python benchmarks/pair_step.py
 
-Prompt, reference and candidates of 256 tokens, a model of 26M parameters, float32, two threads. Everything runs alternately in one
-process; the last line is a JSON object.
+Prompt, reference and candidates of 256 tokens, a model of 26M parameters, float32, two threads. All variants take turns in one process.
+The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 THREADS = 2
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
-if hasattr(os, 'sched_setaffinity'):  # XLA has no other way to be told how many threads to use
+if hasattr(os, 'sched_setaffinity'):  # the only way to limit the number of XLA threads
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
 from polar_jax.runtime.malloc import keep_freed_memory
@@ -41,7 +41,7 @@ from polar_jax.train import losses, step
 from polar_jax.train.objectives import RANKING, Objective
 from polar_jax.types import GroupBatch, PairBatch
 
-PIECE = 256  # tokens of a prompt, a reference, a candidate; a sequence is prompt, reference, prompt, candidate
+PIECE = 256  # tokens of a prompt, a reference and a candidate; a sequence is prompt, reference, prompt, candidate
 MODEL = ModelConfig(
   vocab_size=8_192, num_layers=8, d_model=512, d_ff=1_248, num_heads=8, num_kv_heads=4, head_dim=64, v_head_init='normal', scan_unroll=8
 )
@@ -49,7 +49,7 @@ CANDIDATES = 8
 
 
 def draw(pairs: int, candidates: int) -> np.ndarray:
-  """Token ids (pairs, candidates, 4 * PIECE). Candidates differ from their first token on, the worst case for sharing."""
+  """Return token ids (pairs, candidates, 4 * PIECE). Candidates differ from their first token on, the worst case for sharing."""
   rng = np.random.default_rng(0)
   prefix = rng.integers(100, 8_000, (pairs, 1, 3 * PIECE))
   tails = rng.integers(100, 8_000, (pairs, candidates, PIECE))
@@ -58,13 +58,13 @@ def draw(pairs: int, candidates: int) -> np.ndarray:
 
 
 def shared_rows(ids: np.ndarray) -> PairBatch:
-  """One row for each pair."""
+  """Return one row per pair, with a shared prefix."""
   rows = [pair_row(*pair) for pair in ids]
   return pair_batch(rows, range(len(rows)), [[i] for i in range(len(rows))], max(len(r.tokens) for r in rows), 1)
 
 
 def plain_rows(ids: np.ndarray) -> GroupBatch:
-  """One causal row for each sequence."""
+  """Return one causal row per sequence."""
   rows = ids.reshape(-1, ids.shape[-1])
   position = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
   zeros, last = np.zeros_like(rows), np.full((len(rows), 1), rows.shape[1] - 1, np.int32)
@@ -72,12 +72,13 @@ def plain_rows(ids: np.ndarray) -> GroupBatch:
 
 
 def plain_rewards(model: RewardModel, batch: GroupBatch) -> jax.Array:
-  """Rewards of plain rows: they have one interval, so they pay for one."""
+  """Return the rewards of plain rows, whose queries have a single interval."""
   pairs = PairBatch(*batch[:4], batch.reward_index_BQ[..., None], None, None)
   return model(pairs).reshape(-1)
 
 
 def two_row_loss(model: RewardModel, batch: GroupBatch) -> Any:
+  """Return the ranking loss of pairs whose candidates are in rows of their own, as an objective returns it."""
   rewards_BPC = plain_rewards(model, batch).reshape(-1, 1, 2)
   loss, sums = losses.pair_sums(rewards_BPC, jnp.ones(rewards_BPC.shape[:2]))
   return loss, sums, {'rewards_BPC': rewards_BPC}
@@ -87,7 +88,7 @@ TWO_ROWS = Objective('ranking', RANKING.make_model, two_row_loss, lambda batch: 
 
 
 class Ours:
-  """Our train step on a batch."""
+  """Our training step on a batch."""
 
   def __init__(self, objective: Objective, batch: Any, mesh: Any):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
@@ -102,7 +103,7 @@ class Ours:
 
 
 def group_scoring(rounds: int, params: dict[str, Any], torch_model: Any) -> dict[str, list[float]]:
-  """Seconds of scoring CANDIDATES candidates of one prompt and reference: as one group, as rows, and as rows in torch."""
+  """Return the seconds to score CANDIDATES candidates of one prompt and reference as one group, as rows, and as rows in torch."""
   ids = draw(1, CANDIDATES)
   (part,) = lay_out(list(ids[0]), ids.size, CANDIDATES)
   group = group_batch([part], [0], [[0]], len(part.tokens), CANDIDATES)
@@ -127,7 +128,7 @@ def _wait(result: Any) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--pairs', type=int, default=2, help='triplets of a step')
+  parser.add_argument('--pairs', type=int, default=2, help='triplets per step')
   parser.add_argument('--rounds', type=int, default=7)
   args = parser.parse_args()
   torch_peers.torch.set_num_threads(THREADS)
@@ -145,17 +146,17 @@ def main() -> None:
       'torch': lambda: torch_losses.append(plain.step()),
       'TRL': trl.step,
     }
-    # Several rounds until the process has all the memory that the steps need: a first touch costs more than the work on it.
+    # Several warm-up rounds, until the process has all the memory that the steps need: a page fault costs more than the work on the page.
     seconds = timing.alternate(steps, args.rounds, warm_up=3)
     scoring = group_scoring(args.rounds, ours.params, torch_peers.make_model(MODEL, ours.params))
   parameters = sum(p.size for p in jax.tree.leaves(ours.params))
-  print(f'{parameters / 1e6:.1f}M parameters, {args.pairs} triplets a step, {THREADS} threads, float32')
+  print(f'{parameters / 1e6:.1f}M parameters, {args.pairs} triplets per step, {THREADS} threads, float32')
   print(f'first loss: one row {ours.losses[0]:.6f}, two rows {ours_two.losses[0]:.6f}, torch {torch_losses[0]:.6f}')
   assert max(abs(ours.losses[0] - other) for other in (ours_two.losses[0], torch_losses[0])) < 1e-4
   tokens = {'one row': one.tokens_BT.size} | dict.fromkeys(('two rows', 'torch', 'TRL'), two.tokens_BT.size)
   rows = [(name, f'{tokens[name]:,}', timing.milliseconds(v), f'{timing.ratio(v, seconds["one row"]):.2f}') for name, v in seconds.items()]
   rows += [(f'score {CANDIDATES}: {name}', '', timing.milliseconds(v), '') for name, v in scoring.items()]
-  print(timing.table(('step', 'tokens', 'ms: median [range]', 'times one row'), rows))
+  print(timing.table(('step', 'tokens', 'ms: median [range]', 'relative to one row'), rows))
   timing.report(
     speedup_vs_two_rows=timing.ratio(seconds['two rows'], seconds['one row']),
     ratio_vs_torch=timing.ratio(seconds['torch'], seconds['one row']),

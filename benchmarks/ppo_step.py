@@ -1,10 +1,10 @@
-"""Where the time of a PPO step goes, and whether any step after the first compiles something.
+"""Time of a PPO step by phase, and compilations after the first step.
 
     python benchmarks/ppo_step.py
 
-A policy of 3.3M parameters on bytes, random weights, a reward model of its size, and a critic where advantages are GAE; 16 prompts a
-step, 4 answers to each of at most 64 tokens, every answer scored under a shuffled reference too. The two runs take turns; the last
-line is a JSON object. What is compiled after the first step would be named.
+A byte-level policy of 3.3M parameters with random weights, a reward model of the same size, and a critic if advantages are computed by
+GAE; 16 prompts per step with 4 responses of at most 64 tokens each, every response also scored under a shuffled reference. The two runs
+take turns. Functions that are compiled after the first step are named. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ CONFIG = RftConfig(
   rollout=RolloutConfig(max_prompt=128, max_new=64, max_concurrent=32),
   reward=RewardConfig(rows_per_batch=8, row_length=768),
 )
-# A random policy stops after some 30 tokens: answers differ in length, as they do in earnest.
+# A random policy stops after some 30 tokens, so that responses differ in length, as those of real policies do.
 STOP_IDS = (ByteTokenizer.eos_id, *range(5))
 
 
 class Letters(ByteTokenizer):
-  """A letter for every token. Random bytes are no UTF-8: the signs that replace them would make each answer three times as long."""
+  """Decodes every token to a letter. Random bytes are not UTF-8, and replacement characters would triple the text length."""
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     return ''.join(chr(97 + i % 26) for i in ids)
 
 
 class Steps:
-  """The steps of one run: each phase's seconds, and the functions that were compiled after the first step."""
+  """The steps of one run, with the seconds of each phase and the functions that were compiled after the first step."""
 
   def __init__(self, advantage: str, scorer: Scorer, mesh: jax.sharding.Mesh, folder: pathlib.Path, steps: int):
     config = dataclasses.replace(CONFIG, advantage=advantage, steps=steps)
@@ -97,13 +97,14 @@ class Steps:
     )
     self.trainer, self.rows, self.compiled = Trainer(run), list[dict[str, Any]](), list[str]()
     self.recording = False
-    jax.monitoring.register_event_duration_secs_listener(self._heard)
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-  def _heard(self, event: str, seconds: float, **about: Any) -> None:
+  def _on_event(self, event: str, seconds: float, **about: Any) -> None:
     if self.recording and event == '/jax/core/compile/backend_compile_duration':
       self.compiled.append(str(about.get('fun_name', '?')))
 
   def step(self) -> float:
+    """Run one step and return its seconds."""
     self.recording = bool(self.rows)
     row, _ = self.trainer.one_step()
     self.recording = False
@@ -112,12 +113,12 @@ class Steps:
     return row['step_seconds']
 
   def median(self, key: str) -> float:
-    """Over the steps after the first."""
+    """Return the median of a metric over the steps after the first."""
     return statistics.median(row[key] for row in self.rows[1:])
 
 
 def draw(kind: type[nnx.Module], seed: int) -> Any:
-  """Random parameters."""
+  """Return random parameters of a model."""
   return jax.jit(lambda: nnx.to_pure_dict(nnx.state(kind(MODEL, rngs=nnx.Rngs(params=seed)), nnx.Param)))()
 
 
@@ -134,22 +135,23 @@ def main() -> None:
     for run in runs.values():
       run.trainer.close()
   parameters = sum(p.size for p in jax.tree.leaves(runs['gae'].trainer.actor_state.params))
-  answers = CONFIG.prompts * CONFIG.samples
-  print(f'{parameters / 1e6:.1f}M parameters each, {answers} answers a step, {len(mesh.devices.flat)} x {mesh.devices.flat[0].device_kind}')
-  rows, figures = [], {}
+  responses = CONFIG.prompts_per_step * CONFIG.num_generations
+  devices = f'{len(mesh.devices.flat)} x {mesh.devices.flat[0].device_kind}'
+  print(f'{parameters / 1e6:.1f}M parameters each, {responses} responses per step, {devices}')
+  rows, by_run = [], {}
   for name, run in runs.items():
     share = {p: statistics.median(row[f'seconds_{p}'] / row['step_seconds'] for row in run.rows[1:]) for p in PHASES}
     speed, length = run.median('tokens_per_second'), run.median('length')
     again = len(run.compiled)
     shares = (f'{100 * s:.0f}%' for s in share.values())
     rows.append((name, timing.milliseconds(seconds[name]), *shares, f'{speed:,.0f}', f'{length:.1f}', again))
-    figures[name] = {f'share_{p}': round(s, 3) for p, s in share.items()}
-    figures[name] |= {'seconds': round(statistics.median(seconds[name]), 3), 'tokens_per_second': round(speed, 1), 'compiled_again': again}
-  print(timing.table(('run', 'ms a step: median [range]', *PHASES, 'tokens/s', 'length', 'compiled again'), rows))
+    by_run[name] = {f'share_{p}': round(s, 3) for p, s in share.items()}
+    by_run[name] |= {'seconds': round(statistics.median(seconds[name]), 3), 'tokens_per_second': round(speed, 1), 'compiled_again': again}
+  print(timing.table(('run', 'ms per step: median [range]', *PHASES, 'tokens/s', 'length', 'compiled again'), rows))
   for name, run in runs.items():
     if run.compiled:
       print(f'{name}: compiled after the first step: {", ".join(run.compiled)}')
-  timing.report(**figures, parameters=parameters, answers=answers, rounds=args.rounds)
+  timing.report(**by_run, parameters=parameters, responses=responses, rounds=args.rounds)
 
 
 if __name__ == '__main__':

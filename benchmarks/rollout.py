@@ -1,12 +1,12 @@
-"""Tokens a second of rollouts, beside transformers' generate in static batches and its continuous batching.
+"""Rollout throughput in tokens per second, compared with transformers' generate in static batches and its continuous batching.
 
     pip install -e '.[bench]' && python benchmarks/rollout.py
 
-One Llama of 26M parameters with the same weights in both, float32, two threads, sampling at temperature 1, no stop tokens: every
-answer has a length that is given. Lengths as drawn from a chat model's answers (log-normal, mean near 160 tokens, a long tail), or
-with --responses=FILE those of real responses (a .jsonl.gz with `response`, and a --tokenizer=tokenizer.json); and a fixed length, for
-one batch. Ours and static batches take turns; continuous batching, the slowest, runs once. The last line is a JSON object. Fifty minutes
-with two cores.
+One Llama of 26M parameters with the same weights in both, float32, two threads, sampling at temperature 1, without stop tokens: every
+response has a prescribed length. Lengths resemble those of a chat model's responses (log-normal, mean near 160 tokens, a long tail), or
+with --responses=FILE are those of real responses (a .jsonl.gz with `response`, and --tokenizer=tokenizer.json); one further batch has a
+fixed length. Ours and static batches take turns; continuous batching, the slowest, runs once. Takes fifty minutes on two cores. The last
+line is a JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 THREADS = 2
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('OMP_NUM_THREADS', str(THREADS))
-if hasattr(os, 'sched_setaffinity'):  # XLA has no other way to be told how many threads to use
+if hasattr(os, 'sched_setaffinity'):  # the only way to limit the number of XLA threads
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
 from polar_jax.runtime.malloc import keep_freed_memory
@@ -53,14 +53,14 @@ LONGEST_PROMPT, LONGEST = 128, 512
 
 
 def torch_model(params: dict[str, Any]) -> transformers.LlamaForCausalLM:
-  """Llama with our parameters."""
+  """Return transformers' Llama with our parameters."""
   model = transformers.LlamaForCausalLM(torch_llama.llama_config(MODEL, tie_word_embeddings=False)).float().eval()
   torch_llama.load(model, MODEL, params, {'lm_head.weight': params['lm_head']})
   return model
 
 
 class _Limits(transformers.StoppingCriteria):
-  """Each row ends at its own length."""
+  """Ends each sequence at its own length."""
 
   def __init__(self, width: int, limits: Sequence[int]):
     self._ends = torch.tensor([width + n for n in limits])
@@ -70,9 +70,9 @@ class _Limits(transformers.StoppingCriteria):
 
 
 def static(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]], limits: Sequence[int], batch: int) -> None:
-  """generate, `batch` prompts at a time, padded on the left; a batch ends with its longest answer."""
+  """Run generate on `batch` prompts at a time, padded on the left; a batch ends with its longest response."""
   for low in range(0, len(prompts), batch):
-    rows, most = prompts[low : low + batch], limits[low : low + batch]
+    rows, max_new = prompts[low : low + batch], limits[low : low + batch]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -82,15 +82,15 @@ def static(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]], l
         attention_mask=mask,
         do_sample=True,
         top_k=0,
-        max_new_tokens=max(most),
+        max_new_tokens=max(max_new),
         eos_token_id=None,
         pad_token_id=0,
-        stopping_criteria=transformers.StoppingCriteriaList([_Limits(width, most)]),
+        stopping_criteria=transformers.StoppingCriteriaList([_Limits(width, max_new)]),
       )
 
 
 def continuous(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]], limits: Sequence[int]) -> None:
-  """transformers' continuous batching, every request with its own length."""
+  """Run transformers' continuous batching, every request with its own length."""
   config = transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=max(limits), eos_token_id=-1, pad_token_id=0)
   manager = model.init_continuous_batching(generation_config=config)
   manager.start()
@@ -101,11 +101,11 @@ def continuous(model: transformers.LlamaForCausalLM, prompts: Sequence[list[int]
   finally:
     manager.stop(block=True)
   if sorted(tokens) != sorted(map(int, limits)):
-    raise RuntimeError('continuous batching gave answers of other lengths')
+    raise RuntimeError('continuous batching returned responses of other lengths than requested')
 
 
 def drawn_lengths(count: int, responses: str | None, tokenizer: str | None) -> np.ndarray:
-  """Tokens of `count` answers, at most LONGEST."""
+  """Return the lengths in tokens of `count` responses, at most LONGEST."""
   rng = np.random.default_rng(0)
   if responses is None:
     return np.clip(rng.lognormal(4.9, 0.6, count), 16, LONGEST).astype(int)
@@ -133,7 +133,7 @@ def main() -> None:
   config = RolloutConfig(max_prompt=LONGEST_PROMPT, max_new=LONGEST, max_concurrent=args.slots)
   engine = RolloutEngine(MODEL, mesh, config, ())
   cases = {'real lengths': drawn_lengths(args.prompts, args.responses, args.tokenizer), 'fixed length': np.full(args.slots, 128)}
-  rows, figures = [], dict[str, Any]()
+  rows, results = [], dict[str, Any]()
   for case, limits in cases.items():
     most, asked = [int(n) for n in limits], prompts[: len(limits)]
 
@@ -150,15 +150,15 @@ def main() -> None:
       began = time.perf_counter()
       continuous(theirs, asked, most)
       seconds['continuous'] = [time.perf_counter() - began]
-    except Exception as error:  # it was made for GPUs, and what it needs changes from version to version
-      print(f'continuous batching does not run here: {type(error).__name__}: {str(error)[:200]}', flush=True)
+    except Exception as error:  # it targets GPUs, and its requirements change between versions
+      print(f'continuous batching does not run on this machine: {type(error).__name__}: {str(error)[:200]}', flush=True)
     for name, values in seconds.items():
       speed = sum(most) / statistics.median(values)
       times = timing.ratio(values, seconds['ours'][: len(values)])
       rows.append((case, name, f'{sum(most):,}', f'{max(most)}', f'{speed:,.0f}', f'{times:.2f}'))
-      figures |= {f'{case} {name} tokens_per_second': speed, f'{case} {name} times_ours': times}
-  print(timing.table(('answers', 'engine', 'tokens', 'longest', 'tokens/s', 'times our time'), rows))
-  timing.report(**{name.replace(' ', '_'): value for name, value in figures.items()})
+      results |= {f'{case} {name} tokens_per_second': speed, f'{case} {name} times_ours': times}
+  print(timing.table(('responses', 'engine', 'tokens', 'longest', 'tokens/s', 'time relative to ours'), rows))
+  timing.report(**{name.replace(' ', '_'): value for name, value in results.items()})
 
 
 if __name__ == '__main__':

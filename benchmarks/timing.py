@@ -1,4 +1,4 @@
-"""Timing for benchmarks: what is compared runs alternately, and medians are reported with their spread."""
+"""Timing for benchmarks: the alternatives take turns, and medians are reported with their range."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 
 def alternate(steps: Mapping[str, Callable[[], float | None]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-  """Seconds of every call, round by round, after `warm_up` rounds that do not count.
+  """Run all `steps` in turns, and return the seconds of each by round.
 
-  A step returns its own seconds, or None for the time that its call took (it must wait for its result).
+  Args:
+    steps: functions by name. A step returns its own seconds, or None for the time of its call (it must then wait for its result).
+    rounds: number of rounds that count.
+    warm_up: number of rounds before them that do not.
   """
   seconds: dict[str, list[float]] = {name: [] for name in steps}
   for _ in range(warm_up + rounds):
@@ -24,23 +27,23 @@ def alternate(steps: Mapping[str, Callable[[], float | None]], rounds: int, warm
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-  """How many times faster: the median of the ratios within each round, which a slow spell of the machine changes least."""
+  """Return the median over rounds of the ratio within a round, which is robust to slow periods of the machine."""
   return statistics.median(s / f for s, f in zip(slower, faster, strict=True))
 
 
 def milliseconds(values: Sequence[float]) -> str:
-  """Median and range."""
+  """Format the median and range of seconds as milliseconds."""
   return f'{statistics.median(values) * 1e3:,.1f} [{min(values) * 1e3:,.1f}, {max(values) * 1e3:,.1f}]'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A table in Markdown."""
+  """Format a table in Markdown."""
   cells = [[str(c) for c in row] for row in (header, *rows)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |' for row in cells]
   return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *lines[1:]])
 
 
-def report(**figures: Any) -> None:
-  """The last line of a benchmark: one JSON object."""
-  print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}), flush=True)
+def report(**metrics: Any) -> None:
+  """Print the last line of a benchmark, one JSON object."""
+  print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in metrics.items()}), flush=True)

@@ -12,7 +12,7 @@ from polar_jax.config import ModelConfig
 
 
 def llama_config(config: ModelConfig, **settings: Any) -> LlamaConfig:
-  """Of a Llama of our shape, with torch's sdpa."""
+  """Return the config of a Llama of our shape, with torch's sdpa."""
   return LlamaConfig(
     vocab_size=config.vocab_size,
     hidden_size=config.d_model,
@@ -30,7 +30,7 @@ def llama_config(config: ModelConfig, **settings: Any) -> LlamaConfig:
 
 
 def load(model: torch.nn.Module, config: ModelConfig, params: dict[str, Any], head: dict[str, Any]) -> None:
-  """Our decoder's parameters, and those of `head` under torch's names."""
+  """Load the parameters of our decoder, and those of `head` (by their names in torch), into `model`."""
   decoder, layers = params['decoder'], params['decoder']['layers']
   tensors = {'model.embed_tokens.weight': decoder['embedding'], 'model.norm.weight': decoder['norm'], **head}
   names = {'wq': 'self_attn.q_proj', 'wk': 'self_attn.k_proj', 'wv': 'self_attn.v_proj', 'w_gate': 'mlp.gate_proj', 'w_up': 'mlp.up_proj'}

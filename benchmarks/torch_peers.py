@@ -1,4 +1,4 @@
-"""The same reward model in torch: a plain training loop, and TRL's RewardTrainer. Needs the extra `bench`."""
+"""The same reward model in torch, in a plain training loop and in TRL's RewardTrainer. Needs the extra `bench`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 
 
 def make_model(config: ModelConfig, params: dict[str, Any]) -> LlamaForSequenceClassification:
-  """Llama with our parameters: float32, no dropout, no gradient checkpointing."""
+  """Return a Llama reward model with our parameters: float32, no dropout, no gradient checkpointing."""
   model = LlamaForSequenceClassification(torch_llama.llama_config(config, num_labels=1, pad_token_id=0, use_cache=False)).float()
   torch_llama.load(model, config, params, {'score.weight': params['v_head'][None]})
   return model
 
 
 def scorer(model: LlamaForSequenceClassification, rows: np.ndarray) -> Callable[[], None]:
-  """Scores rows of token ids, all in one batch."""
+  """Return a function that scores sequences of token ids in one batch."""
   tokens = torch.tensor(rows).long()
 
   def score() -> None:
@@ -40,7 +40,7 @@ def scorer(model: LlamaForSequenceClassification, rows: np.ndarray) -> Callable[
 
 
 class PlainLoop:
-  """Forward, backward, clip, AdamW on the two sequences of every pair."""
+  """Forward, backward, clipping and AdamW on the two sequences of every pair."""
 
   def __init__(self, model: LlamaForSequenceClassification, chosen: np.ndarray, rejected: np.ndarray):
     self._model, self._pairs = model, len(chosen)
@@ -48,7 +48,7 @@ class PlainLoop:
     self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
   def step(self) -> float:
-    """One step; returns its loss."""
+    """Run one step and return its loss."""
     rewards = self._model(input_ids=self._tokens).logits[:, 0]
     loss = torch.nn.functional.softplus(rewards[self._pairs :] - rewards[: self._pairs]).mean()
     self._optimizer.zero_grad()
@@ -70,10 +70,10 @@ class _StepTimes(TrainerCallback):
 
 
 class Trl:
-  """TRL's RewardTrainer on the same pairs. It turns on bfloat16 and gradient checkpointing and drops long rows unless told not to."""
+  """TRL's RewardTrainer on the same pairs. By default it uses bfloat16 and gradient checkpointing, and drops long examples."""
 
   def __init__(self, model: LlamaForSequenceClassification, chosen: np.ndarray, rejected: np.ndarray, folder: str):
-    words = Tokenizer(WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<pad>'))  # the rows are token ids already
+    words = Tokenizer(WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<pad>'))  # the examples are token ids already
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>')
     settings = RewardConfig(
       output_dir=folder,
@@ -98,7 +98,7 @@ class Trl:
     self._trainer = RewardTrainer(model, settings, train_dataset=rows, processing_class=tokenizer, callbacks=[self._times])
 
   def step(self) -> float:
-    """Seconds of one step as the trainer takes it, without its start and the fetching of the batch."""
+    """Run one step and return its seconds, without the start of the trainer and the fetching of the batch."""
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       self._trainer.train()
