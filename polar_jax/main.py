@@ -110,8 +110,8 @@ def main(_: Sequence[str]) -> int:
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.
+  from polar_jax import runner
   from polar_jax.runtime import distributed
-  from polar_jax.stages import runner
 
   if config.compile_cache:
     runner.keep_compiled(config.compile_cache)

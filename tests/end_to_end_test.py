@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from polar_jax import sharding
+from polar_jax import runner, sharding
 from polar_jax.config import parse
 from polar_jax.recipes import miniature
-from polar_jax.stages import runner
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 

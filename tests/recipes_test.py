@@ -9,11 +9,11 @@ import pathlib
 
 import pytest
 
+from polar_jax import runner
 from polar_jax.config import parse
 from polar_jax.model import flops
 from polar_jax.recipes import word_problems
 from polar_jax.scaling import sweep
-from polar_jax.stages import runner
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 

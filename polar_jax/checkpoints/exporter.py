@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from polar_jax.checkpoints import config_json
+from polar_jax.checkpoints import config_json, families, tokenizer_files
 from polar_jax.checkpoints.families import Stored
 from polar_jax.checkpoints.formats.storage import SafetensorsWriter
-from polar_jax.config import ModelConfig
+from polar_jax.config import ModelConfig, TemplateConfig
+from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import UserError
 
+SHARD_BYTES = 4 * 2**30  # of a safetensors file
 _REMOTE_CODE = pathlib.Path(__file__).parent / 'remote_code'
 
 
@@ -57,6 +59,73 @@ def _dtype(params: dict[str, Any], s: Stored, dtype: str | None) -> np.dtype:
   """A constant of the architecture, which is no parameter, is stored like the head that it is part of."""
   held = _look_up(params, s.parts[0].path if s.parts else ('v_head',))
   return np.dtype(jnp.dtype(dtype or held.dtype))
+
+
+def write_folder(
+  folder: pathlib.Path,
+  params: dict[str, Any],
+  model: ModelConfig,
+  head: str,
+  *,
+  architecture: str | None = None,
+  template: TemplateConfig = TemplateConfig(),
+  tokenizer: Tokenizer | None = None,
+  assets: pathlib.Path | None = None,
+  dtype: str | None = None,
+  shard_bytes: int = SHARD_BYTES,
+  log: Callable[[str], None] = print,
+) -> None:
+  """Write a model as a Hugging Face folder: weights, config.json, tokenizer.
+
+  Args:
+    folder: created if it does not exist.
+    params: the model's parameters.
+    model: its shape.
+    head: 'reward', 'lm' or 'value'.
+    architecture: name of the transformers class; None: the family's usual one.
+    template: names the reward token, whose id config.json holds.
+    tokenizer: written in the form that transformers reads; None: none.
+    assets: folder of small files that came with an imported model and are copied as they are.
+    dtype: of the tensors; None: that of the parameters, exact to the bit.
+    shard_bytes: most bytes of a safetensors file.
+    log: takes a line if the tokenizer cannot be written.
+  """
+  stored = families.stored_tensors(model, head, architecture)
+  write_weights(params, stored, folder, dtype, shard_bytes)
+  if jax.process_index() == 0:
+    main_dtype = str(params['decoder']['layers']['wq'].dtype)
+    _write_small_files(folder, model, head, template, tokenizer, assets, dtype or main_dtype, log)
+
+
+def _write_small_files(
+  folder: pathlib.Path,
+  model: ModelConfig,
+  head: str,
+  template: TemplateConfig,
+  tokenizer: Tokenizer | None,
+  assets: pathlib.Path | None,
+  dtype: str,
+  log: Callable[[str], None],
+) -> None:
+  """Write tokenizer files and config.json."""
+  special_ids: dict[str, int | None] = {}
+  reward_token_id = template.reward_token_id
+  if assets is not None and assets.is_dir():
+    tokenizer_files.copy_small_files(assets, folder)
+  if tokenizer is not None:
+    try:
+      special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
+      if special_ids['pad_token_id'] is None:  # transformers scores no batch without one; any id will do
+        special_ids['pad_token_id'] = tokenizer.eos_id
+      if reward_token_id is None:
+        reward_token_id = tokenizer.special_id(template.reward_token)
+      added = {} if template.separator_id is None else {template.separator: template.separator_id}
+      tokenizer_files.write_for_transformers(tokenizer, folder, model.family, added)
+    except UserError as error:
+      log(f'the tokenizer is not written for transformers: {error}')
+  if head != 'reward':
+    reward_token_id = None
+  write_config(folder, model, head, dtype=dtype, reward_token_id=reward_token_id, special_ids=special_ids)
 
 
 def write_weights(params: dict[str, Any], stored: list[Stored], folder: pathlib.Path, dtype: str | None, max_bytes: int) -> None:

@@ -11,12 +11,15 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer, config_json, families, importer, tokenizer_files
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
+from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -24,8 +27,6 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.runtime import paths
-
-ASSETS = 'assets'  # folder next to a run's checkpoints: tokenizer files and, for imported models, config.json and similar files
 
 # Heads by the objective stored in a run's checkpoint.
 HEADS = {'ranking': 'reward', 'next_token': 'lm', 'value': 'value'}
@@ -125,7 +126,29 @@ class Pretrained:
 
   def compute_like(self, config: ModelConfig) -> ModelConfig:
     """Return the checkpoint's model with the compute settings of `config`: precision, attention backend, rematerialization."""
-    return dataclasses.replace(self.model, **{name: getattr(config, name) for name in _COMPUTE})
+    return with_compute_of(self.model, config)
+
+  def head_params(self, mesh: Mesh, dtype: str | None, head: str) -> dict[str, Any]:
+    """Return the parameters of a model with `head`, which may be another one than the checkpoint's.
+
+    A reward or value model made of a language model gets a head of zeros. Reward and value heads have the same parameters.
+
+    Raises:
+      UserError: a language model is wanted, and the checkpoint has no vocabulary projection.
+    """
+    if head == self.head or (head != 'lm' and self.head != 'lm'):
+      return self.params(mesh, dtype)
+    if head == 'lm':
+      raise ConfigError(f'{self.path}: is a {self.head} model, which has no vocabulary projection; it cannot be loaded as a language model')
+    v_head = sharding.abstract_params(abstract_model(self.model, head), mesh, dtype)['v_head']
+    params = self.params(mesh, dtype, head=head)
+    kind = jax.tree.leaves(params)[0].dtype if dtype is None else v_head.dtype
+    return params | {'v_head': jax.device_put(jnp.zeros(v_head.shape, kind), v_head.sharding)}
+
+
+def with_compute_of(model: ModelConfig, config: ModelConfig) -> ModelConfig:
+  """Return `model` computed as `config` says: precision, attention backend, rematerialization, initialization."""
+  return dataclasses.replace(model, **{name: getattr(config, name) for name in _COMPUTE})
 
 
 def abstract_model(model: ModelConfig, head: str) -> nnx.Module:
@@ -190,11 +213,11 @@ def _open_run(path: pathlib.Path) -> Pretrained:
   return Pretrained(path, 'run', ModelConfig(**fields), HEADS[settings['objective']], settings=settings)
 
 
-def start_params(path: pathlib.Path, model: ModelConfig, head: str, mesh: Mesh) -> dict[str, Any]:
+def start_params(source: pathlib.Path | Pretrained, model: ModelConfig, head: str, mesh: Mesh) -> dict[str, Any]:
   """Return the float32 parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
 
   Args:
-    path: any checkpoint that `open_pretrained` reads.
+    source: any checkpoint that `open_pretrained` reads, or one that is open already.
     model: the model to train.
     head: the head to train.
     mesh: devices to place the parameters on.
@@ -202,16 +225,16 @@ def start_params(path: pathlib.Path, model: ModelConfig, head: str, mesh: Mesh) 
   Raises:
     ConfigError: the checkpoint has another shape, or computes something else with the same shapes.
   """
-  if not path.exists():
-    raise ConfigError(f'no checkpoint to start from in {path}: run the stage that writes it first, or name another checkpoint')
-  opened = open_pretrained(path)
+  if not isinstance(source, Pretrained) and not source.exists():
+    raise ConfigError(f'no checkpoint to start from in {source}: run the stage that writes it first, or name another checkpoint')
+  opened = source if isinstance(source, Pretrained) else open_pretrained(source)
   with_logits = head == opened.head == 'lm'
   have, want = _output_settings(opened.model, with_logits), _output_settings(model, with_logits)
   different = [
     f'model.{name} is {want.get(name)!r}, the checkpoint has {have.get(name)!r}' for name in have if have[name] != want.get(name)
   ]
   if different:
-    raise ConfigError(f'{path} cannot be started from: {"; ".join(different[:4])}')
+    raise ConfigError(f'{opened.path} cannot be started from: {"; ".join(different[:4])}')
   return opened.params(mesh, 'float32', head=head)
 
 

@@ -8,6 +8,7 @@ prompt of reinforcement fine-tuning is {prompt, reference} with an optional answ
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -238,6 +239,70 @@ def open_source(path: str | pathlib.Path, split: str, on_bad_example: str = 'rai
   """
   found = _locate(path_of(path), split)
   return read_rows(found, on_bad_example) if isinstance(found, pathlib.PurePath) else found
+
+
+def as_triplets(examples: Any, split: str = 'train', on_bad_example: str = 'raise') -> Sequence[Triplet]:
+  """Return ranked examples in any form as Triplets.
+
+  Args:
+    examples: the path of a data set (see `open_source`), a sequence of Triplets, or a sequence of dicts with `prompt`, `reference`,
+      `chosen` and `rejected`, such as a list or a data set of Hugging Face. Dicts are checked now and held in memory.
+    split: of a data set on disk.
+    on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
+
+  Raises:
+    UserError: no such data, a bad example, or no example at all.
+  """
+  return _as_checked(examples, Triplet, _triplet, lambda path: open_source(path, split, on_bad_example), on_bad_example)
+
+
+def as_prompts(prompts: Any, split: str = 'train', on_bad_example: str = 'raise', optional: Sequence[str] = ()) -> Sequence[Prompt]:
+  """Return prompts of reinforcement fine-tuning in any form as Prompts; see `as_triplets`.
+
+  Args:
+    prompts: the path of a data set, or a sequence of Prompts or of dicts with `prompt` and `reference`.
+    split: of a data set on disk.
+    on_bad_example: 'raise', or 'skip' to leave bad prompts out and list them in `.skipped`.
+    optional: fields that may be missing: ('reference',) for rewards that do not read references.
+  """
+
+  def check(example: Any) -> Prompt:
+    if 'reference' in optional and isinstance(example, Mapping) and example.get('reference') is None and 'reward_model' not in example:
+      found = _plain_prompt(parse_row(dict(example), ()) | {'reference': 'none'})
+      return dataclasses.replace(found, reference='')
+    return _prompt(example)
+
+  return _as_checked(prompts, Prompt, check, lambda path: open_prompts(path, split, on_bad_example), on_bad_example)
+
+
+def _as_checked(examples: Any, kind: type, check: Callable[[Any], Any], read: Callable[[Any], Any], on_bad_example: str) -> Any:
+  _check_mode(on_bad_example)
+  if isinstance(examples, (str, pathlib.PurePath)):
+    return read(examples)
+  if not isinstance(examples, Sequence) and not hasattr(examples, '__getitem__'):
+    examples = list(examples)
+  if isinstance(examples, Mapping) or not hasattr(examples, '__len__'):
+    raise SourceError(f'examples must be a path or a sequence of dicts or {kind.__name__}s, not {type(examples).__name__}')
+  if len(examples) and isinstance(examples[0], kind):
+    return examples
+  skipped: list[tuple[int, str]] = []
+  where = pathlib.Path('<examples>')
+  rows = ((i, dict(examples[i]) if isinstance(examples[i], Mapping) else examples[i]) for i in range(len(examples)))
+  return RowFile(where, [example for _, example in _checked(where, rows, check, on_bad_example, skipped)], skipped)
+
+
+def report_skipped(examples: Sequence[Any], path: pathlib.Path, log: Callable[[str], None]) -> Sequence[Any]:
+  """Return `examples`, after reporting which examples of their file were left out as bad."""
+  skipped = getattr(examples, 'skipped', [])
+  if skipped:
+    log(describe_skipped(path, skipped, len(examples)))
+  return examples
+
+
+def describe_skipped(path: pathlib.Path, skipped: Sequence[tuple[int, str]], good: int) -> str:
+  """Return a line that counts and names skipped examples."""
+  named = '; '.join(f'row {number}: {reason}' for number, reason in skipped[:20])
+  return f'{path}: skipped {len(skipped)} bad rows of {good + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})'
 
 
 def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:

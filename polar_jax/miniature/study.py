@@ -19,22 +19,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from polar_jax.checkpoints import pretrained
+from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ModelConfig, RftConfig
-from polar_jax.data import pipeline
+from polar_jax.data import pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.miniature import cleanup, ngram, pool, vocabulary
-from polar_jax.miniature import world as engine
+from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
 from polar_jax.ppo import diagnostics, experience, measure, rows
-from polar_jax.ppo import trainer as loop
+from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
-from polar_jax.runtime.preemption import SigtermFlag
-from polar_jax.stages import training as stages
-from polar_jax.stages.rft_setup import fingerprint, open_reward
-from polar_jax.train.trainer import train as train_model
+from polar_jax.stages import rft as rft_stage
+from polar_jax.stages.context import Context
+from polar_jax.stages.pretrain_lm import language_model_run
+from polar_jax.train import trainer
+from polar_jax.train.trainer import SigtermFlag
 from polar_jax.types import Prompt, Rollouts
 
 START_CORPUS, TARGET_CORPUS = 'docstrings', 'source'
@@ -45,7 +45,7 @@ FIGURES = ('reward', 'target_nll', 'relative_nll', 'kl', 'length', 'distinct_2')
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class Study:
   """What all seeds share.
 
   Attributes:
@@ -54,7 +54,7 @@ class World:
     pieces: object (V,), the text of every token.
   """
 
-  context: stages.Context
+  context: Context
   target: ngram.NgramPolicy
   policies: Sequence[ngram.NgramPolicy]
   pieces: np.ndarray
@@ -67,29 +67,29 @@ class World:
     return self.context.config.rft
 
 
-def run(context: stages.Context) -> dict[str, Any]:
-  """The study, `study.seeds` times. Returns the section `rft` of the report: see `polar_jax.report.rft`."""
-  world = _open(context)
-  p = world.target.params
+def rft(context: Context) -> dict[str, Any]:
+  """Run the study `study.seeds` times. Returns the section `rft` of the report; see `polar_jax.report.rft`."""
+  study = _open(context)
+  p = study.target.params
   context.log(f'rft: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}')
-  by_seed = _all_seeds(world)
+  by_seed = _all_seeds(study)
   comparison = {name: {f: [seed[name][f] for seed in by_seed] for f in FIGURES if f in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
   for figure in ('reward', 'target_nll', 'relative_nll', 'length', 'distinct_2'):
     out |= {f'{figure}_before': comparison['start'][figure], f'{figure}_after': comparison['ppo'][figure]}
-  return out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}
+  return {'rft': out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}}
 
 
-def _all_seeds(world: World) -> list[dict[str, dict[str, float]]]:
+def _all_seeds(study: Study) -> list[dict[str, dict[str, float]]]:
   """Figures by seed. The first runs alone and compiles what all of them share. On one device the others then run two at a time,
   because a small model's operations leave half of it idle; none of them knows of another."""
-  seeds = range(world.context.config.study.seeds)
-  if world.context.mesh.size > 1:  # two threads that start collectives in different orders would wait for each other
-    return [_one_seed(world, seed) for seed in seeds]
-  found = [_one_seed(world, seeds[0])]
+  seeds = range(study.context.config.study.seeds)
+  if study.context.mesh.size > 1:  # two threads that start collectives in different orders would wait for each other
+    return [_one_seed(study, seed) for seed in seeds]
+  found = [_one_seed(study, seeds[0])]
   with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(_SIDE_BY_SIDE) as threads:
     try:
-      return found + list(threads.map(lambda seed: _one_seed(world, seed), seeds[1:]))
+      return found + list(threads.map(lambda seed: _one_seed(study, seed), seeds[1:]))
     except BaseException:
       stop.set()  # the others save and stop too
       raise
@@ -102,95 +102,95 @@ def choose_target(policies: Sequence[ngram.NgramPolicy]) -> ngram.NgramPolicy:
   return min((p for p in known if p.params.order == order), key=lambda p: p.params.temperature)
 
 
-def _open(context: stages.Context) -> World:
-  policies = engine.load_pool(context.workdir)
+def _open(context: Context) -> Study:
+  policies = world.load_pool(context.workdir)
   pieces = vocabulary.Vocabulary(context.data / 'tokenizer.json').pieces
   known = [Prompt(t.prompt, t.reference) for t in context.triplets('validation')]
-  reward = open_reward(context, context.config.rft.reward, known, context.config.rft.rollout.max_new)
-  return World(context, choose_target(policies), policies, pieces, context.tokenizer(), context.model_config(), reward)
+  reward = rft_stage.open_reward(context, context.config.rft, known)
+  tokenizer = context.tokenizer()
+  return Study(context, choose_target(policies), policies, pieces, tokenizer, context.model_config(tokenizer), reward)
 
 
-def _one_seed(world: World, seed: int) -> dict[str, dict[str, float]]:
+def _one_seed(study: Study, seed: int) -> dict[str, dict[str, float]]:
   """Start, PPO, supervised, best-of-n and the target itself: figures of each, on the same unseen prompts."""
-  context, c = world.context, world.config
+  context, c = study.context, study.config
   folder = f'rft/seed_{seed}'
-  start = _train_start(world, seed, f'{folder}/start')
-  tuning, held_out = _prompts(world, 'validation', seed), _prompts(world, 'unseen_prompts', seed, c.evaluate_prompts)
-  ppo = _tuning_run(world, folder, c, seed, tuning, start)
-  loop.train(ppo)
+  start = _train_start(study, seed, f'{folder}/start')
+  tuning, held_out = _prompts(study, 'validation', seed), _prompts(study, 'unseen_prompts', seed, c.evaluate_prompts)
+  ppo = _tuning_run(study, folder, c, seed, tuning, start)
+  ppo_trainer.train(ppo)
   supervised = dataclasses.replace(c, method='sft', track_kl=False)
-  sft = _tuning_run(world, f'{folder}/sft', supervised, seed, tuning, start)
-  loop.train(sft)
-  judge = _Judge(world, ppo, held_out, _load(start, world))
-  policies = {'ppo': judge.sample(_load(ppo.home, world)), 'sft': judge.sample(_load(sft.home, world))}
+  sft = _tuning_run(study, f'{folder}/sft', supervised, seed, tuning, start)
+  ppo_trainer.train(sft)
+  judge = _Judge(study, ppo, held_out, _load(start, study))
+  policies = {'ppo': judge.sample(_load(ppo.home, study)), 'sft': judge.sample(_load(sft.home, study))}
   found = judge.figures({'start': judge.sample(judge.start), **policies, 'best_of_n': judge.best_of(BEST_OF)})
   for name, figures in found.items():
     context.log(f'rft: seed {seed}: {name}: ' + ', '.join(f'{k} {v:.3f}' for k, v in figures.items()))
   return found
 
 
-def _train_start(world: World, seed: int, name: str) -> pathlib.Path:
+def _train_start(study: Study, seed: int, name: str) -> pathlib.Path:
   """The language model of another corpus. Returns its folder."""
-  context, lm = world.context, dataclasses.replace(world.context.config.pretrain_lm, steps=world.context.config.study.start_steps)
-  streams = engine.load_text(context.data / 'text.npz')
+  context, lm = study.context, dataclasses.replace(study.context.config.pretrain_lm, steps=study.context.config.study.start_steps)
+  streams = text.load_streams(context.data / text.STREAMS)
   windows = pipeline.TextWindows(streams['train'][START_CORPUS], lm.sequence_length, seed)
-  made = stages.text_run(context, name, dataclasses.replace(lm, start_from='scratch'), windows, None, seed)
-  stages.keep_tokenizer(world.tokenizer, made.home)
-  train_model(made)
-  return made.home
+  run = language_model_run(context, name, dataclasses.replace(lm, start_from='scratch'), study.tokenizer, windows, None, seed)
+  trainer.train(run)
+  return run.home
 
 
-def _prompts(world: World, split: str, seed: int, most: int | None = None) -> PolicyPrompts:
+def _prompts(study: Study, split: str, seed: int, most: int | None = None) -> PolicyPrompts:
   """The first `most` prefixes of a split with references that the target writes, cleaned up as all trajectories of this world are."""
-  s = world.context.config.synthesize
-  texts = [t.prompt for t in itertools.islice(world.context.triplets(split), most)]
-  ids = world.tokenizer.encode_batch([str(text) for text in texts])
+  s = study.context.config.synthesize
+  texts = [t.prompt for t in itertools.islice(study.context.triplets(split), most)]
+  ids = study.tokenizer.encode_batch([str(text) for text in texts])
   uniforms = np.random.default_rng([seed, _STREAM_REFERENCES, *map(ord, split)]).random((len(ids), s.max_tokens))
   prefixes = [np.asarray(i, np.int32) for i in ids]
-  sampled, lengths, ended = world.target.sample_ids(prefixes, uniforms, s.temperature, min(s.top_p, world.target.params.top_p), s.top_k)
-  lengths = cleanup.clean(sampled, lengths, ended, cleanup.boundaries(world.pieces))
-  references = [''.join(world.pieces[row[:n]]) for row, n in zip(sampled, lengths, strict=True)]
+  sampled, lengths, ended = study.target.sample_ids(prefixes, uniforms, s.temperature, min(s.top_p, study.target.params.top_p), s.top_k)
+  lengths = cleanup.clean(sampled, lengths, ended, cleanup.boundaries(study.pieces))
+  references = [''.join(study.pieces[row[:n]]) for row, n in zip(sampled, lengths, strict=True)]
   made = [Prompt(text, reference) for text, reference in zip(texts, references, strict=True) if reference]
   # No BOS: the language model learned from a stream of documents that has none.
-  return PolicyPrompts(made, world.tokenizer, None, world.config.rollout.max_prompt, bos=False, log=world.context.log)
+  return PolicyPrompts(made, study.tokenizer, None, study.config.rollout.max_prompt, bos=False, log=study.context.log)
 
 
-def _tuning_run(world: World, name: str, config: RftConfig, seed: int, tuning: PolicyPrompts, start: pathlib.Path) -> Run:
-  context = world.context
+def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: PolicyPrompts, start: pathlib.Path) -> Run:
+  context = study.context
   prompts = [tuning[i][0] for i in range(len(tuning))]
   made = Run(
     name=name,
     folder=context.workdir / name,
     home=context.home(name),
     config=config,
-    model=world.model,
+    model=study.model,
     checkpointing=context.config.checkpointing,
     profile=context.config.profile,
     mesh=context.mesh,
     seed=seed,
     prompts=tuning,
     held_out=None,
-    tokenizer=world.tokenizer,
+    tokenizer=study.tokenizer,
     stop_ids=(vocabulary.EOS_ID,),
-    reward=world.reward,
-    start=lambda: _load(start, world),
-    fingerprint=fingerprint(dataclasses.replace(context.config, seed=seed), config, world.model, world.tokenizer, prompts),
+    reward=study.reward,
+    start=lambda: _load(start, study),
+    fingerprint=run_folder.policy_settings(config, study.model, study.tokenizer, seed, prompts),
     log=context.log,
   )
-  stages.keep_tokenizer(world.tokenizer, made.home)
+  run_folder.keep_tokenizer(study.tokenizer, made.home)
   return made
 
 
-def _load(folder: pathlib.Path, world: World) -> dict[str, Any]:
-  return pretrained.open_pretrained(folder).params(world.context.mesh, 'float32', head='lm')
+def _load(folder: pathlib.Path, study: Study) -> dict[str, Any]:
+  return pretrained.open_pretrained(folder).params(study.context.mesh, 'float32', head='lm')
 
 
 class _Judge:
   """Measures policies on the same prompts with the same random numbers."""
 
-  def __init__(self, world: World, run: Run, held_out: PolicyPrompts, start: dict[str, Any]):
+  def __init__(self, study: Study, run: Run, held_out: PolicyPrompts, start: dict[str, Any]):
     self.start = start
-    self._world, self._run = world, run
+    self._study, self._run = study, run
     chosen = [held_out[i] for i in range(len(held_out))]
     self._prompts, self._ids = [p for p, _ in chosen], [i for _, i in chosen]
     self._engine = RolloutEngine(run.model, run.mesh, run.config.rollout, run.stop_ids)
@@ -211,15 +211,15 @@ class _Judge:
 
   def figures(self, policies: Mapping[str, Rollouts]) -> dict[str, dict[str, float]]:
     """Figures of the answers of policies, one to each prompt, and of the references, which are the target's own."""
-    world, references = self._world, [str(p.reference) for p in self._prompts]
+    study, references = self._study, [str(p.reference) for p in self._prompts]
     texts = {name: self._texts(rollouts) for name, rollouts in policies.items()} | {'target': references}
     answers = {name: [row[:n] for row, n in zip(r.tokens_RT, r.length_R, strict=True)] for name, r in policies.items()}
-    answers['target'] = [np.asarray(r, np.int32) for r in world.tokenizer.encode_batch(references)]
+    answers['target'] = [np.asarray(r, np.int32) for r in study.tokenizer.encode_batch(references)]
     # All in one call, since most of its time goes into the policies, not into the answers.
     prefixes = [np.asarray(i, np.int32) for i in self._ids] * len(answers)
     in_order = [answer for part in answers.values() for answer in part]
-    logprob_PR = pool.pool_logprobs(world.policies, prefixes, in_order, world.context.config.synthesize.workers)
-    of_target = [p.name for p in world.policies].index(world.target.name)
+    logprob_PR = pool.pool_logprobs(study.policies, prefixes, in_order, study.context.config.synthesize.workers)
+    of_target = [p.name for p in study.policies].index(study.target.name)
     found = {}
     for name, logprob_Pr in zip(answers, np.split(logprob_PR, len(answers), axis=1), strict=True):
       tokens = sum(map(len, answers[name]))
@@ -239,7 +239,7 @@ class _Judge:
     return measure.texts(rollouts, self._run.tokenizer, self._run.stop_ids)
 
   def _reward(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-    return self._world.reward.total(self._world.reward.components(prompts, outputs))
+    return self._study.reward.total(self._study.reward.components(prompts, outputs))
 
   def _kl(self, rollouts: Rollouts) -> float:
     """Nats per token from the start, estimated on the policy's own answers."""

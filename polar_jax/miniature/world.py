@@ -10,16 +10,30 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polar_jax import config as config_lib
+from polar_jax.data import text as text_lib
 from polar_jax.data import tfds as triplet_dataset
 from polar_jax.miniature import corpora as corpora_lib
 from polar_jax.miniature import documents, ngram, preferences, triplets, vocabulary
 from polar_jax.miniature import pool as pool_lib
 
+if TYPE_CHECKING:
+  from polar_jax.stages.context import Context
+
 _FORMAT = 1  # raised whenever the same settings give other rows
+# Options that were renamed after the format was fixed: the digest keeps their old names, so that existing data is still recognized.
+_DIGEST_NAMES = {
+  'train_examples': 'train_rows',
+  'evaluation_examples': 'evaluation_rows',
+  'preference_examples': 'preference_rows',
+  'preference_evaluation_examples': 'preference_evaluation_rows',
+  'min_window': 'smallest_window',
+  'max_number': 'largest',
+}
 _DOCUMENTS = 'documents'  # the stream beside those of the corpora
 _MARKER = 'synthesis.json'  # written last: its presence means that the folder is complete
 
@@ -44,7 +58,7 @@ class SynthesisResult:
 
 def config_fingerprint(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus]) -> str:
   """SHA-256 over all that decides the rows: settings (not the number of workers), seed, and the text of this Python."""
-  settings = {k: v for k, v in dataclasses.asdict(config).items() if k != 'workers'}
+  settings = {_DIGEST_NAMES.get(k, k): v for k, v in dataclasses.asdict(config).items() if k != 'workers'}
   digest = hashlib.sha256(json.dumps([_FORMAT, settings, seed], sort_keys=True).encode())
   for corpus in corpora:
     for document in corpus.documents:
@@ -146,18 +160,14 @@ def load_pool(workdir: pathlib.Path) -> list[ngram.NgramPolicy]:
     raise FileNotFoundError(f'{pathlib.Path(workdir) / "data"} holds no complete synthesis; run the stage synthesize with this workdir')
   folder = pathlib.Path(result.folder)
   pool = json.loads((folder / result.pool).read_text())
-  streams = load_text(folder / result.text)['train']
+  streams = text_lib.load_streams(folder / result.text)['train']
   return pool_lib.build_pool([ngram.NgramParams.from_json(p) for p in pool['policies']], streams, pool['vocab_size'])
 
 
-def load_text(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-  """{'train' | 'validation': {corpus, or 'documents' by policies: int32 ids}} of a text.npz; documents are closed by `</s>`."""
-  out: dict[str, dict[str, np.ndarray]] = {'train': {}, 'validation': {}}
-  with np.load(path) as arrays:
-    for key in arrays.files:
-      split, corpus = key.split('_', 1)
-      out[split][corpus] = arrays[key]
-  return out
+def run(context: Context) -> dict[str, Any]:
+  """Run the synthesize stage in the miniature. Returns the section `synthesize` of the report."""
+  result = dataclasses.asdict(synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log))
+  return {'synthesize': {name: result[name] for name in ('rows', 'rows_per_minute', 'fingerprints', 'seconds')}}
 
 
 def _build_world(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path) -> triplets.World:

@@ -33,15 +33,15 @@ from polar_jax.train.metrics import SAMPLES, SUMMARY, MetricsLog, Progress, Step
 from polar_jax.train.optimizer import learning_rate_schedule
 from polar_jax.train.profile import Profiler
 from polar_jax.train.step import TrainState
-from polar_jax.train.trainer import NonFiniteError
+from polar_jax.train.trainer import NonFiniteError, TrainedRun
 from polar_jax.types import Prompt, Rollouts, UserError
 
 _weights = jax.jit(advantages.loss_weights, static_argnames='mode')
 _kl = jax.jit(advantages.kl, static_argnames='estimator')
 
 
-def train(run: Run) -> dict[str, Any]:
-  """Tunes a policy to the last step, resuming from the newest checkpoint. Returns the summary, also written to `summary.json`.
+def train(run: Run) -> TrainedRun:
+  """Tune a policy to the last step, resuming from the newest checkpoint. Return its parameters and the summary, as in `summary.json`.
 
   Raises:
     NonFiniteError: an update went wrong, naming the step.
@@ -99,7 +99,7 @@ class Trainer:
       # The critic begins as the policy with a value head (official recipe).
       self.critic_state = self.critic.init(keys[1], {'decoder': start['decoder']}) if self.critic and start else None
 
-  def run_to_end(self) -> dict[str, Any]:
+  def run_to_end(self) -> TrainedRun:
     run, started, first = self.run, time.perf_counter(), self.step
     alarmed = False
     with SigtermFlag() as stop:
@@ -140,7 +140,7 @@ class Trainer:
       summary = self._summary(time.perf_counter() - started, self.step - first)
       if stop.is_set():  # too late to cut this run short, but the next stage must not start
         raise Preempted(run.name, self.step)
-    return summary
+    return TrainedRun(self.actor_state.params, summary)
 
   def one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(metrics, samples) of one step; only its last part, the updates, changes the state of the models."""

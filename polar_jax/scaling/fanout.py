@@ -21,7 +21,7 @@ from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scaling import sweep
 from polar_jax.scaling.sweep import Job
 from polar_jax.stages import sweep_worker as worker
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.train.trainer import NonFiniteError
 from polar_jax.types import UserError
 
@@ -31,7 +31,7 @@ _LOOK_EVERY = 0.2  # seconds
 _RETRIES = 10  # of a job whose node or process dies: more often, and the job itself is what kills them
 
 
-def run_jobs(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
+def run_jobs(context: Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
   """Runs `jobs` by `sweep.backend`.
 
   Args:
@@ -45,7 +45,7 @@ def run_jobs(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], N
   return backend(context, jobs, watch)
 
 
-def _inline(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
+def _inline(context: Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
   """Runs of one shape share what was compiled; on one device several may run side by side, since small models leave it half idle."""
   # Two threads that start collectives in different orders would wait for each other.
   workers = context.config.sweep.workers if context.mesh.size == 1 else 1
@@ -73,7 +73,7 @@ def _error(future: concurrent.futures.Future) -> str | None:
     return str(error)
 
 
-def _processes(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
+def _processes(context: Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
   """The cores are divided among the workers: two runs of a small model with a core each are faster than one after the other with two."""
   waiting = collections.deque(jobs)
   free = collections.deque(_shares(context.config.sweep.workers))
@@ -131,7 +131,7 @@ def _why(workdir: pathlib.Path, job: Job, status: int) -> str:
   return f'{said} (exit status {status}, log: {path})'
 
 
-def _ray(context: stages.Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
+def _ray(context: Context, jobs: Sequence[Job], watch: Callable[[], None]) -> Ended:
   """Runs as Ray tasks, each in a fresh process. A task whose node dies is started again elsewhere and resumes from its checkpoint."""
   if importlib.util.find_spec('ray') is None:
     raise ConfigError("sweep.backend is 'ray', which is not installed: pip install 'polar_jax[ray]'")

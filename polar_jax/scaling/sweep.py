@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import functools
 import io
 import itertools
 import json
@@ -23,13 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from polar_jax import api
 from polar_jax.checkpoints import checkpointer as checkpoint
+from polar_jax.checkpoints import run_folder
 from polar_jax.checkpoints import settings as settings_lib
 from polar_jax.config import Config, ConfigError, ModelConfig
 from polar_jax.data import pipeline, token_store
 from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import flops
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
+from polar_jax.stages.pretrain_lm import train_language_model
 from polar_jax.types import Triplet
 
 FOLDER, RESULTS, RESULT, SETTINGS, TOKENS = 'sweep', 'results.csv', 'result.json', 'sweep/settings.json', 'sweep/tokens'
@@ -101,7 +104,7 @@ def _tokens(config: Config, size: str, tokens: int) -> int:
   return int(float(f'{scaled:.3g}'))
 
 
-def language_models(context: stages.Context, cells: Sequence[Cell]) -> list[Job]:
+def language_models(context: Context, cells: Sequence[Cell]) -> list[Job]:
   """The jobs that must be done before `cells`."""
   if context.config.pretrain.start_from != 'pretrain_lm':
     return []
@@ -109,9 +112,9 @@ def language_models(context: stages.Context, cells: Sequence[Cell]) -> list[Job]
   return [job for job in own if _start(context, job) == context.home(job.run)]
 
 
-def _start(context: stages.Context, job: Job) -> pathlib.Path:
+def _start(context: Context, job: Job) -> pathlib.Path:
   """The language model that a run starts from: that of this workdir where it is the same, else the sweep's own."""
-  config, there = context.config, context.home(stages.LM)
+  config, there = context.config, context.home('pretrain_lm')
   same = model_of(config, job.size) == config.model and not job.seed and checkpoint.exists(there)
   return there if same else context.home(Job(job.size, None, job.seed).run)
 
@@ -173,7 +176,7 @@ def config_of(config: Config, job: Job) -> Config:
   return dataclasses.replace(config, stage=stage, seed=config.seed + job.seed, model=model, pretrain_lm=lm, pretrain=train)
 
 
-def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
+def run_job(context: Context, job: Job) -> dict[str, Any]:
   """Runs a job to its end, resuming it where it stopped, and returns its result; one that is done is not run again.
 
   Only one process at a time works on a job: another that comes meanwhile waits, and finds it done.
@@ -195,22 +198,33 @@ def run_job(context: stages.Context, job: Job) -> dict[str, Any]:
       start = _start(context, job) if context.config.pretrain.start_from == 'pretrain_lm' else None
       result = _train_cell(made, job.cell, start)
     else:
-      result = stages.pretrain_lm(made, job.run)
+      result = train_language_model(made, job.run)
     temporary = folder / (RESULT + '.tmp')
     temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + '\n')
     os.replace(temporary, folder / RESULT)
     return result
 
 
-def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None) -> dict[str, Any]:
+def _train_cell(context: Context, cell: Cell, start: pathlib.Path | None) -> dict[str, Any]:
   config, rows = context.config, len(context.triplets('train'))
   steps = _steps(cell, tokens_per_triplet(context))
   if steps * cell.batch > rows:
     context.log(f'{cell.name}: {steps * cell.batch:,} triplets of {rows:,}: some are seen again, and a law of fresh ones does not hold')
   train = dataclasses.replace(config.pretrain, steps=steps)
-  tokenised = functools.partial(_stored, context)
-  summary = stages.rank(context, f'{FOLDER}/{cell.name}', train, context.triplets, start=start, tokenised=tokenised)
-  count = flops.reward_model_parameters(context.model_config())
+  tokenizer = context.tokenizer(train.start_from)
+  template = context.template(tokenizer)
+  result = api.train_reward_model(
+    _stored(context, context.triplets('train'), template),
+    context.triplets('validation'),
+    init=start or context.init(train),
+    args=train,
+    tokenizer=tokenizer,
+    model=context.model_config(tokenizer),
+    template=context.template_config(),
+    **context.run_settings(f'{FOLDER}/{cell.name}'),
+  )
+  summary = result.summary
+  count = flops.reward_model_parameters(context.model_config(tokenizer))
   return {
     # What the fits read ...
     'run': cell.name,
@@ -232,15 +246,19 @@ def _train_cell(context: stages.Context, cell: Cell, start: pathlib.Path | None)
   }
 
 
+def _tokenizer(context: Context) -> Tokenizer:
+  return context.tokenizer(context.config.pretrain.start_from)
+
+
 def _steps(cell: Cell, triplet_tokens: float) -> int:
   return max(round(cell.tokens / (cell.batch * triplet_tokens)), 1)
 
 
-def store_tokens(context: stages.Context, cells: Sequence[Cell]) -> None:
+def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
   """Tokenises what several runs will read once for all of them, into the workdir."""
   if len(cells) < 2:
     return
-  rows, template = context.triplets('train'), context.template()
+  rows, template = context.triplets('train'), context.template(_tokenizer(context))
   length = tokens_per_triplet(context)
   most = min(max(_steps(cell, length) * cell.batch for cell in cells), len(rows))
   orders = [pipeline.global_order(len(rows), context.config.seed + seed) for seed in dict.fromkeys(cell.seed for cell in cells)]
@@ -252,18 +270,18 @@ def store_tokens(context: stages.Context, cells: Sequence[Cell]) -> None:
   token_store.store(pipeline.PairTokens(rows, template), indices, folder, key, context.config.data.read_threads or 1)
 
 
-def _stored(context: stages.Context, rows: Sequence[Triplet], template: Template) -> pipeline.PairTokens:
+def _stored(context: Context, rows: Sequence[Triplet], template: Template) -> pipeline.PairTokens:
   return token_store.open_store(rows, template, context.workdir / TOKENS, _tokens_key(context, rows))
 
 
-def _tokens_key(context: stages.Context, rows: Sequence[Triplet]) -> str:
+def _tokens_key(context: Context, rows: Sequence[Triplet]) -> str:
   template = dataclasses.asdict(context.config.template)
-  return json.dumps([stages.rows_fingerprint(rows), stages.tokenizer_fingerprint(context.tokenizer()), template])
+  return json.dumps([run_folder.examples_digest(rows), run_folder.tokenizer_digest(_tokenizer(context)), template])
 
 
-def tokens_per_triplet(context: stages.Context) -> float:
+def tokens_per_triplet(context: Context) -> float:
   """Mean tokens of a triplet laid out as one row, over the first of the training rows."""
-  tokens = pipeline.PairTokens(context.triplets('train'), context.template())
+  tokens = pipeline.PairTokens(context.triplets('train'), context.template(_tokenizer(context)))
   return float(np.mean([len(triplet.tokens) for triplet in tokens.many(range(min(len(tokens), _SAMPLED)))]))
 
 
@@ -308,7 +326,7 @@ def write_table(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]], order
   os.replace(temporary, path)
 
 
-def check_settings(context: stages.Context) -> None:
+def check_settings(context: Context) -> None:
   """Keeps what all runs of a sweep share, so that rows made with other settings do not end in one table.
 
   Raises:
@@ -322,7 +340,7 @@ def check_settings(context: stages.Context) -> None:
   for name in ('learning_rate', 'batch_size', 'steps'):  # the grid's, not the section's
     del shared['pretrain'][name]
   shared['sweep.width_exponent'] = config.sweep.width_exponent
-  shared['rows'] = {split: stages.rows_fingerprint(context.triplets(split)) for split in ('train', 'validation')}
+  shared['rows'] = {split: run_folder.examples_digest(context.triplets(split)) for split in ('train', 'validation')}
   now = json.loads(json.dumps(_flat(shared)))
   path = context.workdir / SETTINGS
   if not path.exists():

@@ -22,9 +22,8 @@ from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
-from polar_jax.data.packing import LENGTH_MULTIPLE
 from polar_jax.data.template import Template
-from polar_jax.scoring.scorer import jit_rewards
+from polar_jax.scoring.scorer import jit_rewards, ladder_length
 from polar_jax.types import Group, PairBatch, UserError
 
 # Computations that the host may be ahead of the device. Their inputs are all that they hold there: a few integers for each token.
@@ -125,16 +124,6 @@ class ExactScorer:
 def _fetch(in_flight: collections.deque[tuple[list[int], jax.Array]], rewards: np.ndarray) -> None:
   members, reward_B = in_flight.popleft()
   rewards[members] = jax.device_get(reward_B)[: len(members)]
-
-
-def ladder_length(length: int) -> int:
-  """The row that a sequence gets: the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that holds it.
-
-  Powers of two and one and a half times them, as far as they are multiples of 128: few programs to compile, little padding.
-  """
-  power = max(LENGTH_MULTIPLE, 1 << (length - 1).bit_length())
-  between = power // 4 * 3
-  return between if length <= between and between % LENGTH_MULTIPLE == 0 else power
 
 
 def _rows(sequences: Sequence[Sequence[int]], length: int, rows: int) -> PairBatch:

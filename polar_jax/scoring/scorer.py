@@ -6,7 +6,6 @@ A reward differs in its last bits with what shares its batch; `polar_jax.scoring
 from __future__ import annotations
 
 import contextlib
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
-from polar_jax.checkpoints.checkpointer import load_params
 from polar_jax.config import ModelConfig
 from polar_jax.data import packing
 from polar_jax.data.groups import GroupPart, group_batch, lay_out
@@ -26,6 +24,8 @@ from polar_jax.types import Group, Triplet, UserError
 
 # Without a row length one is chosen for the groups of a call: at least this many times their mean, so that they pack densely.
 _MEAN_LENGTHS = 4
+# With `ladder` a large group is divided into rows of about this many tokens, each with the prefix.
+_LADDER_ROW = 4_096
 
 
 class Scorer:
@@ -37,6 +37,8 @@ class Scorer:
   Args:
     params: of a RewardModel, as `step.TrainState.params` or `load_params` give them.
     row_length: tokens of a row; a group that does not fit one is divided. None: chosen for each call.
+    ladder: choose the row length of each call from a short ladder of lengths, and no more rows than the call needs, so that calls of
+      any size compile few programs and compute little padding.
     grow: double the row length, at the price of a compilation, whenever a candidate alone does not fit; else that is an error.
     rows: of a batch, rounded up to what the mesh divides.
     candidates: of a row, at most.
@@ -53,18 +55,14 @@ class Scorer:
     rows: int = 16,
     candidates: int = 64,
     grow: bool = False,
+    ladder: bool = False,
   ):
     self.params = params
     self._template, self._mesh, self._row_length, self._candidates, self._grow = template, mesh, row_length, candidates, grow
+    self._ladder = ladder
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
     self._forward = jit_rewards(lambda reward_model, batch: reward_model.score(batch), model, mesh)
-
-  @classmethod
-  def from_run(cls, folder: pathlib.Path, model: ModelConfig, template: Template, mesh: Mesh, **shape: Any) -> Scorer:
-    """With the parameters of the newest checkpoint of a training run."""
-    params = load_params(folder, sharding.abstract_params(_abstract_model(model), mesh))
-    return cls(params, model, template, mesh, **shape)
 
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
     """Rewards of each group's candidates, float32, in order. Groups may have any number of candidates, none included.
@@ -83,7 +81,7 @@ class Scorer:
         sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
         while self._grow and self._row_length and max(map(len, sequences), default=0) > self._row_length:
           self._row_length *= 2
-        made = lay_out(sequences, self._row_length or sum(map(len, sequences)), self._candidates)
+        made = lay_out(sequences, self._row_length or self._part_limit(sequences), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error
       parts += made
@@ -98,18 +96,26 @@ class Scorer:
     groups = [Group(t.prompt, t.reference, (t.chosen, t.rejected), t.wrapper) for t in triplets]
     return np.array(self.score(groups), np.float32).reshape(-1, 2)
 
+  def _part_limit(self, sequences: Sequence[Sequence[int]]) -> int:
+    """Most tokens of a group's part when no row length is given: all of the group, or on the ladder what keeps rows short."""
+    longest, total = max(map(len, sequences), default=1), sum(map(len, sequences))
+    return max(longest, min(total, _LADDER_ROW)) if self._ladder else total
+
   def _batches(self, parts: Sequence[GroupPart], first: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(which candidates, their rewards) of every batch; the host lays out one while the device scores the one before."""
     if not parts:
       return []
     lengths = [len(part.tokens) for part in parts]
-    row_length = self._row_length or _choose_row_length(lengths)
+    row_length = self._row_length or (ladder_length(max(lengths)) if self._ladder else _choose_row_length(lengths))
     packed = packing.first_fit(lengths, row_length, self._candidates, [len(part.candidates) for part in parts])
-    packed += [[]] * (-len(packed) % self._rows)
+    rows = self._rows
+    if self._ladder:
+      rows = min(rows, sharding.round_up(1 << (len(packed) - 1).bit_length(), sharding.batch_shards(self._mesh)))
+    packed += [[]] * (-len(packed) % rows)
     scored = []
     with jax.set_mesh(self._mesh):
-      for low in range(0, len(packed), self._rows):
-        batch = group_batch(parts, first, packed[low : low + self._rows], row_length, self._candidates)
+      for low in range(0, len(packed), rows):
+        batch = group_batch(parts, first, packed[low : low + rows], row_length, self._candidates)
         scored.append((batch.index_BQ, self._forward(self.params, sharding.put_global(batch, self._mesh))))
     return jax.device_get(scored)
 
@@ -139,6 +145,16 @@ def jit_rewards(
 
 def _abstract_model(model: ModelConfig) -> RewardModel:
   return nnx.eval_shape(lambda: RewardModel(model, rngs=nnx.Rngs(params=0)))
+
+
+def ladder_length(length: int) -> int:
+  """Return the smallest of 128, 256, 384, 512, 768, 1024, 1536, ... that is at least `length`.
+
+  These are the powers of two and one and a half times them, as far as they are multiples of 128: few programs to compile, little padding.
+  """
+  power = max(packing.LENGTH_MULTIPLE, 1 << (length - 1).bit_length())
+  between = power // 4 * 3
+  return between if length <= between and between % packing.LENGTH_MULTIPLE == 0 else power
 
 
 def _choose_row_length(lengths: Sequence[int]) -> int:

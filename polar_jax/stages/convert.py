@@ -14,12 +14,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from polar_jax.checkpoints import checkpointer as checkpoint
-from polar_jax.checkpoints import exporter, importer, pretrained, tokenizer_files
+from polar_jax.checkpoints import exporter, importer, run_folder, tokenizer_files
 from polar_jax.checkpoints.certificate import Certificate, fixed_rows_scores
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError
+from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.runtime import malloc
-from polar_jax.stages.training import Context
+from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 _GIB = 2**30
@@ -96,7 +97,7 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   malloc.give_back()
   if _leads():
     try:
-      tokenizer_files.copy_small_files(opened.assets, folder / pretrained.ASSETS)
+      tokenizer_files.copy_small_files(opened.assets, folder / run_folder.ASSETS)
     except UserError as error:
       context.log(f'no tokenizer: {error}')
   _wait_for_all('written')
@@ -112,13 +113,23 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   params, stored = opened.params(mesh), opened.stored()
   held = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
-  exporter.write_weights(params, stored, folder, dtype, int(context.config.convert.shard_gib * _GIB))
+  exporter.write_folder(
+    folder,
+    params,
+    opened.model,
+    opened.head,
+    architecture=opened.architecture,
+    template=opened.template(context.config.template),
+    tokenizer=_tokenizer(context, opened),
+    assets=opened.assets,
+    dtype=dtype,
+    shard_bytes=int(context.config.convert.shard_gib * _GIB),
+    log=context.log,
+  )
   before = {name: importer.checksum(array) for name, array in exporter.stored_arrays(params, stored, dtype)}
-  parameters, main_dtype = _count(params), str(params['decoder']['layers']['wq'].dtype)
+  parameters = _count(params)
   del params
   malloc.give_back()
-  if _leads():
-    _write_small_files(context, opened, folder, dtype or main_dtype)
   _wait_for_all('written')
   after: dict[str, str] = {}
   written = open_pretrained(folder)
@@ -162,26 +173,12 @@ def _settings(opened: Pretrained) -> dict[str, Any]:
   """What a run's fingerprint would say of the checkpoint."""
   model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
   reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
-  return {'objective': pretrained.OBJECTIVES[opened.head], 'converted_from': opened.kind, **model, **reward}
+  return {'objective': run_folder.OBJECTIVES[opened.head], 'converted_from': opened.kind, **model, **reward}
 
 
-def _write_small_files(context: Context, opened: Pretrained, folder: pathlib.Path, dtype: str) -> None:
-  """Tokenizer files and config.json."""
-  template, special_ids = opened.template(context.config.template), {}
-  reward_token_id = template.reward_token_id
-  if opened.assets.is_dir():
-    tokenizer_files.copy_small_files(opened.assets, folder)
+def _tokenizer(context: Context, opened: Pretrained) -> Tokenizer | None:
   try:
-    tokenizer = opened.tokenizer()
-    special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
-    if special_ids['pad_token_id'] is None:  # transformers scores no batch without one, and asks for nothing but an id
-      special_ids['pad_token_id'] = tokenizer.eos_id
-    if reward_token_id is None:
-      reward_token_id = tokenizer.special_id(template.reward_token)
-    added = {} if template.separator_id is None else {template.separator: template.separator_id}
-    tokenizer_files.write_for_transformers(tokenizer, folder, opened.model.family, added)
+    return opened.tokenizer()
   except UserError as error:
     context.log(f'the tokenizer is not written for transformers: {error}')
-  if opened.head != 'reward':
-    reward_token_id = None
-  exporter.write_config(folder, opened.model, opened.head, dtype=dtype, reward_token_id=reward_token_id, special_ids=special_ids)
+    return None

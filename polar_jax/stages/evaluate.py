@@ -1,89 +1,115 @@
-"""The evaluate stage: accuracy of the trained reward models, next to heuristic baselines and Bayes-optimal accuracy."""
+"""The evaluate stage: accuracy of the trained reward models on held-out examples, next to heuristic baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polar_jax.checkpoints import checkpointer as checkpoint
+from polar_jax import api
+from polar_jax.checkpoints import checkpointer
+from polar_jax.config import ConfigError
+from polar_jax.data.examples import NoSplitError
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.clusters import Clusters, cluster
-from polar_jax.miniature import pool
-from polar_jax.miniature import world as engine
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
+from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
+from polar_jax.stages.pretrain import RUN as PRETRAIN
 from polar_jax.types import Triplet
 
-SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')  # of the synthesize stage
-GIVEN = ('validation',)  # `data.validation` names a single split
+SPLITS = ('validation', 'test')
 MAIN_ARM = 'pretrained_finetuned'
-# Arm of Table 7 -> (folder of its run, whether it reads the reference).
+# Arm of Table 7 -> the run that it evaluates.
 ARMS = {
-  MAIN_ARM: (stages.FINETUNE, True),
-  'finetuned_only': (stages.FINETUNE_ONLY, True),
-  'finetuned_without_reference': (stages.FINETUNE_NO_REFERENCE, False),
-  'pretrained_only': (stages.PRETRAIN, True),
+  MAIN_ARM: FINETUNE,
+  'finetuned_only': FINETUNE_ONLY,
+  'finetuned_without_reference': FINETUNE_NO_REFERENCE,
+  'pretrained_only': PRETRAIN,
 }
 
+# (examples, split) -> correctness of further baselines by name.
+Baselines = Callable[[Sequence[Triplet], str], Mapping[str, np.ndarray]]
 
-def evaluate(context: stages.Context) -> dict[str, Any]:
-  """Evaluate the runs in the workdir: the pre-trained model on triplets, and every fine-tuned arm on preferences."""
+
+def evaluate(context: Context) -> dict[str, Any]:
+  """Evaluate the runs of the workdir on the held-out splits of `data`. Returns the sections `evaluate` and `finetune` of the report.
+
+  Raises:
+    ConfigError: a run was trained, but there are no held-out examples to evaluate it on.
+  """
   results: dict[str, Any] = {}
-  if _trained(context, stages.PRETRAIN):
-    results['evaluate'] = _evaluate_triplets(context)
-  if _trained(context, stages.FINETUNE):
-    results['finetune'] = _evaluate_preferences(context)
+  if trained(context, PRETRAIN):
+    splits = held_out(context, context.triplets, 'data.triplets')
+    results['evaluate'] = evaluate_triplets(context, splits)
+  if trained(context, FINETUNE):
+    splits = held_out(context, context.preferences, 'data.preferences')
+    results['finetune'] = evaluate_preferences(context, splits.get('test', splits[next(iter(splits))]))
   if not results:
     context.log('evaluate: no pretrain or finetune run in this workdir yet')
   return results
 
 
-def _trained(context: stages.Context, folder: str) -> bool:
-  return checkpoint.exists(context.home(folder))
+def trained(context: Context, run: str) -> bool:
+  """Return whether a run of the workdir has a checkpoint."""
+  return checkpointer.exists(context.home(run))
 
 
-def _scorer(context: stages.Context, folder: str, use_reference: bool) -> Scorer:
-  config = context.config
-  template, model = context.template(use_reference), context.model_config()
-  return Scorer.from_run(context.home(folder), model, template, context.mesh, rows=config.evaluate.rows_per_batch)
+def held_out(context: Context, read: Callable[[str], Sequence[Triplet]], setting: str) -> dict[str, Sequence[Triplet]]:
+  """Return the examples of every held-out split that there is.
+
+  Args:
+    context: config and workdir.
+    read: opens a split.
+    setting: what names the data, for the message.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  splits: dict[str, Sequence[Triplet]] = {}
+  for split in SPLITS:
+    try:
+      examples = read(split)
+    except NoSplitError:
+      continue
+    if all(examples is not other for other in splits.values()):  # a single file is every split
+      splits[split] = examples
+  if not splits:
+    raise ConfigError(f'evaluate: {setting} has no split {" or ".join(SPLITS)}; name held-out examples with data.validation')
+  return splits
 
 
-def _correct(scorer: Scorer, examples: Sequence[Triplet]) -> np.ndarray:
-  rewards_NC = scorer.score_pairs(examples).astype(np.float64)
-  return statistics.pair_correct(rewards_NC[:, 0], rewards_NC[:, 1])
+def evaluate_triplets(context: Context, splits: Mapping[str, Sequence[Triplet]], further: Baselines | None = None) -> dict[str, Any]:
+  """Evaluate the pre-trained model on each split, with baselines and the paired margin over the best of them.
 
-
-def _evaluate_triplets(context: stages.Context) -> dict[str, Any]:
-  """Evaluate the pre-trained model on each split, with baselines and the paired margin over the best of them."""
-  scorer, resamples = _scorer(context, stages.PRETRAIN, True), context.config.evaluate.bootstrap
-  bayes = _BayesOptimal(context)
+  Args:
+    context: config, workdir and devices.
+    splits: examples by the name of their split.
+    further: baselines beyond the heuristic ones.
+  """
+  scorer, resamples = _scorer(context, PRETRAIN), context.config.evaluate.bootstrap
   by_split, margins = {}, {}
   by_baseline: dict[str, dict[str, Any]] = {}
-  for split in GIVEN if context.config.data.validation else SPLITS:
-    examples = list(context.triplets(split))
+  for split, sequence in splits.items():
+    examples = list(sequence)
     clusters = cluster(examples)
     heuristics = baselines.heuristic_correct(examples)
     correct = _correct(scorer, examples)
     by_split[split] = _interval(correct, clusters, resamples)
     margins[split] = baselines.margin_over_best_baseline(correct, heuristics, clusters, resamples)
-    for name, values in (heuristics | bayes(examples, split)).items():
+    for name, values in (heuristics | dict(further(examples, split) if further else {})).items():
       by_baseline.setdefault(name, {})[split] = _interval(values, clusters, resamples)
     best = str(margins[split]['baseline'])
     context.log(f'{split}: {_shown(by_split[split])}; best baseline {best} {_shown(by_baseline[best][split])}')
   return {'by_split': by_split, 'baselines': by_baseline, 'margin_over_best_baseline': margins}
 
 
-def _evaluate_preferences(context: stages.Context) -> dict[str, Any]:
-  """Evaluate every arm on the same preferences, of unseen prompts and unseen policies."""
-  examples, resamples = list(context.preferences('unseen_policies')), context.config.evaluate.bootstrap
+def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[str, Any]:
+  """Evaluate every arm of fine-tuning on the same held-out preferences."""
+  examples, resamples = list(sequence), context.config.evaluate.bootstrap
   clusters = cluster(examples)
-  correct = {
-    arm: _correct(_scorer(context, folder, use_reference), examples)
-    for arm, (folder, use_reference) in ARMS.items()
-    if _trained(context, folder)
-  }
+  correct = {arm: _correct(_scorer(context, run), examples) for arm, run in ARMS.items() if trained(context, run)}
   arms = {arm: _interval(values, clusters, resamples) for arm, values in correct.items()}
   for arm, interval in arms.items():
     context.log(f'{arm}: {_shown(interval)}')
@@ -104,25 +130,16 @@ def _evaluate_preferences(context: stages.Context) -> dict[str, Any]:
   }
 
 
-class _BayesOptimal:
-  """The Bayes-optimal discriminator of the workdir's own pool; no result for data that came from elsewhere."""
+def _scorer(context: Context, run: str) -> Scorer:
+  """A scorer with the run's own tokenizer and template: the arm without reference reads none."""
+  config = context.config
+  model = api.load(context.home(run), mesh=context.mesh, compute=config.model, template=config.template)
+  return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch)
 
-  def __init__(self, context: stages.Context):
-    self._workers = context.config.synthesize.workers
-    given = context.config.data.triplets or context.config.data.validation
-    self._pool = [] if given else engine.load_pool(context.workdir)
 
-  def __call__(self, examples: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:
-    """Return {'bayes': correct} under the policies that the split is drawn from; further policies would only add wrong hypotheses."""
-    drawn = [p for p in self._pool if p.params.held_out == (split == 'unseen_policies')]
-    if not drawn:
-      return {}
-    prefixes = [example.metadata['prompt_ids'] for example in examples]
-    logp = [
-      pool.pool_logprobs(drawn, prefixes, [example.metadata[f'{name}_ids'] for example in examples], self._workers)
-      for name in ('reference', 'chosen', 'rejected')
-    ]
-    return {'bayes': baselines.bayes_correct(*logp)}
+def _correct(scorer: Scorer, examples: Sequence[Triplet]) -> np.ndarray:
+  rewards_NC = scorer.score_pairs(examples).astype(np.float64)
+  return statistics.pair_correct(rewards_NC[:, 0], rewards_NC[:, 1])
 
 
 def _interval(correct: np.ndarray, clusters: Clusters, resamples: int) -> dict[str, Any]:

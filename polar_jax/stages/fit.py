@@ -16,12 +16,12 @@ from polar_jax.report.scaling import FEW, FIGURE
 from polar_jax.scaling import advice, fit, laws, results, sweep
 from polar_jax.scaling.fit import FitError, PowerFit
 from polar_jax.scaling.results import Results
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 
 FIT = 'fit.json'
 
 
-def run(context: stages.Context) -> dict[str, Any]:
+def run(context: Context) -> dict[str, Any]:
   """Fits what `fit.input` holds. Returns the section `scaling` of the report, which is also `fit.json`.
 
   Raises:

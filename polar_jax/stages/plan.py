@@ -12,7 +12,7 @@ from polar_jax.model import flops
 from polar_jax.model.presets import PRESETS
 from polar_jax.planning import ppo_step, train_step
 from polar_jax.planning.topology import GIB
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 FILE = 'plan.json'
@@ -23,7 +23,7 @@ ASSUMPTIONS = (
 )
 
 
-def run(context: stages.Context) -> None:
+def run(context: Context) -> None:
   """Plans the step of `plan.step`, prints it and writes plan.json.
 
   Raises:
@@ -53,7 +53,7 @@ def _preset(name: str) -> ModelConfig:
   return ModelConfig(**cast(Any, PRESETS[name]))
 
 
-def _shape(context: stages.Context) -> ModelConfig:
+def _shape(context: Context) -> ModelConfig:
   """The model, with a vocabulary: a plan has no need of the tokenizer where `model` says its size."""
   model = context.config.model
   if model.vocab_size is not None:

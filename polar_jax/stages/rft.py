@@ -1,17 +1,25 @@
-"""The rft stage: reinforcement fine-tuning of a policy, or in the miniature the study of it."""
+"""The rft stage: reinforcement fine-tuning of a policy on prompts with reference answers."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from polar_jax.config import Config
-from polar_jax.miniature import study
-from polar_jax.ppo import trainer as loop
-from polar_jax.stages import training as stages
-from polar_jax.stages.rft_setup import open_function, open_run
+from polar_jax import api
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from polar_jax.config import Config, ConfigError, RewardConfig, RftConfig
+from polar_jax.data.examples import NoSplitError, open_prompts, report_skipped
+from polar_jax.data.template import Template
+from polar_jax.ppo import policy as policy_lib
+from polar_jax.ppo.rewards.http import HttpReward
+from polar_jax.ppo.rewards.python import PythonReward, load_function
+from polar_jax.ppo.rewards.sources import ModelReward, RewardSource, RewardSum, RuleReward
+from polar_jax.runtime.paths import path_of
+from polar_jax.stages.context import Context
+from polar_jax.types import Prompt
 
-RFT = 'rft'  # folder of the run in a workdir
+RFT = 'rft'
 
 
 def check(config: Config) -> None:
@@ -24,20 +32,113 @@ def check(config: Config) -> None:
     open_function(config.rft.reward)
 
 
-def rft(context: stages.Context) -> dict[str, Any]:
-  """Reinforcement fine-tuning of `rft.policy` on `data.prompts`; in the miniature, whose policies are known, the study of it.
+def rft(context: Context) -> dict[str, Any]:
+  """Tune `rft.policy` on `data.prompts`, or on what the synthesize stage wrote. Returns the section `rft` of the report.
 
   With `ablations` and a rule, the policy is tuned a second time with the rule as its only reward.
 
   Raises:
-    UserError: a setting, a file or a row cannot be used.
+    UserError: a setting, a file or an example cannot be used.
   """
   config = context.config
   check(config)
-  if config.data.prompts is None and config.synthesize.world == 'ngram':
-    return {'rft': study.run(context)}
-  arms = {RFT: config.rft}
+  runs = {RFT: config.rft}
   if config.ablations and config.rft.reward.rule:
     rule_alone = dataclasses.replace(config.rft.reward, model_weight=0.0, rule_weight=1.0)
-    arms = {f'{RFT}/rule': dataclasses.replace(config.rft, reward=rule_alone), f'{RFT}/model': config.rft}
-  return {'rft': {'runs': {name.removeprefix(f'{RFT}/'): loop.train(open_run(context, name, arm)) for name, arm in arms.items()}}}
+    runs = {f'{RFT}/rule': dataclasses.replace(config.rft, reward=rule_alone), f'{RFT}/model': config.rft}
+  return {'rft': {'runs': {name.removeprefix(f'{RFT}/'): tune(context, name, options) for name, options in runs.items()}}}
+
+
+def tune(context: Context, name: str, options: RftConfig) -> dict[str, Any]:
+  """Tune the policy that `options` names in the run `name`. Returns its summary."""
+  policy = policy_lib.check_policy(open_pretrained(context.checkpoint(options.policy)), 'rft.policy')
+  prompts, held_out = read_prompts(context, 'train'), read_prompts(context, 'validation')
+  reward = open_reward(context, options, prompts)
+  settings = context.run_settings(name)
+  del settings['data']
+  result = api.train_policy(policy, prompts, reward, args=options, held_out=held_out or None, model=context.config.model, **settings)
+  return result.summary
+
+
+def read_prompts(context: Context, split: str) -> Sequence[Prompt]:
+  """Return the prompts of a split; none for 'validation' where no held-out prompts are named or found next to the others.
+
+  Held-out prompts are the split `validation`, or `test` in data sets that have no other, as the official ones.
+
+  Raises:
+    UserError: there are no prompts, or one is bad.
+  """
+  data = context.config.data
+  path = path_of(data.prompts) if data.prompts else context.data / 'prompts'
+  given = split != 'train' and data.prompts_validation
+  if given:
+    path = path_of(data.prompts_validation or '')
+  elif not path.exists():
+    raise ConfigError(f'data.prompts: nothing at {path}; name a data set there, or run the synthesize stage in this workdir first')
+  elif split != 'train' and path.is_file():
+    return []
+  names = (split,) if split == 'train' else (split, 'test')
+  for name in names:
+    try:
+      return report_skipped(open_prompts(path, name, data.on_bad_example), path, context.log)
+    except NoSplitError:
+      if (split == 'train' or given) and name == names[-1]:
+        raise
+  return []
+
+
+def open_reward(context: Context, options: RftConfig, prompts: Sequence[Prompt]) -> RewardSum:
+  """Return the reward that `rft.reward` describes.
+
+  Args:
+    context: config, workdir and devices.
+    options: of the run; `options.rollout.max_new` and `prompts` determine the length of scored rows.
+    prompts: the prompts to come.
+
+  Raises:
+    UserError: a checkpoint or function cannot be used.
+  """
+  config = options.reward
+  parts: dict[str, tuple[float, RewardSource]] = {}
+  if config.model_weight and config.source == 'http':
+    parts['model'] = (config.model_weight, HttpReward(_server_template(context, config), config))
+  elif config.model_weight and config.source == 'python':
+    parts['python'] = (config.model_weight, open_function(config))
+  elif config.model_weight:
+    parts['model'] = (config.model_weight, _model_reward(context, options, prompts))
+  if config.rule:
+    parts['rule'] = (config.rule_weight, RuleReward(config.rule))
+  return RewardSum(parts, config.strip_thinking)
+
+
+def open_function(config: RewardConfig) -> PythonReward:
+  """Import the function `rft.reward.function`.
+
+  Raises:
+    ConfigError: it is missing, cannot be imported or cannot be called.
+  """
+  if config.function is None:
+    raise ConfigError("rft.reward.source is 'python' and rft.reward.function names no function; set it to 'module:name'")
+  return PythonReward(load_function(config.function), config.function)
+
+
+def _model_reward(context: Context, options: RftConfig, prompts: Sequence[Prompt]) -> ModelReward:
+  """The reward model in this process, with its own tokenizer and template, in the precision of `model.compute_dtype`."""
+  opened = _reward_checkpoint(context, options.reward)
+  if opened.head != 'reward':
+    raise ConfigError(f'rft.reward.checkpoint {opened.path}: has a {opened.head} head; only a reward model gives rewards')
+  config = context.config
+  model = api.load(opened, mesh=context.mesh, dtype=config.model.compute_dtype, compute=config.model, template=config.template)
+  return ModelReward(model.policy_scorer(options, prompts), options.reward)
+
+
+def _reward_checkpoint(context: Context, config: RewardConfig) -> Pretrained:
+  return open_pretrained(context.checkpoint(config.checkpoint))
+
+
+def _server_template(context: Context, config: RewardConfig) -> Template:
+  """The template of the served model. A server tokenizes by itself; the tokenizer here only cuts what is too long."""
+  if not context.checkpoint(config.checkpoint).exists():
+    return context.template()
+  opened = _reward_checkpoint(context, config)
+  return Template(opened.template(context.config.template), opened.tokenizer())

@@ -15,18 +15,21 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from polar_jax import api
 from polar_jax.checkpoints.checkpointer import FOLDER
-from polar_jax.checkpoints.pretrained import ASSETS, Pretrained, open_pretrained
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import Config, ConfigError
+from polar_jax.data.examples import describe_skipped
 from polar_jax.data.template import Template
 from polar_jax.runtime import paths
 from polar_jax.scoring import files as row_files
 from polar_jax.scoring.exact import ExactScorer, RowError
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 
-def score(context: stages.Context) -> dict[str, Any]:
+def score(context: Context) -> dict[str, Any]:
   """Scores the rows of `input` with the reward model `checkpoint` and writes them to `output`, `score.window` rows at a time.
 
   The whole input is checked before anything is scored. The same command continues a stopped run.
@@ -47,8 +50,7 @@ def score(context: stages.Context) -> dict[str, Any]:
   read = lambda found: row_files.read_rows(source, config.data.on_bad_example, found, use_reference=template.config.use_reference)
   total = sum(1 for _ in read(skipped))
   if skipped:
-    named = '; '.join(f'row {row}: {reason}' for row, reason in skipped[:20])
-    context.log(f'{source}: skipped {len(skipped)} bad rows of {total + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})')
+    context.log(describe_skipped(source, skipped, total))
 
   output = row_files.RewardFile(target, _settings(context, opened, template, source, target))
   try:
@@ -57,10 +59,10 @@ def score(context: stages.Context) -> dict[str, Any]:
       context.log(f'score: drops the rows of a stopped run, which was made with another {", ".join(output.changed)}')
     if kept:
       context.log(f'score: continues after {kept} rows of a stopped run')
-    scorer = ExactScorer(opened.params(context.mesh), opened.compute_like(config.model), template, context.mesh)
+    model = api.load(opened, mesh=context.mesh, compute=config.model, template=config.template, tokenizer=tokenizer)
     started = time.perf_counter()
     remaining = itertools.islice(read([]), kept, None)
-    tokens = _score_windows(scorer, remaining, output, source, config.score.window, _Progress(total, kept, context.log))
+    tokens = _score_windows(model.exact_scorer, remaining, output, source, config.score.window, _Progress(total, kept, context.log))
     seconds = time.perf_counter() - started
     output.finish()
   finally:
@@ -85,9 +87,7 @@ def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
   return checkpoint, source, target
 
 
-def _settings(
-  context: stages.Context, opened: Pretrained, template: Template, source: pathlib.Path, target: pathlib.Path
-) -> dict[str, Any]:
+def _settings(context: Context, opened: Pretrained, template: Template, source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
   """All that decides which rows are written, and each bit of their rewards."""
   config, mesh = context.config, context.mesh
   model = opened.compute_like(config.model)

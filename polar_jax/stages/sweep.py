@@ -18,7 +18,7 @@ from polar_jax.scaling import fanout, sweep
 from polar_jax.scaling.progress import LiveTable
 from polar_jax.scaling.sweep import Job
 from polar_jax.stages import sweep_worker as worker
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 JOBS = ('jobs_lm.txt', 'jobs.txt')  # first the language models, then the runs that start from them
@@ -28,7 +28,7 @@ class SweepError(UserError):
   """Some runs of a sweep failed; the others are done and in its table."""
 
 
-def run(context: stages.Context) -> dict[str, Any] | None:
+def run(context: Context) -> dict[str, Any] | None:
   """Trains every cell that `results.csv` does not hold yet. Returns the section `sweep` of the report.
 
   With `sweep.jobs_only` it writes the commands of the jobs instead, and gathers what jobs elsewhere have finished.
@@ -63,7 +63,7 @@ def run(context: stages.Context) -> dict[str, Any] | None:
   return {'sweep': {'runs': len(cells), 'done': len(sweep.read_table(workdir / sweep.RESULTS)), 'sizes': list(config.sweep.sizes)}}
 
 
-def _run(context: stages.Context, jobs: Sequence[Job]) -> dict[str, str]:
+def _run(context: Context, jobs: Sequence[Job]) -> dict[str, str]:
   """Runs jobs, gathering their rows as they end. Returns errors by the job's name."""
   waiting = [job for job in jobs if sweep.read_result(job.folder(context.workdir)) is None]
   if not waiting:
@@ -78,7 +78,7 @@ def _run(context: stages.Context, jobs: Sequence[Job]) -> dict[str, str]:
   return failed
 
 
-def _gather(context: stages.Context, cells: Sequence[sweep.Cell]) -> None:
+def _gather(context: Context, cells: Sequence[sweep.Cell]) -> None:
   """Brings finished runs into results.csv. Rows that are there stay as they are."""
   path = context.workdir / sweep.RESULTS
   rows: dict[str, dict[str, Any]] = dict(sweep.read_table(path))
@@ -94,13 +94,13 @@ def _cost(config: Config, job: Job) -> float:
   return flops.reward_model_parameters(sweep.model_of(config, job.size)).without_embedding * job.cell.tokens
 
 
-def _write_config(context: stages.Context) -> None:
+def _write_config(context: Context) -> None:
   path = context.workdir / worker.CONFIG
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(dataclasses.asdict(context.config), indent=2) + '\n')
 
 
-def _write_jobs(context: stages.Context, *parts: Sequence[Job]) -> None:
+def _write_jobs(context: Context, *parts: Sequence[Job]) -> None:
   """A command per line, for the queue of a cluster (launch/sweep_slurm.sh)."""
   for name, jobs in zip(JOBS, parts, strict=True):
     todo = [job for job in jobs if sweep.read_result(job.folder(context.workdir)) is None]

@@ -41,10 +41,10 @@ def run(workdir: pathlib.Path, name: str) -> None:
   """
   from polar_jax import sharding
   from polar_jax.scaling import sweep
-  from polar_jax.stages import training as stages
+  from polar_jax.stages.context import Context
 
   config = read_config(workdir)
-  context = stages.Context(config, workdir, sharding.make_mesh(config.mesh), lambda message: print(message, flush=True))
+  context = Context(config, workdir, sharding.make_mesh(config.mesh), lambda message: print(message, flush=True))
   sweep.run_job(context, sweep.job_named(config, name))
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints import pretrained
 from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from polar_jax.data import pipeline
@@ -61,7 +60,7 @@ class Run:
     batches: the batch of every step.
     planned_rows: rows of most batches; another number means one more compilation.
     validation: the batches of one validation pass.
-    start_from: folder of the checkpoint whose parameters a new run starts from.
+    load_start: loads the parameters that a new run starts from; a resumed run does not call it. None: start from scratch.
     fingerprint: settings that must not change when a run is resumed.
     threads: that read batches.
     prefetch: number of batches prepared ahead.
@@ -83,7 +82,7 @@ class Run:
   batches: grain.MapDataset
   planned_rows: int
   validation: Iterable[Any] | None
-  start_from: pathlib.Path | None
+  load_start: Callable[[], dict[str, Any]] | None
   fingerprint: dict[str, Any]
   threads: int
   prefetch: int
@@ -132,7 +131,7 @@ class _Trainer:
     self.tokens, self.flops, self.step, self.validated, self.validated_step = 0, 0.0, 0, {}, -1
     earlier: dict[str, float] = {}
     if self.checkpointer.latest is None:
-      self.state = self.functions.init(jax.random.key(run.seed), self._start_params())
+      self.state = self.functions.init(jax.random.key(run.seed), None if run.load_start is None else run.load_start())
     else:
       self.state, saved = self.checkpointer.restore(self.functions.abstract, run.fingerprint)
       iterator.set_state(saved['iterator'])
@@ -147,12 +146,6 @@ class _Trainer:
     self.pending: tuple[int, Any, dict[str, Any]] | None = None
     self.peak, self.peak_source = flops.peak_flops(jax.devices()[0])
     self.fetched_at = time.perf_counter()
-
-  def _start_params(self) -> dict[str, Any] | None:
-    if self.run.start_from is None:
-      return None
-    self.run.log(f'{self.run.name}: starts from the parameters in {self.run.start_from}')
-    return pretrained.start_params(self.run.start_from, self.run.model, pretrained.HEADS[self.run.objective.name], self.run.mesh)
 
   def run_to_end(self) -> TrainedRun:
     run, started, first = self.run, time.perf_counter(), self.step

@@ -26,7 +26,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.stages import convert
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
@@ -152,7 +152,7 @@ def exported_from(params, model: ModelConfig, head: str, root: pathlib.Path) -> 
   checkpoint.save_params(root / 'run', params, {'objective': pretrained.OBJECTIVES[head], 'tokenizer': 'byte', **fields})
   config = Config(stage='convert', checkpoint=str(root / 'run'), output=str(root / 'exported'))
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  convert.convert(stages.Context(config, root, mesh, lambda line: None))
+  convert.convert(Context(config, root, mesh, lambda line: None))
   return root / 'exported'
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from polar_jax.data import text as text_lib
 from polar_jax.miniature import corpora, documents, triplets, vocabulary
 from polar_jax.miniature import pool as pool_lib
 from polar_jax.miniature import world as engine
@@ -24,7 +25,7 @@ def run(tmp_path_factory, settings):
 @pytest.fixture(scope='module')
 def world(run, settings):
   workdir, result = run
-  text = engine.load_text(workdir / 'data' / result.text)
+  text = text_lib.load_streams(workdir / 'data' / result.text)
   vocab = vocabulary.Vocabulary(workdir / 'data' / result.tokenizer)
   prompts, unseen = (vocabulary.part_streams(vocab, corpora.load_corpora(), part) for part in ('prompts', 'unseen'))
   assert set(text['validation']) == {*prompts, 'documents'}
@@ -39,7 +40,7 @@ def _split(stream):
 
 def test_documents_lie_beside_the_corpora(run, world, settings):
   workdir, result = run
-  text = engine.load_text(workdir / 'data' / result.text)
+  text = text_lib.load_streams(workdir / 'data' / result.text)
   for split, count in (('train', 400), ('validation', 8)):
     written = _split(text[split]['documents'])
     assert len(written) == count and max(map(len, written)) <= settings.document_tokens + 1

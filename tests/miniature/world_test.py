@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from polar_jax.data import text as text_lib
 from polar_jax.data import tfds as triplet_dataset
 from polar_jax.evaluate import baselines
 from polar_jax.miniature import corpora, pool, preferences, triplets, vocabulary
@@ -17,7 +18,7 @@ from polar_jax.miniature import world as engine
 @pytest.fixture(scope='module')
 def world(small_run, small_config):
   workdir, result, _ = small_run
-  text = engine.load_text(workdir / 'data' / result.text)
+  text = text_lib.load_streams(workdir / 'data' / result.text)
   vocab = vocabulary.Vocabulary(workdir / 'data' / result.tokenizer)
   unseen = vocabulary.part_streams(vocab, corpora.load_corpora(), 'unseen')
   return triplets.World(

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from polar_jax import sharding
+from polar_jax import api, sharding
 from polar_jax.checkpoints import pretrained
 from polar_jax.checkpoints.checkpointer import FOLDER
 from polar_jax.config import (
@@ -42,9 +42,10 @@ from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rewards.sources import RewardError, RewardSum
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages import rft as stage
-from polar_jax.stages import rft_setup as opening
 from polar_jax.stages import runner
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
+from polar_jax.stages.pretrain import pretrain
+from polar_jax.stages.pretrain_lm import pretrain_lm
 from polar_jax.train.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -102,20 +103,29 @@ def world(tmp_path_factory) -> pathlib.Path:
   for split in ('train', 'test'):
     (folder / 'prompts' / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, prompts)))
   made = context(folder, 'base')
-  stages.pretrain_lm(made)
-  stages.pretrain(made)
+  pretrain_lm(made)
+  pretrain(made)
   return folder
 
 
-def context(folder: pathlib.Path, workdir: str, log=None, devices: int = 1, **changes) -> stages.Context:
+def context(folder: pathlib.Path, workdir: str, log=None, devices: int = 1, **changes) -> Context:
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
   config = make_config(folder, **changes)
-  made = stages.Context(config, folder / workdir, mesh, (lambda _: None) if log is None else log.append)
-  for name in (stages.LM, stages.PRETRAIN):
+  made = Context(config, folder / workdir, mesh, (lambda _: None) if log is None else log.append)
+  for name in ('pretrain_lm', 'pretrain'):
     if workdir != 'base' and not (made.workdir / name).exists():
       made.workdir.mkdir(exist_ok=True)
       (made.workdir / name).symlink_to(folder / 'base' / name)
   return made
+
+
+def tune(made: Context, reward: RewardSum | None = None, held_out=None):
+  """Run the stage's own call of the API with another reward."""
+  prompts, settings = stage.read_prompts(made, 'train'), made.run_settings('rft')
+  del settings['data']
+  reward = stage.open_reward(made, made.config.rft, prompts) if reward is None else reward
+  policy = made.checkpoint('pretrain_lm')
+  return api.train_policy(policy, prompts, reward, args=made.config.rft, held_out=held_out, model=made.config.model, **settings)
 
 
 @pytest.fixture(scope='module')
@@ -179,7 +189,7 @@ def test_a_tuned_policy_is_a_checkpoint_like_any_other(finished):
   opened = pretrained.open_pretrained(made.workdir / 'rft')
   assert opened.head == 'lm' and opened.tokenizer().vocab_size == 261
   params = opened.params(made.mesh, 'float32', head='lm')
-  start = pretrained.open_pretrained(made.workdir / stages.LM).params(made.mesh, 'float32')
+  start = pretrained.open_pretrained(made.workdir / 'pretrain_lm').params(made.mesh, 'float32')
   assert jax.tree.structure(params) == jax.tree.structure(start)
   assert not np.array_equal(params['lm_head'], start['lm_head'])
 
@@ -327,14 +337,13 @@ def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
 
 def test_rewards_that_are_no_numbers_stop_the_run(world):
   made = context(world, 'nan')
-  run = opening.open_run(made, 'rft', made.config.rft)
 
   class Broken:
     def score(self, prompts, outputs):
       return np.full(len(outputs), np.nan, np.float32)
 
   with pytest.raises(RewardError, match='prompt 0'):
-    loop.train(dataclasses.replace(run, reward=RewardSum({'model': (1.0, Broken())}, False)))
+    tune(made, RewardSum({'model': (1.0, Broken())}, False))
 
 
 class Vowels:
@@ -360,10 +369,8 @@ def test_the_reward_rises(world, advantage):
     evaluate_every=None,
     shuffled_every=5,
   )
-  run = opening.open_run(made, 'rft', made.config.rft)
-  run = dataclasses.replace(run, reward=RewardSum({'model': (1.0, Vowels())}, False), held_out=None)
-  loop.train(run)
-  rewards = [row['raw'] for row in read_metrics(run.folder) if 'raw' in row]
+  result = tune(made, RewardSum({'model': (1.0, Vowels())}, False))
+  rewards = [row['raw'] for row in result.metrics if 'raw' in row]
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15, rewards
 
 
@@ -371,11 +378,8 @@ def test_references_are_imitated(world):
   made = context(
     world, 'sft', method='sft', steps=20, mini_batch_size=None, update_epochs=1, num_generations=1, kl_in='none', kl_target=None
   )
-  run = opening.open_run(made, 'rft', made.config.rft)
-  loop.train(run)
-  rows = [row for row in read_metrics(run.folder) if 'approx_kl' in row]
-  state = run.actor()
-  assert state and rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
+  rows = [row for row in tune(made).metrics if 'approx_kl' in row]
+  assert rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
   assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
   assert not any('reward' in row for row in rows)  # nobody was asked
 

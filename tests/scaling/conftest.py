@@ -12,7 +12,7 @@ import pytest
 
 from polar_jax import sharding
 from polar_jax.config import CheckpointingConfig, Config, DataConfig, MeshConfig, ModelConfig, SweepConfig, TokenizerConfig, TrainConfig
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 
 GRID = SweepConfig(sizes=('16x1', '8x1'), tokens=(600, 300), learning_rates=(3e-3,), batches=(4,))
 
@@ -33,7 +33,7 @@ def sweep_rows(tmp_path_factory) -> pathlib.Path:
 def make(sweep_rows):
   """Context of a sweep in `workdir`; `changes` are to the grid, or by their names to the config."""
 
-  def of(workdir: pathlib.Path, log: list[str] | None = None, **changes) -> stages.Context:
+  def of(workdir: pathlib.Path, log: list[str] | None = None, **changes) -> Context:
     known = {f.name for f in dataclasses.fields(SweepConfig)}
     train = TrainConfig(batch_size=8, steps=5, start_from='pretrain_lm', learning_rate=1e-2, sequence_length=16)
     config = Config(
@@ -49,8 +49,6 @@ def make(sweep_rows):
       sweep=dataclasses.replace(GRID, **{k: v for k, v in changes.items() if k in known}),
     )
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if k not in known})
-    return stages.Context(
-      config, workdir, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), (lambda _: None) if log is None else log.append
-    )
+    return Context(config, workdir, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), (lambda _: None) if log is None else log.append)
 
   return of

@@ -29,7 +29,7 @@ from polar_jax.scaling import progress as table
 from polar_jax.scaling.sweep import Cell, Job
 from polar_jax.stages import sweep as sweep_stage
 from polar_jax.stages import sweep_worker as worker
-from polar_jax.stages import training as stages
+from polar_jax.stages.pretrain_lm import pretrain_lm
 from polar_jax.train.metrics import read_metrics
 from polar_jax.types import UserError
 
@@ -183,11 +183,11 @@ def test_the_language_model_of_the_workdir_serves_the_size_that_it_has(make, tmp
   context = make(tmp_path, sizes=('8x1', '32x1'), tokens=(300,))
   cells = sweep.grid(context.config)
   assert [job.name for job in sweep.language_models(context, cells)] == ['8x1_lm', '32x1_lm']
-  stages.pretrain_lm(context)
+  pretrain_lm(context)
   assert [job.name for job in sweep.language_models(context, cells)] == ['8x1_lm']
   log: list[str] = []
   sweep.run_job(dataclasses.replace(context, log=log.append), Job('32x1', cells[-1]))
-  assert any(str(tmp_path / stages.LM) in line for line in log)
+  assert any(str(tmp_path / 'pretrain_lm') in line for line in log)
 
 
 @pytest.mark.slow  # each process compiles anew; a worker's own run: below

@@ -6,8 +6,8 @@ import optax
 import pytest
 
 from polar_jax import sharding
-from polar_jax.checkpoints.checkpointer import Checkpointer
-from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
+from polar_jax.checkpoints.pretrained import abstract_model
+from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.scoring.scorer import Scorer
@@ -17,10 +17,9 @@ from polar_jax.types import Group, Triplet, UserError
 
 
 @pytest.fixture(scope='module')
-def make_scorer(tmp_path_factory):
+def make_scorer():
   """A scorer of random parameters, on a number of devices."""
-  folder = tmp_path_factory.mktemp('scored')
-  template = Template(TemplateConfig(), load_tokenizer(TokenizerConfig(kind='byte'), folder / 'none'))
+  template = Template(TemplateConfig(), load_tokenizer(TokenizerConfig(kind='byte')))
   sizes = {'num_layers': 2, 'd_model': 16, 'd_ff': 32, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
   model = ModelConfig(vocab_size=template.tokenizer.vocab_size, init_std=0.3, v_head_init='normal', **sizes)
 
@@ -28,11 +27,14 @@ def make_scorer(tmp_path_factory):
     return sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
 
   with jax.set_mesh(mesh(1)):
-    state = step_lib.build(RANKING, model, optax.identity(), mesh(1)).init(jax.random.key(0), None)
-  checkpointer = Checkpointer(folder, CheckpointingConfig(), 'none', False)
-  checkpointer.save(1, state, {}, {'objective': RANKING.name}, {})
-  checkpointer.close()
-  return lambda devices=1, **shape: Scorer.from_run(folder, model, template, mesh(devices), **shape)
+    params = step_lib.build(RANKING, model, optax.identity(), mesh(1)).init(jax.random.key(0), None).params
+  abstract = abstract_model(model, 'reward')
+
+  def make(devices=1, **shape):
+    shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract, mesh(devices)))
+    return Scorer(jax.device_put(params, shardings), model, template, mesh(devices), **shape)
+
+  return make
 
 
 def _word(rng):
@@ -104,3 +106,11 @@ def test_what_fits_no_row_is_named(make_scorer, groups):
 def test_wrong_texts_are_named(make_scorer):
   with pytest.raises(UserError, match=r'group 0: .*wrapper'):
     make_scorer().score([Group('p', 'r', ['a'], wrapper='other')])
+
+
+def test_ladder_gives_the_same_rewards_in_few_shapes(make_scorer, groups):
+  fixed, ladder = make_scorer(row_length=128), make_scorer(ladder=True)
+  for few in (groups[:1], groups[:2], groups):
+    for a, b in zip(fixed.score(few), ladder.score(few), strict=True):
+      np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+  assert ladder._forward._cache_size() <= 3  # one, two and more rows of one length

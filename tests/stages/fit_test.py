@@ -8,12 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 
+from polar_jax import runner
 from polar_jax.config import default_config, parse
 from polar_jax.scaling import results
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
 from polar_jax.stages import fit as stage
-from polar_jax.stages import runner
 
 SIZES, RATIOS = np.geomspace(5e7, 1e9, 5), np.geomspace(2, 40, 6)
 

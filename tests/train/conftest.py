@@ -15,7 +15,7 @@ import pytest
 from polar_jax import sharding
 from polar_jax.config import CheckpointingConfig, Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
 from polar_jax.model import flops
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 
 ROWS = 40
 
@@ -34,10 +34,10 @@ def world(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
-def make_context(world) -> Callable[..., stages.Context]:
+def make_context(world) -> Callable[..., Context]:
   """Context of a run of 12 steps; `changes` are to its `train` section, and to the config by their names."""
 
-  def make(workdir: pathlib.Path, log: list[str] | None = None, devices: int = 1, **changes: Any) -> stages.Context:
+  def make(workdir: pathlib.Path, log: list[str] | None = None, devices: int = 1, **changes: Any) -> Context:
     base = TrainConfig(steps=12, batch_size=8, start_from='scratch', learning_rate=3e-3, warmup_ratio=0.25, log_every=5, evaluate_every=4)
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     train = dataclasses.replace(base, **{k: v for k, v in changes.items() if k in known})
@@ -53,7 +53,7 @@ def make_context(world) -> Callable[..., stages.Context]:
     )
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if k not in known})
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-    return stages.Context(config, workdir, mesh, (lambda message: None) if log is None else log.append)
+    return Context(config, workdir, mesh, (lambda message: None) if log is None else log.append)
 
   return make
 

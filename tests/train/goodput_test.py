@@ -7,7 +7,7 @@ import json
 import pytest
 
 from polar_jax.config import CheckpointingConfig, ProfileConfig
-from polar_jax.stages import training as stages
+from polar_jax.stages.pretrain import pretrain
 from polar_jax.train import goodput
 from polar_jax.train.goodput import PARTS, Clock
 from polar_jax.train.metrics import MetricsLog, read_metrics
@@ -41,7 +41,7 @@ def test_steps_that_are_taken_again_are_lost(tmp_path):
 
 def test_a_run_says_what_its_time_went_to_and_a_resumed_one_adds(tmp_path, make_context):
   every = CheckpointingConfig(every_steps=3)
-  stages.pretrain(make_context(tmp_path, checkpointing=every))
+  pretrain(make_context(tmp_path, checkpointing=every))
   summary = json.loads((tmp_path / 'pretrain/summary.json').read_text())
   parts = summary['seconds_by_part']
   assert set(parts) == set(PARTS) and all(parts[part] > 0 for part in PARTS if part != 'lost') and parts['lost'] == 0
@@ -51,7 +51,7 @@ def test_a_run_says_what_its_time_went_to_and_a_resumed_one_adds(tmp_path, make_
   # The last checkpoint is gone, as after a kill: its steps are taken again.
   (newest,) = (path for path in (tmp_path / 'pretrain/checkpoints').iterdir() if path.name == '12')
   newest.rename(tmp_path / 'elsewhere')
-  stages.pretrain(make_context(tmp_path, checkpointing=every))
+  pretrain(make_context(tmp_path, checkpointing=every))
   resumed = json.loads((tmp_path / 'pretrain/summary.json').read_text())['seconds_by_part']
   assert resumed['lost'] > 0 and resumed['start'] > parts['start']
 
@@ -60,6 +60,6 @@ def test_a_run_says_what_its_time_went_to_and_a_resumed_one_adds(tmp_path, make_
 def test_steps_are_captured_by_the_profiler(tmp_path, make_context, steps):
   """Also where the run ends before the capture does."""
   said = []
-  stages.pretrain(make_context(tmp_path, said, steps=6, profile=ProfileConfig(steps=steps, skip=2)))
+  pretrain(make_context(tmp_path, said, steps=6, profile=ProfileConfig(steps=steps, skip=2)))
   assert list((tmp_path / 'pretrain/profile').rglob('*.xplane.pb'))
   assert [line for line in said if line.startswith(f'profile of {steps} steps: tensorboard --logdir')]

@@ -23,7 +23,8 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages import convert
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
+from polar_jax.stages.finetune import finetune
 
 SHAPE = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)  # make_context's
 MODEL = dataclasses.replace(SHAPE, vocab_size=261, v_head_init='normal')
@@ -57,7 +58,7 @@ def at_rest(make_context, workdir, start, **changes):
 
 
 def started(workdir, context):
-  return jax.device_get(open_pretrained(workdir / stages.FINETUNE).params(context.mesh))
+  return jax.device_get(open_pretrained(workdir / 'finetune').params(context.mesh))
 
 
 def equal(a, b):
@@ -72,7 +73,7 @@ def test_starts_from_all_of_a_reward_model(reward_folder, tmp_path, make_context
   if kind == 'converted':
     convert.convert(dataclasses.replace(context, config=Config(checkpoint=str(folder), output=str(tmp_path / 'ours'))))
     folder = tmp_path / 'ours'
-  stages.finetune(at_rest(make_context, tmp_path, folder))
+  finetune(at_rest(make_context, tmp_path, folder))
   equal(started(tmp_path, context), params)
   mesh = make_context(tmp_path, devices=8).mesh
   sharded, abstract = start_params(folder, MODEL, 'reward', mesh), sharding.abstract_params(abstract_model(MODEL, 'reward'), mesh)
@@ -84,7 +85,7 @@ def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make
   """Of another family with the same shapes, and tied: neither reaches a reward."""
   folder, params = make_folder('lm', family='llama', tie_embeddings=True, max_position=77)
   context = at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, v_head_init='normal'))
-  stages.finetune(context)
+  finetune(context)
   found = started(tmp_path, context)
   equal(found['decoder'], params['decoder'])
   assert 0.01 < found['v_head'].std() < 0.04  # its own, of init_std
@@ -112,7 +113,7 @@ def test_a_tied_reward_model_starts_an_untied_run(make_folder, tmp_path, make_co
 def test_a_model_that_computes_something_else_is_refused_by_name(reward_folder, tmp_path, make_context, settings, message):
   folder, _ = reward_folder
   with pytest.raises(ConfigError) as error:
-    stages.finetune(at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, **settings)))
+    finetune(at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, **settings)))
   assert str(error.value) == f'{folder} cannot be started from: {message}'
 
 
@@ -146,8 +147,8 @@ def trained(reward_folder, tmp_path_factory, make_context):
     tokenizer=TokenizerConfig(kind='checkpoint'),
     template=TemplateConfig(max_length=64),
   )
-  stages.finetune(context)
-  return context, workdir / stages.FINETUNE, folder
+  finetune(context)
+  return context, workdir / 'finetune', folder
 
 
 def test_a_run_keeps_the_tokenizer_of_its_checkpoint(trained):
@@ -168,16 +169,16 @@ def test_a_run_goes_on_with_its_own_tokenizer_only(trained, tmp_path):
   (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
   other = TokenizerConfig(kind='file', path=str(tmp_path / 'tokenizer.json'))
   with pytest.raises(ConfigError, match=r"made with other settings \(tokenizer was '[0-9a-f]{16}', is '[0-9a-f]{16}'\)"):
-    stages.finetune(dataclasses.replace(context, config=dataclasses.replace(context.config, tokenizer=other)))
+    finetune(dataclasses.replace(context, config=dataclasses.replace(context.config, tokenizer=other)))
   assert (run / 'assets/tokenizer.json').read_bytes() == kept
 
 
 def test_a_checkpoint_must_be_named(tmp_path, make_context):
   with pytest.raises(ConfigError, match=r"tokenizer.kind is 'checkpoint', but no checkpoint is named"):
-    stages.finetune(make_context(tmp_path, stage='finetune', tokenizer=TokenizerConfig(kind='checkpoint')))
+    finetune(make_context(tmp_path, stage='finetune', tokenizer=TokenizerConfig(kind='checkpoint')))
 
 
-def scores(folder: pathlib.Path, context: stages.Context) -> np.ndarray:
+def scores(folder: pathlib.Path, context: Context) -> np.ndarray:
   opened = open_pretrained(folder)
   template = Template(opened.template(TemplateConfig()), opened.tokenizer())
   return Scorer(opened.params(context.mesh), opened.model, template, context.mesh).score_pairs(context.triplets('validation'))
@@ -200,8 +201,8 @@ def test_a_trained_run_scores_the_same_wherever_it_goes(trained, tmp_path):
 
 def test_a_run_with_a_byte_tokenizer_scores_the_same_wherever_it_goes(tmp_path, make_context):
   context = make_context(tmp_path, steps=4, evaluate_every=None, start_from='scratch')
-  stages.finetune(context)
-  run = tmp_path / stages.FINETUNE
+  finetune(context)
+  run = tmp_path / 'finetune'
   assert not (run / 'assets').exists() and isinstance(open_pretrained(run).tokenizer(), ByteTokenizer)
   convert.convert(dataclasses.replace(context, config=Config(checkpoint=str(run), output=str(tmp_path / 'exported'))))
   np.testing.assert_array_equal(scores(tmp_path / 'exported', context), scores(run, context))

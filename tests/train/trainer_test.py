@@ -17,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polar_jax import sharding
+from polar_jax import api, api_training, sharding
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
 from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.stages import training as stages
+from polar_jax.stages.finetune import finetune
+from polar_jax.stages.pretrain import pretrain
+from polar_jax.stages.pretrain_lm import pretrain_lm
 from polar_jax.train import trainer as loop
 from polar_jax.train.metrics import Progress, read_metrics
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
@@ -38,8 +40,8 @@ def finished(tmp_path_factory, make_context):
   workdir, log, out = tmp_path_factory.mktemp('finished'), [], io.StringIO()
   context = make_context(workdir, log)
   with contextlib.redirect_stdout(out):
-    summary = stages.pretrain(context)
-  folder = workdir / stages.PRETRAIN
+    summary = pretrain(context)['pretrain']
+  folder = workdir / 'pretrain'
   return types.SimpleNamespace(workdir=workdir, context=context, summary=summary, log=log, printed=out.getvalue(), folder=folder)
 
 
@@ -105,8 +107,8 @@ def test_steps_that_exceed_the_plan_are_trained_whole_and_said_once(tmp_path, fi
     return pack._replace(rows=1)
 
   needed, log = [], []
-  monkeypatch.setattr(stages.pipeline, 'plan_packing', too_few)
-  stages.pretrain(make_context(tmp_path, log))
+  monkeypatch.setattr(pipeline, 'plan_packing', too_few)
+  pretrain(make_context(tmp_path, log))
   assert needed[0] > 1 and log[0] == f'pretrain: step 1 needs {needed[0]} rows, planned 1: one more compilation'
   sizes = [re.search(r'step \d+ needs (\d+) rows, planned 1: one more compilation$', line)[1] for line in log]
   assert len(sizes) == len(set(sizes)) < STEPS
@@ -150,7 +152,8 @@ def test_validates_when_asked_and_at_the_end(finished):
   rows = [row for row in read_metrics(finished.folder) if 'validation_loss' in row]
   assert [row['step'] for row in rows] == [4, 8, 12]
   context = finished.context
-  scorer = Scorer.from_run(finished.folder, context.model_config(), context.template(), context.mesh)
+  model = api.load(finished.folder, mesh=context.mesh)
+  scorer = Scorer(model.params, model.config, model.template, context.mesh)
   scores = scorer.score_pairs(context.triplets('validation'))
   margin = (scores[:, 0] - scores[:, 1]).astype(np.float64)
   assert finished.summary['validation_loss'] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
@@ -173,7 +176,7 @@ def test_bar_in_a_terminal(monkeypatch, tmp_path, make_context, capsys):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
   monkeypatch.setattr('sys.stderr', terminal)
-  stages.pretrain(make_context(tmp_path, steps=2, evaluate_every=None))
+  pretrain(make_context(tmp_path, steps=2, evaluate_every=None))
   assert '2/2' in terminal.getvalue() and 'validation_loss=' in terminal.getvalue()
   assert 'step ' not in capsys.readouterr().out
 
@@ -181,7 +184,7 @@ def test_bar_in_a_terminal(monkeypatch, tmp_path, make_context, capsys):
 def test_finished_run_trains_nothing_and_returns_the_same(resumable, finished, make_context, monkeypatch):
   before, log = (resumable / 'pretrain/metrics.jsonl').read_bytes(), []
   forbid_training(monkeypatch)
-  assert stages.pretrain(make_context(resumable, log)) == finished.summary
+  assert pretrain(make_context(resumable, log))['pretrain'] == finished.summary
   assert log == ['pretrain: resumed from step 12 of 12']
   assert (resumable / 'pretrain/metrics.jsonl').read_bytes() == before
   assert checkpoints(resumable / 'pretrain') == checkpoints(finished.folder)
@@ -190,7 +193,7 @@ def test_finished_run_trains_nothing_and_returns_the_same(resumable, finished, m
 def test_summary_lost_in_a_kill_is_written_again(resumable, finished, make_context, monkeypatch):
   (resumable / 'pretrain/summary.json').unlink()
   forbid_training(monkeypatch)
-  again = stages.pretrain(make_context(resumable))
+  again = pretrain(make_context(resumable))['pretrain']
   timed = ('seconds', 'seconds_by_part', 'goodput')
   assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in finished.summary.items() if k not in timed}
   assert json.loads((resumable / 'pretrain/summary.json').read_text()) == again
@@ -198,16 +201,16 @@ def test_summary_lost_in_a_kill_is_written_again(resumable, finished, make_conte
 
 def test_changed_settings_are_refused_by_name(resumable, make_context, monkeypatch):
   with pytest.raises(ConfigError, match=r'learning_rate was 0.003, is 0.01.*another --workdir') as error:
-    stages.pretrain(make_context(resumable, learning_rate=0.01))
+    pretrain(make_context(resumable, learning_rate=0.01))
   assert '\n' not in str(error.value)
   with pytest.raises(ConfigError, match=r'model.d_model was 16, is 32'):
-    stages.pretrain(make_context(resumable, model=ModelConfig(num_layers=2, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)))
+    pretrain(make_context(resumable, model=ModelConfig(num_layers=2, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)))
   with pytest.raises(ConfigError, match=r'seed was 0, is 1'):
-    stages.pretrain(make_context(resumable, seed=1))
+    pretrain(make_context(resumable, seed=1))
   forbid_training(monkeypatch)  # what only watches the run may change
-  stages.pretrain(make_context(resumable, log_every=1, checkpointing=CheckpointingConfig(every_steps=7)))
+  pretrain(make_context(resumable, log_every=1, checkpointing=CheckpointingConfig(every_steps=7)))
   packing = dataclasses.replace(make_context(resumable).config.data, row_length=256)
-  stages.pretrain(make_context(resumable, data=packing))
+  pretrain(make_context(resumable, data=packing))
 
 
 def at_rest(make_context, *args, **changes):
@@ -217,16 +220,16 @@ def at_rest(make_context, *args, **changes):
 
 def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
   context = make_context(tmp_path, steps=2, evaluate_every=None)
-  summary = stages.pretrain_lm(context)
-  rows = [row for row in read_metrics(tmp_path / stages.LM) if 'loss' in row]
+  summary = pretrain_lm(context)['pretrain_lm']
+  rows = [row for row in read_metrics(tmp_path / 'pretrain_lm') if 'loss' in row]
   assert [row['step'] for row in rows] == [1, 2] and 'reward_histogram' not in rows[0] and 'margin' not in rows[0]
   assert rows[0]['loss'] == pytest.approx(math.log(context.model_config().vocab_size), rel=0.05) and summary['validation_loss'] > 0
   log = []
-  stages.pretrain(at_rest(make_context, tmp_path, log, start_from='pretrain_lm'))
-  assert log == [f'pretrain: starts from the parameters in {tmp_path / stages.LM}']
+  pretrain(at_rest(make_context, tmp_path, log, start_from='pretrain_lm'))
+  assert log == [f'pretrain: starts from the parameters in {tmp_path / "pretrain_lm"}']
   model = loop.step_lib.build(NEXT_TOKEN, context.model_config(), loop.make_optimizer(context.config.pretrain_lm, 2), context.mesh)
-  language_model = jax.device_get(load_params(tmp_path / stages.LM, model.abstract.params))
-  started = parameters(tmp_path / stages.PRETRAIN, context)
+  language_model = jax.device_get(load_params(tmp_path / 'pretrain_lm', model.abstract.params))
+  started = parameters(tmp_path / 'pretrain', context)
   assert_same_tree(started['decoder'], language_model['decoder'])
   assert set(started) == {'decoder', 'v_head'} and not started['v_head'].any()
 
@@ -234,20 +237,20 @@ def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
 @pytest.mark.parametrize('by_path', [False, True])
 def test_starts_from_the_whole_of_a_reward_model(resumable, finished, tmp_path, make_context, by_path):
   workdir, start = (tmp_path / 'new', str(finished.folder)) if by_path else (resumable, 'pretrain')
-  stages.finetune(at_rest(make_context, workdir, start_from=start))
-  started, trained = parameters(workdir / stages.FINETUNE, finished.context), parameters(finished.folder, finished.context)
+  finetune(at_rest(make_context, workdir, start_from=start))
+  started, trained = parameters(workdir / 'finetune', finished.context), parameters(finished.folder, finished.context)
   assert trained['v_head'].any()
   assert_same_tree(started, trained)
 
 
 def test_start_that_is_not_there_or_does_not_fit(resumable, tmp_path, make_context):
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*pretrain_lm') as missing:
-    stages.pretrain(make_context(tmp_path / 'new', start_from='pretrain_lm'))
+    pretrain(make_context(tmp_path / 'new', start_from='pretrain_lm'))
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in nowhere'):
-    stages.pretrain(make_context(tmp_path / 'new2', start_from='nowhere'))
+    pretrain(make_context(tmp_path / 'new2', start_from='nowhere'))
   wider = ModelConfig(num_layers=2, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)
   with pytest.raises(ConfigError, match=r'pretrain cannot be started from: model\.d_model is 32, the checkpoint has 16') as wrong:
-    stages.finetune(make_context(resumable, start_from='pretrain', model=wider))
+    finetune(make_context(resumable, start_from='pretrain', model=wider))
   assert '\n' not in f'{missing.value}{wrong.value}'
 
 
@@ -300,10 +303,10 @@ def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monke
     return pack._replace(pairs=pack.pairs + 1)
 
   monkeypatch.setattr(pipeline, 'plan_packing', roomy)
-  monkeypatch.setattr(stages, 'RANKING', poison(row))
+  monkeypatch.setattr(api_training, 'RANKING', poison(row))
   named = beside(row, context, devices * accumulation)
   with pytest.raises(loop.NonFiniteError, match=rf'pretrain: step 4 has loss nan.*rows {re.escape(str(named))}$'):
-    stages.pretrain(context)
+    pretrain(context)
   assert row in named and len(named) < BATCH
   assert [r['step'] for r in read_metrics(tmp_path / 'pretrain')] == [1, 2, 3]
   assert checkpoints(tmp_path / 'pretrain') == [2, 3]  # the newest two, all of them sound
@@ -312,10 +315,10 @@ def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monke
 
 def test_non_finite_gradient_names_the_rows_of_the_batch(tmp_path, make_context, monkeypatch):
   context = make_context(tmp_path, evaluate_every=None)
-  monkeypatch.setattr(stages, 'RANKING', poison(row_of_step(1, context), in_gradient=True))
+  monkeypatch.setattr(api_training, 'RANKING', poison(row_of_step(1, context), in_gradient=True))
   rows = sorted(row for row in range(40) if where_is(row, context) == 1)
   with pytest.raises(loop.NonFiniteError) as error:
-    stages.pretrain(context)
+    pretrain(context)
   assert 'step 1 has loss 0.69' in str(error.value) and 'gradient norm nan' in str(error.value)
   assert str(error.value).endswith(f'no single row; the batch held rows {rows}')
   assert checkpoints(tmp_path / 'pretrain') == []
@@ -325,7 +328,7 @@ def test_newest_and_best_checkpoints_stay(tmp_path, make_context, monkeypatch):
   accuracy = iter([0.6, 0.9, 0.5])
   monkeypatch.setattr(loop, 'evaluate', lambda *_: {'loss': 1.0, 'accuracy': next(accuracy)})
   settings = CheckpointingConfig(every_steps=1, keep=2, keep_best=1)
-  stages.pretrain(make_context(tmp_path, checkpointing=settings))
+  pretrain(make_context(tmp_path, checkpointing=settings))
   assert checkpoints(tmp_path / 'pretrain') == [8, 11, 12]
 
 
@@ -347,11 +350,11 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
   with monkeypatch.context() as patch:
     Interrupt(patch, step=5)
     with pytest.raises(Preempted, match=r'stopped by SIGTERM, saved at step 6\. The same command resumes'):
-      stages.pretrain(make_context(tmp_path))
+      pretrain(make_context(tmp_path))
   assert signal.getsignal(signal.SIGTERM) == handler
   assert checkpoints(tmp_path / 'pretrain')[-1] == 6
   log = []
-  summary = stages.pretrain(make_context(tmp_path, log))
+  summary = pretrain(make_context(tmp_path, log))['pretrain']
   assert log == ['pretrain: resumed from step 6 of 12']
   assert_same_tree(parameters(tmp_path / 'pretrain', finished.context), parameters(finished.folder, finished.context))
   rows, expected = (
@@ -380,13 +383,13 @@ def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, 
   with monkeypatch.context() as patch:
     Interrupt(patch, step=2)
     with pytest.raises(Preempted, match='saved at step 2'):
-      stages.pretrain(make_context(tmp_path, steps=2))
+      pretrain(make_context(tmp_path, steps=2))
   forbid_training(monkeypatch)
-  assert stages.pretrain(make_context(tmp_path, steps=2))['steps'] == 2
+  assert pretrain(make_context(tmp_path, steps=2))['pretrain']['steps'] == 2
 
 
 def test_one_epoch_is_the_default(tmp_path, make_context):
-  summary = stages.pretrain(make_context(tmp_path, steps=None, evaluate_every=None))
+  summary = pretrain(make_context(tmp_path, steps=None, evaluate_every=None))['pretrain']
   assert summary['steps'] == 40 // BATCH
 
 
@@ -406,7 +409,7 @@ def test_parameters_of_a_finished_run_come_from_its_checkpoint(resumable, finish
   train, runs = loop.train, []
   monkeypatch.setattr(loop, 'train', lambda run: runs.append(train(run)) or runs[-1])
   forbid_training(monkeypatch)
-  assert stages.pretrain(make_context(resumable)) == runs[0].summary == finished.summary
+  assert pretrain(make_context(resumable))['pretrain'] == runs[0].summary == finished.summary
   assert_same_tree(jax.device_get(runs[0].params), parameters(finished.folder, finished.context))
 
 
@@ -414,5 +417,5 @@ def test_trained_parameters_are_those_that_are_saved(tmp_path, make_context, mon
   train, runs = loop.train, []
   monkeypatch.setattr(loop, 'train', lambda run: runs.append(train(run)) or runs[-1])
   context = make_context(tmp_path, steps=2, evaluate_every=None)
-  assert stages.pretrain(context) == runs[0].summary
+  assert pretrain(context)['pretrain'] == runs[0].summary
   assert_same_tree(jax.device_get(runs[0].params), parameters(tmp_path / 'pretrain', context))

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from polar_jax import sharding
 from polar_jax.config import RewardConfig
-from polar_jax.data.template import join_messages
+from polar_jax.data.template import Template, join_messages
 from polar_jax.ppo.rewards import rules
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, Text, UserError
@@ -57,6 +58,20 @@ class ModelReward:
     rewards_of = {id(candidates): rewards for candidates, rewards in zip(found.values(), scored, strict=True)}
     rewards = np.array([rewards_of[id(candidates)][c] for candidates, c in places], np.float32)
     return check_rewards(rewards, 'the reward model', prompts, outputs)
+
+
+def scored_row_length(template: Template, prompts: Sequence[Prompt], wrapper: str, max_new: int) -> int:
+  """Return how many tokens a row needs for the longest prompt and reference of a sample with a response of `max_new` tokens, with room.
+
+  Args:
+    template: of the reward model.
+    prompts: the prompts to come; at most a few hundred of them are read.
+    wrapper: 'sft' or 'pretrain'.
+    max_new: tokens of a response, in the policy's tokens.
+  """
+  sample = prompts[:: max(len(prompts) // 256, 1)]
+  longest = max(len(template.encode_candidates(p.prompt, p.reference, [''], wrapper)[0]) for p in sample)
+  return sharding.round_up(longest + 2 * max_new, 128)
 
 
 class RuleReward:

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polar_jax import sharding
+from polar_jax import runner, sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, ScoreConfig, TemplateConfig, TokenizerConfig
 from polar_jax.scoring import files as row_files
-from polar_jax.stages import runner
 from polar_jax.stages import score as stage
-from polar_jax.stages import training as stages
+from polar_jax.stages.context import Context
 from polar_jax.types import Group, UserError
 
 COUNT = 11
@@ -58,7 +57,7 @@ def score(tmp_path, make_config):
 
   def run(output, log=None, **changes):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    context = stages.Context(make_config(output, **changes), tmp_path / 'run', mesh, ([] if log is None else log).append)
+    context = Context(make_config(output, **changes), tmp_path / 'run', mesh, ([] if log is None else log).append)
     return stage.score(context)['score']
 
   return run
@@ -224,7 +223,7 @@ def test_a_workdir_that_only_scored_has_a_report(make_config, tmp_path, capsys):
   assert json.loads((tmp_path / 'run' / 'config.json').read_text())['stage'] == 'score'
   one = make_config(tmp_path / 'one.jsonl')
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  stage.score(stages.Context(one, tmp_path / 'run', mesh, lambda message: None))
+  stage.score(Context(one, tmp_path / 'run', mesh, lambda message: None))
   np.testing.assert_allclose(rewards_in(tmp_path / 'out.jsonl'), rewards_in(tmp_path / 'one.jsonl'), atol=1e-5)
   broken = dataclasses.replace(config, input=str(tmp_path / 'absent.jsonl'))
   assert runner.run(broken, tmp_path / 'run') == 1

@@ -19,7 +19,7 @@ import safetensors.numpy
 from flax import nnx
 from optional import torch
 
-from polar_jax import sharding
+from polar_jax import runner, sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.checkpoints import config_json, exporter, pretrained, tokenizer_files
 from polar_jax.checkpoints.formats import storage
@@ -28,8 +28,8 @@ from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
-from polar_jax.stages import convert, runner
-from polar_jax.stages import training as stages
+from polar_jax.stages import convert
+from polar_jax.stages.context import Context
 from polar_jax.types import PairBatch, UserError
 
 pytestmark = pytest.mark.usefixtures('torch_on_one_thread')
@@ -176,11 +176,11 @@ def make_folder(random_params, as_stored, tmp_path_factory):
   return make
 
 
-def context_of(checkpoint_path, output, mesh: str = 'one', log: list[str] | None = None, **settings) -> stages.Context:
+def context_of(checkpoint_path, output, mesh: str = 'one', log: list[str] | None = None, **settings) -> Context:
   config = Config(stage='convert', checkpoint=str(checkpoint_path), output=str(output), convert=ConvertConfig(**settings))
   sizes = MESHES[mesh]
   made = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-  return stages.Context(config, pathlib.Path('unused'), made, (lambda line: None) if log is None else log.append)
+  return Context(config, pathlib.Path('unused'), made, (lambda line: None) if log is None else log.append)
 
 
 def stored_in(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -364,7 +364,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(make_folder, tmp_path, dty
 # ---- what is refused ----
 
 
-def refused(context: stages.Context, message: str, kind: type[Exception] = UserError) -> None:
+def refused(context: Context, message: str, kind: type[Exception] = UserError) -> None:
   """One line, and nothing left behind."""
   output = pathlib.Path(context.config.output)
   before = sorted(output.parent.iterdir())
@@ -492,7 +492,7 @@ def test_paths_that_cannot_be_used(tmp_path, make_folder, capsys):
   refused(context_of(tmp_path / 'absent', tmp_path / 'new'), 'absent: no such file or folder', ConfigError)
   refused(context_of(source.path / 'config.json', tmp_path / 'new'), 'config.json: a file must be a .gguf or a llama2.c .bin', ConfigError)
   with pytest.raises(ConfigError, match=r'--config.checkpoint .* --config.output'):
-    convert.convert(stages.Context(Config(), tmp_path, context_of('', '').mesh, print))
+    convert.convert(Context(Config(), tmp_path, context_of('', '').mesh, print))
   capsys.readouterr()
   assert runner.run(context_of(tmp_path / 'absent', tmp_path / 'new').config, tmp_path / 'workdir') == 1
   assert capsys.readouterr().err == f'polar_jax: checkpoint {tmp_path / "absent"}: no such file or folder\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -14,25 +15,38 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from polar_jax import sharding
 from polar_jax.config import Config, MeshConfig
-from polar_jax.miniature import world as engine
 from polar_jax.report import report
-from polar_jax.runtime import distributed, heartbeat
+from polar_jax.runtime import distributed, heartbeat, paths
 from polar_jax.runtime.preemption import Preempted
-from polar_jax.stages import convert
-from polar_jax.stages import evaluate as evaluation
-from polar_jax.stages import plan as planning
-from polar_jax.stages import rft as reinforcement
-from polar_jax.stages import score as scoring
-from polar_jax.stages import sweep as sweep_stage
-from polar_jax.stages import training as stages
-from polar_jax.synthesis import arithmetic
+from polar_jax.stages.context import Context
 from polar_jax.train.trainer import NonFiniteError
 from polar_jax.types import UserError
 
-# Errors whose message is written for the user: shown without a traceback.
+# Each stage is imported when it runs: scoring a file needs neither the miniature nor scipy.
+_STAGES = {
+  'synthesize': 'polar_jax.stages.synthesize:synthesize',
+  'pretrain_lm': 'polar_jax.stages.pretrain_lm:pretrain_lm',
+  'pretrain': 'polar_jax.stages.pretrain:pretrain',
+  'finetune': 'polar_jax.stages.finetune:finetune',
+  'evaluate': 'polar_jax.stages.evaluate:evaluate',
+  'rft': 'polar_jax.stages.rft:rft',
+  'sweep': 'polar_jax.stages.sweep:run',
+  'fit': 'polar_jax.stages.fit:run',
+  'score': 'polar_jax.stages.score:score',
+  'convert': 'polar_jax.stages.convert:convert',
+  'plan': 'polar_jax.stages.plan:run',
+}
+# What the miniature does in their place, where everything is known: see `_in_miniature`.
+_MINIATURE = {
+  'synthesize': 'polar_jax.miniature.world:run',
+  'evaluate': 'polar_jax.miniature.evaluation:evaluate',
+  'rft': 'polar_jax.miniature.study:rft',
+}
+# Errors whose message is written for the user; shown without a traceback.
 _EXPLAINED = (UserError, NonFiniteError)
 
 
@@ -45,14 +59,14 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     _announce(config, workdir, mesh, cluster)
     distributed.agree('at the start', _start_facts(config))
     if 'rft' in _stage_names(config):
-      reinforcement.check(config)
+      importlib.import_module('polar_jax.stages.rft').check(config)
     _write_config(config, workdir)
     d = config.distributed
+    context = Context(config, workdir, mesh, _say)
     with heartbeat.beating(workdir, jax.process_index(), jax.process_count(), d.beat, d.stall):
       for name in _stage_names(config):
         heartbeat.at(name)
-        # Of `all` too a stage reads its own name: what it starts from may follow from it.
-        _timed(stages.Context(dataclasses.replace(config, stage=name), workdir, mesh, _say), name, _STAGES[name])
+        _timed(context, name, _stage(config, workdir, name))
     _finish(workdir, time.perf_counter() - started)
     return 0
   except Preempted as stop:
@@ -93,28 +107,18 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cl
 
 def _start_facts(config: Config) -> dict[str, Any]:
   """What must be the same on every host: the code, what it runs on, and every setting but which process this is."""
-  code, package = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+  code, package = hashlib.sha256(), pathlib.Path(__file__).parent
   for path in sorted(package.rglob('*.py')):
     code.update(path.read_bytes())
   facts = {'code of polar_jax': code.hexdigest()[:16], 'devices of a host': jax.local_device_count()}
   facts |= {f'version of {name}': importlib.metadata.version(name) for name in ('jax', 'flax', 'orbax-checkpoint', 'numpy')}
   settings = dataclasses.asdict(dataclasses.replace(config, distributed=dataclasses.replace(config.distributed, process=None)))
-  return facts | _flat(settings, 'config.')
-
-
-def _flat(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
-  out: dict[str, Any] = {}
-  for name, value in settings.items():
-    out |= _flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
-  return out
+  return facts | traverse_util.flatten_dict({'config': settings}, sep='.')
 
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / 'config.json.tmp'
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
-    os.replace(temporary, workdir / 'config.json')
+    paths.write_atomically(workdir / 'config.json', json.dumps(dataclasses.asdict(config), indent=2) + '\n')
 
 
 def _stage_names(config: Config) -> list[str]:
@@ -125,7 +129,7 @@ def _stage_names(config: Config) -> list[str]:
   return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit']
 
 
-def _timed(context: stages.Context, name: str, stage: Callable[[stages.Context], dict[str, Any] | None]) -> None:
+def _timed(context: Context, name: str, stage: Callable[[Context], dict[str, Any] | None]) -> None:
   """Runs a stage and keeps its results and its time. A stage that was complete already keeps the time it took then."""
   _say(f'== {name}')
   started = time.perf_counter()
@@ -148,38 +152,17 @@ def _finish(workdir: pathlib.Path, seconds: float) -> None:
   _say(f'report: {workdir / "report.md"} ({seconds:.0f} s in all)')
 
 
-def _synthesize(context: stages.Context) -> dict[str, Any]:
-  if context.config.synthesize.world == 'arithmetic':
-    return {'synthesize': arithmetic.synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log)}
-  result = engine.synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log)
-  facts = dataclasses.asdict(result)
-  return {'synthesize': {name: facts[name] for name in ('rows', 'rows_per_minute', 'fingerprints', 'seconds')}}
+def _stage(config: Config, workdir: pathlib.Path, name: str) -> Callable[[Context], dict[str, Any] | None]:
+  """The function of a stage."""
+  target = _MINIATURE[name] if name in _MINIATURE and _in_miniature(config, workdir, name) else _STAGES[name]
+  module, function = target.split(':')
+  return getattr(importlib.import_module(module), function)
 
 
-def _finetune(context: stages.Context) -> dict[str, Any]:
-  runs = {'finetune': stages.finetune(context)}
-  # Word problems have no language model of their own, and no pre-training to leave out.
-  if context.config.ablations and context.config.synthesize.world == 'ngram':
-    runs |= {'finetune_only': stages.finetune_only(context), 'finetune_no_reference': stages.finetune_no_reference(context)}
-  return {'finetune': {'runs': runs}}
-
-
-def _fit(context: stages.Context) -> dict[str, Any]:
-  from polar_jax.stages import fit as stage
-
-  return stage.run(context)
-
-
-_STAGES: dict[str, Callable[[stages.Context], dict[str, Any] | None]] = {
-  'synthesize': _synthesize,
-  'pretrain_lm': lambda context: {'pretrain_lm': stages.pretrain_lm(context)},
-  'pretrain': lambda context: {'pretrain': stages.pretrain(context)},
-  'finetune': _finetune,
-  'evaluate': evaluation.evaluate,
-  'rft': reinforcement.rft,
-  'sweep': sweep_stage.run,
-  'fit': _fit,
-  'score': scoring.score,
-  'convert': convert.convert,
-  'plan': planning.run,
-}
+def _in_miniature(config: Config, workdir: pathlib.Path, name: str) -> bool:
+  """Whether a stage works on the data of the miniature, whose policies are known."""
+  data = config.data
+  given = {'evaluate': data.triplets or data.preferences or data.validation, 'rft': data.prompts}.get(name)
+  if config.synthesize.world != 'ngram' or given:
+    return False
+  return name == 'synthesize' or (workdir / 'data' / 'pool.json').exists()

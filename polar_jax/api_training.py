@@ -1,0 +1,314 @@
+"""Training as Python users call it: a reward model from ranked examples, a policy from prompts and a reward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from polar_jax.api_models import Example, LanguageModel, Model, RewardModel, default_mesh, open_any_tokenizer
+from polar_jax.checkpoints import pretrained, run_folder
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from polar_jax.config import CheckpointingConfig, DataConfig, ModelConfig, ProfileConfig, RftConfig, TemplateConfig, TrainConfig
+from polar_jax.data import pipeline
+from polar_jax.data.examples import as_prompts, as_triplets
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.train import trainer
+from polar_jax.train.metrics import read_metrics
+from polar_jax.train.objectives import RANKING
+from polar_jax.train.validation import PairValidation
+from polar_jax.types import Prompt, UserError
+
+SCRATCH = 'scratch'
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """The outcome of a training run.
+
+  Attributes:
+    model: the trained model.
+    summary: the content of summary.json: loss, accuracy, tokens, seconds and so on.
+    folder: where metrics.jsonl, TensorBoard events and summary.json are.
+  """
+
+  model: Any
+  summary: dict[str, Any]
+  folder: pathlib.Path
+
+  @property
+  def metrics(self) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, one for each step and evaluation."""
+    return read_metrics(self.folder)
+
+
+def train_reward_model(
+  train: str | pathlib.Path | Sequence[Example] | pipeline.PairTokens,
+  validation: str | pathlib.Path | Sequence[Example] | None = None,
+  *,
+  init: str | pathlib.Path | Model | None,
+  output_dir: str | pathlib.Path,
+  args: TrainConfig = TrainConfig(),
+  model: ModelConfig | None = None,
+  tokenizer: Tokenizer | str | pathlib.Path | None = None,
+  mesh: Mesh | None = None,
+  template: TemplateConfig | None = None,
+  data: DataConfig = DataConfig(),
+  checkpointing: CheckpointingConfig = CheckpointingConfig(),
+  profile: ProfileConfig = ProfileConfig(),
+  checkpoint_dir: pathlib.Path | None = None,
+  name: str | None = None,
+  seed: int = 0,
+  log: Callable[[str], None] = print,
+) -> TrainResult:
+  """Train a reward model on ranked examples: contrastive pre-training (equation 7) and fine-tuning (equation 8) alike.
+
+  A run that was stopped continues from its newest checkpoint when it is called again with the same arguments.
+
+  Args:
+    train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), Triplets, or the path of such
+      a data set.
+    validation: held-out examples in the same forms, measured at the end and every `args.evaluate_every` steps.
+    init: the model to start from: a path as `load` takes it, a loaded model, or 'scratch'. A language model brings its decoder.
+    output_dir: folder of this run's checkpoints, metrics and summary.
+    args: steps, batch size, learning rate and so on (`args.start_from` is not read: `init` takes its place).
+    model: shape of the model when it starts from scratch, else how to compute it; None: that of `init`.
+    tokenizer: a tokenizer, its path, or 'byte'; None: that of `init`.
+    mesh: devices; None: all, parameters sharded over them.
+    template: settings of the reward template; None: those of `init`.
+    data: packing and reading: `row_length`, `read_threads`, `prefetch`, `on_bad_example`.
+    checkpointing: how often to save, and what to keep.
+    profile: steps to capture with JAX's profiler.
+    checkpoint_dir: folder of the checkpoints if not `output_dir`; may be in a bucket.
+    name: of the run in logs; None: the last part of `output_dir`.
+    seed: of initialization and order of examples.
+    log: takes lines of progress.
+
+  Returns:
+    The trained model with its summary and metrics.
+
+  Raises:
+    UserError: an argument, a file or an example cannot be used.
+    NonFiniteError: the loss is not finite, naming the step and the examples.
+    Preempted: after SIGTERM, once the state is saved.
+  """
+  started = time.perf_counter()
+  mesh = default_mesh() if mesh is None else mesh
+  folder = pathlib.Path(output_dir)
+  home = checkpoint_dir or folder
+  start = functools.cache(lambda: _opened(init))  # a resumed run that is told everything else never opens it
+  tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
+  if tokenizer is None:
+    raise UserError('there is no tokenizer: give one, or an `init` that has one')
+  config = _model_config(model, start, tokenizer)
+  template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
+
+  segments = _segments(train, Template(template, tokenizer), data)
+  plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
+  pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
+  held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
+
+  run = trainer.Run(
+    name=name or folder.name,
+    folder=folder,
+    home=home,
+    objective=RANKING,
+    model=config,
+    train=args,
+    checkpointing=checkpointing,
+    profile=profile,
+    mesh=mesh,
+    seed=seed,
+    num_examples=len(segments),
+    plan=plan,
+    batches=pipeline.pair_batches(segments, plan, pack, steps=steps, seed=seed),
+    planned_rows=pack.rows,
+    validation=None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples),
+    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, name or folder.name, log),
+    fingerprint=run_folder.training_settings(
+      RANKING.name, args, config, template, tokenizer, seed, {'rows': run_folder.examples_digest(segments.source)}
+    ),
+    threads=data.read_threads,
+    prefetch=data.prefetch,
+    log=log,
+    started=started,
+  )
+  run_folder.keep_tokenizer(tokenizer, home)
+  trained = trainer.train(run)
+  return TrainResult(RewardModel(trained.params, config, tokenizer, mesh, template=template), trained.summary, folder)
+
+
+def train_policy(
+  policy: str | pathlib.Path | LanguageModel | Pretrained,
+  prompts: str | pathlib.Path | Sequence[Mapping[str, Any] | Prompt],
+  reward: Any,
+  *,
+  output_dir: str | pathlib.Path,
+  args: RftConfig = RftConfig(),
+  held_out: str | pathlib.Path | Sequence[Mapping[str, Any] | Prompt] | None = None,
+  mesh: Mesh | None = None,
+  model: ModelConfig | None = None,
+  checkpointing: CheckpointingConfig = CheckpointingConfig(),
+  profile: ProfileConfig = ProfileConfig(),
+  checkpoint_dir: pathlib.Path | None = None,
+  name: str | None = None,
+  seed: int = 0,
+  log: Callable[[str], None] = print,
+) -> TrainResult:
+  """Tune a policy by PPO (or GRPO, RLOO; `args.advantage`) towards a reward.
+
+  A run that was stopped continues from its newest checkpoint when it is called again with the same arguments.
+
+  Args:
+    policy: the language model to start from: a path as `load` takes it, or a loaded model.
+    prompts: dicts with `prompt` and `reference` (and optionally `answer`, `category`), Prompts, or the path of such a data set. A
+      reward that is a Python function does not need references.
+    reward: a RewardModel; a function in TRL's signature, `f(prompts, completions, **columns) -> list of float`; or a list of
+      (weight, either), whose weighted sum is the reward.
+    output_dir: folder of this run's checkpoints, metrics and summary.
+    args: steps, prompts per step, learning rates, rollouts, shaping of the reward and so on (`args.policy`, `args.reward.source` and
+      `args.reward.checkpoint` are not read: `policy` and `reward` take their place).
+    held_out: prompts in the same forms, on which the policy is measured before and after, and every `args.evaluate_every` steps.
+    mesh: devices; None: all, parameters sharded over them.
+    model: how to compute the policy (precision, attention backend, rematerialization); None: in float32.
+    checkpointing: how often to save, and what to keep.
+    profile: steps to capture with JAX's profiler.
+    checkpoint_dir: folder of the checkpoints if not `output_dir`; may be in a bucket.
+    name: of the run in logs; None: the last part of `output_dir`.
+    seed: of initialization, sampling and order of prompts.
+    log: takes lines of progress.
+
+  Returns:
+    The tuned LanguageModel with the run's summary and metrics.
+
+  Raises:
+    UserError: an argument, a file, a prompt or a reward cannot be used.
+    NonFiniteError: an update is not finite.
+    Preempted: after SIGTERM, once the state is saved.
+  """
+  from polar_jax.ppo import policy as policy_lib
+  from polar_jax.ppo import prompts as prompts_lib
+  from polar_jax.ppo import trainer as ppo_trainer
+  from polar_jax.ppo.run import Run
+
+  mesh = default_mesh() if mesh is None else mesh
+  folder = pathlib.Path(output_dir)
+  home = checkpoint_dir or folder
+  start = policy_lib.check_policy(_opened(policy), 'policy')
+  config, tokenizer = start.compute_like(model or ModelConfig()), start.tokenizer()
+  assets = policy_lib.assets_of(start)
+  chat = None if assets is None else prompts_lib.open_chat(assets, args.rollout.chat)
+  encode = lambda examples: prompts_lib.PolicyPrompts(examples, tokenizer, chat, args.rollout.max_prompt, log=log)
+
+  optional = () if _needs_reference(reward) else ('reference',)
+  examples = as_prompts(prompts, optional=optional)
+  measured = None if held_out is None else as_prompts(held_out, 'validation', optional=optional)
+  total = _reward_sum(reward, args, examples)
+
+  run = Run(
+    name=name or folder.name,
+    folder=folder,
+    home=home,
+    config=args,
+    model=config,
+    checkpointing=checkpointing,
+    profile=profile,
+    mesh=mesh,
+    seed=seed,
+    prompts=encode(examples),
+    held_out=encode(measured) if measured else None,
+    tokenizer=tokenizer,
+    stop_ids=prompts_lib.stop_ids(tokenizer, assets, args.rollout.stop, chat),
+    reward=total,
+    start=lambda: start.params(mesh, 'float32', head='lm'),
+    fingerprint=run_folder.policy_settings(args, config, tokenizer, seed, examples) | _reward_settings(reward),
+    log=log,
+  )
+  run_folder.keep_tokenizer(tokenizer, home)
+  trained = ppo_trainer.train(run)
+  return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, folder)
+
+
+def _opened(init: Any) -> Any:
+  """A checkpoint on disk or a model in memory as a `Pretrained`; None for 'scratch'."""
+  if isinstance(init, str) and init == SCRATCH:
+    return None
+  if isinstance(init, Model):
+    return init.as_pretrained()
+  return init if isinstance(init, Pretrained) else open_pretrained(init)
+
+
+def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:
+  """The model to train. A `model` that only says how to compute takes its shape from the checkpoint."""
+  if model is None or (pretrained.with_compute_of(model, ModelConfig()) == ModelConfig() and start() is not None):
+    opened, model = start(), model or ModelConfig()
+    model = opened.compute_like(model) if opened else model
+  return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def _start_params(
+  start: Callable[[], Pretrained | None], config: ModelConfig, mesh: Mesh, name: str, log: Callable[[str], None]
+) -> dict[str, Any]:
+  opened = start()
+  assert opened is not None
+  log(f'{name}: starts from the parameters in {opened.path}')
+  return pretrained.start_params(opened, config, RewardModel.head, mesh)
+
+
+def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.PairTokens:
+  """Examples in any of the accepted forms as laid-out triplets, which are made when they are read."""
+  if isinstance(examples, pipeline.PairTokens):
+    return examples
+  return pipeline.PairTokens(as_triplets(examples, split, data.on_bad_example), template)
+
+
+def _reward_parts(reward: Any) -> list[tuple[float, Any]]:
+  """A reward in any of the accepted forms as (weight, RewardModel or function)."""
+  parts = [(1.0, reward)] if isinstance(reward, RewardModel) or callable(reward) else list(reward)
+  for part in parts:
+    weighted = isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], (int, float))
+    if not weighted or not (isinstance(part[1], RewardModel) or callable(part[1])):
+      raise UserError(f'reward must be a RewardModel, a function, or a list of (weight, either), not {part!r}')
+  if not parts:
+    raise UserError('reward is an empty list: give at least one (weight, reward)')
+  return parts
+
+
+def _needs_reference(reward: Any) -> bool:
+  from polar_jax.ppo.rewards.sources import RewardSum
+
+  return isinstance(reward, RewardSum) or any(isinstance(part, RewardModel) for _, part in _reward_parts(reward))
+
+
+def _reward_sum(reward: Any, args: RftConfig, prompts: Sequence[Prompt]) -> Any:
+  from polar_jax.ppo.rewards.python import PythonReward
+  from polar_jax.ppo.rewards.sources import ModelReward, RewardSum
+
+  if isinstance(reward, RewardSum):
+    return reward
+  sources: dict[str, tuple[float, Any]] = {}
+  for weight, part in _reward_parts(reward):
+    source = ModelReward(part.policy_scorer(args, prompts), args.reward) if isinstance(part, RewardModel) else PythonReward(part)
+    name = base = 'model' if isinstance(part, RewardModel) else f'reward_{getattr(part, "__name__", type(part).__name__)}'
+    for number in range(2, len(sources) + 3):
+      if name not in sources:
+        break
+      name = f'{base}_{number}'
+    sources[name] = (float(weight), source)
+  return RewardSum(sources, args.reward.strip_thinking)
+
+
+def _reward_settings(reward: Any) -> dict[str, Any]:
+  """What identifies a reward given in Python, so that a run is not resumed with another one."""
+  from polar_jax.ppo.rewards.sources import RewardSum
+
+  if isinstance(reward, RewardSum):  # built from a config, whose settings are in the fingerprint already
+    return {}
+  describe = lambda part: repr(part) if isinstance(part, RewardModel) else getattr(part, '__qualname__', type(part).__name__)
+  return {'reward': [f'{weight:g} * {describe(part)}' for weight, part in _reward_parts(reward)]}

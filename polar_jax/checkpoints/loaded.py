@@ -1,0 +1,54 @@
+"""A model in memory in the form of a checkpoint on disk, so that a run starts from either in the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from polar_jax import sharding
+from polar_jax.checkpoints.pretrained import Pretrained, abstract_model
+from polar_jax.config import TemplateConfig
+from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Pretrained):
+  """A `Pretrained` whose parameters are in memory.
+
+  Attributes:
+    arrays: the parameters, on devices.
+    text: the model's tokenizer; None if it has none.
+    reward_template: settings of its reward template.
+  """
+
+  arrays: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+  text: Tokenizer | None = None
+  reward_template: TemplateConfig = dataclasses.field(default_factory=TemplateConfig)
+
+  def params(self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: Any = None) -> dict[str, Any]:
+    """Return the parameters laid out on `mesh`; only the decoder if `head` is another one than the model's."""
+    abstract = sharding.abstract_params(abstract_model(self.model, self.head), mesh, dtype)
+    names = abstract if head in (None, self.head) else ('decoder',)
+    place = lambda x, a: jax.device_put(x if dtype is None else x.astype(a.dtype), a.sharding)
+    return {name: jax.tree.map(place, self.arrays[name], abstract[name]) for name in names}
+
+  @functools.cached_property
+  def assets(self) -> pathlib.Path:
+    path = getattr(self.text, 'path', None)
+    return pathlib.Path('/nonexistent') if path is None else path.parent
+
+  def tokenizer(self) -> Tokenizer:
+    if self.text is None:
+      raise UserError('the model has no tokenizer: give one to `load` or to the training function')
+    return self.text
+
+  def template(self, given: TemplateConfig) -> TemplateConfig:
+    default = TemplateConfig()
+    chosen = {f.name: v for f in dataclasses.fields(default) if (v := getattr(given, f.name)) != getattr(default, f.name)}
+    return dataclasses.replace(self.reward_template, **chosen)

@@ -1,0 +1,143 @@
+"""What every command-line stage is given: the config, the workdir, the devices, and the data that several stages read."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from polar_jax.checkpoints.pretrained import open_pretrained
+from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
+from polar_jax.data.examples import open_source, report_skipped
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
+from polar_jax.runtime import paths
+from polar_jax.types import Triplet
+
+# Runs that a stage of the same workdir may start from; each is also the name of the run's folder.
+RUNS = ('pretrain_lm', 'pretrain', 'finetune', 'finetune_only', 'finetune_no_reference')
+SCRATCH = 'scratch'
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """The arguments of every stage.
+
+  Attributes:
+    mesh: devices of this run.
+    log: takes one line of progress.
+    cache: tokenizers and examples that have been opened already, by the settings that determine them. Contexts made with
+      `dataclasses.replace` share it, so that a sweep opens its data once.
+  """
+
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  log: Callable[[str], None]
+  cache: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+  @property
+  def data(self) -> pathlib.Path:
+    """Folder that the synthesize stage writes to."""
+    return self.workdir / 'data'
+
+  def home(self, run: str) -> pathlib.Path:
+    """Folder of a run's checkpoints and tokenizer: below `checkpointing.folder` if that is set, else in the workdir."""
+    elsewhere = self.config.checkpointing.folder
+    return (paths.path_of(elsewhere) if elsewhere else self.workdir) / run
+
+  def checkpoint(self, reference: str) -> pathlib.Path:
+    """Resolve a checkpoint that a setting names: a run of this workdir (see `RUNS`) or a path."""
+    return self.home(reference) if reference in RUNS else paths.path_of(reference)
+
+  def init(self, train: TrainConfig) -> pathlib.Path | str:
+    """The checkpoint that `train.start_from` names, or 'scratch'."""
+    return SCRATCH if train.start_from == SCRATCH else self.checkpoint(train.start_from)
+
+  def tokenizer(self, start_from: str | None = None) -> Tokenizer:
+    """Open the tokenizer that the config names.
+
+    Args:
+      start_from: the checkpoint that the stage starts from, as its setting names it; `tokenizer.kind='checkpoint'` means
+        `config.checkpoint`, or else this one.
+
+    Raises:
+      UserError: the tokenizer does not exist, or 'checkpoint' names none.
+    """
+    config = self.config.tokenizer
+    if config.kind != 'checkpoint':
+      return self._cached(('tokenizer', config), lambda: load_tokenizer(config, self.data / 'tokenizer.json'))
+    path = self.config.checkpoint or start_from
+    if path is None or path == SCRATCH or path in RUNS:
+      raise ConfigError(
+        "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to a folder or file"
+      )
+    return self._cached(('tokenizer', path), lambda: open_pretrained(path).tokenizer())
+
+  def template_config(self, use_reference: bool = True) -> TemplateConfig:
+    """The template's settings; `use_reference=False` hides the reference (ablation)."""
+    settings = self.config.template
+    return dataclasses.replace(settings, use_reference=settings.use_reference and use_reference)
+
+  def template(self, tokenizer: Tokenizer | None = None) -> Template:
+    """The template with a tokenizer; None: the config's."""
+    return Template(self.config.template, tokenizer or self.tokenizer())
+
+  def model_config(self, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The model's shape with the vocabulary of a tokenizer; None: the config's.
+
+    Raises:
+      ConfigError: the model's vocabulary is too small for the tokenizer.
+    """
+    model, size = self.config.model, (tokenizer or self.tokenizer()).vocab_size
+    if model.vocab_size is not None and model.vocab_size < size:
+      raise ConfigError(f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's ({size}): raise it, or leave it unset")
+    return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=size)
+
+  def triplets(self, split: str) -> Sequence[Triplet]:
+    """Pre-training examples of a split: `data.triplets`, or what the synthesize stage wrote.
+
+    Raises:
+      ConfigError: there are none.
+      NoSplitError: the data set has no such split.
+    """
+    return self._examples('data.triplets', self.config.data.triplets, 'triplets', split)
+
+  def preferences(self, split: str) -> Sequence[Triplet]:
+    """Fine-tuning examples of a split: `data.preferences`, or what the synthesize stage wrote. Raises as `triplets`."""
+    return self._examples('data.preferences', self.config.data.preferences, 'preferences', split)
+
+  def _examples(self, setting: str, given: str | None, synthesized: str, split: str) -> Sequence[Triplet]:
+    data = self.config.data
+    path = paths.path_of(given) if given else self.data / synthesized
+    if split != 'train' and data.validation:
+      setting, path = 'data.validation', paths.path_of(data.validation)
+    elif split != 'train' and path.is_file():
+      raise ConfigError(f'data.validation must name held-out examples: {path} is a single file, and the model trains on it')
+    if not path.exists():
+      raise ConfigError(f'{setting}: nothing at {path}; name a data set there, or run the synthesize stage in this workdir first')
+    key = ('examples', str(path), split, data.on_bad_example)
+    return self._cached(key, lambda: report_skipped(open_source(path, split, data.on_bad_example), path, self.log))
+
+  def run_settings(self, run: str) -> dict[str, Any]:
+    """Keyword arguments that `api.train_reward_model` takes for a run of this workdir."""
+    config = self.config
+    return {
+      'output_dir': self.workdir / run,
+      'checkpoint_dir': self.home(run),
+      'name': run,
+      'mesh': self.mesh,
+      'seed': config.seed,
+      'data': config.data,
+      'checkpointing': config.checkpointing,
+      'profile': config.profile,
+      'log': self.log,
+    }
+
+  def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
+    if key not in self.cache:
+      self.cache[key] = make()
+    return self.cache[key]

@@ -1,0 +1,27 @@
+"""The pretrain stage: contrastive pre-training of the reward model on triplets of policies (equation 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polar_jax import api
+from polar_jax.stages.context import Context
+
+RUN = 'pretrain'
+
+
+def pretrain(context: Context) -> dict[str, Any]:
+  """Train on `data.triplets`, or on what the synthesize stage wrote. Returns the section `pretrain` of the report."""
+  train = context.config.pretrain
+  tokenizer = context.tokenizer(train.start_from)
+  result = api.train_reward_model(
+    context.triplets('train'),
+    context.triplets('validation'),
+    init=context.init(train),
+    args=train,
+    tokenizer=tokenizer,
+    model=context.model_config(tokenizer),
+    template=context.template_config(),
+    **context.run_settings(RUN),
+  )
+  return {'pretrain': result.summary}
