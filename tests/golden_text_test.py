@@ -19,7 +19,7 @@ MESH = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def _continue(opened: pretrained.Pretrained, params: dict, ids: list[int], tokens: int, stops: tuple[int, ...]) -> list[int]:
-  config = RolloutConfig(max_prompt=len(ids), max_new=tokens, temperature=0.0, slots=1)
+  config = RolloutConfig(max_prompt=len(ids), max_new=tokens, temperature=0.0, max_concurrent=1)
   rollouts = RolloutEngine(opened.model, MESH, config, stops).generate(params, [ids], (0,))
   return rollouts.tokens_RT[0, : rollouts.length_R[0]].tolist()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import types
+
 import optional
 import pytest
 
@@ -52,3 +55,10 @@ def test_a_stand_in_only_lets_files_be_collected(without_torch, monkeypatch):
 def test_only_packages_with_an_install_command_are_optional():
   with pytest.raises(ImportError):
     from optional import jax  # noqa: F401
+
+
+def test_long_files_come_first_then_those_with_many_tests_and_files_stay_together(conftest):
+  files = ['b_test.py', 'a_test.py', 'c_test.py', 'resume_test.py', 'a_test.py', 'c_test.py', 'c_test.py']
+  items = [types.SimpleNamespace(path=pathlib.Path('tests', name)) for name in files]
+  ordered = [item.path.name for item in conftest._longest_first(items)]
+  assert ordered == ['resume_test.py', *['c_test.py'] * 3, *['a_test.py'] * 2, 'b_test.py']
