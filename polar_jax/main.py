@@ -1,4 +1,4 @@
-"""The command line: `python -m polar_jax.main --config=configs/tiny.py [--config.pretrain.steps=50] [--workdir=runs/x]`."""
+"""The command line: `python -m polar_jax --config=configs/tiny.py [--config.pretrain.steps=50] [--workdir=runs/x]`."""
 
 from __future__ import annotations
 
@@ -14,41 +14,72 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from polar_jax.config import ConfigError, parse
+from polar_jax.config.parsing import check_name
+from polar_jax.config.reference import help_text
+from polar_jax.config.renamed import present_names
+from polar_jax.config.stages import check_overrides
 from polar_jax.planning import environment
 from polar_jax.runtime import malloc
 from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config>.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config file>.')
+_HELP = ('--help', '-help', '-h', '-?')
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-  """Like absl's, but a bad command line or config file is one line, not a traceback."""
+  """Parse flags as absl does, but print one line instead of a traceback for a bad command line or config file."""
+  _print_help(argv[1:])
   try:
     rest = flags.FLAGS(list(argv))
     if not flags.FLAGS['config'].present:
-      _fail('--config=FILE is required, for example --config=configs/tiny.py')
-    getattr(_CONFIG.value, 'keys', None)  # config_flags keeps a file that cannot be read to itself until its config is used
+      _fail('--config=FILE is required, for example --config=configs/tiny.py; --help lists all settings')
+    getattr(_CONFIG.value, 'keys', None)  # config_flags defers the error of an unreadable file until its config is used
   except Exception as error:
     message = _explain(error, argv)
     if message is None:
       raise
     _fail(message)
   if not isinstance(_CONFIG.value, ConfigDict):
-    _fail(f'{_config_file()}: get_config() must return what default_config() made, not {type(_CONFIG.value).__name__}')
+    _fail(f'{_config_file()}: get_config() must return a config made by default_config(), not {type(_CONFIG.value).__name__}')
   if len(rest) > 1:
     _fail(f'unexpected argument {rest[1]!r}; settings are given as --config.section.name=value')
   return rest
 
 
+def _print_help(arguments: Sequence[str]) -> None:
+  """Print the reference of stages and options and exit, if the command line asks for help.
+
+  Args:
+    arguments: The command line. Words that directly follow --help select stages, sections or options.
+  """
+  first = next((i for i, argument in enumerate(arguments) if argument in _HELP), None)
+  if first is None:
+    return
+  names = []
+  for word in arguments[first + 1 :]:
+    if word.startswith('-') and not word.startswith('--config.'):
+      break
+    names.append(word)
+  try:
+    text = help_text(names)
+  except ConfigError as error:
+    _fail(str(error))
+  try:
+    print(text, end='', flush=True)
+  except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    sys.stderr.close()
+  sys.exit(0)
+
+
 def _explain(error: Exception, argv: Sequence[str]) -> str | None:
-  """One line for what absl, config_flags or the config file itself raised; None when it is not the user's to mend."""
+  """Return one line for an error of absl, config_flags or the config file itself; None if the user did not cause it."""
   cause: BaseException | None = error
-  while cause is not None:  # what the config file raised lies below what the flag libraries made of it
+  while cause is not None:  # the flag libraries wrap what the config file raised
     frames = [f for f in traceback.walk_tb(cause.__traceback__) if f[0].f_globals.get('__name__') == 'config_config']
     if frames and not isinstance(cause, SyntaxError):
       frame, line = frames[-1]
-      return f'{frame.f_code.co_filename}, line {line}: {_one_line(cause)}'
+      return f'{frame.f_code.co_filename}, line {line}: {_former_name(cause) or _one_line(cause)}'
     cause = cause.__cause__ or cause.__context__
   if isinstance(error, (AttributeError, KeyError, TypeError)):
     return _unknown_setting(argv) or _one_line(error).replace("module 'config_config'", 'the config file')
@@ -63,17 +94,24 @@ def _one_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {" ".join(str(error).split())}'
 
 
+def _former_name(error: BaseException) -> str | None:
+  """Return the message for a config file that reads a setting by its former name, such as `config.train`; None for other errors."""
+  name: Any = None
+  if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict):
+    name = error.name
+  elif isinstance(error, KeyError) and error.args:
+    name = error.args[0]
+  present = present_names(str(name).strip('\'"'))
+  return f'unknown setting {name}; it is called {" or ".join(present)} now' if present else None
+
+
 def _unknown_setting(argv: Sequence[str]) -> str | None:
-  """The message of `parse` for the first setting on the command line that does not exist."""
+  """Return the message for the first setting on the command line that does not exist, None if all exist."""
   for name in re.findall(r'^-{1,2}(?:no)?config\.([^=\s]+)', '\n'.join(argv), re.MULTILINE):
-    setting: dict[str, Any] | None = None
-    for part in reversed(name.split('.')):
-      setting = {part: setting}
     try:
-      parse(ConfigDict(setting))
+      check_name(name)
     except ConfigError as error:
-      if not str(error).endswith('not None'):  # None is what this function itself gave it
-        return ' '.join(str(error).split())
+      return str(error)
   return None
 
 
@@ -87,29 +125,37 @@ def _fail(message: str) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-  """Ours are written for the user, in one line; those of libraries keep their place in the code."""
+  """Print warnings of polar_jax, which are written for users, as one line, and those of libraries with their place in the code."""
   ours = issubclass(category, UserWarning) and pathlib.Path(filename).is_relative_to(pathlib.Path(__file__).parent)
   text = f'polar_jax: warning: {message}\n' if ours else warnings.formatwarning(message, category, filename, lineno, line)
   print(text, end='', file=file or sys.stderr, flush=True)
 
 
 def main(_: Sequence[str]) -> int:
-  """Runs a stage. Exit status: 0 done or saved after SIGTERM, 1 stopped by an error that a message explains, 2 bad settings."""
+  """Run the stages of the config.
+
+  Returns:
+    The exit status: 0 if done, or saved after SIGTERM; 1 after an error that a message explains; 2 for bad settings.
+  """
   try:
     config = parse(_CONFIG.value)
+    check_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
   except ConfigError as error:
     _fail(str(error))
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')
   if '://' in (_WORKDIR.value or ''):
-    _fail(f'--workdir={_WORKDIR.value}: logs grow line by line, which no bucket allows: name a local folder, this as checkpointing.folder')
-  logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
+    _fail(
+      f'--workdir={_WORKDIR.value}: logs grow line by line, which buckets do not support; '
+      'name a local folder, and set checkpointing.folder to the bucket'
+    )
+  logging.set_verbosity(logging.ERROR)  # Orbax logs every save at INFO
   warnings.showwarning = _show_warning
 
   if config.stage == 'plan':
     environment.prepare()
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
-  # JAX is loaded below, and its backend started in `run`; a bad setting has been reported before that.
+  # JAX is imported from here on, and its backend started in `run`; bad settings have been reported before.
   from polar_jax import runner
   from polar_jax.runtime import distributed
 
@@ -124,7 +170,7 @@ def main(_: Sequence[str]) -> int:
 
 
 def console() -> None:
-  """Entry point of the `polar_jax` command."""
+  """Run the `polar_jax` command."""
   app.run(main, flags_parser=_parse_flags)
 
 

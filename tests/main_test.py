@@ -18,15 +18,19 @@ def get_config():
   config.tokenizer.kind = 'byte'
   return config
 """
-BAD_CONFIGS = {  # what the config file holds, and what the message must say
+BAD_CONFIGS = {  # content of the config file: part of the message
   'def get_config():\n  return {}["absent"]\n': "bad.py, line 2: KeyError: 'absent'",
   'def get_config():\n  return int("abc")\n': "bad.py, line 2: ValueError: invalid literal for int() with base 10: 'abc'",
   'def get_config():\n  return open("/no/such/file")\n': 'bad.py, line 2: FileNotFoundError',
   'import no_such_module\n': "bad.py, line 1: ModuleNotFoundError: No module named 'no_such_module'",
   'def get_config(:\n': 'bad.py, line 1: invalid syntax',
   'x = 1\n': 'get_config',
-  'def get_config():\n  return 3\n': 'bad.py: get_config() must return what default_config() made, not int',
+  'def get_config():\n  return 3\n': 'bad.py: get_config() must return a config made by default_config(), not int',
   GOOD.replace('tokenizer.kind', 'tokenizer.kindd'): 'unknown setting tokenizer.kindd; tokenizer has: kind, path',
+  GOOD.replace('tokenizer.kind', 'data.on_bad_row'): 'unknown setting data.on_bad_row; it is called data.on_bad_example now',
+  GOOD.replace('tokenizer.kind', 'train.steps'): 'bad.py, line 6: unknown setting train; it is called pretrain now',
+  GOOD.replace('tokenizer.kind', "['lm'].steps").replace('.[', '['): 'bad.py, line 6: unknown setting lm; it is called pretrain_lm now',
+  GOOD.replace("config.tokenizer.kind = 'byte'", "config.rft.policy = 'lm'"): "rft.policy is 'lm'; that stage is called 'pretrain_lm' now",
 }
 
 
@@ -34,16 +38,16 @@ BAD_CONFIGS = {  # what the config file holds, and what the message must say
 def command(tmp_path):
   (tmp_path / 'good.py').write_text(GOOD)
 
-  def run(*arguments, **environment):
+  def run(*arguments, module='polar_jax', **environment):
     env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment
-    line = [sys.executable, '-m', 'polar_jax.main', *arguments]
+    line = [sys.executable, '-m', module, *arguments]
     return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 
   return run
 
 
 def one_line(result, status=2):
-  """The message, which is the only line on stderr."""
+  """Return the message, which must be the only line on stderr."""
   assert 'Traceback' not in result.stderr + result.stdout
   assert result.returncode == status, result.stderr
   (line,) = result.stderr.splitlines()
@@ -51,7 +55,7 @@ def one_line(result, status=2):
 
 
 def test_config_is_required(command):
-  assert one_line(command()) == '--config=FILE is required, for example --config=configs/tiny.py'
+  assert one_line(command()) == '--config=FILE is required, for example --config=configs/tiny.py; --help lists all settings'
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,15 @@ def test_config_is_required(command):
     (['--config=absent.py', '--config.stage=all'], 'absent.py'),
     (['--config=good.py', '--config.pretrain.stepz=5'], 'unknown setting pretrain.stepz; pretrain has: b1'),
     (['--config=good.py', '--config.pretrain.steps=5', '--config.trian.steps=5'], 'unknown setting trian; the config has: ablations'),
-    (['--config=good.py', '--config.stage.x=5'], 'stage must be a str'),
+    (['--config=good.py', '--config.train.steps=5'], 'unknown setting train.steps; it is called pretrain.steps now'),
+    (['--config=good.py', '--config.rft.lam=0.9'], 'unknown setting rft.lam; it is called rft.gae_lambda now'),
+    (['--config=good.py', '--config.pretrain.start_from=lm'], "pretrain.start_from is 'lm'; that stage is called 'pretrain_lm' now"),
+    (
+      ['--config=good.py', '--config.stage=finetune', '--config.pretrain.steps=5'],
+      'pretrain.steps is set, but stage finetune does not read section pretrain; it reads: finetune, model, ',
+    ),
+    (['--config=good.py', '--help', 'nonsense'], '--help nonsense: no such stage, section or option; stages: all, '),
+    (['--config=good.py', '--config.stage.x=5'], 'unknown setting stage.x; stage is a setting, not a section'),
     (['--config=good.py', '--config.pretrain.steps=abc'], '--config.pretrain.steps=abc'),
     (['--config=good.py', '--config.ablations=maybe'], '--config.ablations=maybe'),
     (['--config=good.py', '--config.stage=foo'], "stage is 'foo'; it must be one of: all, synthesize, pretrain_lm, pretrain, finetune"),
@@ -80,6 +92,33 @@ def test_bad_command_line_is_one_line(command, arguments, expected):
 def test_bad_config_file_is_one_line(command, tmp_path, content, expected):
   (tmp_path / 'bad.py').write_text(content)
   assert expected in one_line(command('--config=bad.py'))
+
+
+def test_settings_of_a_config_file_may_belong_to_other_stages(command, tmp_path):
+  (tmp_path / 'many.py').write_text(GOOD.replace("config.tokenizer.kind = 'byte'", 'config.finetune.steps = 5'))
+  assert one_line(command('--config=many.py', '--config.stage=fit'), status=1).startswith('fit.input: ')
+
+
+@pytest.mark.parametrize('module', ['polar_jax', 'polar_jax.main'])
+def test_help_lists_options_without_a_config(command, module):
+  result = command('--help', module=module)
+  assert (result.returncode, result.stderr) == (0, '')
+  assert '\n  --config.pretrain.steps\n      int or None; default None; >= 1\n' in result.stdout
+  narrowed = command('--config=good.py', '--help', 'fit', module=module)
+  assert narrowed.returncode == 0 and '--config.fit.flops' in narrowed.stdout and '--config.pretrain.steps' not in narrowed.stdout
+
+
+def test_help_imports_no_jax(tmp_path):
+  program = 'import sys; from polar_jax import main\ntry: main.console()\nexcept SystemExit as e: print(e.code, "jax" in sys.modules)'
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  line = [sys.executable, '-c', program, '--help']
+  result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60)
+  assert result.stdout.splitlines()[-1] == '0 False'
+
+
+def test_the_modules_and_the_console_script_are_one_command():
+  assert "console_scripts': ['polar_jax=polar_jax.main:console']" in (ROOT / 'setup.py').read_text()
+  assert 'from polar_jax.main import console' in (ROOT / 'polar_jax' / '__main__.py').read_text()
 
 
 def test_missing_data_is_one_line_after_the_banner(command, tmp_path):

@@ -28,8 +28,8 @@ def load(name: str):
 @pytest.mark.parametrize(
   ('name', 'section', 'learning_rate', 'batch_size'),
   [
-    ('1_8b', 'train', 1.4e-5, 1940),
-    ('7b', 'train', 1.67e-5, 4343),
+    ('1_8b', 'pretrain', 1.4e-5, 1940),
+    ('7b', 'pretrain', 1.67e-5, 4343),
     ('finetune_1_8b', 'finetune', 1e-5, 320),
     ('finetune_7b', 'finetune', 2e-5, 320),
   ],

@@ -16,7 +16,7 @@ def write_config(path: pathlib.Path, settings: dict[str, object], **train: objec
   """A config file of contrastive pre-training of one small layer, with `settings` by their dotted names."""
   model = {'num_layers': 1, 'd_model': 16, 'd_ff': 16, 'num_heads': 1, 'num_kv_heads': 1, 'head_dim': 8}
   every = {'stage': 'pretrain'} | {f'model.{name}': value for name, value in model.items()}
-  every |= {'pretrain.start_from': 'scratch', 'pretrain.learning_rate': 3e-3} | {f'train.{name}': value for name, value in train.items()}
+  every |= {'pretrain.start_from': 'scratch', 'pretrain.learning_rate': 3e-3} | {f'pretrain.{name}': value for name, value in train.items()}
   path.write_text(
     'from polar_jax.config import default_config\n\n\ndef get_config():\n  config = default_config()\n'
     f'  config.update_from_flattened_dict({every | settings!r})\n  return config\n'

@@ -1,0 +1,94 @@
+"""Options of the data: tokenizer, template, data sets, and the data that the synthesize stage writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from polar_jax.config.base import option
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """Which tokenizer is used."""
+
+  kind: str = option(
+    'trained',
+    'trained: the small BPE that the synthesize stage writes to the workdir; byte: bytes; file: `path`; '
+    'checkpoint: that of the checkpoint that is scored or started from.',
+    choices=('trained', 'byte', 'file', 'checkpoint'),
+  )
+  path: str | None = option(
+    None, "Required by `kind` 'file': a tokenizer.json, a SentencePiece tokenizer.model, or a folder with one of them."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateConfig:
+  """The text template of POLAR and its truncation (section 4.1 of the paper)."""
+
+  max_length: int = option(16_384, 'Longest (prompt, reference, prompt, candidate) sequence, in tokens; prompts are cut to fit.', min=16)
+  max_response_length: int = option(4_096, 'Longest reference or candidate, in tokens; longer ones are cut.', min=1)
+  separator: str = option('<|reward|>', 'Text between (prompt, reference) and (prompt, candidate).')
+  separator_id: int | None = option(None, "Token id of `separator`. None: the tokenizer's.", min=0)
+  reward_token: str = option('[UNUSED_TOKEN_130]', 'Token that ends a sequence, at which the reward is read.')
+  reward_token_id: int | None = option(None, "Id of `reward_token`. None: the tokenizer's.", min=0)
+  rule: str = option('trainer', 'Which one to follow where the official trainer and client disagree.', choices=('trainer', 'client'))
+  use_reference: bool = option(True, 'Show the reference to the reward model. False: a classic reward model of (prompt, candidate).')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What the stages read. Unset data sets are those that the synthesize stage wrote to the workdir."""
+
+  triplets: str | None = option(
+    None, 'Triplets for pretrain: a TFDS folder, or a .jsonl, .jsonl.gz or .parquet file. None: data/triplets in the workdir.'
+  )
+  preferences: str | None = option(
+    None, 'Ranked examples for finetune, in the same formats as `triplets`. None: data/preferences in the workdir.'
+  )
+  validation: str | None = option(
+    None, 'Held-out examples; needed if the training examples are a single file. None: the other splits of the same folder.'
+  )
+  prompts: str | None = option(
+    None,
+    'Prompts for rft, in the same formats as `triplets`, with the official columns or prompt and reference. None: those of the workdir.',
+  )
+  prompts_validation: str | None = option(
+    None, 'Held-out prompts, on which rft only measures. None: the split `test` of the same folder, if it exists.'
+  )
+  text: str | None = option(None, 'Text for pretrain_lm: a .txt file or a folder of them. None: data/text.npz in the workdir.')
+  on_bad_example: str = option('raise', 'Stop at an invalid example, or skip and list all of them.', choices=('raise', 'skip'))
+  row_length: int | None = option(
+    None, 'Tokens of a packed row, which holds as many triplets as fit. None: chosen from the lengths of the data.', min=8
+  )
+  read_threads: int = option(2, 'Threads that prepare batches; 0: none, and no prefetching.', min=0)
+  prefetch: int = option(4, 'Batches prepared ahead.', min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthesizeConfig:
+  """What the synthesize stage writes: samples of a pool of n-gram policies, or arithmetic word problems."""
+
+  world: str = option('ngram', 'ngram: triplets of n-gram policies; arithmetic: word problems.', choices=('ngram', 'arithmetic'))
+  vocab_size: int = option(1_024, 'Vocabulary size of the BPE tokenizer that is trained.', min=300)
+  policies: int = option(256, 'Number of policies in the pool.', min=8)
+  unseen_policies: int = option(48, 'Number of `policies` that are kept for evaluation.', min=2)
+  max_order: int = option(4, 'Highest order of the n-grams that a policy models (1: unigrams).', min=1, max=5)
+  min_window: float = option(
+    0.15, 'Smallest share of a corpus that a policy learns from; the largest is the whole corpus.', exclusive_min=0, max=1
+  )
+  prefix_min_tokens: int = option(4, 'Shortest prompt, in tokens.', min=1)
+  prefix_max_tokens: int = option(12, 'Longest prompt, in tokens.', min=1)
+  max_tokens: int = option(32, 'Longest trajectory, in tokens.', min=4)
+  temperature: float = option(1.0, "Sampling temperature, multiplied with the policy's own.", exclusive_min=0)
+  top_p: float = option(1.0, "Nucleus sampling; the smaller of this and the policy's own applies.", exclusive_min=0, max=1)
+  top_k: int | None = option(None, 'Sample from this many likeliest tokens. None: from all.', min=1)
+  documents: int = option(0, 'Documents that policies of the pool write for pretrain_lm to read in addition to the corpora.', min=0)
+  document_tokens: int = option(256, 'Longest document, in tokens.', min=16)
+  train_examples: int = option(60_000, 'Training triplets, or word problems.', min=1)
+  evaluation_examples: int = option(2_000, 'Triplets, or word problems, in each of the other splits.', min=1)
+  preference_examples: int = option(8_000, 'Ranked training examples.', min=1)
+  preference_evaluation_examples: int = option(2_000, 'Ranked examples in each of the other splits.', min=1)
+  max_number: int = option(12, 'Word problems: largest number in a problem and its answer.', min=6)
+  two_steps: float = option(0.25, 'Word problems: share of problems that take two steps.', min=0, max=1)
+  workers: int = option(2, 'Threads that sample and score the policies; no result depends on it.', min=1)

@@ -1,0 +1,65 @@
+"""Options of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from polar_jax.config.base import option
+
+FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
+ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
+REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
+ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
+DTYPES = ('float32', 'bfloat16')
+STORED_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape of the decoder, which language models, reward models and value models share, and how it is computed.
+
+  All families use one decoder; the flags below select what they do differently.
+  """
+
+  family: str = option(
+    'internlm2', 'Decides the names of tensors and files when a checkpoint is exchanged with Hugging Face.', choices=FAMILIES
+  )
+  vocab_size: int | None = option(None, "Vocabulary size. None: the tokenizer's.", min=1)
+  num_layers: int = option(4, 'Number of decoder layers.', min=1)
+  d_model: int = option(128, 'Width of the residual stream.', min=1)
+  d_ff: int = option(384, 'Width of the feed-forward layers.', min=1)
+  num_heads: int = option(4, 'Number of query heads.', min=1)
+  num_kv_heads: int = option(2, 'Number of key/value heads; must divide `num_heads`.', min=1)
+  head_dim: int = option(32, 'Width of a head; must be even.', min=2)
+  rope_theta: float = option(10_000.0, 'Base of the rotary embeddings.', exclusive_min=0)
+  rope_scaling: str = option(
+    'none', 'How rotary embeddings are extended beyond the sequence length that they were trained at.', choices=ROPE_SCALINGS
+  )
+  rope_factor: float = option(1.0, "Scaling factor of `rope_scaling` 'linear', 'dynamic' and 'llama3'.", exclusive_min=0)
+  rope_low_freq_factor: float = option(
+    1.0,
+    "'llama3' only: frequencies with fewer rotations than this over `rope_original_length` are divided by `rope_factor`.",
+    exclusive_min=0,
+  )
+  rope_high_freq_factor: float = option(
+    4.0, "'llama3' only: frequencies with more rotations than this are kept, those in between interpolated.", exclusive_min=0
+  )
+  rope_original_length: int = option(8_192, "'llama3' only: sequence length of the original training, in tokens.", min=1)
+  max_position: int = option(32_768, "Longest sequence the model is made for, in tokens; 'dynamic' scaling acts beyond it.", min=1)
+  norm_eps: float = option(1e-5, 'Epsilon of RMSNorm.', exclusive_min=0)
+  init_std: float = option(0.02, 'Standard deviation of the normal initialization of embeddings and linear layers.', exclusive_min=0)
+  v_head_init: str = option(
+    'zero', 'Initialization of the reward head; with zero the first loss is exactly ln 2, as in XTuner.', choices=('zero', 'normal')
+  )
+  qkv_bias: bool = option(False, 'Add biases to the query, key and value projections (Qwen2).')
+  tie_embeddings: bool = option(False, 'Share the embedding table with the language-model head.')
+  compute_dtype: str = option(
+    'float32', 'Type of activations and matrix multiplications; master weights are always float32.', choices=DTYPES
+  )
+  remat: str = option(
+    'none',
+    'What the backward pass recomputes in each layer: nothing, everything (full), or all but matrix multiplications (dots).',
+    choices=REMAT_POLICIES,
+  )
+  scan_unroll: int = option(1, 'Layers per iteration of the scan over layers; small models on a CPU run fastest with all of them.', min=1)
+  attention: str = option('auto', 'Attention backend. auto: chosen by the default device.', choices=ATTENTION_BACKENDS)

@@ -1,0 +1,84 @@
+"""Options of training runs: optimizer, schedule, checkpoints, devices and processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from polar_jax.config.base import option
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a linear warm-up and a cosine decay."""
+
+  learning_rate: float = option(1e-3, 'Peak learning rate.', exclusive_min=0)
+  warmup_ratio: float = option(0.03, 'Share of all updates over which the rate grows linearly from 0.', min=0, max=1)
+  final_lr_ratio: float = option(
+    0.1, 'Rate at the end of the cosine, as a share of `learning_rate`; 1 keeps it constant after the warm-up.', min=0, max=1
+  )
+  b1: float = option(0.9, 'Decay of the first moment.', min=0, max=1)
+  b2: float = option(0.95, 'Decay of the second moment.', min=0, max=1)
+  eps: float = option(1e-8, 'Epsilon of Adam.', exclusive_min=0)
+  weight_decay: float = option(0.0, 'Decoupled weight decay; norms and the reward head have none.', min=0)
+  clip_norm: float | None = option(1.0, 'Largest global norm of the gradient. None: no clipping.', exclusive_min=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(OptimizerConfig):
+  """A training run. The stages pretrain_lm, pretrain and finetune have a section each."""
+
+  steps: int | None = option(None, 'Optimizer steps. None: one epoch.', min=1)
+  batch_size: int = option(64, 'Global batch size, in triplets (pretrain_lm: in text windows).', min=1)
+  gradient_accumulation_steps: int = option(1, 'Micro-batches per step; the result does not depend on it.', min=1)
+  sequence_length: int = option(128, 'pretrain_lm only: tokens of a text window.', min=8)
+  start_from: str = option(
+    'pretrain_lm',
+    "Initial parameters: 'scratch', 'pretrain_lm' or 'pretrain' (a stage of this workdir), or the folder of a run or checkpoint.",
+  )
+  log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
+  evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
+  evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointingConfig:
+  """When checkpoints are saved, where, and which are kept."""
+
+  every_steps: int = option(200, 'Steps between checkpoints.', min=1)
+  keep: int = option(2, 'Newest checkpoints to keep.', min=1)
+  keep_best: int = option(1, 'Best checkpoints to keep in addition, by validation accuracy (pretrain_lm: loss).', min=0)
+  asynchronous: bool = option(True, 'Write checkpoints while training goes on.')
+  folder: str | None = option(
+    None, 'Where runs keep checkpoints, tokenizers and logs, such as gs://bucket/name or s3://bucket/name. None: the workdir.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Traces by JAX's profiler."""
+
+  steps: int = option(0, 'Steps to trace in each run; 0: none.', min=0)
+  skip: int = option(5, 'Steps after a start or resume before the trace begins; the first one compiles.', min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh. At most one axis may be -1, which takes the devices that the others leave."""
+
+  data: int = option(1, 'Divides batches.', min=-1)
+  fsdp: int = option(-1, 'Divides batches, and parameters with their optimizer state.', min=-1)
+  tensor: int = option(1, 'Divides heads, feed-forward width and vocabulary.', min=-1)
+  context: int = option(1, 'Divides the tokens of a row.', min=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+  """The processes of a run on several hosts. Unset: what SLURM, the TPU slice or JAX's environment variables define."""
+
+  coordinator: str | None = option(None, 'Address of process 0 as host:port. None: read from the environment.')
+  processes: int | None = option(None, 'Number of processes. None: read from the environment.', min=1)
+  process: int | None = option(None, 'Index of this process. None: read from the environment.', min=0)
+  timeout: int = option(300, 'Seconds to wait for the other processes at the start.', min=1)
+  heartbeat: int = option(100, 'Seconds without a sign from a process after which JAX considers it lost.', min=1)
+  beat: float = option(10.0, 'Seconds between the heartbeat files that each process writes.', exclusive_min=0)
+  stall: float = option(900.0, 'Seconds without a step after which the processes that are behind are reported.', exclusive_min=0)
