@@ -91,7 +91,7 @@ class Steps:
       tokenizer=tokenizer,
       stop_ids=STOP_IDS,
       reward=RewardSum({'model': (1.0, ModelReward(scorer, config.reward))}, strip_thinking=True),
-      start=lambda: draw(LanguageModel, 0),
+      initial_params=lambda: draw(LanguageModel, 0),
       fingerprint={},
       log=print,
     )

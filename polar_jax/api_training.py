@@ -226,7 +226,7 @@ def train_policy(
     tokenizer=tokenizer,
     stop_ids=prompts_lib.stop_ids(tokenizer, assets, args.rollout.stop, chat),
     reward=total,
-    start=lambda: start.params(mesh, 'float32', head='lm'),
+    initial_params=lambda: start.params(mesh, 'float32', head='lm'),
     fingerprint=run_folder.policy_settings(args, config, tokenizer, seed, examples) | _reward_settings(reward),
     log=log,
   )

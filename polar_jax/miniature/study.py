@@ -24,7 +24,7 @@ from polar_jax.config import ModelConfig, RftConfig
 from polar_jax.data import pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
-from polar_jax.ppo import diagnostics, experience, measure, rows
+from polar_jax.ppo import experience, metrics, rows
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
@@ -173,7 +173,7 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
     tokenizer=study.tokenizer,
     stop_ids=(vocabulary.EOS_ID,),
     reward=study.reward,
-    start=lambda: _load(start, study),
+    initial_params=lambda: _load(start, study),
     fingerprint=run_folder.policy_settings(config, study.model, study.tokenizer, seed, prompts),
     log=context.log,
   )
@@ -229,23 +229,23 @@ class _Judge:
         'target_nll': float(nll_P[of_target]),
         'relative_nll': float(nll_P[of_target] - nll_P.mean()),
         'length': tokens / len(self._prompts),
-        'distinct_2': diagnostics.distinct(texts[name], 2),
+        'distinct_2': metrics.distinct(texts[name], 2),
       }
       if name in policies and name != 'best_of_n':  # whose answers are no samples of the law that noted their log-probabilities
         found[name]['kl'] = self._kl(policies[name])
     return found
 
   def _texts(self, rollouts: Rollouts) -> list[str]:
-    return measure.texts(rollouts, self._run.tokenizer, self._run.stop_ids)
+    return metrics.response_texts(rollouts, self._run.tokenizer, self._run.stop_ids)
 
-  def _reward(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-    return self._study.reward.total(self._study.reward.components(prompts, outputs))
+  def _reward(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    return self._study.reward.total(self._study.reward.components(prompts, responses))
 
   def _kl(self, rollouts: Rollouts) -> float:
     """Nats per token from the start, estimated on the policy's own answers."""
     run = self._run
-    batches = rows.pack(rollouts, range(len(self._ids)), run.row_length, experience.rows_of_batch(run.config, run.mesh))
+    batches = rows.pack(rollouts, range(len(self._ids)), run.row_length, experience.micro_batch_rows(run.config, run.mesh))
     with jax.set_mesh(run.mesh):
-      (start_RT, _) = experience.read(run.actor().read, self.start, batches, run.mesh, rollouts, 2)
+      (start_RT, _) = experience.run_forward(run.actor().forward, self.start, batches, run.mesh, rollouts, 2)
     mask_RT = rows.token_mask(rollouts)
     return float(((rollouts.logprob_RT - start_RT) * mask_RT).sum() / mask_RT.sum())

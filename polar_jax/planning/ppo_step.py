@@ -21,7 +21,7 @@ from polar_jax.model.reward_model import RewardModel
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.topology import GIB, as_on_a_tpu, open_slice
 from polar_jax.ppo import experience
-from polar_jax.ppo.learner import ActorTargets, CriticTargets, Learner, build_actor, build_critic
+from polar_jax.ppo.learner import ActorTargets, CriticTargets, ModelFunctions, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.scoring.scorer import jit_rewards
 from polar_jax.train.step import TrainState
@@ -170,13 +170,13 @@ class _Maker:
 
   def _reading(self) -> Iterator[Call]:
     batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
-    yield Call('logprobs', 'read actor', self._actor.read, (self._actor.abstract.params, batch), ('actor parameters',))
+    yield Call('logprobs', 'read actor', self._actor.forward, (self._actor.abstract.params, batch), ('actor parameters',))
     if self._start is not None:
-      yield Call('logprobs', 'read start', self._actor.read, (self._start, batch), ('frozen start',))
+      yield Call('logprobs', 'read start', self._actor.forward, (self._start, batch), ('frozen start',))
     if self._critic is not None:
-      yield Call('logprobs', 'read critic', self._critic.read, (self._critic.abstract.params, batch), ('critic parameters',))
+      yield Call('logprobs', 'read critic', self._critic.forward, (self._critic.abstract.params, batch), ('critic parameters',))
 
-  def _learning(self, name: str, learner: Learner, targets: Any) -> Iterator[Call]:
+  def _learning(self, name: str, learner: ModelFunctions, targets: Any) -> Iterator[Call]:
     state: TrainState = learner.abstract
     batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
     known = targets(**dict.fromkeys(targets._fields, self._tokens(jnp.float32)))
@@ -190,7 +190,7 @@ class _Maker:
   def _tokens(self, dtype: Any) -> jax.ShapeDtypeStruct:
     c = self._c
     length = c.row_length or -(-(c.rollout.max_prompt + c.rollout.max_new) // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
-    return self._array((experience.rows_of_batch(c, self._mesh), length), dtype)
+    return self._array((experience.micro_batch_rows(c, self._mesh), length), dtype)
 
   def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self._mesh))

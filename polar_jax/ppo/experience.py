@@ -1,4 +1,4 @@
-"""What a step of PPO knows of its answers before it learns from them: scores, old log-probabilities, values, advantages, returns."""
+"""Experience of a PPO step, from which its updates learn: old log-probabilities, values, advantages and returns of response tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polar_jax.types import PolicyBatch, Rollouts
 
 
 class Experience(NamedTuple):
-  """Arrays are numpy float32 (R, T), 0 off the answers. What a method does without is 0."""
+  """Numpy arrays (R, T), float32: 0 outside the responses, and all 0 for quantities that the method does not use."""
 
   mask_RT: np.ndarray
   old_logprob_RT: np.ndarray
@@ -29,25 +29,39 @@ class Experience(NamedTuple):
   return_RT: np.ndarray
 
 
-def read(function: Any, params: Any, batches: Sequence[PolicyBatch], mesh: Mesh, rollouts: Rollouts, outputs: int) -> list[np.ndarray]:
-  """What a model says of every token of the answers: `outputs` arrays (R, T) float32."""
-  # All are under way before the first is waited for.
-  found = [function(params, sharding.put_global(batch, mesh)) for batch in batches]
+def run_forward(
+  forward: Any, params: Any, batches: Sequence[PolicyBatch], mesh: Mesh, rollouts: Rollouts, outputs: int
+) -> list[np.ndarray]:
+  """Run a model on all micro-batches and collect its outputs for the tokens of the responses.
+
+  Args:
+    forward: `ModelFunctions.forward` of the actor or the critic.
+    params: laid out on the mesh.
+    batches: micro-batches that together hold all rollouts.
+    mesh: of the run.
+    rollouts: they give the shape (R, T).
+    outputs: how many arrays `forward` returns.
+
+  Returns:
+    `outputs` arrays (R, T), float32, 0 outside the responses.
+  """
+  # All batches are dispatched before the first result is waited for.
+  results = [forward(params, sharding.put_global(batch, mesh)) for batch in batches]
   out = [np.zeros(rollouts.tokens_RT.shape, np.float32) for _ in range(outputs)]
-  for batch, values in zip(batches, jax.device_get(found), strict=True):
+  for batch, values in zip(batches, jax.device_get(results), strict=True):
     for into_RT, values_BT in zip(out, values, strict=True):
       rows.collect(values_BT, batch, into_RT)
   return out
 
 
-def rows_of_batch(config: RftConfig, mesh: Mesh) -> int:
-  """Rows of a micro-batch: `rft.micro_batch_rows`, rounded up to what the mesh divides."""
+def micro_batch_rows(config: RftConfig, mesh: Mesh) -> int:
+  """Return the rows of a micro-batch: `rft.micro_batch_rows`, rounded up to a multiple of the mesh's batch shards."""
   shards = sharding.batch_shards(mesh)
   return -(-config.micro_batch_rows // shards) * shards
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'groups'))
-def estimate(
+def estimate_advantages(
   config: RftConfig,
   groups: int,
   score_R: jax.Array,
@@ -57,9 +71,22 @@ def estimate(
   group_R: jax.Array,
   kl_coef: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """(advantages, returns), both (R, T), by `rft.advantage`. Where KL is no part of the reward its coefficient is taken as 0.
+  """Estimate advantages and returns by `rft.advantage`.
 
-  Without a critic an answer's reward is one number, from which its group's mean is taken, and all its tokens share the result.
+  Without a critic the reward of a response is one number. It is compared with those of its group, and all tokens share the result.
+
+  Args:
+    config: of the run.
+    groups: number of prompts of the step.
+    score_R: shaped rewards.
+    kl_RT: estimates of the KL to the reference policy at each token.
+    value_RT: of the critic; unused without one.
+    mask_RT: 1 on the tokens of the responses.
+    group_R: which prompt each response belongs to, in [0, groups).
+    kl_coef: counts as 0 unless the KL is part of the reward.
+
+  Returns:
+    (advantages, returns), both (R, T).
   """
   coef = kl_coef if config.kl_in == 'reward' else jnp.zeros_like(kl_coef)
   reward_RT = advantages.token_rewards(score_R, kl_RT, mask_RT, coef)

@@ -13,7 +13,7 @@ from polar_jax.checkpoints.pretrained import Pretrained
 from polar_jax.config import ConfigError, ModelConfig, RftConfig, RolloutConfig
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.ppo import experience, learner, measure, rows
+from polar_jax.ppo import experience, learner, metrics, rows
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.types import Prompt, Rollouts, Text, UserError
@@ -76,7 +76,7 @@ def generate(
     max_concurrent=sharding.round_up(concurrent, sharding.batch_shards(mesh)),
   )
   rollouts = RolloutEngine(model, mesh, config, stop_ids).generate(params, ids, (seed,))
-  return measure.texts(rollouts, tokenizer, stop_ids)
+  return metrics.response_texts(rollouts, tokenizer, stop_ids)
 
 
 def logprobs(
@@ -118,9 +118,9 @@ def logprobs(
   longest = max(len(p) + len(a) for p, a in zip(prefixes, answers, strict=True))
   config = RftConfig(micro_batch_rows=1)
   length = max(_MIN_PROMPT, 1 << (longest - 1).bit_length())
-  batches = rows.pack(rollouts, range(len(answers)), length, experience.rows_of_batch(config, mesh))
+  batches = rows.pack(rollouts, range(len(answers)), length, experience.micro_batch_rows(config, mesh))
   actor = learner.build_actor(model, config, 1, mesh)
-  logprob_RT, _ = experience.read(actor.read, params, batches, mesh, rollouts, 2)
+  logprob_RT, _ = experience.run_forward(actor.forward, params, batches, mesh, rollouts, 2)
   return [row[:n].copy() for row, n in zip(logprob_RT, length_R, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What a policy is asked, in its own tokens, and which tokens end its answers."""
+"""Prompts as token ids of the policy, and the tokens that end its responses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from polar_jax.data.template import join_messages
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import Prompt, UserError
 
-_CHUNK = 512  # prompts that a thread renders and tokenises at a time
-_PROBE = 'an answer that ends here'
+_CHUNK = 512  # prompts that a thread renders and tokenizes at a time
+_PROBE = 'a response that ends here'
 
 
 class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
-  """Random access from a number to a prompt and its token ids for the policy. All are tokenised once, when this is made.
+  """A sequence of (prompt, its token ids for the policy). All prompts are tokenized once, by the constructor.
 
-  With a chat template a string is one message of the user, and the template writes the BOS, if its model wants one. Without one
-  messages are joined by newlines. A prompt whose metadata holds a 'policy_prompt' is asked that.
+  With a chat template a string becomes one message of the user, and the template writes the BOS if its model needs one. Without a
+  template, messages are joined by newlines. The policy reads a prompt's metadata 'policy_prompt' instead of the prompt, if there is one.
 
   Attributes:
-    kept: which of the prompts given each one is.
-    dropped: which of the prompts given are longer than `max_prompt` tokens, and left out.
+    kept: indices of the given prompts that this sequence holds.
+    dropped: indices of those that are longer than `max_prompt` tokens.
   """
 
   def __init__(
@@ -41,24 +41,27 @@ class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
     bos: bool = True,
     log: Callable[[str], None] | None = None,
   ):
-    """
+    """Tokenize the prompts.
+
     Args:
+      prompts: of the data set.
       tokenizer: the policy's.
-      max_prompt: the most tokens of a prompt, BOS and chat template included.
+      chat: the policy's chat template; None: it reads plain text.
+      max_prompt: most tokens of a prompt, BOS and chat template included.
       bos: put BOS, if the tokenizer has one, before the text of a policy without a chat template.
-      log: takes one line if prompts are left out.
+      log: gets one line if prompts are left out.
 
     Raises:
-      UserError: the chat template or the tokenizer refuses a prompt, one has no token, or every one is too long.
+      UserError: the chat template or the tokenizer refuses a prompt, one has no token, or all are too long.
     """
     self._prompts = prompts
     self.kept: list[int] = []
     self.dropped: list[int] = []
-    self._ids = array.array('i')  # of all kept prompts, behind one another: as lists they would take ten times the memory
+    self._ids = array.array('i')  # of all kept prompts, concatenated: lists would take ten times the memory
     self._ends = array.array('q')
-    for i, ids in enumerate(_tokenised(prompts, tokenizer, chat, bos)):
+    for i, ids in enumerate(_tokenize(prompts, tokenizer, chat, bos)):
       if not ids:
-        raise UserError(f'prompt {i} has no token: the policy has nothing to answer')
+        raise UserError(f'prompt {i} has no tokens, so the policy has nothing to respond to; remove it or give it text')
       if len(ids) > max_prompt:
         self.dropped.append(i)
         continue
@@ -66,7 +69,7 @@ class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
       self._ids.extend(ids)
       self._ends.append(len(self._ids))
     if not self.kept:
-      raise UserError(f'none of the {len(prompts)} prompts has at most {max_prompt} tokens; raise rft.rollout.max_prompt')
+      raise UserError(f'all of the {len(prompts)} prompts have more than {max_prompt} tokens; raise rft.rollout.max_prompt')
     if self.dropped and log is not None:
       first = ', '.join(map(str, self.dropped[:5])) + (', ...' if len(self.dropped) > 5 else '')
       log(f'left out {len(self.dropped)} of {len(prompts)} prompts with more than {max_prompt} tokens (numbers {first})')
@@ -85,8 +88,8 @@ class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
     return self._prompts[self.kept[i]], self._ids[self._ends[i - 1] if i else 0 : self._ends[i]].tolist()
 
 
-def _tokenised(prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTemplate | None, bos: bool) -> Iterable[list[int]]:
-  """Token ids of each prompt, in order."""
+def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTemplate | None, bos: bool) -> Iterable[list[int]]:
+  """Yield the token ids of each prompt, in order."""
 
   def encode(start: int) -> list[list[int]]:
     numbers = range(start, min(start + _CHUNK, len(prompts)))
@@ -96,24 +99,28 @@ def _tokenised(prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTempla
     try:
       yield from itertools.chain.from_iterable(pool.map(encode, range(0, len(prompts), _CHUNK)))
     finally:
-      pool.shutdown(cancel_futures=True)  # an error is not to wait for the prompts behind it
+      pool.shutdown(cancel_futures=True)  # an error must not wait for later prompts
 
 
 def _text(number: int, prompt: Prompt, chat: ChatTemplate | None) -> str:
-  asked = prompt.metadata.get('policy_prompt', prompt.prompt)
+  """Return the text that the policy reads."""
+  given = prompt.metadata.get('policy_prompt', prompt.prompt)
   if chat is None:
-    return join_messages(asked, f'prompt {number}')
+    return join_messages(given, f'prompt {number}')
   try:
-    return chat.render([{'role': 'user', 'content': asked}] if isinstance(asked, str) else asked)
+    return chat.render([{'role': 'user', 'content': given}] if isinstance(given, str) else given)
   except ChatTemplateError as error:
     raise ChatTemplateError(f'prompt {number}: {error}') from error
 
 
 def open_chat(folder: str | pathlib.Path, chat: str) -> ChatTemplate | None:
-  """The chat template of a policy whose tokenizer files are in `folder`, as `rft.rollout.chat` says; None: it is asked plain text.
+  """Open the chat template of a policy whose tokenizer files are in `folder`, unless `rft.rollout.chat` (`chat`) is 'none'.
+
+  Returns:
+    The template; None if the policy reads plain text.
 
   Raises:
-    ChatTemplateError: the folder has one that cannot be used.
+    ChatTemplateError: the folder has a template that cannot be used.
   """
   if chat == 'none':
     return None
@@ -126,28 +133,30 @@ def open_chat(folder: str | pathlib.Path, chat: str) -> ChatTemplate | None:
 def stop_ids(
   tokenizer: Tokenizer, folder: str | pathlib.Path | None, stop: str | None, chat: ChatTemplate | None = None
 ) -> tuple[int, ...]:
-  """The tokens that end an answer; the first is the one to put behind a text that is to end.
+  """Return the tokens that end a response; the first is the one to append to a complete text.
 
   Args:
-    folder: of the policy's tokenizer files, or None.
-    stop: strings separated by spaces, each one special token, and nothing else ends an answer ('': nothing at all). None: the
-      token that the chat template puts behind an answer, the tokenizer's EOS, and what generation_config.json (else config.json) in
-      `folder` names.
-    chat: its chat template, or None.
+    tokenizer: the policy's.
+    folder: with its tokenizer files, or None.
+    stop: special tokens separated by spaces; only these end a response ('': none does). None: the token that the chat template
+      puts after a response, the tokenizer's EOS, and those that generation_config.json (else config.json) in `folder` names.
+    chat: the policy's chat template, or None.
 
   Raises:
-    UserError: a string is no special token, a file in `folder` gives no ids, or there is no token that ends an answer.
+    UserError: a string is not a special token, a file in `folder` has no valid ids, or no token ends a response.
   """
   if stop is not None:
     chosen = {token: tokenizer.special_id(token) for token in stop.split()}
     unknown = [token for token, i in chosen.items() if i is None]
     if unknown:
-      raise ConfigError(f"rft.rollout.stop: {unknown[0]!r} is no special token of the policy's tokenizer; give such tokens, space between")
+      raise ConfigError(
+        f"rft.rollout.stop: {unknown[0]!r} is not a special token of the policy's tokenizer; name special tokens, separated by spaces"
+      )
     return _distinct(chosen.values())
-  found = [tokenizer.eos_id] if chat is None else [_closing_id(tokenizer, chat), tokenizer.eos_id]
-  ids = _distinct(found if folder is None else [*found, *tokenizer_lib.stop_ids(folder, tokenizer)])
+  own = [tokenizer.eos_id] if chat is None else [_closing_id(tokenizer, chat), tokenizer.eos_id]
+  ids = _distinct(own if folder is None else [*own, *tokenizer_lib.stop_ids(folder, tokenizer)])
   if not ids:
-    raise ConfigError('no token ends an answer: the tokenizer has no EOS; name one in rft.rollout.stop')
+    raise ConfigError('no token ends a response, because the tokenizer has no EOS; name one in rft.rollout.stop')
   return ids
 
 
@@ -156,11 +165,11 @@ def _distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
 
 
 def _closing_id(tokenizer: Tokenizer, chat: ChatTemplate) -> int | None:
-  """The special token right behind an answer, if the template accepts a conversation that ends with one."""
+  """Return the special token right after a response, if the template renders one."""
   try:
     text = chat.render([{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': _PROBE}], add_generation_prompt=False)
   except ChatTemplateError:
     return None
-  _, found, tail = text.rpartition(_PROBE)
-  ids = tokenizer.encode(tail.lstrip())[:1] if found else []
+  _, probe, tail = text.rpartition(_PROBE)
+  ids = tokenizer.encode(tail.lstrip())[:1] if probe else []
   return ids[0] if ids and not tokenizer.decode(ids, skip_special=True) else None

@@ -1,7 +1,7 @@
-"""The policy answers prompts: slots that decode together, and a queue that fills every slot that becomes free.
+"""Sampling of responses by the policy: slots that decode together, and a queue of prompts that refills every slot that becomes free.
 
-An answer is a pure function of the seed, of its place among the prompts and of the logits: which slot it gets, and what the other
-slots do meanwhile, changes it only as far as logits round differently.
+A response is a pure function of the seed, the index of its prompt and the logits: its slot, and the content of the other slots, change it
+only as far as logits round differently.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.transformer import Block
 from polar_jax.types import Rollouts, UserError
 
-_SHORTEST_ROW, _LONGEST_ROW = 64, 512  # tokens of a row of packed prompts; longer if a prompt may be
+_SHORTEST_ROW, _LONGEST_ROW = 64, 512  # tokens of a row of packed prompts; longer if max_prompt requires it
 _POWERS = tuple(1 << i for i in range(32))
 
 
 class Weights(NamedTuple):
-  """What sampling reads of a policy."""
+  """The parameters of a policy in the form that sampling needs."""
 
   params: dict[str, Any]  # in the compute dtype
-  blocks: list[Block] | None  # the layers once more, where they are unrolled: `Decoder.blocks`
+  blocks: list[Block] | None  # a copy of the layers, if they are unrolled: `Decoder.blocks`
 
 
 class _Functions(NamedTuple):
@@ -46,58 +46,58 @@ class _Functions(NamedTuple):
 
 
 class RolloutEngine:
-  """Samples answers from a policy.
+  """A sampler of responses from a policy.
 
   Args:
     model: shape of the policy, a `LanguageModel`.
-    mesh: where its parameters lie.
-    config: lengths, sampling, and how many answers are decoded at a time.
-    stop_ids: tokens that end an answer.
+    mesh: of its parameters.
+    config: lengths, sampling, and how many responses are decoded at a time.
+    stop_ids: tokens that end a response.
   """
 
   def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int]):
     shards = sharding.batch_shards(mesh)
     slots = -(-config.max_concurrent // shards) * shards
-    # What the functions do not depend on is set to the same for all, so that engines share them.
+    # Settings that the functions do not depend on are fixed, so that engines share one compilation.
     self._config = dataclasses.replace(config, max_concurrent=slots, stop=None, chat='auto')
     self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))
     self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids)
-    most = config.max_prompt - 1
-    self._longest = max(_row_length(most), min(_LONGEST_ROW, _row_length(most * -(-slots // shards))))
+    longest_prompt = config.max_prompt - 1  # without its last token
+    self._longest = max(_row_length(longest_prompt), min(_LONGEST_ROW, _row_length(longest_prompt * -(-slots // shards))))
     self._lengths = tuple(length for length in _POWERS if _SHORTEST_ROW <= length <= self._longest)  # not compiled yet
 
   def generate(
     self, params: dict[str, Any], prompts: Sequence[Sequence[int]], seed: tuple[int, ...], limits: Sequence[int] | None = None
   ) -> Rollouts:
-    """Answers every prompt. In several processes all of them call it with the same arguments and get all rollouts.
+    """Sample a response to every prompt. In a run of several processes all call this with the same arguments and get all rollouts.
 
     Args:
       params: a pure dict of a `LanguageModel`'s parameters, laid out on the mesh.
       prompts: token ids.
-      seed: non-negative integers; the same give the same rollouts.
-      limits: the most tokens of each answer, where that is less than `max_new`.
+      seed: non-negative integers; the same seed gives the same rollouts.
+      limits: most tokens of each response, where that is less than `max_new`.
 
     Raises:
       UserError: a prompt is empty, or longer than `max_prompt`.
     """
     self._check(prompts)
     c, f = self._config, self._functions
-    most = np.full(len(prompts), c.max_new, np.int32) if limits is None else np.clip(np.asarray(limits, np.int32), 1, c.max_new)
-    out = _Answers(len(prompts), c.max_new)
+    limit_R = np.full(len(prompts), c.max_new, np.int32) if limits is None else np.clip(np.asarray(limits, np.int32), 1, c.max_new)
+    out = _Responses(len(prompts), c.max_new)
     key = np.random.SeedSequence(seed).generate_state(2)
     waiting, running = deque(range(len(prompts))), np.full(c.max_concurrent, -1)
     place_B = np.zeros(c.max_concurrent, np.int32)
     with jax.set_mesh(self._mesh):
       weights, slots = f.prepare(params), f.vacant()
-      for length in self._lengths:  # compiled at once: which lengths occur depends on what is sampled
-        slots = f.admit(weights, slots, self._nothing(length))
+      for length in self._lengths:  # compile all lengths now: which of them occur depends on the sampled tokens
+        slots = f.admit(weights, slots, self._empty(length))
       self._lengths = ()
       while waiting or (running >= 0).any():
         while waiting and (running < 0).any():
-          entering = self._pack(prompts, most, waiting, running)
+          entering = self._pack(prompts, limit_R, waiting, running)
           place_B[entering.fresh_B > 0] = 0
           slots = f.admit(weights, slots, entering)
-        # A short answer that ends makes room at once; when nothing waits there is nothing to stop for.
+        # Return as soon as enough responses have ended to be replaced; with an empty queue there is no reason to return early.
         leave = max(1, c.max_concurrent // 32) if waiting else c.max_concurrent + 1
         slots, answered = f.advance(weights, slots, key, np.int32(leave))
         answered = jax.device_get(answered)
@@ -108,11 +108,11 @@ class RolloutEngine:
     return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
 
   def calls(self, params: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """(name, jitted function, shapes of its arguments) of all that `generate` calls, prompts as long as they may be; for plans."""
+    """Return (name, jitted function, shapes of its arguments) of all functions that `generate` calls, for prompts of full length."""
     f = self._functions
     weights, slots = jax.eval_shape(f.prepare, params), jax.eval_shape(f.vacant)
     shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
-    entering = jax.tree.map(lambda a: shape(a.shape, a.dtype), self._nothing(self._longest))
+    entering = jax.tree.map(lambda a: shape(a.shape, a.dtype), self._empty(self._longest))
     decoded = (weights, slots, shape((2,), np.uint32), shape((), np.int32))
     return [
       ('prepare', f.prepare, (params,)),
@@ -124,14 +124,21 @@ class RolloutEngine:
   def _check(self, prompts: Sequence[Sequence[int]]) -> None:
     for i, prompt in enumerate(prompts):
       if not len(prompt):
-        raise UserError(f'prompt {i} has no tokens: a policy needs at least one to answer')
+        raise UserError(f'prompt {i} has no tokens; a policy needs at least one')
       if len(prompt) > self._config.max_prompt:
         raise UserError(
-          f'prompt {i} has {len(prompt)} tokens, more than rollout.max_prompt={self._config.max_prompt}: raise it, or leave the prompt out'
+          f'prompt {i} has {len(prompt)} tokens, more than rollout.max_prompt={self._config.max_prompt}; raise it, or remove the prompt'
         )
 
-  def _pack(self, prompts: Sequence[Sequence[int]], most: np.ndarray, waiting: deque[int], running: np.ndarray) -> Entering:
-    """Takes prompts off the queue, as many as there are free slots and as rows of the longest kind hold; notes them in `running`."""
+  def _pack(self, prompts: Sequence[Sequence[int]], limit_R: np.ndarray, waiting: deque[int], running: np.ndarray) -> Entering:
+    """Take prompts off the queue, as many as fit the free slots and the longest rows, and pack them into rows.
+
+    Args:
+      prompts: token ids of all prompts.
+      limit_R: most tokens of each response.
+      waiting: the queue of indices of prompts.
+      running: the prompt in each slot, or -1; updated.
+    """
     rows: list[list[tuple[int, int]]] = [[] for _ in range(self._rows)]  # (prompt, slot)
     used = [0] * self._rows
     for slot in np.flatnonzero(running < 0).tolist():
@@ -144,29 +151,29 @@ class RolloutEngine:
       running[slot] = waiting.popleft()
       rows[row].append((int(running[slot]), slot))
       used[row] += size
-    new = self._nothing(_row_length(max(used)))
-    for p, texts in enumerate(rows):
+    new = self._empty(_row_length(max(used)))
+    for p, entries in enumerate(rows):
       low = 0
-      for i, slot in texts:
+      for i, slot in entries:
         size = len(prompts[i]) - 1
         at = np.s_[p, low : low + size]
         new.tokens_PT[at], new.positions_PT[at] = prompts[i][:-1], np.arange(size)
         new.start_PT[at], new.slot_PT[at] = low, slot
         new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = 1, size, prompts[i][-1]
-        new.rollout_B[slot], new.limit_B[slot] = i, most[i]
+        new.rollout_B[slot], new.limit_B[slot] = i, limit_R[i]
         low += size
     return new
 
-  def _nothing(self, length: int) -> Entering:
-    """No texts, in rows of a length."""
+  def _empty(self, length: int) -> Entering:
+    """Return rows of a length without prompts."""
     packed, each = (self._rows, length), (self._config.max_concurrent,)
     new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
     new.slot_PT[:] = -1
     return new
 
 
-class _Answers:
-  """The answers as far as they go."""
+class _Responses:
+  """The tokens of all responses so far."""
 
   def __init__(self, prompts: int, max_new: int):
     self.tokens_RT = np.zeros((prompts, max_new), np.int32)
@@ -174,6 +181,7 @@ class _Answers:
     self.length_R = np.zeros(prompts, np.int32)
 
   def append(self, running: np.ndarray, place_B: np.ndarray, answered: Answered) -> None:
+    """Append the tokens that one call of `advance` sampled for each slot."""
     for b in np.flatnonzero(running >= 0):
       i, low, high = running[b], place_B[b], answered.place_B[b]
       self.tokens_RT[i, low:high] = answered.tokens_MB[: high - low, b]
@@ -182,15 +190,23 @@ class _Answers:
 
 
 def _row_length(tokens: int) -> int:
-  """Rows have few lengths, so that few are compiled: powers of two."""
+  """Return a power of two that holds some tokens, so that few lengths are compiled."""
   return max(_SHORTEST_ROW, 1 << max(tokens - 1, 0).bit_length())
 
 
 @functools.cache
 def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tuple[int, ...]) -> _Functions:
+  """Jit the functions of an engine.
+
+  Args:
+    model: shape of the policy.
+    mesh: of its parameters.
+    config: lengths and sampling; `max_concurrent` is a multiple of the mesh's batch shards.
+    stop_ids: tokens that end a response.
+  """
   abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
   graphdef, _ = nnx.split(abstract)
-  # Prompts are read by layers in a loop: that is compiled for several lengths, and reading is the smaller part.
+  # Prompts run through layers in a loop, because that is compiled for several lengths and takes the smaller part of the time.
   looped, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(dataclasses.replace(model, scan_unroll=1), rngs=nnx.Rngs(0))))
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = sharding.batch_sharding(mesh)
@@ -198,9 +214,9 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     cached = NamedSharding(mesh, cache.spec(model.num_kv_heads))
   slots = Slots._make((cache.KVCache._make((cached, cached, rows)), *(rows,) * 5))
 
-  # Decoding reads every weight for every token: no device may have to ask another for it.
+  # Decoding reads every weight for every token, so the weights must not be gathered from other devices each time.
   params = jax.tree.map(lambda a: NamedSharding(mesh, _without(a.sharding.spec, 'fsdp')), sharding.abstract_params(abstract, mesh))
-  whole = Weights(params, None)  # XLA lays out the blocks as it finds the parameters
+  whole = Weights(params, None)  # XLA chooses the layout of the blocks
 
   def prepare(given: dict[str, Any]) -> Weights:
     cast = jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.compute_dtype), given), params)
@@ -222,5 +238,6 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
 
 
 def _without(spec: PartitionSpec, axis: str) -> PartitionSpec:
+  """Return a spec without one axis of the mesh."""
   keep = lambda part: None if part == axis else tuple(a for a in part if a != axis) or None if isinstance(part, tuple) else part
   return PartitionSpec(*map(keep, spec))

@@ -81,3 +81,25 @@ def test_equal_weights_are_kept_together():
   assert sampling.kept(weight, top_k=2)[0].tolist() == [True, True, True, False, False]
   assert sampling.kept(weight, top_p=0.4)[0].tolist() == [True, False, False, False, False]
   assert sampling.kept(weight)[0].tolist() == [True, True, True, True, False]
+
+
+def test_kept_includes_the_token_that_reaches_top_p_and_no_more():
+  weight = jnp.array([[1.0, 0.5, 0.25, 0.25], [1.0, 1.0, 1.0, 1.0]])
+  assert sampling.kept(weight, top_p=0.5).tolist() == [[True, False, False, False], [True] * 4]  # equal tokens stay together
+  assert sampling.kept(weight, top_p=0.75).tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_kept_separates_weights_that_are_nearly_equal():
+  """Down to neighboring floats."""
+  for heavy in (0.5, 0.37, 0.011):
+    weight = np.array([[1.0, heavy, np.nextafter(np.float32(heavy), np.float32(0))]], np.float32)
+    assert sampling.kept(jnp.asarray(weight), top_k=2).tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize('settings', [{}, {'top_k': 1}, {'top_p': 0.5}])
+def test_draw_renormalizes_when_the_heaviest_token_is_barred(settings):
+  """The others are so light that their weights relative to it are 0 in float32."""
+  logits, barred = jnp.array([[0.0, -200.0, -210.0]]), jnp.array([[True, False, False]])
+  noise = jnp.zeros((1, sampling.num_noise(3)))
+  token, logprob = sampling.draw(logits, noise, temperature=1.0, barred_BV=barred, **settings)
+  assert token.tolist() == [1] and logprob.tolist() == [-200.0]

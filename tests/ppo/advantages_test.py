@@ -22,7 +22,7 @@ grpo = jax.jit(advantages.grpo, static_argnums=2)
 rloo = jax.jit(advantages.rloo, static_argnums=2)
 loss_weights = jax.jit(advantages.loss_weights, static_argnums=1)
 
-lengths = st.lists(st.integers(0, T), min_size=R, max_size=R)  # 0: an answer that was dropped
+lengths = st.lists(st.integers(0, T), min_size=R, max_size=R)  # 0: a response that was dropped
 seeds = st.integers(0, 2**32 - 1)
 rates = st.sampled_from([0.0, 0.5, 0.95, 1.0])
 
@@ -32,7 +32,7 @@ def prefix_mask(length_R, width=T):
 
 
 def draw(seed, *shape, mask=None):
-  """Normal numbers; NaN where the mask is 0, so that nothing can read them unnoticed."""
+  """Return normal numbers, NaN where the mask is 0, so that a function which reads those is noticed."""
   x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
   return x if mask is None else np.where(mask > 0, x, np.float32(np.nan))
 
@@ -47,7 +47,7 @@ def test_kl_against_the_definitions():
   np.testing.assert_allclose(kl(logprob, reference, 'k1'), -np.log(ratio), rtol=1e-5)
   np.testing.assert_allclose(kl(logprob, reference, 'k2'), np.log(ratio) ** 2 / 2, rtol=1e-5)
   np.testing.assert_allclose(kl(logprob, reference, 'k3'), np.minimum(ratio - 1 - np.log(ratio), 10), rtol=1e-4)
-  with pytest.raises(ValueError, match="no KL estimator 'k4'"):
+  with pytest.raises(ValueError, match="KL estimator 'k4' does not exist; choose k1, k2 or k3"):
     kl(logprob, reference, 'k4')
 
 
@@ -93,7 +93,7 @@ def test_token_rewards_against_the_slow_oracle(length_R, seed):
 
 
 def gae_oracle(rewards, values, gamma, lam):
-  """One answer without padding: the sum over later steps that equation 16 writes out."""
+  """Return the result for one response without padding, as the explicit sum over later steps of equation 16."""
   n = len(rewards)
   delta = [rewards[t] + (gamma * values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
   advantage = [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
@@ -117,7 +117,7 @@ def test_gae_against_the_slow_oracle(length_R, seed, gamma, lam):
 
 
 def verl_gae(rewards, values, mask, gamma, lam):
-  """The backward recursion as verl 0.5 publishes it, a column at a time, whitening left out."""
+  """Return the backward recursion of verl 0.5, column by column, without whitening."""
   following, running, out = np.zeros(len(mask)), np.zeros(len(mask)), np.zeros(mask.shape)
   for t in range(mask.shape[1] - 1, -1, -1):
     candidate = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running
@@ -129,7 +129,7 @@ def verl_gae(rewards, values, mask, gamma, lam):
 
 @unhurried
 @given(st.lists(st.booleans(), min_size=R * T, max_size=R * T), seeds, rates, rates)
-def test_gae_is_verls_under_any_mask(mask, seed, gamma, lam):
+def test_gae_equals_verls_under_any_mask(mask, seed, gamma, lam):
   mask = np.array(mask, np.float32).reshape(R, T)
   rewards, values = draw(seed, R, T), draw(seed + 1, R, T)
   expected = verl_gae(*(x.astype(np.float64) for x in (rewards, values, mask)), gamma, lam)
@@ -143,7 +143,7 @@ def test_gae_by_hand():
   rewards, values = np.zeros((R, T), np.float32), np.zeros((R, T), np.float32)
   rewards[0, :3], values[0, :3] = [0, 1, 4], [1, 2, 3]
   rewards[1, 0], values[1, 0] = -1, 0.5
-  # deltas of the first answer at gamma 1/2: 0 + 1 - 1, 1 + 1.5 - 2, 4 - 3
+  # deltas of the first response at gamma 1/2: 0 + 1 - 1, 1 + 1.5 - 2, 4 - 3
   advantage, return_ = gae(rewards, values, mask, 0.5, 0.5)
   np.testing.assert_allclose(advantage[:2, :3], [[0.1875, 0.75, 1], [-1.5, 0, 0]])
   np.testing.assert_allclose(return_[:2, :3], [[1.1875, 2.75, 4], [-1, 0, 0]])
@@ -161,7 +161,7 @@ def test_gae_of_the_official_settings_is_score_minus_value(length_R, seed):
 
 @unhurried
 @given(lengths, seeds, st.permutations(range(R)))
-def test_rollouts_do_not_see_each_other(length_R, seed, order):
+def test_rollouts_do_not_affect_each_other(length_R, seed, order):
   mask = prefix_mask(length_R)
   rewards, values = draw(seed, R, T, mask=mask), draw(seed + 1, R, T, mask=mask)
   once = gae(rewards, values, mask, 0.95, 0.9)
@@ -181,7 +181,7 @@ def test_whiten_against_the_slow_oracle(length_R, seed):
     variance = sum((real - mean) ** 2) / (len(real) - 1)
     expected[mask > 0] = (real - mean) / math.sqrt(variance + 1e-8)
   found = whiten(x, mask)
-  np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 knows a number near 100 to 8e-6
+  np.testing.assert_allclose(found, expected, atol=1e-3)  # float32 resolves numbers near 100 to 8e-6
   np.testing.assert_allclose(whiten(widen(x), widen(mask, 0)), widen(found, 0), atol=1e-4)
 
 
@@ -192,12 +192,20 @@ def test_whiten_by_hand():
   expected = np.zeros((R, T))
   expected[0, :2], expected[2, 0] = np.array([-2, -1]) / math.sqrt(7), 3 / math.sqrt(7)  # mean 3, variance (4 + 1 + 9) / 2
   np.testing.assert_allclose(whiten(x, mask), expected, rtol=1e-6)
-  np.testing.assert_array_equal(whiten(x, prefix_mask([0, 0, 1, 0])), 0)  # one token: only its mean goes
+  np.testing.assert_array_equal(whiten(x, prefix_mask([0, 0, 1, 0])), 0)  # one token: only the mean is removed
   np.testing.assert_array_equal(whiten(x, np.zeros((R, T), np.float32)), 0)
   np.testing.assert_array_equal(whiten(np.full((R, T), 0.5, np.float32), np.ones((R, T), np.float32)), 0)
 
 
-def test_no_gradient_passes_padding():
+def test_whiten_adds_1e_8_to_the_variance():
+  """Which shows where the values hardly vary."""
+  x = np.zeros((R, T), np.float32)
+  x[0, :2] = [1e-4, -1e-4]
+  mask = prefix_mask([2, 0, 0, 0])
+  np.testing.assert_allclose(np.asarray(whiten(x, mask))[0, :2], np.array([1e-4, -1e-4]) / math.sqrt(2e-8 + 1e-8), rtol=1e-5)
+
+
+def test_no_gradient_flows_through_padding():
   mask = prefix_mask([3, 1, 0, 6])
   kl_RT, values = draw(0, R, T, mask=mask), draw(1, R, T, mask=mask)
 
@@ -217,7 +225,7 @@ def test_no_gradient_passes_padding():
 
 
 def group_oracle(scores, groups):
-  """(GRPO, RLOO) with a loop over the members of each group."""
+  """Return (GRPO, RLOO) by a loop over the members of each group."""
   normal, left_out = [], []
   for score, group in zip(scores, groups, strict=True):
     members = [s for s, g in zip(scores, groups, strict=True) if g == group]
@@ -245,7 +253,7 @@ def test_group_advantages_against_the_slow_oracle(group_R, scores):
 
 @unhurried
 @given(groups, seeds, st.permutations(range(7)))
-def test_group_advantages_sum_to_nothing_and_know_no_order(group_R, seed, order):
+def test_group_advantages_sum_to_zero_in_any_order(group_R, seed, order):
   score_R, group_R, order = draw(seed, 7), np.array(group_R), np.array(order)
   for function in (grpo, rloo):
     found = np.asarray(function(score_R, group_R, 4))
@@ -262,28 +270,28 @@ def test_group_advantages_by_hand():
 
 @unhurried
 @given(st.floats(-50, 50, width=32))
-def test_equal_scores_teach_nothing(score):
+def test_equal_scores_have_no_advantage(score):
   score_R, group_R = np.full(7, score, np.float32), np.array([0, 0, 0, 1, 1, 1, 1])
   np.testing.assert_array_equal(grpo(score_R, group_R, 4), 0)
   np.testing.assert_array_equal(rloo(score_R, group_R, 4), 0)
 
 
 def test_next_kl_coef_by_hand():
-  step = lambda measured: advantages.next_kl_coef(0.1, measured, target=6.0, horizon=10_000, answers=500)
+  step = lambda measured: advantages.next_kl_coef(0.1, measured, target=6.0, horizon=10_000, responses=500)
   assert step(6.0) == 0.1
   assert step(6.6) == pytest.approx(0.1 * (1 + 0.1 * 0.05))
   assert step(5.4) == pytest.approx(0.1 * (1 - 0.1 * 0.05))
   assert step(60.0) == step(7.3) == pytest.approx(0.101)
   assert step(-3.0) == step(0.0) == pytest.approx(0.099)
-  with pytest.raises(ValueError, match='a horizon of 100 answers cannot steer steps of 500: more than 100 are needed'):
+  with pytest.raises(ValueError, match='a horizon of 100 responses is too short for steps of 500; it must exceed 100'):
     advantages.next_kl_coef(0.1, 1.0, 6.0, 100, 500)
 
 
 def test_next_kl_coef_steers_to_the_target():
   coef, found = 1e-3, []
   for _ in range(400):
-    found.append(0.05 / (0.1 + coef))  # the larger the coefficient, the nearer the policy stays
-    coef = advantages.next_kl_coef(coef, found[-1], target=0.1, horizon=1_000, answers=256)
+    found.append(0.05 / (0.1 + coef))  # the larger the coefficient, the closer the policy stays
+    coef = advantages.next_kl_coef(coef, found[-1], target=0.1, horizon=1_000, responses=256)
   assert found[0] > 0.4 and found[-1] == pytest.approx(0.1, rel=1e-3)
 
 
@@ -307,5 +315,5 @@ def test_loss_weights_by_hand():
   np.testing.assert_allclose(loss_weights(mask, 'sequence'), mask * np.array([[1 / 2], [0], [1 / 6], [0]]), rtol=1e-6)
   for mode in ('token', 'sequence'):
     np.testing.assert_array_equal(loss_weights(np.zeros((R, T), np.float32), mode), 0)
-  with pytest.raises(ValueError, match="no mean 'batch' of losses"):
+  with pytest.raises(ValueError, match="mean 'batch' of losses does not exist; choose 'token'"):
     loss_weights(mask, 'batch')

@@ -1,4 +1,4 @@
-"""Updates equal those of one sequence at a time, and depend neither on packing nor on micro-batches nor on devices."""
+"""Updates equal those of single sequences, and do not depend on packing, micro-batches or devices."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def rollouts() -> Rollouts:
   length = np.array([5, 1, 7, 3, 4, 6, 2], np.int32)
   tokens = rng.integers(1, 23, (7, 7)).astype(np.int32) * (np.arange(7)[None] < length[:, None])
   prompts = [rng.integers(1, 23, n).tolist() for n in (3, 6, 1, 4, 2, 5)]
-  prompts.insert(4, prompts[1])  # two answers to one prompt
+  prompts.insert(4, prompts[1])  # two responses to one prompt
   prompts[6] = prompts[1]
   return Rollouts(prompts, tokens, length, np.zeros((7, 7), np.float32), np.ones(7, bool))
 
 
 @pytest.fixture(scope='module')
 def values(rollouts):
-  """Old log-probabilities far enough from the model's for every kind of clip, and the like."""
+  """Return targets of both losses; the old log-probabilities are far enough from the model's for every kind of clip."""
   rng, mask = np.random.default_rng(4), rows.token_mask(rollouts)
   draw = lambda mean, std: (rng.normal(mean, std, mask.shape) * mask).astype(np.float32)
   weight = mask / mask.sum()
@@ -63,10 +63,10 @@ def values(rollouts):
   }
 
 
-def test_actor_reads_what_the_model_says_of_each_sequence(rollouts, one):
+def test_actor_forward_equals_single_sequences(rollouts, one):
   mesh, actor, _ = one
   params = actor.init(jax.random.key(0), None).params
-  logprob, entropy = experience.read(actor.read, params, rows.pack(rollouts, range(7), 24, 2), mesh, rollouts, 2)
+  logprob, entropy = experience.run_forward(actor.forward, params, rows.pack(rollouts, range(7), 24, 2), mesh, rollouts, 2)
   for r in range(7):
     logits = full_logits(params, rollouts, r) / CONFIG.rollout.temperature
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -78,7 +78,7 @@ def test_actor_reads_what_the_model_says_of_each_sequence(rollouts, one):
 
 
 def full_logits(params, rollouts, r) -> np.ndarray:
-  """Float64 copies of the logits (answer tokens, V) of one sequence alone, unpacked."""
+  """Return the logits (response tokens, V) of one unpacked sequence as float64."""
   sequence = np.zeros((1, 16), np.int32)
   whole = [*rollouts.prompts[r], *rollouts.tokens_RT[r, : rollouts.length_R[r]].tolist()]
   sequence[0, : len(whole)] = whole
@@ -111,7 +111,7 @@ def one():
 
 
 def update(model, kind, names, mesh, rollouts, values, row_length, height):
-  """One step from the same start: (parameters, sums, norm)."""
+  """Take one step from the same initial parameters. Returns (parameters, sums, norm)."""
   with jax.set_mesh(mesh):
     state = model.init(jax.random.key(0), None)
     grads, sums = model.zeros(state.params)
@@ -128,7 +128,7 @@ CRITIC = (CriticTargets, ('value', 'return', 'weight'))
 
 
 def oracle_sums(params, rollouts, values, which):
-  """The metrics of an update by loops over tokens in float64, each sequence read alone."""
+  """Return the metrics of an update by loops over tokens in float64, one sequence at a time."""
   total = dict.fromkeys(('policy_loss', 'entropy', 'clip_fraction', 'approx_kl', 'value_loss', 'value_clip_fraction'), 0.0)
   for r in range(7):
     logits = full_logits(params, rollouts, r) / 0.7 if which == 'actor' else None
@@ -171,17 +171,17 @@ def test_update_equals_loops_over_single_sequences(which, rollouts, values, one)
 
 
 @pytest.mark.parametrize('which', ['actor', pytest.param('critic', marks=pytest.mark.slow)])
-def test_packing_and_devices_do_not_matter(which, rollouts, values, one):
+def test_update_does_not_depend_on_packing_or_devices(which, rollouts, values, one):
   build, (kind, names) = (learner.build_actor, ACTOR) if which == 'actor' else (learner.build_critic, CRITIC)
   wanted = update(one[1] if which == 'actor' else one[2], kind, names, one[0], rollouts, values, 24, 2)
   padded = mesh_of(1)
   many = mesh_of(8, data=2, fsdp=2, tensor=2)
-  for mesh, row_length, height in ((padded, 13, 7), (many, 16, 4)):  # in rows of 13 no two answers fit behind one prompt
+  for mesh, row_length, height in ((padded, 13, 7), (many, 16, 4)):  # rows of 13 do not hold a prompt with two responses
     got = update(build(MODEL, CONFIG, 10, mesh), kind, names, mesh, rollouts, values, row_length, height)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, wanted)
 
 
-def test_accumulating_compiles_once(rollouts, values, one):
+def test_accumulate_compiles_once(rollouts, values, one):
   mesh, actor, _ = one
   before = actor.accumulate._cache_size()
   update(actor, *ACTOR, mesh, rollouts, values, 24, 2)
@@ -190,9 +190,63 @@ def test_accumulating_compiles_once(rollouts, values, one):
   assert actor.accumulate._cache_size() == max(before, 1)
 
 
-def test_logits_in_pieces_give_the_same(rollouts, values, one, monkeypatch):
+def test_logits_in_pieces_give_the_same_update(rollouts, values, one, monkeypatch):
   wanted = update(one[1], *ACTOR, one[0], rollouts, values, 24, 2)
   monkeypatch.setattr(learner, '_LOGITS', 2 * 6 * 23)
-  config = dataclasses.replace(CONFIG, log_every=2)  # another key of the cache of builds
+  config = dataclasses.replace(CONFIG, log_every=2)  # another key of the cache of functions
   got = update(learner.build_actor(MODEL, config, 10, one[0]), *ACTOR, one[0], rollouts, values, 24, 2)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, wanted)
+
+
+def model_of(params):
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0))))
+  return nnx.merge(graphdef, params)
+
+
+@pytest.mark.parametrize('clip_high', [None, 0.05])
+def test_actor_loss_is_policy_loss_minus_entropy_plus_kl_to_the_reference_policy(rollouts, values, one, clip_high):
+  """With weights that differ between tokens."""
+  _, actor, _ = one
+  config = dataclasses.replace(CONFIG, clip_high=clip_high, dual_clip=None)
+  params = actor.init(jax.random.key(0), None).params
+  (batch,) = rows.pack(rollouts, range(7), 32, 4)
+  weight = values['weight'] * np.arange(1, 8, dtype=np.float32)[:, None]
+  given = {**values, 'weight': weight / weight.sum()}
+  targets = ActorTargets(*(rows.place(given[name], batch) for name in ACTOR[1]))
+  loss, sums = jax.jit(lambda p: learner.actor_loss(config, model_of(p), batch, targets, np.float32(KL_COEF)))(params)
+  policy = entropy = kl = 0.0
+  for r in range(7):
+    logits = full_logits(params, rollouts, r) / 0.7
+    for t in range(rollouts.length_R[r]):
+      w, old, a, reference = (float(given[name][r, t]) for name in ('weight', 'old', 'advantage', 'reference'))
+      log_p = logits[t] - logits[t].max() - np.log(np.exp(logits[t] - logits[t].max()).sum())
+      new = log_p[rollouts.tokens_RT[r, t]]
+      policy += w * max(-a * np.exp(new - old), -a * np.clip(np.exp(new - old), 0.8, 1 + (0.2 if clip_high is None else clip_high)))
+      entropy -= w * (np.exp(log_p) * log_p).sum()
+      kl += w * min(np.exp(reference - new) - 1 - (reference - new), 10.0)
+  np.testing.assert_allclose([sums['policy_loss'], sums['entropy']], [policy, entropy], rtol=1e-4)
+  np.testing.assert_allclose(loss, policy - 0.03 * entropy + KL_COEF * kl, rtol=1e-4)
+
+
+def test_accumulate_adds_gradients_and_sums(rollouts, values, one):
+  mesh, actor, _ = one
+  with jax.set_mesh(mesh):
+    params = actor.init(jax.random.key(0), None).params
+    batches = rows.pack(rollouts, range(7), 16, 2)
+    placed = [ActorTargets(*(rows.place(values[name], batch) for name in ACTOR[1])) for batch in batches]
+    pairs = [sharding.put_global(pair, mesh) for pair in zip(batches, placed, strict=True)]
+    alone = [jax.device_get(actor.accumulate(*actor.zeros(params), params, *pair, np.float32(KL_COEF))) for pair in pairs]
+    total = actor.zeros(params)
+    for pair in pairs:
+      total = actor.accumulate(*total, params, *pair, np.float32(KL_COEF))
+  assert len(pairs) > 1 and all(any(g.any() for g in jax.tree.leaves(grads)) for grads, _ in alone)
+  expected = jax.tree.map(lambda *parts: sum(parts), *alone)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), jax.device_get(total), expected)
+
+
+def test_logits_in_pieces_are_recomputed_in_the_backward_pass(rollouts, one, monkeypatch):
+  _, actor, _ = one
+  monkeypatch.setattr(learner, '_LOGITS', 2 * 6 * 23)
+  (batch,) = rows.pack(rollouts, range(7), 32, 4)
+  params = actor.init(jax.random.key(0), None).params
+  assert 'remat' in str(jax.make_jaxpr(lambda p: learner.actor_forward(model_of(p), batch, 1.0, True))(params))

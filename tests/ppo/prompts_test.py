@@ -31,7 +31,7 @@ def text(ids):
   return BYTES.decode(ids, skip_special=False)
 
 
-def test_prompts_as_the_policy_reads_them():
+def test_policy_prompts_with_and_without_a_chat_template():
   rows = [Prompt('Why?', 'r'), Prompt(TURNS, 'r'), Prompt('seen', 'r', metadata={'policy_prompt': TURNS}), Prompt('<s>', 'r')]
   with_chat = PolicyPrompts(rows, BYTES, chat(), 100)
   assert [text(ids) for _, ids in with_chat] == [
@@ -71,15 +71,15 @@ def test_long_prompts_are_left_out_and_reported():
   assert lines[1] == 'left out 11 of 14 prompts with more than 10 tokens (numbers 0, 1, 2, 3, 4, ...)'
   PolicyPrompts(rows, BYTES, None, 31, log=lines.append)
   assert len(lines) == 2
-  with pytest.raises(UserError, match=r'none of the 5 prompts has at most 2 tokens; raise rft\.rollout\.max_prompt'):
+  with pytest.raises(UserError, match=r'all of the 5 prompts have more than 2 tokens; raise rft\.rollout\.max_prompt'):
     PolicyPrompts(rows, BYTES, None, 2)
 
 
-def test_what_cannot_be_asked_is_named():
+def test_prompts_that_cannot_be_rendered_are_named():
   strict = ChatTemplate("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
   with pytest.raises(ChatTemplateError, match=r'prompt 1: .*no system role'):
     PolicyPrompts([Prompt('p', 'r'), Prompt(TURNS, 'r')], BYTES, strict, 10)
-  with pytest.raises(UserError, match='prompt 1 has no token'):
+  with pytest.raises(UserError, match='prompt 1 has no tokens, so the policy has nothing to respond to'):
     PolicyPrompts([Prompt('p', 'r'), Prompt('', 'r')], BYTES, None, 10, bos=False)
 
 
@@ -99,20 +99,20 @@ def test_stop_ids(tmp_path):
   tokenizer = write_tokenizer(tmp_path)
   closing = ChatTemplate('{% for m in messages %}{{ m.content }}\n <turn>\n{% endfor %}')
   assert stop_ids(tokenizer, None, None) == (end,)
-  assert stop_ids(tokenizer, None, None, closing) == (turn, end)  # the first is what ends an answer in training text
+  assert stop_ids(tokenizer, None, None, closing) == (turn, end)  # the first ends a response in training text
   assert stop_ids(tokenizer, tmp_path, None) == (end,)
   (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': other}))
   assert stop_ids(tokenizer, tmp_path, None) == (end, other)
   (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [turn, end, other]}))
   assert stop_ids(tokenizer, tmp_path, None) == (end, turn, other)
   assert stop_ids(tokenizer, tmp_path, None, closing) == (turn, end, other)
-  # A template that ends an answer with plain text, or accepts no answer, adds nothing.
+  # A template that ends a response with plain text, or accepts no response, adds nothing.
   for source in ('{% for m in messages %}{{ m.content }} Bye{% endfor %}', '{{ raise_exception("no") }}', '{{ messages[-1].content }}'):
     assert stop_ids(tokenizer, None, None, ChatTemplate(source)) == (end,)
   assert stop_ids(tokenizer, tmp_path, ' <other>  <turn> ', closing) == (other, turn)
   assert stop_ids(tokenizer, tmp_path, '') == ()
   for given, bad in (('<turn> stop', 'stop'), ('<turn><end>', '<turn><end>')):
-    with pytest.raises(ConfigError, match=rf"rft\.rollout\.stop: '{bad}' is no special token"):
+    with pytest.raises(ConfigError, match=rf"rft\.rollout\.stop: '{bad}' is not a special token"):
       stop_ids(tokenizer, None, given)
   assert stop_ids(BYTES, None, None) == (BYTES.eos_id,)
 
@@ -120,7 +120,7 @@ def test_stop_ids(tmp_path):
 def test_no_stop_token_is_an_error(tmp_path):
   tokenizer = write_tokenizer(tmp_path, eos_token=None)
   assert tokenizer.eos_id is None
-  with pytest.raises(ConfigError, match=r'no token ends an answer.*rft\.rollout\.stop'):
+  with pytest.raises(ConfigError, match=r'no token ends a response.*rft\.rollout\.stop'):
     stop_ids(tokenizer, tmp_path, None)
 
 

@@ -1,4 +1,4 @@
-"""The configs of reinforcement fine-tuning: they carry the paper's figures, and their models fit the machines that they name."""
+"""The configs of reinforcement fine-tuning: they have the paper's settings, and their models fit the machines that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers equal what the full forward pass says, whatever the slots, the refills and the devices."""
+"""Responses equal those of the full forward pass, whatever the slots, the refills and the devices."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def _forward(params, sequence):
   return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
 
 
-def logits_behind(params, sequence) -> np.ndarray:
-  """Float64 (tokens, V): what the model says behind each token of a sequence, read at once."""
+def logits_after(params, sequence) -> np.ndarray:
+  """Return the float64 logits (tokens, V) after each token of a sequence, by one forward pass."""
   row = np.zeros((1, WIDTH), np.int32)
   row[0, : len(sequence)] = sequence
   return np.asarray(_forward(params, row)[0, : len(sequence)], np.float64)
 
 
-def greedy(params, prompt, stop=STOP, most=9, least=1) -> list[int]:
-  answer: list[int] = []
-  while len(answer) < most and (not answer or answer[-1] != stop):
-    logits = logits_behind(params, prompt + answer)[-1]
-    if len(answer) + 1 < least:
+def greedy(params, prompt, stop=STOP, max_new=9, min_new=1) -> list[int]:
+  response: list[int] = []
+  while len(response) < max_new and (not response or response[-1] not in np.atleast_1d(stop)):
+    logits = logits_after(params, prompt + response)[-1]
+    if len(response) + 1 < min_new:
       logits[stop] = -np.inf
-    answer.append(int(logits.argmax()))
-  return answer
+    response.append(int(logits.argmax()))
+  return response
 
 
-def answers(rollouts) -> list[list[int]]:
+def responses(rollouts) -> list[list[int]]:
   return [row[:n].tolist() for row, n in zip(rollouts.tokens_RT, rollouts.length_R, strict=True)]
 
 
@@ -75,7 +75,7 @@ def expected(params, prompts):
 def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expected, slots):
   engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, max_concurrent=slots), [STOP])
   got = engine.generate(params, prompts, (0,))
-  assert answers(got) == expected
+  assert responses(got) == expected
   assert got.stopped_R.tolist() == [a[-1] == STOP for a in expected] and got.prompts == prompts
   assert len({len(a) for a in expected}) > 1  # some end early, so that slots are refilled while others run
   assert not got.tokens_RT[np.arange(9)[None] >= got.length_R[:, None]].any()
@@ -88,9 +88,9 @@ def test_devices_do_not_matter(params, prompts, expected, unroll):
     placed = jax.device_put(params, jax.tree.map(lambda a: a.sharding, sharding.abstract_params(_abstract(), mesh)))
   engine = RolloutEngine(dataclasses.replace(MODEL, scan_unroll=unroll), mesh, CONFIG, [STOP])
   got = engine.generate(placed, prompts, (0,))
-  assert answers(got) == expected
+  assert responses(got) == expected
   sizes = [f._cache_size() for f in engine._functions]
-  assert answers(engine.generate(placed, prompts, (1,))) == expected
+  assert responses(engine.generate(placed, prompts, (1,))) == expected
   assert [f._cache_size() for f in engine._functions] == sizes
 
 
@@ -98,52 +98,55 @@ def _abstract():
   return nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0)))
 
 
-def test_log_probabilities_are_those_of_the_law_before_truncation(params, prompts):
+def test_log_probabilities_are_those_before_truncation(params, prompts):
   config = dataclasses.replace(CONFIG, temperature=0.8, top_p=0.9, top_k=6)
   got = RolloutEngine(MODEL, mesh_of(), config, [STOP]).generate(params, prompts, (1,))
-  for r, answer in enumerate(answers(got)):
-    logits = logits_behind(params, prompts[r] + answer)[len(prompts[r]) - 1 : -1] / 0.8
-    wanted = logits[np.arange(len(answer)), answer] - np.log(np.exp(logits).sum(-1))
-    np.testing.assert_allclose(got.logprob_RT[r, : len(answer)], wanted, atol=2e-5)
-    assert not got.logprob_RT[r, len(answer) :].any()
-    for row, token in zip(logits, answer, strict=True):
+  for r, response in enumerate(responses(got)):
+    logits = logits_after(params, prompts[r] + response)[len(prompts[r]) - 1 : -1] / 0.8
+    wanted = logits[np.arange(len(response)), response] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(got.logprob_RT[r, : len(response)], wanted, atol=2e-5)
+    assert not got.logprob_RT[r, len(response) :].any()
+    for row, token in zip(logits, response, strict=True):
       assert (row > row[token]).sum() < 6
 
 
-def test_the_seed_decides_and_the_slots_do_not(params, prompts):
+def test_the_seed_determines_the_responses_and_the_slots_do_not(params, prompts):
   config = dataclasses.replace(CONFIG, temperature=1.0)
   engine = RolloutEngine(MODEL, mesh_of(), config, [STOP])
   first, again, other = (engine.generate(params, prompts, seed) for seed in ((3, 1), (3, 1), (3, 2)))
   assert first.tokens_RT.tobytes() == again.tokens_RT.tobytes() and first.logprob_RT.tobytes() == again.logprob_RT.tobytes()
-  assert answers(first) != answers(other)
+  assert responses(first) != responses(other)
   more = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(config, max_concurrent=16), [STOP]).generate(params, prompts, (3, 1))
-  assert answers(more) == answers(first)  # the noise belongs to the answer, not to the slot
+  assert responses(more) == responses(first)  # the noise belongs to the response, not to the slot
   same = engine.generate(params, [prompts[0]] * 6, (4,))
-  assert len({tuple(a) for a in answers(same)}) > 3  # answers to one prompt differ
+  assert len({tuple(a) for a in responses(same)}) > 3  # responses to one prompt differ
 
 
-def test_limits_stops_and_least_tokens(params, prompts, expected):
+def test_limits_stop_tokens_and_min_new(params, prompts, expected):
   engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
   limits = [2, 9, 1, 4, 3, 9, 5]
   got = engine.generate(params, prompts, (0,), limits)
-  assert answers(got) == [a[:n] for a, n in zip(expected, limits, strict=True)]
+  assert responses(got) == [a[:n] for a, n in zip(expected, limits, strict=True)]
   longer = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, min_new=6), [STOP]).generate(params, prompts, (0,))
-  assert answers(longer) == [greedy(params, prompt, least=6) for prompt in prompts] and longer.length_R.min() >= 6
+  assert responses(longer) == [greedy(params, prompt, min_new=6) for prompt in prompts] and longer.length_R.min() >= 6
+  stops = list(range(1, 31))  # every token but one ends a response, as soon as it may
+  early = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, min_new=3), stops).generate(params, prompts, (0,))
+  assert early.length_R.min() == 3 and responses(early) == [greedy(params, prompt, stops, min_new=3) for prompt in prompts]
   never = RolloutEngine(MODEL, mesh_of(), CONFIG, []).generate(params, prompts, (0,))
   assert (never.length_R == 9).all() and not never.stopped_R.any()
 
 
-def test_nothing_is_compiled_twice(params, prompts):
+def test_engines_share_their_compiled_functions(params, prompts):
   engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
   engine.generate(params, [[1]], (0,))
   sizes = [f._cache_size() for f in engine._functions]
-  engine.generate(params, [[2] * 12] * 5, (1,))  # three of them take a longer row
+  engine.generate(params, [[2] * 12] * 5, (1,))  # three of them need a longer row
   engine.generate(params, prompts, (1,))
   RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP]).generate(params, prompts[:2], (2,))
   assert [f._cache_size() for f in engine._functions] == sizes
 
 
-def test_prompts_that_cannot_be_answered_are_named(params):
+def test_prompts_without_tokens_or_too_long_are_named(params):
   engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
   with pytest.raises(UserError, match='prompt 1 has no tokens'):
     engine.generate(params, [[1], []], (0,))

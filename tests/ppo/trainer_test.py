@@ -1,4 +1,4 @@
-"""The whole loop on a tiny world: policies that learn a rule, runs that are killed, servers that stay away, rewards that are no numbers."""
+"""The whole loop on a tiny world: learning, logs, interrupted runs, failing reward servers and functions, rewards that are not finite."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from polar_jax.config import (
   TrainConfig,
 )
 from polar_jax.ppo import trainer as loop
+from polar_jax.ppo.advantages import next_kl_coef
 from polar_jax.ppo.rewards.http import RewardServerError
 from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rewards.sources import RewardError, RewardSum
@@ -130,7 +131,7 @@ def tune(made: Context, reward: RewardSum | None = None, held_out=None):
 
 @pytest.fixture(scope='module')
 def finished(world):
-  """A run to the end: (its context, what the stage says)."""
+  """A complete run: (its context, its summary)."""
   made = context(world, 'finished')
   return made, stage.rft(made)['rft']['runs']['rft']
 
@@ -156,7 +157,7 @@ def assert_same(one: pathlib.Path, other: pathlib.Path) -> None:
   assert (one / loop.SAMPLES).read_text() == (other / loop.SAMPLES).read_text()
 
 
-def test_a_run_logs_every_step_and_measures_held_out_prompts(finished):
+def test_a_run_logs_every_step_and_evaluates_held_out_prompts(finished):
   made, summary = finished
   rows = rows_of(made.workdir / 'rft')
   assert [r['step'] for r in rows if 'reward' in r] == list(range(1, STEPS + 1))
@@ -174,9 +175,13 @@ def test_a_run_logs_every_step_and_measures_held_out_prompts(finished):
     'rollout_mismatch',
   }
   assert wanted <= set(rows[1]) and all(np.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
-  assert rows[1]['kl'] == 0 and rows[-2]['kl'] > 0  # the start is where the policy starts, and it moves
+  assert rows[1]['kl'] == 0 and rows[-2]['kl'] > 0  # the policy starts as the reference policy, and moves
   assert rows[1]['rollout_mismatch'] < 1e-5
-  assert rows[-2]['kl_coef'] != make_config(made.workdir).rft.kl_coef  # steered
+  coef = make_config(made.workdir).rft.kl_coef
+  for row in (r for r in rows if 'reward' in r):  # steered from step to step
+    assert row['kl_coef'] == coef
+    coef = next_kl_coef(coef, row['kl'], target=0.01, horizon=10_000, responses=8)
+  assert coef != make_config(made.workdir).rft.kl_coef
   assert summary['steps'] == STEPS and summary['answers'] == 8 * STEPS and {'evaluation_before', 'evaluation_after'} <= set(summary)
   samples = [json.loads(line) for line in (made.workdir / 'rft' / loop.SAMPLES).read_text().splitlines()]
   assert {s['step'] for s in samples} == set(range(1, STEPS + 1))
@@ -184,7 +189,7 @@ def test_a_run_logs_every_step_and_measures_held_out_prompts(finished):
   assert state['critic']['params']['v_head'].any() and state['step'] == state['critic']['step'] == STEPS * 4
 
 
-def test_a_tuned_policy_is_a_checkpoint_like_any_other(finished):
+def test_a_tuned_policy_opens_like_any_other_model(finished):
   made, _ = finished
   opened = pretrained.open_pretrained(made.workdir / 'rft')
   assert opened.head == 'lm' and opened.tokenizer().vocab_size == 261
@@ -194,7 +199,7 @@ def test_a_tuned_policy_is_a_checkpoint_like_any_other(finished):
   assert not np.array_equal(params['lm_head'], start['lm_head'])
 
 
-def test_starting_again_redoes_nothing_and_other_settings_are_refused(finished):
+def test_a_finished_run_is_not_repeated_and_refuses_other_settings(finished):
   made, summary = finished
   before = (made.workdir / 'rft' / 'metrics.jsonl').read_bytes()
   assert stage.rft(made)['rft']['runs']['rft'] == summary
@@ -208,8 +213,8 @@ class Interrupted(Exception):
   pass
 
 
-def test_stopped_in_the_middle_of_a_step_it_ends_as_if_it_had_not(world, finished, monkeypatch):
-  """In one process, at the points where a step is only half done; real kills: test_killed_by_a_signal."""
+def test_a_run_stopped_within_a_step_resumes_bit_for_bit(world, finished, monkeypatch):
+  """In one process, at points where a step is half done; for real kills see test_killed_by_a_signal."""
   for number, where in enumerate(('_score', '_one_update')):
     calls = []
     original = getattr(loop.Trainer, where)
@@ -229,7 +234,7 @@ def test_stopped_in_the_middle_of_a_step_it_ends_as_if_it_had_not(world, finishe
     assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
-@pytest.mark.slow  # the same within one process: above and below; training's in tests/resume_test.py
+@pytest.mark.slow  # the same within one process: see the tests before and after; of training: tests/resume_test.py
 def test_killed_by_a_signal(world, finished):
   made = context(world, 'killed')
   config = f"""
@@ -300,7 +305,7 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
-@pytest.mark.slow  # what a step computes on devices: tests/ppo/learner_test.py
+@pytest.mark.slow  # what a step computes on several devices: tests/ppo/learner_test.py
 def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
   made, one_step = context(world, 'sharded', devices=4), loop.Trainer.one_step
 
@@ -317,7 +322,7 @@ def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
     np.testing.assert_allclose(many[name], alone[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
-def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
+def test_a_reward_server_that_fails_costs_one_step(world, finished, monkeypatch):
   made, calls = context(world, 'server'), []
   original = RewardSum.components
 
@@ -335,22 +340,22 @@ def test_the_server_that_stays_away_costs_nothing(world, finished, monkeypatch):
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
-def test_rewards_that_are_no_numbers_stop_the_run(world):
+def test_rewards_that_are_not_finite_stop_the_run(world):
   made = context(world, 'nan')
 
   class Broken:
-    def score(self, prompts, outputs):
-      return np.full(len(outputs), np.nan, np.float32)
+    def score(self, prompts, responses):
+      return np.full(len(responses), np.nan, np.float32)
 
   with pytest.raises(RewardError, match='prompt 0'):
     tune(made, RewardSum({'model': (1.0, Broken())}, False))
 
 
 class Vowels:
-  """Rewards the share of the letter a: something that a policy can learn in a few steps."""
+  """The share of the letter a: a reward that a policy can learn in a few steps."""
 
-  def score(self, prompts, outputs):
-    return np.array([text.count('a') / 5 for text in outputs], np.float32)
+  def score(self, prompts, responses):
+    return np.array([text.count('a') / 5 for text in responses], np.float32)
 
 
 @pytest.mark.parametrize('advantage', [pytest.param('gae', marks=pytest.mark.slow), 'rloo'])
@@ -379,9 +384,9 @@ def test_references_are_imitated(world):
     world, 'sft', method='sft', steps=20, mini_batch_size=None, update_epochs=1, num_generations=1, kl_in='none', kl_target=None
   )
   rows = [row for row in tune(made).metrics if 'approx_kl' in row]
-  assert rows[-1]['kl'] > rows[0]['kl'] == 0  # moved from the start
+  assert rows[-1]['kl'] > rows[0]['kl'] == 0  # moved away from the reference policy
   assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
-  assert not any('reward' in row for row in rows)  # nobody was asked
+  assert not any('reward' in row for row in rows)  # nothing was scored
 
 
 REWARD_MODULE = """

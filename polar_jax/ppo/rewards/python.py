@@ -57,24 +57,24 @@ class PythonReward:
       raise ConfigError(f'reward function {self.name} is {_kind(function)}, not a function; pass a function or another callable object')
     self._function, self._arguments = function, _arguments_of(function, self.name)
 
-  def score(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
+  def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
     """Return rewards (n,), float32.
 
     Raises:
       RewardFunctionError: the function raised an exception, or its result is not one finite number per completion.
     """
-    if len(prompts) != len(outputs):
-      raise ValueError(f'{len(prompts)} prompts and {len(outputs)} completions: there must be one prompt per completion')
-    if not outputs:
+    if len(prompts) != len(responses):
+      raise ValueError(f'{len(prompts)} prompts and {len(responses)} completions: there must be one prompt per completion')
+    if not responses:
       return np.zeros(0, np.float32)
     failed = RewardFunctionError(f'reward function {self.name} failed on the first process; see its log')
-    rewards = score_on_first_process(lambda: self._call(prompts, outputs), len(outputs), RewardFunctionError, failed)
-    return check_rewards(rewards, f'reward function {self.name}', prompts, outputs)
+    rewards = score_on_first_process(lambda: self._call(prompts, responses), len(responses), RewardFunctionError, failed)
+    return check_rewards(rewards, f'reward function {self.name}', prompts, responses)
 
-  def _call(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
+  def _call(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
     arguments: dict[str, list[Any]] = {
       'prompts': [copy.deepcopy(prompt.prompt) for prompt in prompts],
-      'completions': [_completion(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)],
+      'completions': [_completion(prompt, response) for prompt, response in zip(prompts, responses, strict=True)],
     }
     arguments |= {name: [value_of(prompt) for prompt in prompts] for name, value_of in COLUMNS.items()}
     try:
@@ -90,15 +90,15 @@ class PythonReward:
       raise RewardFunctionError(
         f'reward function {self.name} returned {_kind(result)}; it must return a list with one number per completion'
       )
-    if len(values) != len(outputs):
-      first = f'completion {len(values)} has none' if len(values) < len(outputs) else f'the last completion is {len(outputs) - 1}'
+    if len(values) != len(responses):
+      first = f'completion {len(values)} has none' if len(values) < len(responses) else f'the last completion is {len(responses) - 1}'
       raise RewardFunctionError(
-        f'reward function {self.name} returned {len(values)} rewards for {len(outputs)} completions ({first}); it must return one number '
+        f'reward function {self.name} returned {len(values)} rewards for {len(responses)} completions ({first}); it must return one number '
         'per completion, in their order'
       )
-    return np.array([self._number(i, value, prompts[i], outputs[i]) for i, value in enumerate(values)], np.float32)
+    return np.array([self._number(i, value, prompts[i], responses[i]) for i, value in enumerate(values)], np.float32)
 
-  def _number(self, i: int, value: Any, prompt: Prompt, output: str) -> np.float32:
+  def _number(self, i: int, value: Any, prompt: Prompt, response: str) -> np.float32:
     """Return a reward in float32, or refuse anything but a finite number."""
     reward = np.float32(np.nan)
     if not isinstance(value, str | bytes):
@@ -106,7 +106,7 @@ class PythonReward:
         reward = np.float32(float(value) if np.ndim(value) == 0 else np.nan)  # too large for float32: infinite
     if not np.isfinite(reward):
       raise RewardFunctionError(
-        f'reward function {self.name} returned {shorten(repr(value))} for completion {i} {shorten(output)} '
+        f'reward function {self.name} returned {shorten(repr(value))} for completion {i} {shorten(response)} '
         f'(prompt {shorten(prompt.prompt)}); it must return a finite number for every completion'
       )
     return reward
@@ -171,8 +171,8 @@ def _arguments_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
   return tuple(argument for argument in known if argument in named)
 
 
-def _completion(prompt: Prompt, output: str) -> str | list[dict[str, str]]:
-  return output if isinstance(prompt.prompt, str) else [{'role': 'assistant', 'content': output}]
+def _completion(prompt: Prompt, response: str) -> str | list[dict[str, str]]:
+  return response if isinstance(prompt.prompt, str) else [{'role': 'assistant', 'content': response}]
 
 
 def _name_of(function: Any) -> str:

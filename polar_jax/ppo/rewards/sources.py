@@ -1,6 +1,6 @@
-"""Where the rewards of PPO come from: a reward model in this process, a server of one (`reward_http`), a rule, or a weighted sum.
+"""Sources of PPO's rewards: a reward model in this process, a rule, and the weighted sum of any sources (see also http and python).
 
-Rewards are float32 from end to end, one for each answer, in the order of the answers.
+Rewards are float32 throughout, one per response, in the order of the responses.
 """
 
 from __future__ import annotations
@@ -21,43 +21,45 @@ from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, Text, UserError
 
 _THINKING = re.compile(r'<think>(.*?)</think>(.*)', re.DOTALL)
-_SHOWN = 60  # characters of a text in a message
+_MAX_SHOWN = 60  # characters of a text in a message
 
 
 class RewardError(UserError):
-  """An answer has no usable reward. The message is one line that names prompt and answer."""
+  """A response has no usable reward. The message is one line that names prompt and response."""
 
 
 class RewardSource(Protocol):
-  def score(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-    """Rewards (n,), float32: of each output to the prompt at its place. Several outputs of one prompt repeat the prompt.
+  """Anything that scores responses."""
+
+  def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    """Return rewards (n,), float32, of each response to the prompt with the same index. Several responses to a prompt repeat it.
 
     Raises:
-      UserError: a text cannot be scored, or there is no finite reward of it.
+      UserError: a text cannot be scored, or has no finite reward.
     """
 
 
 class ModelReward:
-  """A reward model in this process. Outputs of equal prompt and reference share the computation of their prefix.
+  """A reward model in this process. Responses with equal prompt and reference share the computation of their prefix.
 
-  Equal outputs are scored once, so that their rewards are equal to the last bit. Apart from rounding no reward depends on the
-  other outputs: where a prompt has to be cut, it is cut for each output as if that were the only one.
+  Equal responses are scored once, so that their rewards are equal to the last bit. Apart from rounding, no reward depends on the
+  other responses: a prompt that has to be cut is cut for each response as if that were the only one.
   """
 
   def __init__(self, scorer: Scorer, config: RewardConfig):
     self._scorer, self._wrapper = scorer, config.wrapper
 
-  def score(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    places = []
-    for prompt, output in zip(prompts, outputs, strict=True):
-      candidates = found.setdefault((join_messages(prompt.prompt, 'prompt'), join_messages(prompt.reference, 'reference')), {})
-      places.append((candidates, candidates.setdefault(output, len(candidates))))
-    groups = [Group(*texts, tuple(candidates), self._wrapper) for texts, candidates in found.items()]
+  def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    candidates_of: dict[tuple[str, str], dict[str, int]] = {}
+    entries = []
+    for prompt, response in zip(prompts, responses, strict=True):
+      candidates = candidates_of.setdefault((join_messages(prompt.prompt, 'prompt'), join_messages(prompt.reference, 'reference')), {})
+      entries.append((candidates, candidates.setdefault(response, len(candidates))))
+    groups = [Group(*texts, tuple(candidates), self._wrapper) for texts, candidates in candidates_of.items()]
     scored = self._scorer.score(groups, alone=True)
-    rewards_of = {id(candidates): rewards for candidates, rewards in zip(found.values(), scored, strict=True)}
-    rewards = np.array([rewards_of[id(candidates)][c] for candidates, c in places], np.float32)
-    return check_rewards(rewards, 'the reward model', prompts, outputs)
+    rewards_of = {id(candidates): rewards for candidates, rewards in zip(candidates_of.values(), scored, strict=True)}
+    rewards = np.array([rewards_of[id(candidates)][c] for candidates, c in entries], np.float32)
+    return check_rewards(rewards, 'the reward model', prompts, responses)
 
 
 def scored_row_length(template: Template, prompts: Sequence[Prompt], wrapper: str, max_new: int) -> int:
@@ -75,56 +77,56 @@ def scored_row_length(template: Template, prompts: Sequence[Prompt], wrapper: st
 
 
 class RuleReward:
-  """1 where a rule accepts an output, else 0. It compares with the prompt's `answer`, or with its reference if that is ''."""
+  """A rule: 1 for a response that it accepts, else 0. It compares with the prompt's `answer`, or with its reference if that is ''."""
 
   def __init__(self, rule: str):
     self._rule = rules.RULES[rule]
 
-  def score(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-    rewards = np.zeros(len(outputs), np.float32)
-    for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+  def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    rewards = np.zeros(len(responses), np.float32)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
       try:
-        rewards[i] = self._rule(output, prompt.answer or join_messages(prompt.reference, 'reference'))
+        rewards[i] = self._rule(response, prompt.answer or join_messages(prompt.reference, 'reference'))
       except rules.NoAnswerError as error:
-        raise RewardError(f'prompt {i} {shorten(prompt.prompt)}: {error}; leave this row out, or set rft.reward.rule_weight=0') from error
+        raise RewardError(f'prompt {i} {shorten(prompt.prompt)}: {error}; remove this example, or do not set rft.reward.rule') from error
     return rewards
 
 
 class RewardSum:
-  """A weighted sum of sources.
+  """A weighted sum of any number of named sources.
 
   Args:
-    parts: name to (weight, source). Every part is scored, one of weight 0 too: it is then only measured.
-    strip_thinking: score what `strip_thinking` leaves of an output.
+    parts: name to (weight, source). Every source scores, also one of weight 0, which is then only measured.
+    strip_thinking: let all sources score what `strip_thinking` leaves of a response.
   """
 
   def __init__(self, parts: Mapping[str, tuple[float, RewardSource]], strip_thinking: bool):
     if not parts:
-      raise ValueError('a mixture of rewards needs a part')
+      raise ValueError('a sum of rewards needs at least one source')
     self._parts, self._strip = dict(parts), strip_thinking
 
-  def components(self, prompts: Sequence[Prompt], outputs: Sequence[str]) -> dict[str, np.ndarray]:
-    """Raw rewards (n,), float32, of every part by its name.
+  def components(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the raw rewards (n,), float32, of every source by its name.
 
     Raises:
-      RewardError: a reward is not finite, naming the part, the prompt and the output.
-      UserError: as the sources raise it.
+      RewardError: a reward is not finite; the message names source, prompt and response.
+      UserError: raised by a source.
     """
     if self._strip:
-      outputs = [strip_thinking(output) for output in outputs]
-    return {name: check_rewards(source.score(prompts, outputs), name, prompts, outputs) for name, (_, source) in self._parts.items()}
+      responses = [strip_thinking(response) for response in responses]
+    return {name: check_rewards(source.score(prompts, responses), name, prompts, responses) for name, (_, source) in self._parts.items()}
 
   def total(self, components: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weighted sum (n,), float32, of what `components` gave; a single part of weight 1 comes back bit for bit."""
+    """Return the weighted sum (n,), float32, of the result of `components`. A single source of weight 1 is returned bit for bit."""
     weighted = [weight * components[name].astype(np.float64) for name, (weight, _) in self._parts.items()]
     return np.sum(weighted, axis=0).astype(np.float32)
 
 
 def strip_thinking(text: str) -> str:
-  """What follows the first `</think>` behind the first `<think>`, without white space around it; the text as it is if there is none.
+  """Return the text after the first `</think>` that follows the first `<think>`, stripped; without such tags, the text unchanged.
 
-  The official rule: POLAR's reward function searches anywhere in the answer (re.search), so that words before `<think>` are dropped
-  too, and later tags stay. An answer cut while thinking, or whose `<think>` stood in the prompt, is scored whole.
+  This is the official rule: POLAR's reward function searches anywhere in the response (re.search), so words before `<think>` are
+  dropped too, and later tags stay. A response cut while thinking, or whose `<think>` was part of the prompt, is scored whole.
   """
   match = _THINKING.search(text)
   return match.group(2).strip() if match else text
@@ -154,25 +156,32 @@ def score_on_first_process(score: Callable[[], np.ndarray], count: int, expected
   return np.asarray(rewards)
 
 
-def check_rewards(rewards: np.ndarray, source: str, prompts: Sequence[Prompt], outputs: Sequence[str]) -> np.ndarray:
-  """`rewards`, if they are finite float32 numbers, one for each output.
+def check_rewards(rewards: np.ndarray, source: str, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+  """Return `rewards` unchanged if they are finite float32 numbers, one per response.
+
+  Args:
+    rewards: to be checked.
+    source: its name, for messages.
+    prompts: of each response.
+    responses: texts.
 
   Raises:
-    RewardError: naming the source, prompt and output of the first that is not finite, and how many there are.
+    RewardError: some are not finite; the message has their number, and names prompt and response of the first.
+    TypeError: they have another type or shape.
   """
-  if rewards.dtype != np.float32 or rewards.shape != (len(outputs),):
-    raise TypeError(f'{source}: rewards must be float32 of shape ({len(outputs)},), not {rewards.dtype} of shape {rewards.shape}')
+  if rewards.dtype != np.float32 or rewards.shape != (len(responses),):
+    raise TypeError(f'{source}: rewards must be float32 of shape ({len(responses)},), not {rewards.dtype} of shape {rewards.shape}')
   bad = np.flatnonzero(~np.isfinite(rewards))
   if bad.size:
     i = int(bad[0])
     raise RewardError(
-      f'{source} gave the reward {rewards[i]} ({bad.size} of {len(outputs)} are not finite): prompt {i} {shorten(prompts[i].prompt)}, '
-      f'output {shorten(outputs[i])}; check the reward model in float32'
+      f'{source} gave the reward {rewards[i]} ({bad.size} of {len(responses)} are not finite): prompt {i} {shorten(prompts[i].prompt)}, '
+      f'response {shorten(responses[i])}; check the reward model in float32'
     )
   return rewards
 
 
 def shorten(text: Text) -> str:
-  """The first characters of a text, quoted on one line."""
+  """Return the first characters of a text, quoted on one line."""
   joined = join_messages(text, 'text')
-  return repr(joined[:_SHOWN]) + ('...' if len(joined) > _SHOWN else '')
+  return repr(joined[:_MAX_SHOWN]) + ('...' if len(joined) > _MAX_SHOWN else '')

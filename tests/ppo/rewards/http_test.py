@@ -23,12 +23,12 @@ KINDS = ('sglang', 'vllm', 'lmdeploy')
 
 
 def score_of(text):
-  """A number between -4 and 4 that depends on every byte."""
+  """Return a number between -4 and 4 that depends on every byte."""
   return zlib.crc32(text.encode()) / 2**29 - 4
 
 
 def official(kind, texts):
-  """What a server of a kind answers to a list of texts (and sglang to a bare string)."""
+  """Return the reply of a server of a kind to a list of texts (and of sglang to a bare string)."""
   if kind == 'sglang':
     if isinstance(texts, str):
       return {'embedding': [score_of(texts)]}
@@ -39,7 +39,7 @@ def official(kind, texts):
 
 
 class Server:
-  """A reward server in a thread. `script` holds what befalls the next requests: functions of (handler, texts, usual answer)."""
+  """A reward server in a thread. `script` holds what happens to the next requests: functions of (handler, texts, usual reply)."""
 
   def __init__(self, kind, script=(), port=0):
     self.kind, self.script, self.requests = kind, list(script), []
@@ -143,13 +143,13 @@ def reward(server, *, fake=None, batch=4, **settings):
 
 
 PROMPTS = [Prompt(f'question {i // 3} é', f'reference {i // 3}') for i in range(10)]
-OUTPUTS = [f'answer {i}' for i in range(10)]
-TEXTS = [TEMPLATE.candidate_texts(p.prompt, p.reference, [o])[0] for p, o in zip(PROMPTS, OUTPUTS, strict=True)]
+RESPONSES = [f'answer {i}' for i in range(10)]
+TEXTS = [TEMPLATE.candidate_texts(p.prompt, p.reference, [o])[0] for p, o in zip(PROMPTS, RESPONSES, strict=True)]
 EXPECTED = np.array([score_of(text) for text in TEXTS], np.float32)
 
 
 def check(source):
-  got = source.score(PROMPTS, OUTPUTS)
+  got = source.score(PROMPTS, RESPONSES)
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, EXPECTED)
 
@@ -159,7 +159,7 @@ def test_official_servers(kind):
   with Server(kind) as server:
     check(reward(server))
     requests = server.requests.copy()
-    np.testing.assert_array_equal(reward(server).score(PROMPTS[:1], OUTPUTS[:1]), EXPECTED[:1])
+    np.testing.assert_array_equal(reward(server).score(PROMPTS[:1], RESPONSES[:1]), EXPECTED[:1])
     assert reward(server).score([], []).shape == (0,)
     assert len(server.requests) == 4  # one text is a list of one, no text is no request
   field, path = ('text', '/classify') if kind == 'sglang' else ('input', '/pooling')
@@ -170,21 +170,21 @@ def test_official_servers(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_model_name_and_wrapper_are_those_of_the_configuration(kind):
+def test_model_name_and_wrapper_come_from_the_config(kind):
   with Server(kind) as server:
     got = reward(server, server_model='mine', wrapper='pretrain').score([Prompt('p', 'r')], ['c'])
     assert server.requests[0][1]['model'] == 'mine'
   assert got[0] == np.float32(score_of('pr<|reward|>pc[UNUSED_TOKEN_130]'))
 
 
-def test_no_text_depends_on_the_others():
-  """The prompt is cut for each output as if it were the only one."""
+def test_each_text_is_built_alone():
+  """The prompt is cut for each response as if that were the only one."""
   template = Template(TemplateConfig(max_length=64), ByteTokenizer())
   with Server('sglang') as server:
     source = HttpReward(template, RewardConfig(address=server.address))
     source.score([Prompt('p' * 40, 'r')] * 2, ['c', 'c' * 30])
     texts = server.requests[0][1]['text']
-  assert texts == [template.candidate_texts('p' * 40, 'r', [output])[0] for output in ('c', 'c' * 30)]
+  assert texts == [template.candidate_texts('p' * 40, 'r', [response])[0] for response in ('c', 'c' * 30)]
   assert texts[0].count('p') > texts[1].count('p')
 
 
@@ -197,7 +197,7 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch):
     check(reward(server, address=f'http://{server.address}/', patience=0.0))
 
 
-def test_rewards_are_put_where_their_index_says():
+def test_rewards_are_ordered_by_their_index():
   def backwards(answer):
     return {**answer, 'data': answer['data'][::-1]}
 
@@ -220,7 +220,7 @@ def test_rewards_are_put_where_their_index_says():
     trickle,
   ],
 )
-def test_a_passing_failure_loses_and_repeats_nothing(failure):
+def test_a_temporary_failure_loses_and_repeats_nothing(failure):
   fake = FakeTime()
   with Server('sglang', [send(), failure, failure]) as server:  # amid the batches
     check(reward(server, fake=fake, timeout=0.4))
@@ -255,40 +255,40 @@ def test_a_server_that_restarts_is_waited_for_in_real_time():
   started[0].close()
 
 
-def test_a_server_that_stays_away_is_named():
+def test_a_server_that_stays_down_is_named():
   address = f'127.0.0.1:{free_port()}'
   fake = FakeTime()
   with pytest.raises(RewardServerError) as caught:
-    reward(address, fake=fake, patience=45.0).score(PROMPTS, OUTPUTS)
+    reward(address, fake=fake, patience=45.0).score(PROMPTS, RESPONSES)
   message = str(caught.value)
   assert f'http://{address}/classify: no rewards after 9 tries in 45 s' in message
   assert 'refused' in message and 'continues from its last checkpoint' in message and '\n' not in message
   assert isinstance(caught.value, UserError)
   assert sum(fake.pauses) == 45  # the last try is at the end of the patience
   with pytest.raises(RewardServerError, match='after 1 tries in 0 s'):
-    reward(address, fake=FakeTime(), patience=0.0).score(PROMPTS, OUTPUTS)
+    reward(address, fake=FakeTime(), patience=0.0).score(PROMPTS, RESPONSES)
 
 
 @pytest.mark.parametrize(
   ('failure', 'message'),
   [
     (send(status=502, raw=b'bad\n  gateway'), 'status 502 .*: bad gateway'),
-    (send(raw=b'oops ' * 100), r'an answer that is not JSON \(oops oops .*\.\.\.\)'),
-    (hang(0.6), r'no answer within 0.2 s \(rft.reward.timeout\)'),
-    (trickle, r'no answer within 0.2 s \(rft.reward.timeout\)'),
+    (send(raw=b'oops ' * 100), r'a reply that is not JSON \(oops oops .*\.\.\.\)'),
+    (hang(0.6), r'no reply within 0.2 s \(rft.reward.timeout\)'),
+    (trickle, r'no reply within 0.2 s \(rft.reward.timeout\)'),
   ],
 )
-def test_the_last_failure_is_told(failure, message):
+def test_the_last_failure_is_in_the_message(failure, message):
   with Server('sglang', [failure] * 9) as server, pytest.raises(RewardServerError, match=f'after 2 tries.*{message}'):
-    reward(server, fake=FakeTime(), patience=0.5, timeout=0.2).score(PROMPTS, OUTPUTS)
+    reward(server, fake=FakeTime(), patience=0.5, timeout=0.2).score(PROMPTS, RESPONSES)
 
 
 @pytest.mark.parametrize('status', [302, 400, 404])
-def test_a_refusal_ends_it_at_once_with_what_the_server_says(status):
+def test_a_refusal_stops_at_once_with_the_server_s_message(status):
   fake = FakeTime()
   with Server('vllm', [send(lambda _: {'error': 'no model POLAR'}, status)]) as server:
     with pytest.raises(RewardServerError, match=rf'/pooling: refuses the request with status {status} .*no model POLAR'):
-      reward(server, fake=fake).score(PROMPTS, OUTPUTS)
+      reward(server, fake=fake).score(PROMPTS, RESPONSES)
     assert len(server.requests) == 1 and not fake.pauses
 
 
@@ -304,42 +304,42 @@ def first(value, key='data'):
 @pytest.mark.parametrize(
   ('kind', 'change', 'message'),
   [
-    *((kind, in_data(lambda items: items[:-1]), '3 rewards came for 4 texts') for kind in KINDS),
-    *((kind, in_data(lambda items: [*items, items[0]]), '5 rewards came for 4 texts') for kind in KINDS),
-    *((kind, lambda _: {'object': 'error', 'message': 'x'}, f'not of the form that {kind} gives') for kind in KINDS),
-    *((kind, lambda _: None, f'not of the form that {kind} gives.*null') for kind in KINDS),
-    *((kind, in_data(lambda items: [*items[:2], 1.5, items[3]]), f'reward 2 is not of the form that {kind}') for kind in KINDS),
-    *((kind, in_data(lambda items: [{}, *items[1:]]), f'reward 0 is not of the form that {kind}') for kind in KINDS),
-    ('sglang', lambda answer: answer[0], 'not of the form that sglang gives'),
-    ('sglang', first([None], 'embedding'), "reward 0 is 'null', which is no number"),
-    ('sglang', first([True], 'embedding'), "reward 0 is 'true', which is no number"),
-    ('sglang', first([], 'embedding'), 'in the place of reward 0 there are 0 numbers'),
-    ('sglang', first([0.1] * 4_096, 'embedding'), 'there are 4096 numbers.*serves a reward model'),
-    ('vllm', first([[1.0], ['2.0']]), r"""reward 0 is '"2.0"', which is no number"""),
-    ('vllm', first([]), 'in the place of reward 0 there are 0 numbers'),
-    ('vllm', first([[1.0], [2.0, 3.0]]), 'there are 2 numbers'),
-    ('lmdeploy', first([1.0]), 'which is no number'),
+    *((kind, in_data(lambda items: items[:-1]), 'the reply has 3 rewards for 4 texts') for kind in KINDS),
+    *((kind, in_data(lambda items: [*items, items[0]]), 'the reply has 5 rewards for 4 texts') for kind in KINDS),
+    *((kind, lambda _: {'object': 'error', 'message': 'x'}, f'the reply does not have the form of {kind}') for kind in KINDS),
+    *((kind, lambda _: None, f'the reply does not have the form of {kind}.*null') for kind in KINDS),
+    *((kind, in_data(lambda items: [*items[:2], 1.5, items[3]]), f'reward 2 does not have the form of {kind}') for kind in KINDS),
+    *((kind, in_data(lambda items: [{}, *items[1:]]), f'reward 0 does not have the form of {kind}') for kind in KINDS),
+    ('sglang', lambda answer: answer[0], 'the reply does not have the form of sglang'),
+    ('sglang', first([None], 'embedding'), "reward 0 is 'null', which is not a number"),
+    ('sglang', first([True], 'embedding'), "reward 0 is 'true', which is not a number"),
+    ('sglang', first([], 'embedding'), 'reward 0 has 0 numbers instead of one'),
+    ('sglang', first([0.1] * 4_096, 'embedding'), 'reward 0 has 4096 numbers.*serves a reward model'),
+    ('vllm', first([[1.0], ['2.0']]), r"""reward 0 is '"2.0"', which is not a number"""),
+    ('vllm', first([]), 'reward 0 has 0 numbers instead of one'),
+    ('vllm', first([[1.0], [2.0, 3.0]]), 'reward 0 has 2 numbers instead of one'),
+    ('lmdeploy', first([1.0]), 'which is not a number'),
     ('lmdeploy', first(None), "reward 0 is 'null'"),
     ('lmdeploy', first(10**400), 'too large'),
-    ('lmdeploy', first(1, 'index'), 'the indices of the rewards are not those of the 4 texts'),
-    ('lmdeploy', first('0', 'index'), 'the indices of the rewards are not those of the 4 texts'),
+    ('lmdeploy', first(1, 'index'), 'the indices of the rewards are not 0 to 3'),
+    ('lmdeploy', first('0', 'index'), 'the indices of the rewards are not 0 to 3'),
   ],
 )
-def test_an_answer_of_another_form_ends_it_at_once(kind, change, message):
+def test_a_reply_of_another_form_stops_at_once(kind, change, message):
   fake = FakeTime()
   with Server(kind, [send(change)]) as server:
     with pytest.raises(RewardServerError, match=message) as caught:
-      reward(server, fake=fake).score(PROMPTS, OUTPUTS)
+      reward(server, fake=fake).score(PROMPTS, RESPONSES)
     assert len(server.requests) == 1 and not fake.pauses
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(('value', 'shown'), [(float('nan'), 'nan'), (float('-inf'), '-inf'), (1e39, 'inf')])
-def test_a_reward_that_is_not_finite_names_prompt_and_output(value, shown):
+def test_a_reward_that_is_not_finite_names_prompt_and_response(value, shown):
   change = in_data(lambda items: [items[0], {**items[1], 'data': value}, *items[2:]])
-  named = pytest.raises(RewardError, match=rf"gave the reward {shown} .*prompt 5 'question 1 é', output 'answer 5'")
+  named = pytest.raises(RewardError, match=rf"gave the reward {shown} .*prompt 5 'question 1 é', response 'answer 5'")
   with Server('lmdeploy', [send(), send(change)]) as server, named:
-    reward(server).score(PROMPTS, OUTPUTS)
+    reward(server).score(PROMPTS, RESPONSES)
 
 
 def test_a_flat_list_of_vllm_ends_in_the_reward():
@@ -349,11 +349,11 @@ def test_a_flat_list_of_vllm_ends_in_the_reward():
 
 
 @pytest.mark.parametrize('address', ['', 'http://', 'ftp://host:1', 'host:port', 'ho st:1', 'host:99999', 'http://host:1?x=1'])
-def test_an_address_that_is_none_is_named(address):
+def test_an_invalid_address_is_named(address):
   with pytest.raises(ConfigError, match=r'rft\.reward\.address is .* it must be HOST:PORT'):
     reward(address)
 
 
-def test_prompts_and_outputs_must_be_as_many():
+def test_prompts_and_responses_must_have_equal_lengths():
   with pytest.raises(ValueError, match='zip'):
-    reward('127.0.0.1:1').score(PROMPTS, OUTPUTS[:3])
+    reward('127.0.0.1:1').score(PROMPTS, RESPONSES[:3])

@@ -23,7 +23,7 @@ PROMPTS = [
   Prompt(CHAT, [{'role': 'assistant', 'content': 'ref 2'}]),
   Prompt('one', 'ref 1', '1', 'maths', {'source': 'a'}),
 ]
-OUTPUTS = ['x', 'yy', '']
+RESPONSES = ['x', 'yy', '']
 
 
 def lengths(completions, **_):
@@ -37,7 +37,7 @@ def test_score_calls_the_function_as_trl_does():
     calls.append(columns)
     return [0.5, -1.25, 2]
 
-  rewards = PythonReward(reward).score(PROMPTS, OUTPUTS)
+  rewards = PythonReward(reward).score(PROMPTS, RESPONSES)
   assert rewards.dtype == np.float32 and rewards.tolist() == [0.5, -1.25, 2.0]
   assert calls == [
     {
@@ -61,7 +61,7 @@ def test_score_passes_only_the_arguments_that_are_named():
     type('Scorer', (), {'__call__': lambda self, completions, metadata: seen.append(metadata) or [1, 2, 3]})(),
   ]
   for function in functions:
-    PythonReward(function).score(PROMPTS, OUTPUTS)
+    PythonReward(function).score(PROMPTS, RESPONSES)
   completions = ['x', [{'role': 'assistant', 'content': 'yy'}], '']
   assert seen[:2] == [completions, (['one', CHAT, 'one'], ['1', '', '1'])]
   assert seen[2:] == [['ref 1', PROMPTS[1].reference, 'ref 1'], completions, [{'source': 'a'}, {}, {'source': 'a'}]]
@@ -72,7 +72,7 @@ def test_a_function_cannot_change_the_data_set():
     prompts[1][0]['content'] = reference[1][0]['content'] = metadata[0]['source'] = 'spoiled'
     return [0, 0, 0]
 
-  PythonReward(spoil).score(PROMPTS, OUTPUTS)
+  PythonReward(spoil).score(PROMPTS, RESPONSES)
   assert CHAT[0]['content'] == 'S' and PROMPTS[1].reference[0]['content'] == 'ref 2' and PROMPTS[0].metadata['source'] == 'a'
 
 
@@ -89,7 +89,7 @@ def test_a_function_cannot_change_the_data_set():
   ],
 )
 def test_results_of_every_numeric_type(result):
-  assert PythonReward(lambda completions: result).score(PROMPTS, OUTPUTS).tolist() == [0, 1, 2]
+  assert PythonReward(lambda completions: result).score(PROMPTS, RESPONSES).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize('value', [None, float('nan'), float('inf'), float('-inf'), 1e39, '1.0', b'1', [1.0], np.ones(1), {}, 10**400, 1j])
@@ -98,7 +98,7 @@ def test_a_value_that_is_not_a_finite_number_is_refused(value):
     return [1.0, value, 2.0]
 
   with pytest.raises(RewardFunctionError) as caught:
-    PythonReward(broken, 'my_rewards:broken').score(PROMPTS, OUTPUTS)
+    PythonReward(broken, 'my_rewards:broken').score(PROMPTS, RESPONSES)
   message = str(caught.value)
   assert message.startswith('reward function my_rewards:broken returned ') and "for completion 1 'yy' (prompt 'S\\nU')" in message
   assert repr(value)[:60].replace("'", '') in message.replace("'", '').replace('\\', '') and '\n' not in message
@@ -120,7 +120,7 @@ def test_a_value_that_is_not_a_finite_number_is_refused(value):
 )
 def test_a_result_that_is_not_one_number_per_completion_is_refused(result, message):
   with pytest.raises(RewardFunctionError, match=f'reward function my_rewards:broken {message}'):
-    PythonReward(lambda completions: result, 'my_rewards:broken').score(PROMPTS, OUTPUTS)
+    PythonReward(lambda completions: result, 'my_rewards:broken').score(PROMPTS, RESPONSES)
 
 
 def test_an_exception_names_the_function_the_error_and_its_place():
@@ -130,7 +130,7 @@ def test_an_exception_names_the_function_the_error_and_its_place():
   with pytest.raises(
     RewardFunctionError, match=r'reward function f raised KeyError: .*python_test\.py, line \d+.*repeat the command'
   ) as caught:
-    PythonReward(broken, 'f').score(PROMPTS, OUTPUTS)
+    PythonReward(broken, 'f').score(PROMPTS, RESPONSES)
   assert isinstance(caught.value.__cause__, KeyError) and '\n' not in str(caught.value)
 
 
@@ -138,7 +138,7 @@ def test_nothing_to_score_and_unequal_lengths():
   source = PythonReward(lambda completions: 1 / 0)
   assert source.score([], []).shape == (0,) and source.score([], []).dtype == np.float32  # without a call
   with pytest.raises(ValueError, match='2 prompts and 3 completions'):
-    source.score(PROMPTS[:2], OUTPUTS)
+    source.score(PROMPTS[:2], RESPONSES)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ def test_only_the_first_process_scores_and_all_share_its_failure(monkeypatch):
     return [len(calls), 5, 6]
 
   for process['index'] in range(2):
-    rewards.append(PythonReward(count).score(PROMPTS, OUTPUTS).tolist())
+    rewards.append(PythonReward(count).score(PROMPTS, RESPONSES).tolist())
   assert rewards == [[1, 5, 6]] * 2 and calls == [0]
   broken = PythonReward(lambda completions: 1 / 0, 'f')
   for process['index'], message in ((0, 'f raised ZeroDivisionError'), (1, 'f failed on the first process; see its log')):
     with pytest.raises(RewardFunctionError, match=f'reward function {message}'):
-      broken.score(PROMPTS, OUTPUTS)
+      broken.score(PROMPTS, RESPONSES)
   process['index'] = 0
   with pytest.raises(ZeroDivisionError):  # not an expected error: it is not caught
     score_on_first_process(lambda: 1 / 0, 1, UserError, UserError('elsewhere'))

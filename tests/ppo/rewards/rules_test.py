@@ -69,7 +69,7 @@ def test_no_number(text):
 
 
 def written(rng, value):
-  """A decimal number (whole, hundredths) in one of its spellings."""
+  """Return a decimal number (whole, hundredths) in one of its spellings."""
   whole, hundredths = value
   digits = f'{whole:,}' if rng.random() < 0.5 else '0' * rng.randrange(2) + str(whole)
   if hundredths or rng.random() < 0.3:
@@ -77,7 +77,7 @@ def written(rng, value):
   return rng.choice(['', '$', '\\$']) + digits + rng.choice(['', '.', '%', ' km', ')', '**', '\n'])
 
 
-def test_spellings_of_a_number_are_equal_and_others_are_not():
+def test_same_last_number_of_all_spellings():
   rng = random.Random(0)
   for _ in range(2_000):
     value, other = [(rng.choice([0, 7, 999, 1_000, rng.randrange(10**9)]), rng.choice([0, 5, 50, 99])) for _ in range(2)]
@@ -94,15 +94,15 @@ def test_values_are_compared_exactly():
   assert not rules.same_last_number('no idea', '3')
 
 
-def test_an_answer_without_a_number_is_refused():
-  with pytest.raises(rules.NoAnswerError, match='no number in its answer'):
+def test_same_last_number_refuses_an_answer_without_a_number():
+  with pytest.raises(rules.NoAnswerError, match='its answer has no number for the rule last_number'):
     rules.same_last_number('3', 'three')
 
 
 @pytest.mark.parametrize(
   'text', ['1,11' * 8_000, '1' * 30_000, '1/' * 15_000, '-$' * 15_000, '\\frac{1' * 5_000, '1e1' * 10_000, '.,' * 15_000]
 )
-def test_the_noise_of_a_policy_takes_no_time(text):
+def test_noise_of_a_policy_is_read_in_linear_time(text):
   started = time.perf_counter()
   rules.last_number(text)
   assert time.perf_counter() - started < 2

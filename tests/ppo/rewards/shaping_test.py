@@ -13,14 +13,14 @@ def draw(rng, count):
   return (rng.normal(-3, 2, count) * rng.choice([0.01, 1, 30])).astype(np.float32)
 
 
-def test_none_gives_the_scores_as_they_are():
+def test_none_changes_nothing():
   raw = np.array([-0.57, 2.75, 1e-8, -1234.567], np.float32)
   got = Normalizer('none').normalize(raw, np.arange(4), None)
   assert got.dtype == np.float32
   np.testing.assert_array_equal(got, raw)
 
 
-def test_running_counts_all_scores_so_far_and_those_of_the_batch():
+def test_running_uses_all_scores_so_far_and_those_of_the_batch():
   rng = np.random.default_rng(0)
   normalizer, seen = Normalizer('running'), np.zeros(0)
   for count in (1, 5, 64, 0, 1, 200, 3):
@@ -39,7 +39,7 @@ def test_running_keeps_the_spread_of_scores_far_from_zero():
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_running_goes_on_from_json_bit_for_bit():
+def test_running_resumes_from_json_bit_for_bit():
   rng = np.random.default_rng(1)
   batches = [draw(rng, 37) for _ in range(6)]
   whole, resumed = Normalizer('running'), Normalizer('running')
@@ -59,7 +59,7 @@ def test_equal_scores_become_zero():
       np.testing.assert_array_equal(got, np.zeros(7, np.float32))
 
 
-def test_group_compares_the_answers_to_one_prompt():
+def test_group_compares_the_responses_to_one_prompt():
   rng = np.random.default_rng(2)
   raw, group = draw(rng, 40), rng.integers(3, 12, 40)
   raw[group == 5] = 0.3
@@ -74,7 +74,7 @@ def test_group_compares_the_answers_to_one_prompt():
   assert not got[group == 5].any()
 
 
-def test_reference_takes_off_what_the_reference_earns():
+def test_reference_subtracts_the_reward_of_the_reference():
   raw, reference = np.array([1.5, -0.25, 3.0], np.float32), np.array([2.0, 0.5, 3.0], np.float32)
   np.testing.assert_array_equal(Normalizer('reference').normalize(raw, np.arange(3), reference), np.array([-0.5, -0.75, 0], np.float32))
   with pytest.raises(ValueError, match='rewards of the references'):
@@ -95,7 +95,7 @@ def shaped(raw, length, stopped, *, max_new=100, **settings):
   )
 
 
-def test_the_defaults_change_no_bit():
+def test_the_defaults_change_nothing():
   raw = np.random.default_rng(3).normal(0, 5, 50).astype(np.float32)
   got, metrics = shaped(raw, [100] * 50, [False] * 50)
   assert got.dtype == np.float32
@@ -118,7 +118,7 @@ def test_penalties_come_after_the_clip():
   assert metrics['length_penalty'] == pytest.approx((0.5 + 0.75 + 1) / 4)
 
 
-def test_the_clip_comes_after_the_normalisation():
+def test_the_clip_comes_after_the_normalization():
   got, metrics = shaped([100, 101, 102, 140], [1] * 4, [True] * 4, normalize='running', clip=1.0)
   z = (np.array([100, 101, 102, 140]) - 110.75) / np.std([100, 101, 102, 140])
   np.testing.assert_allclose(got, np.clip(z, -1, 1), rtol=1e-5)
@@ -140,10 +140,12 @@ def test_length_penalty_against_dapo():
   got, _ = shaped(np.zeros(60), length, [True] * 60, max_new=max_new, length_buffer=buffer, length_penalty=factor)
   np.testing.assert_allclose(got, factor * np.array(expected), rtol=1e-6, atol=0)
   assert got[-1] == pytest.approx(-factor) and got[43] == 0 and got[44] < 0
+  beyond, _ = shaped(np.zeros(2), [61, 90], [True] * 2, max_new=max_new, length_buffer=buffer, length_penalty=factor)
+  np.testing.assert_allclose(beyond, [-factor, -factor], rtol=1e-6)  # no more than the whole penalty
 
 
 @pytest.mark.parametrize('wrong', ['raw_R', 'reference_score_R'])
-def test_integers_are_no_rewards(wrong):
+def test_integer_rewards_are_refused(wrong):
   arrays = {'raw_R': np.ones(3, np.float32), 'reference_score_R': np.ones(3, np.float32)}
   arrays[wrong] = arrays[wrong].astype(np.int32)
   with pytest.raises(TypeError, match=f'{wrong} must be float32, not int32'):
@@ -159,7 +161,7 @@ def test_integers_are_no_rewards(wrong):
     )
 
 
-def test_no_answers():
+def test_no_responses():
   got, metrics = shaped(np.zeros(0), np.zeros(0), np.zeros(0, bool), normalize='running', length_buffer=3)
   assert got.shape == (0,) and got.dtype == np.float32
   assert all(np.isfinite(v) for v in metrics.values())

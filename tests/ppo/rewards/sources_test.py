@@ -35,7 +35,7 @@ def scorer():
 
 @pytest.fixture(scope='module')
 def rollouts():
-  """Prompts and outputs in no order: several of one prompt, one prompt with two references, equal outputs, an empty one."""
+  """Prompts and responses in random order: several per prompt, one prompt with two references, equal responses, an empty one."""
   rng = np.random.default_rng(0)
   rows = [
     Prompt('add', 'one', '1'),
@@ -49,44 +49,44 @@ def rollouts():
   return prompts, [words[i] for i in rng.integers(0, len(words), 30)]
 
 
-def test_each_output_gets_the_reward_it_gets_alone(scorer, rollouts):
-  prompts, outputs = rollouts
+def test_model_reward_equals_that_of_each_response_alone(scorer, rollouts):
+  prompts, responses = rollouts
   source = ModelReward(scorer, RewardConfig())
-  rewards = source.score(prompts, outputs)
+  rewards = source.score(prompts, responses)
   assert rewards.dtype == np.float32 and rewards.shape == (30,)
-  alone = [scorer.score([Group(p.prompt, p.reference, [o])])[0][0] for p, o in zip(prompts, outputs, strict=True)]
+  alone = [scorer.score([Group(p.prompt, p.reference, [o])])[0][0] for p, o in zip(prompts, responses, strict=True)]
   np.testing.assert_allclose(rewards, alone, atol=1e-5)
-  assert len(np.unique(np.array(alone).round(4))) > 15  # an exchange would be seen
+  assert len(np.unique(np.array(alone).round(4))) > 15  # so that a wrong order would be noticed
   assert scorer._forward._cache_size() == 1
 
 
-def test_outputs_of_equal_texts_share_a_group_and_a_reward(scorer, rollouts, monkeypatch):
-  prompts, outputs = rollouts
+def test_model_reward_of_equal_texts_is_computed_once(scorer, rollouts, monkeypatch):
+  prompts, responses = rollouts
   seen = []
   monkeypatch.setattr(scorer, 'score', lambda groups, alone: seen.extend(groups) or Scorer.score(scorer, groups, alone))
-  rewards = ModelReward(scorer, RewardConfig()).score(prompts, outputs)
+  rewards = ModelReward(scorer, RewardConfig()).score(prompts, responses)
   assert sorted((g.prompt, g.reference) for g in seen) == [('a\nb', 'ref'), ('add', 'one'), ('add', 'two'), ('other', 'ref')]
   assert all(len(set(g.candidates)) == len(g.candidates) for g in seen)
   keys = [
     (p.category == 'the same texts' or isinstance(p.prompt, list) or p.prompt, str(p.reference)[-5:] == 'two', o)
-    for p, o in zip(prompts, outputs, strict=True)
+    for p, o in zip(prompts, responses, strict=True)
   ]
   for i, key in enumerate(keys):
     assert rewards[i] == rewards[keys.index(key)]
 
 
-def test_no_reward_depends_on_how_the_prompt_is_cut_for_others(scorer):
+def test_model_reward_cuts_the_prompt_for_each_response_alone(scorer):
   tight = copy.copy(scorer)
   tight._template = byte_template(max_length=64)
-  prompts, outputs = [Prompt('a prompt that is too long for it', 'ref')] * 3, ['x', 'y' * 20, 'z' * 30]
-  rewards = ModelReward(tight, RewardConfig()).score(prompts, outputs)
-  alone = [tight.score([Group(p.prompt, p.reference, [o])])[0][0] for p, o in zip(prompts, outputs, strict=True)]
+  prompts, responses = [Prompt('a prompt that is too long for it', 'ref')] * 3, ['x', 'y' * 20, 'z' * 30]
+  rewards = ModelReward(tight, RewardConfig()).score(prompts, responses)
+  alone = [tight.score([Group(p.prompt, p.reference, [o])])[0][0] for p, o in zip(prompts, responses, strict=True)]
   np.testing.assert_allclose(rewards, alone, atol=1e-5)
-  together = tight.score([Group(prompts[0].prompt, 'ref', outputs)])[0]
-  assert abs(together[0] - alone[0]) > 1e-3  # as training would have cut them
+  together = tight.score([Group(prompts[0].prompt, 'ref', responses)])[0]
+  assert abs(together[0] - alone[0]) > 1e-3  # training cuts them together
 
 
-def test_wrapper_is_that_of_the_configuration(scorer):
+def test_model_reward_uses_the_wrapper_of_the_config(scorer):
   prompt = Prompt('p', 'r')
   got = [ModelReward(scorer, RewardConfig(wrapper=wrapper)).score([prompt], ['c'])[0] for wrapper in ('sft', 'pretrain')]
   expected = [scorer.score([Group('p', 'r', ['c'], wrapper)])[0][0] for wrapper in ('sft', 'pretrain')]
@@ -100,7 +100,7 @@ def test_nothing_to_score(scorer):
     assert source.score([], []).shape == (0,)
 
 
-def test_prompts_and_outputs_must_be_as_many(scorer):
+def test_prompts_and_responses_must_have_equal_lengths(scorer):
   for source in (ModelReward(scorer, RewardConfig()), RuleReward('last_number')):
     with pytest.raises(ValueError, match='zip'):
       source.score([Prompt('p', '1')] * 2, ['a'])
@@ -111,45 +111,47 @@ def test_rule_compares_with_the_answer_or_else_the_reference():
   rewards = RuleReward('last_number').score(prompts, ['= 7.0', 'three', '3'])
   assert rewards.dtype == np.float32
   assert rewards.tolist() == [1, 0, 1]
-  with pytest.raises(RewardError, match=r"prompt 1 'how many\\n\?': there is no number in its answer"):
+  with pytest.raises(
+    RewardError, match=r"prompt 1 'how many\\n\?': its answer has no number .*; remove this example, or do not set rft.reward.rule"
+  ):
     RuleReward('last_number').score([Prompt('p', '1'), Prompt('how many\n?', 'no')], ['1', '1'])
 
 
 class Fixed:
-  """A source that gives what it is told."""
+  """A source that returns fixed rewards."""
 
   def __init__(self, rewards):
-    self.rewards, self.outputs = np.array(rewards, np.float32), None
+    self.rewards, self.responses = np.array(rewards, np.float32), None
 
-  def score(self, prompts, outputs):
-    self.outputs = list(outputs)
+  def score(self, prompts, responses):
+    self.responses = list(responses)
     return self.rewards
 
 
-def test_mixture_is_the_weighted_sum():
+def test_sum_weights_its_sources():
   model, rule = Fixed([-0.57, 2.75, 1e-3]), Fixed([1, 0, 1])
-  mixture = RewardSum({'model': (0.5, model), 'rule': (2.0, rule)}, strip_thinking=False)
-  components = mixture.components([Prompt('p', 'r')] * 3, ['a', 'b', '<think>x</think>c'])
+  reward = RewardSum({'model': (0.5, model), 'rule': (2.0, rule)}, strip_thinking=False)
+  components = reward.components([Prompt('p', 'r')] * 3, ['a', 'b', '<think>x</think>c'])
   assert set(components) == {'model', 'rule'}
   np.testing.assert_array_equal(components['model'], model.rewards)
-  total = mixture.total(components)
+  total = reward.total(components)
   assert total.dtype == np.float32
   np.testing.assert_allclose(total, [2 - 0.285, 1.375, 2.0005], rtol=1e-6)
-  assert model.outputs == rule.outputs == ['a', 'b', '<think>x</think>c']
+  assert model.responses == rule.responses == ['a', 'b', '<think>x</think>c']
 
 
-def test_thinking_is_kept_from_every_part():
+def test_sum_strips_thinking_for_every_source():
   parts = {'model': (1.0, Fixed([0, 0])), 'rule': (1.0, Fixed([0, 0]))}
   RewardSum(parts, strip_thinking=True).components([Prompt('p', 'r')] * 2, ['<think>1</think> 2 ', 'a '])
-  assert all(source.outputs == ['2', 'a '] for _, source in parts.values())
+  assert all(source.responses == ['2', 'a '] for _, source in parts.values())
 
 
-def test_fractions_and_signs_survive_the_whole_way():
+def test_fractions_and_signs_survive_all_steps():
   """Scores between -1 and 1 would all be 0 in an array of integers."""
   raw = np.random.default_rng(1).uniform(-1, 1, 200).astype(np.float32)
-  mixture = RewardSum({'model': (1.0, Fixed(raw))}, strip_thinking=True)
-  components = mixture.components([Prompt('p', 'r')] * 200, ['o'] * 200)
-  total = mixture.total(components)
+  reward = RewardSum({'model': (1.0, Fixed(raw))}, strip_thinking=True)
+  components = reward.components([Prompt('p', 'r')] * 200, ['o'] * 200)
+  total = reward.total(components)
   for kind in ('none', 'running', 'group', 'reference'):
     shaped, _ = shape(
       total,
@@ -168,25 +170,25 @@ def test_fractions_and_signs_survive_the_whole_way():
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named(bad):
-  mixture = RewardSum({'model': (1.0, Fixed([0.5, bad, bad]))}, strip_thinking=False)
+def test_a_reward_that_is_not_finite_is_named(bad):
+  reward = RewardSum({'model': (1.0, Fixed([0.5, bad, bad]))}, strip_thinking=False)
   prompts = [Prompt('p', 'r'), Prompt([{'content': 'a long question ' * 20}], 'r'), Prompt('q', 'r')]
   with pytest.raises(RewardError) as caught:
-    mixture.components(prompts, ['x', 'the\noutput', 'z'])
+    reward.components(prompts, ['x', 'the\nresponse', 'z'])
   message = str(caught.value)
   assert f'model gave the reward {bad} (2 of 3 are not finite)' in message
-  assert f'prompt 1 {("a long question " * 20)[:60]!r}...' in message and r"output 'the\noutput'" in message
+  assert f'prompt 1 {("a long question " * 20)[:60]!r}...' in message and r"response 'the\nresponse'" in message
   assert '\n' not in message
   assert isinstance(caught.value, UserError)
 
 
-def test_what_is_no_array_of_float32_is_refused():
+def test_rewards_of_another_type_or_shape_are_refused():
   source = Fixed([1, 2])
   for wrong in (np.array([1, 2]), np.array([1.0, 2.0]), np.zeros(3, np.float32), np.zeros((2, 1), np.float32)):
     source.rewards = wrong
     with pytest.raises(TypeError, match='rewards must be float32'):
       RewardSum({'model': (1.0, source)}, strip_thinking=False).components([Prompt('p', 'r')] * 2, ['a', 'b'])
-  with pytest.raises(ValueError, match='needs a part'):
+  with pytest.raises(ValueError, match='at least one source'):
     RewardSum({}, strip_thinking=False)
 
 

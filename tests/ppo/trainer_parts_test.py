@@ -1,0 +1,159 @@
+"""The methods of the trainer one by one, with models and engine replaced by functions that record their arguments."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from polar_jax.config import RftConfig, RolloutConfig
+from polar_jax.ppo.experience import Experience
+from polar_jax.ppo.learner import ActorTargets, CriticTargets
+from polar_jax.ppo.metrics import Scores
+from polar_jax.ppo.trainer import Trainer
+from polar_jax.types import Prompt, Rollouts
+
+LENGTH = np.array([3, 1, 2, 4], np.int32)
+MASK = (np.arange(4)[None] < LENGTH[:, None]).astype(np.float32)
+
+
+def make_trainer(step: int = 0, config: RftConfig | None = None, **attributes) -> Trainer:
+  """Return a trainer without models, checkpoints or logs: two prompts per step, two responses to each."""
+  trainer = object.__new__(Trainer)
+  trainer.step, trainer.kl_coef, trainer.rollouts_per_step, trainer.row_length = step, 0.1, 4, 16
+  trainer.reference_policy = trainer.critic = trainer.critic_state = None
+  config = config or RftConfig(prompts_per_step=2, num_generations=2, advantage='rloo', recompute_logprobs=False)
+  prompts = [(Prompt(f'p{i}', f'r{i}'), [i]) for i in range(7)]
+  trainer.run = types.SimpleNamespace(config=config, seed=5, mesh=None, prompts=prompts, name='rft')
+  vars(trainer).update(attributes)
+  return trainer
+
+
+def make_rollouts() -> Rollouts:
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 9, (4, 4)).astype(np.int32) * MASK.astype(np.int32)
+  return Rollouts([[1], [1], [2], [2]], tokens, LENGTH, -rng.random((4, 4)).astype(np.float32) * MASK, np.ones(4, bool))
+
+
+def make_experience() -> Experience:
+  rng = np.random.default_rng(1)
+  return Experience(MASK, *(rng.normal(size=(4, 4)).astype(np.float32) * MASK for _ in range(6)))
+
+
+def test_generate_reads_the_prompts_of_its_step_in_order():
+  calls = []
+
+  class Engine:
+    def generate(self, params, ids, seed):
+      calls.append((params, ids, seed))
+      return 'rollouts'
+
+  order = lambda i: ((3 * i + 1) % 7, 0)
+  state = types.SimpleNamespace(params='params')
+  for step, numbers in ((0, (1, 4)), (2, (6, 2))):
+    trainer = make_trainer(step, order=order, engine=Engine(), actor_state=state)
+    prompts, rollouts = trainer._generate()
+    assert [p.prompt for p in prompts] == [f'p{i}' for i in numbers for _ in range(2)] and rollouts == 'rollouts'
+    assert calls[-1] == ('params', [[i] for i in numbers for _ in range(2)], (5, step))
+
+
+def test_experience_compares_responses_to_the_same_prompt():
+  score = np.array([1, 3, 10, 20], np.float32)
+  experience = make_trainer()._collect_experience(make_rollouts(), [], score)
+  np.testing.assert_allclose(experience.advantage_RT, np.array([-2, 2, -10, 10])[:, None] * MASK)
+  np.testing.assert_array_equal(experience.old_logprob_RT, make_rollouts().logprob_RT)
+
+
+def test_init_gives_the_critic_the_policy_and_a_key_of_its_own():
+  calls = {}
+  initial = {'decoder': {'w': np.ones(2, np.float32)}, 'lm_head': np.zeros(2, np.float32)}
+
+  def recorder(name):
+    return types.SimpleNamespace(init=lambda key, params: calls.update({name: (jax.random.key_data(key).tolist(), params)}))
+
+  checkpointer = types.SimpleNamespace(latest=None)
+  trainer = make_trainer(actor=recorder('actor'), critic=recorder('critic'), checkpointer=checkpointer)
+  trainer.run.initial_params, trainer.run.needs_reference = lambda: initial, True
+  trainer.run.model = types.SimpleNamespace(compute_dtype='bfloat16')
+  trainer._restore_or_init()
+  keys = jax.random.key_data(jax.random.split(jax.random.key(5))).tolist()
+  assert calls == {'actor': (keys[0], initial), 'critic': (keys[1], {'decoder': initial['decoder']})}
+  assert {str(a.dtype) for a in jax.tree.leaves(trainer.reference_policy)} == {'bfloat16'}
+
+
+def test_update_shuffles_by_seed_step_and_epoch(monkeypatch):
+  config = RftConfig(prompts_per_step=2, num_generations=2, mini_batch_size=3, update_epochs=2)
+  found = {}
+  for step in (0, 1):
+    calls = []
+    trainer = make_trainer(step, config)
+    monkeypatch.setattr(trainer, '_one_update', lambda which, *_, calls=calls: calls.append(which) or {'loss': float(len(which))})
+    batches = [types.SimpleNamespace(tokens_BT=np.zeros((2, 16)))]
+    assert trainer._update(make_rollouts(), batches, None) == {'loss': 2.0}  # the mean of 3, 1, 3 and 1
+    orders = [np.random.default_rng([5, step, epoch]).permutation(4).tolist() for epoch in range(2)]
+    assert calls == [sorted(part) for order in orders for part in (order[:3], order[3:])]
+    found[step] = calls
+  assert found[0] != found[1]
+
+
+def test_one_update_weights_only_its_own_rollouts_and_logs_both_rates(monkeypatch):
+  steps = []
+
+  def take_step(model, state, batches, arrays, targets):
+    steps.append((model, arrays, targets))
+    return state, {f'{model}_loss': 1.0}, 2.0
+
+  state = types.SimpleNamespace(step=1)
+  rates = [np.array([0.1, 0.2]), np.array([0.3, 0.4])]
+  trainer = make_trainer(actor='actor', critic='critic', actor_state=state, critic_state=state, rates=rates)
+  monkeypatch.setattr(trainer, '_take_step', take_step)
+  experience = make_experience()
+  out = trainer._one_update([1, 3], [], experience)
+  assert out == {
+    'actor_loss': 1.0,
+    'grad_norm': 2.0,
+    'learning_rate': 0.2,
+    'critic_loss': 1.0,
+    'critic_grad_norm': 2.0,
+    'critic_learning_rate': 0.4,
+  }
+  (actor, known, actor_targets), (critic, expected, critic_targets) = steps
+  assert (actor, actor_targets, critic, critic_targets) == ('actor', ActorTargets, 'critic', CriticTargets)
+  weight = MASK * np.array([0, 1, 0, 1])[:, None] / 5
+  np.testing.assert_allclose(known[-1], weight, rtol=1e-6)
+  np.testing.assert_array_equal(expected[-1], known[-1])
+  names = ('old_logprob_RT', 'reference_logprob_RT', 'advantage_RT')
+  assert all(a is getattr(experience, name) for a, name in zip(known[:-1], names, strict=True))
+  assert expected[0] is experience.value_RT and expected[1] is experience.return_RT
+
+
+@pytest.mark.parametrize(('step', 'learns'), [(0, False), (1, False), (2, True)])
+def test_one_update_leaves_the_actor_alone_while_the_critic_warms_up(monkeypatch, step, learns):
+  state = types.SimpleNamespace(step=0)
+  config = RftConfig(prompts_per_step=2, num_generations=2, critic_warmup=2)
+  trainer = make_trainer(step, config, actor='actor', critic='critic', actor_state=state, critic_state=state, rates=[np.ones(1)] * 2)
+  monkeypatch.setattr(trainer, '_take_step', lambda model, state, *_: (state, {}, 0.0))
+  assert ('grad_norm' in trainer._one_update([0], [], make_experience())) == learns
+
+
+def test_experience_metrics_by_hand():
+  config = RftConfig(prompts_per_step=2, num_generations=2, rollout=RolloutConfig())
+  experience, rollouts = make_experience(), make_rollouts()
+  trainer = make_trainer(config=config, reference_policy='params', critic='critic', base_length=None)
+  scores = Scores(np.array([1, 2, 3, 4], np.float32), np.zeros(4, np.float32), None, {})
+  out = trainer._experience_metrics(rollouts, experience, scores)
+  difference = (experience.old_logprob_RT - experience.reference_logprob_RT).astype(np.float64)
+  per_response = [difference[r, :n].sum() for r, n in enumerate(LENGTH)]
+  assert out['kl'] == pytest.approx(sum(per_response) / 10, rel=1e-5)
+  assert out['kl_answer'] == pytest.approx(np.mean(per_response), rel=1e-5)
+  valid = MASK > 0
+  assert out['rollout_mismatch'] == pytest.approx(np.abs(experience.old_logprob_RT - rollouts.logprob_RT)[valid].mean(), rel=1e-5)
+  assert out['advantage_std'] == pytest.approx(experience.advantage_RT[valid].std(), rel=1e-6)
+  errors = (experience.return_RT - experience.value_RT)[valid]
+  assert out['explained_variance'] == pytest.approx(1 - errors.var() / experience.return_RT[valid].var(), rel=1e-5)
+  assert trainer.base_length == 2.5 and out['length_free'] == pytest.approx(2.5)  # at the lengths of the first step itself
+  sft = make_trainer(config=RftConfig(method='sft'), reference_policy='params')._experience_metrics(rollouts, experience, scores)
+  assert set(sft) == {'kl', 'kl_answer', 'nll'}
+  assert sft['nll'] == pytest.approx(-experience.old_logprob_RT[valid].mean(), rel=1e-5)
