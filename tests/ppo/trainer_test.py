@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from polar_jax import api, sharding
+from polar_jax import api, runner, sharding
 from polar_jax.checkpoints import pretrained
 from polar_jax.checkpoints.checkpointer import FOLDER
 from polar_jax.config import (
@@ -43,7 +43,6 @@ from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rewards.sources import RewardError, RewardSum
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages import rft as stage
-from polar_jax.stages import runner
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain import pretrain
 from polar_jax.stages.pretrain_lm import pretrain_lm
