@@ -13,6 +13,6 @@ def get_config():
   # LR = 0.0002306 N^0.01125 Dp^-0.66587 Drm^0.33916 and batch = 31.9032 N^0.06944 Drm^0.52997 give these, with N in 2^20
   # parameters and D in 2^30 tokens.
   config = pretraining('polar_1_8b', start_from='checkpoints/internlm2_5_1_8b', learning_rate=1.4e-5, batch_size=1_940)
-  config.pretrain.gradient_accumulation_steps = 11  # with 64 chips a row a chip at a time
+  config.pretrain.gradient_accumulation_steps = 11  # on 64 chips: one row per chip at a time
   config.plan.tokens = 0.94e12 / SHARED
   return config

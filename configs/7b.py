@@ -11,6 +11,6 @@ from polar_jax.recipes import SHARED, pretraining
 
 def get_config():
   config = pretraining('internlm2_5_7b', start_from='checkpoints/internlm2_5_7b', learning_rate=1.67e-5, batch_size=4_343)
-  config.pretrain.gradient_accumulation_steps = 25  # with 64 chips a row a chip at a time
+  config.pretrain.gradient_accumulation_steps = 25  # on 64 chips: one row per chip at a time
   config.plan.tokens = 3.6e12 / SHARED
   return config

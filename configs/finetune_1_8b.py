@@ -2,9 +2,9 @@
 
   python -m polar_jax.main --config=configs/finetune_1_8b.py --config.data.preferences=mine.jsonl --config.data.validation=held_out.jsonl
 
-Reads: data/preferences (rows of prompt, reference, chosen, rejected), checkpoints/polar_1_8b_base (the pre-trained reward
-model, internlm/POLAR-1_8B-Base as on Hugging Face, or a folder of ours).
-Paper: 150,000 rows, 16 H800 for half an hour. Not run at this size here.
+Reads: data/preferences (examples with prompt, reference, chosen and rejected), checkpoints/polar_1_8b_base (the pre-trained reward
+model, internlm/POLAR-1_8B-Base as on Hugging Face, or a polar_jax checkpoint).
+Paper: 150,000 examples, 16 H800 for half an hour. Not run at this size here.
 """
 
 from polar_jax.recipes import finetuning

@@ -5,9 +5,9 @@
 Reads: data/rft_prompts (splits train and, if there is one, test: the official parquet or any format of docs/rft.md),
 checkpoints/llama_3_1_8b_instruct (meta-llama/Llama-3.1-8B-Instruct), checkpoints/polar_7b (internlm/POLAR-7B); both as on Hugging Face.
 Machine: 8 H100 (80 GB), or a TPU slice v5p:2x2x2 (8 chips of 95 GB); more devices of either kind need no change.
-Mesh: tensor 4; the other axis, fsdp, takes what is left (2 of 8 devices).
-Memory of a device: actor with Adam 12.0 GB, critic with Adam 11.3 GB, frozen start and reward model 3.8 GB (bfloat16),
-gradients of one of the two 4.0 GB, key/value cache of 512 answers 17.2 GB (docs/rft.md has the sums).
+Mesh: tensor 4; fsdp takes the rest (2 of 8 devices).
+Memory of a device: actor with Adam 12.0 GB, critic with Adam 11.3 GB, reference policy and reward model 3.8 GB (bfloat16),
+gradients of one of them 4.0 GB, key/value cache of 512 responses 17.2 GB (docs/rft.md has the sums).
 Paper: 1.25M prompts, 32 H800 for 48 hours. Not run at this size here.
 """
 

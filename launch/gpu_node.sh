@@ -5,8 +5,8 @@
 set -euo pipefail
 
 [ $# -ge 1 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-# Nearly all memory at once, so that it is not fragmented; what is left is for NCCL and CUDA.
+# Allocate nearly all memory at once to avoid fragmentation; the rest is for NCCL and CUDA.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
-# Collectives and matmuls at the same time.
+# Overlap collectives with matrix multiplications.
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
 exec python -m polar_jax.main "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine, as a pod would have them: to try out what a pod will do.
+# Several processes of one run on this machine, as on a pod, to try out what a pod will do.
 #
 #   launch/local.sh 2 --config=configs/tiny.py --config.stage=pretrain --workdir=runs/x
 #
-# The first argument is the number of processes, the rest are those of polar_jax.main. Output of process p goes to
-# $LOGS/process_p.log (LOGS: the current folder), that of process 0 to this terminal too. When one fails, all are stopped.
+# The first argument is the number of processes, the rest are arguments of polar_jax.main. The output of process p goes to
+# $LOGS/process_p.log (default: the current folder), that of process 0 also to this terminal. When one fails, all are stopped.
 set -euo pipefail
 
 [ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -26,7 +26,7 @@ for ((process = 0; process < count; process++)); do
   pids+=($!)
 done
 
-# As soon as one ends badly the others have nothing to wait for.
+# When one fails, stop the others instead of letting them wait for it.
 for ((ended = 0; ended < count; ended++)); do
   wait -n || { status=$?; echo "launch/local.sh: a process ended with status $status; see $logs/process_*.log" >&2; exit "$status"; }
 done

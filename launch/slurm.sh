@@ -3,8 +3,8 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh --config=configs/7b.py --workdir=/shared/runs/7b
 #
-# The processes find each other by SLURM's variables. SLURM sends SIGTERM two minutes before the time is over; the run saves, and the same
-# command goes on from there.
+# The processes find each other by SLURM's variables. SLURM sends SIGTERM two minutes before the time limit; the run saves, and the
+# same command resumes it.
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=TERM@120
 set -euo pipefail

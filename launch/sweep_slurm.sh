@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Hands the runs of a sweep to SLURM: an array of jobs for the language models, and one for the runs that start from them.
+# Submits the runs of a sweep to SLURM: an array of jobs for the language models, and one for the runs that start from them.
 #
 #   python -m polar_jax.main --config=configs/sweep.py --config.stage=sweep --config.sweep.jobs_only=True --workdir=WORKDIR
 #   launch/sweep_slurm.sh WORKDIR [options of sbatch, such as --gres=gpu:1 --time=4:00:00]
 #
-# The workdir must lie where every node sees it. When the jobs are done, the first command gathers results.csv; jobs that were lost are
-# written out again, and the second command hands in those.
+# Every node must see the workdir. When the jobs are done, the first command gathers results.csv and lists lost jobs again, which the
+# second command submits.
 set -euo pipefail
 
 [ $# -ge 1 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 workdir=$1
 shift
 
-# submit FILE OPTIONS...: an array with a job per line of FILE; prints its id, or nothing where there is no line.
+# submit FILE OPTIONS...: submit an array with a job per line of FILE; print its id, or nothing if FILE is empty.
 submit() {
   local file=$1 count
   shift

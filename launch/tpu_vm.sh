@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice by queued resources: asks for it, waits, installs, starts the same command on every host, and gives it back.
+# A Cloud TPU slice by queued resources: request it, wait, install, run the same command on every host, and delete it.
 #
 #   PROJECT=my-project ZONE=us-east5-a TYPE=v5p-128 launch/tpu_vm.sh NAME --config=configs/7b.py --workdir=runs/7b \
 #     --config.checkpointing.folder=gs://bucket/runs/7b --config.data.triplets=gs://bucket/triplets
 #
-# VERSION (default v2-alpha-tpuv5) is the runtime, SPOT=1 asks for preemptible capacity, KEEP=1 leaves the slice running at the end. The source
-# is copied from this checkout. Run it again with the same NAME to go on: what exists is used.
+# VERSION (default v2-alpha-tpuv5) is the runtime, SPOT=1 requests preemptible capacity, KEEP=1 leaves the slice running at the end. The source
+# is copied from this checkout. Run it again with the same NAME to continue: an existing slice is used.
 set -euo pipefail
 
 [ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -19,7 +19,7 @@ if ! gcloud compute tpus queued-resources describe "$name" "${here[@]}" > /dev/n
     --runtime-version="${VERSION:-v2-alpha-tpuv5}" "${here[@]}" ${SPOT:+--spot}
 fi
 until state=$(gcloud compute tpus queued-resources describe "$name" "${here[@]}" --format='value(state.state)') && [ "$state" = ACTIVE ]; do
-  case $state in FAILED | SUSPENDED) echo "$name is $state: delete it, and ask again" >&2; exit 1 ;; esac
+  case $state in FAILED | SUSPENDED) echo "$name is $state: delete it and request it again" >&2; exit 1 ;; esac
   echo "$name is $state, waiting" >&2
   sleep "${POLL:-30}"
 done

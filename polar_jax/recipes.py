@@ -1,4 +1,4 @@
-"""What config files share: the published sizes (docs/recipes.md says where each figure comes from) and the miniatures."""
+"""Settings that config files share: the published sizes (docs/recipes.md has the source of each number) and the miniatures."""
 
 import ml_collections
 
@@ -6,25 +6,25 @@ from polar_jax.config import default_config
 from polar_jax.model.presets import PRESETS
 
 # A pre-training row holds a prompt twice (1,024 tokens at most each time) and three trajectories of at most 4,096, plus
-# separators: 14,341 tokens. The rest is room for text that re-tokenises a little longer, up to a multiple of 128.
+# separators: 14,341 tokens. The rest is room for text that becomes a little longer when tokenized again, up to a multiple of 128.
 PRETRAIN_ROW = 14_464
-# The paper's 3.6T tokens are 100k steps of 4,343 triplets of two sequences: 8,300 tokens a triplet. A row that shares the prefix holds
-# fewer by this factor.
+# The paper's 3.6T tokens are 100k steps of 4,343 triplets of two sequences: 8,300 tokens a triplet. With a shared
+# prefix it takes fewer tokens, by this factor.
 SHARED = 1.6
 PRETRAIN_TRIPLET = 5_200
-# A fine-tuning row is two sequences of at most 16,384 tokens that share all but their candidates: 16,384 + 4,096, and room.
+# A fine-tuning row is two sequences of at most 16,384 tokens that share everything but their candidates: 16,384 + 4,096, and some room.
 FINETUNE_ROW = 20_608
-# A row of reinforcement fine-tuning: two prompts and answers of the greatest lengths (1,024 + 1,024), and more of shorter ones.
+# A row of reinforcement fine-tuning: two prompts with responses of the maximum lengths (1,024 + 1,024), or more shorter ones.
 RFT_ROW = 4_096
 
 
 def base(preset: str) -> ml_collections.ConfigDict:
-  """Model, tokenizer and template of POLAR, bfloat16 compute with float32 master weights, parameters over all devices."""
+  """Return the config of a POLAR model: bfloat16 compute, float32 master weights, parameters sharded over all devices."""
   config = default_config()
   config.model.update(PRESETS[preset])
   config.model.compute_dtype = 'bfloat16'
   config.model.remat = 'full'
-  config.tokenizer.kind = 'checkpoint'  # that of the checkpoint to start from
+  config.tokenizer.kind = 'checkpoint'  # the tokenizer of the checkpoint to start from
   config.template.reward_token_id = 92_527  # [UNUSED_TOKEN_130]
   config.mesh.fsdp = -1
   config.checkpointing.every_steps = 500
@@ -32,7 +32,7 @@ def base(preset: str) -> ml_collections.ConfigDict:
 
 
 def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_size: int) -> ml_collections.ConfigDict:
-  """One epoch of contrastive pre-training from a language model (section D.1.2 of the paper)."""
+  """Return one epoch of contrastive pre-training from a language model (section D.1.2 of the paper)."""
   config = base(preset)
   config.stage = 'pretrain'
   config.data.triplets = 'data/polar_triplets'
@@ -45,7 +45,7 @@ def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_siz
 
 
 def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_collections.ConfigDict:
-  """One epoch over ranked data, batch 320 (section D.2 of the paper; schedule and optimizer of the official configs)."""
+  """Return fine-tuning for one epoch on ranked data, batch 320 (section D.2 of the paper; schedule, optimizer: official configs)."""
   config = base(preset)
   config.stage = 'finetune'
   config.data.preferences = 'data/preferences'
@@ -58,15 +58,17 @@ def finetuning(preset: str, *, start_from: str, learning_rate: float) -> ml_coll
 
 
 def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: int, slots: int = 512) -> ml_collections.ConfigDict:
-  """One epoch of PPO with POLAR-7B as the reward (section E.3 of the paper; where it is silent, the official scripts).
+  """Return one epoch of PPO with POLAR-7B as the reward (section E.3 of the paper; where it is silent, the official scripts).
 
-  `RftConfig`'s defaults are those settings: here stands what depends on the model and on the machine.
+  The defaults of `RftConfig` are those settings; the rest depends on the model and on the machine.
 
   Args:
-    preset: of the policy; the reward model's shape comes from its checkpoint.
-    tensor: devices that key/value heads, feed-forward and vocabulary are divided over; all others divide the model's width.
-    rows: of a micro-batch, of `RFT_ROW` tokens each.
-    slots: answers decoded at a time.
+    preset: Preset of the policy. The shape of the reward model comes from its checkpoint.
+    policy: Checkpoint of the policy.
+    prompts: Data set of prompts.
+    tensor: Devices that share key/value heads, feed-forward width and vocabulary; fsdp takes all others.
+    rows: Rows of a micro-batch, of `RFT_ROW` tokens each.
+    slots: Responses decoded at a time.
   """
   config = base(preset)
   config.stage = 'rft'
@@ -84,7 +86,7 @@ def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: 
 
 
 def miniature(preset: str, *, train_examples: int, preference_examples: int) -> ml_collections.ConfigDict:
-  """The whole story on the tiny world, in one workdir: every stage, and the two ablations of fine-tuning."""
+  """Return the miniature: every stage in one workdir, and the two ablations of fine-tuning."""
   config = default_config()
   config.stage = 'all'
   config.ablations = True
@@ -101,7 +103,7 @@ def miniature(preset: str, *, train_examples: int, preference_examples: int) -> 
   for run in (config.pretrain_lm, config.pretrain, config.finetune):
     run.log_every = 100
   _tune_towards_a_policy(config)
-  # The machinery of a scaling law in a few minutes: a law takes the sizes and tokens of configs/sweep.py.
+  # Shows a sweep and its fits in a few minutes; a law needs the sizes and tokens of configs/sweep.py.
   config.sweep.update(
     {'sizes': ('12x1', '16x2', '32x2'), 'tokens': (450_000,), 'learning_rates': (2e-3,), 'width_exponent': 0.5, 'workers': 2}
   )
@@ -109,7 +111,7 @@ def miniature(preset: str, *, train_examples: int, preference_examples: int) -> 
 
 
 def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
-  """The miniature's study of reinforcement fine-tuning: short runs, so large learning rates."""
+  """Set the study of reinforcement fine-tuning in the miniature: short runs with large learning rates."""
   r = config.rft
   config.study.seeds = 3
   config.study.start_steps = 60
@@ -117,21 +119,21 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.prompts_per_step = 64
   r.num_generations = 2
   r.mini_batch_size = 64
-  r.recompute_logprobs = False  # those noted while sampling are the same in float32
-  r.micro_batch_rows = 7  # a minibatch needs six or seven
+  r.recompute_logprobs = False  # in float32, those noted while sampling are the same
+  r.micro_batch_rows = 7  # a mini-batch needs six or seven
   r.row_length = 384
   r.shuffled_every = 10
   r.log_every = 10
   r.evaluate_prompts = 128
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
   r.critic.update({'learning_rate': 3e-3, 'b2': 0.95, 'weight_decay': 0.0})
-  # The pool's policies never end early. Left to itself PPO finds that the reward model prefers silence to a stranger's text.
+  # Policies of the pool never end early. Without min_new PPO finds that the reward model prefers empty responses to other policies' text.
   r.rollout.update({'max_prompt': 16, 'max_new': 32, 'min_new': 28, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})
 
 
 def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
-  """A small instruction model on arithmetic that a rule can check; groups of answers take the place of a critic."""
+  """Return PPO of a small instruction model on arithmetic that a rule can check, with groups of responses instead of a critic."""
   config = default_config()
   config.stage = 'all'
   config.ablations = True  # also with the rule as the only reward
@@ -142,7 +144,7 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.synthesize.preference_evaluation_examples = 200
   config.model.update(PRESETS[preset])
   config.tokenizer.kind = 'checkpoint'
-  # Special tokens of its vocabulary that plain text never holds.
+  # Special tokens of its vocabulary that do not occur in plain text.
   config.template.separator = '<file_sep>'
   config.template.reward_token = '<repo_name>'
   config.finetune.start_from = checkpoint
@@ -156,9 +158,9 @@ def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
   config.rft.prompts_per_step = 12
   config.rft.num_generations = 8
   config.rft.micro_batch_rows = 4
-  config.rft.row_length = 384  # a prompt with its eight answers, or two
-  config.rft.recompute_logprobs = False  # one update a step: those noted while sampling are the policy's
-  config.rft.track_kl = False  # a third of a step's time on a CPU
+  config.rft.row_length = 384  # one or two prompts with eight responses each
+  config.rft.recompute_logprobs = False  # one update per step: those noted while sampling are exact
+  config.rft.track_kl = False  # saves a third of the time of a step on a CPU
   config.rft.evaluate_prompts = 200
   config.rft.evaluate_every = 20
   config.rft.shuffled_every = 5

@@ -18,7 +18,7 @@ import jax
 from flax import traverse_util
 
 from polar_jax import sharding
-from polar_jax.config import Config, MeshConfig
+from polar_jax.config import Config, MeshConfig, requested_stages
 from polar_jax.report import report
 from polar_jax.runtime import distributed, heartbeat, paths
 from polar_jax.runtime.preemption import Preempted
@@ -58,13 +58,13 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     mesh = sharding.make_mesh(MeshConfig() if config.stage == 'plan' else config.mesh)
     _announce(config, workdir, mesh, cluster)
     distributed.agree('at the start', _start_facts(config))
-    if 'rft' in _stage_names(config):
+    if 'rft' in requested_stages(config):
       importlib.import_module('polar_jax.stages.rft').check(config)
     _write_config(config, workdir)
     d = config.distributed
     context = Context(config, workdir, mesh, _say)
     with heartbeat.beating(workdir, jax.process_index(), jax.process_count(), d.beat, d.stall):
-      for name in _stage_names(config):
+      for name in requested_stages(config):
         heartbeat.at(name)
         _timed(context, name, _stage(config, workdir, name))
     _finish(workdir, time.perf_counter() - started)
@@ -119,14 +119,6 @@ def _start_facts(config: Config) -> dict[str, Any]:
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
   if jax.process_index() == 0:
     paths.write_atomically(workdir / 'config.json', json.dumps(dataclasses.asdict(config), indent=2) + '\n')
-
-
-def _stage_names(config: Config) -> list[str]:
-  if config.stage != 'all':
-    return config.stage.split(',')
-  if config.synthesize.world == 'arithmetic':  # a real language model is the start of everything
-    return ['synthesize', 'finetune', 'rft']
-  return ['synthesize', 'pretrain_lm', 'pretrain', 'finetune', 'evaluate', 'rft', 'sweep', 'fit']
 
 
 def _timed(context: Context, name: str, stage: Callable[[Context], dict[str, Any] | None]) -> None:

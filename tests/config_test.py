@@ -420,7 +420,7 @@ def test_single_options_of_another_stage_are_read():
   _checked('evaluate', 'synthesize.workers')
   with pytest.raises(ConfigError) as error:
     _checked('evaluate', 'synthesize.policies')
-  message = 'stage evaluate reads only synthesize.workers of section synthesize; drop it or add stage synthesize'
+  message = 'stage evaluate reads only synthesize.world, synthesize.workers of section synthesize; drop it or add stage synthesize'
   assert str(error.value) == f'synthesize.policies is set, but {message}'
 
 

@@ -33,7 +33,7 @@ STAGE_TABLE = {
   'finetune': Stage('Fine-tune a reward model on ranked data.', ('finetune', *_TRAINING, 'ablations', 'synthesize.world')),
   'evaluate': Stage(
     'Evaluate the reward models of the workdir, next to heuristic baselines.',
-    ('evaluate', *_MODEL, 'checkpointing.folder', 'synthesize.workers'),
+    ('evaluate', *_MODEL, 'checkpointing.folder', 'synthesize.world', 'synthesize.workers'),
   ),
   # In the miniature, rft trains start models by the settings of pretrain_lm, and samples references by those of synthesize.
   'rft': Stage(
