@@ -100,8 +100,8 @@ def _former_name(error: BaseException) -> str | None:
   if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict):
     name = error.name
   elif isinstance(error, KeyError) and error.args:
-    name = error.args[0]
-  present = present_names(str(name).strip('\'"'))
+    name = str(error.args[0]).strip('\'"')
+  present = present_names(str(name))
   return f'unknown setting {name}; it is called {" or ".join(present)} now' if present else None
 
 

@@ -124,7 +124,7 @@ def test_the_modules_and_the_console_script_are_one_command():
 def test_missing_data_is_one_line_after_the_banner(command, tmp_path):
   result = command('--config=good.py', '--config.stage=pretrain', '--config.model.compute_dtype=bfloat16', '--workdir=run')
   message = one_line(result, status=1)
-  assert message == 'data.triplets: no rows at run/data/triplets; name a data set there, or run the synthesize stage in this workdir first'
+  assert message == 'data.triplets: nothing at run/data/triplets; name a data set there, or run the synthesize stage in this workdir first'
   first, devices, precision, stage = result.stdout.splitlines()
   assert first == 'polar_jax: stage pretrain, workdir run'
   assert devices == 'devices: 1 x cpu (cpu), 1 process(es); mesh data=1 fsdp=1 tensor=1 context=1'

@@ -61,7 +61,8 @@ def check_name(name: str) -> None:
     if not dataclasses.is_dataclass(section):
       raise ConfigError(f'unknown setting {name}; {prefix} is a setting, not a section')
     if part not in {f.name for f in dataclasses.fields(section)}:
-      raise _unknown(name, prefix, section)
+      known_once = current_name(name) != name
+      raise _unknown(name if known_once else '.'.join(parts[: i + 1]), prefix, section)
     section = getattr(section, part)
 
 
