@@ -20,21 +20,21 @@ def timing():
   return module
 
 
-def test_what_is_compared_alternates_and_warming_up_does_not_count(timing):
+def test_steps_take_turns_and_warm_up_rounds_do_not_count(timing):
   order = []
   steps = {'a': lambda: order.append('a'), 'b': lambda: order.append('b') or float(len(order))}
   seconds = timing.alternate(steps, rounds=3, warm_up=2)
   assert order == ['a', 'b'] * 5
-  assert seconds['b'] == [6.0, 8.0, 10.0]  # its own seconds, of the rounds that count
+  assert seconds['b'] == [6.0, 8.0, 10.0]  # the step's own seconds, of the rounds that count
   assert len(seconds['a']) == 3
 
 
-def test_time_of_a_call(timing):
+def test_seconds_of_a_call(timing):
   (seconds,) = timing.alternate({'sleep': lambda: time.sleep(0.05)}, rounds=1)['sleep']
   assert 0.05 <= seconds < 5
 
 
-def test_a_slow_spell_does_not_change_a_ratio(timing):
+def test_a_slow_period_does_not_change_a_ratio(timing):
   assert timing.ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.1]) == pytest.approx(2)
 
 
@@ -42,6 +42,14 @@ def test_report_is_one_line(timing, capsys):
   timing.report(a=1 / 3, b=2, c={'d': 1})
   (line,) = capsys.readouterr().out.splitlines()
   assert json.loads(line) == {'a': 0.3333, 'b': 2, 'c': {'d': 1}}
+
+
+def test_benchmarks_import():
+  """Benchmarks run rarely, so a name that was moved would go unnoticed. In a process of its own, because importing one sets up malloc."""
+  needs_torch = {'pair_step', 'rollout', 'torch_llama', 'torch_peers'}
+  names = sorted({path.stem for path in BENCHMARKS.glob('*.py')} - needs_torch)
+  assert 'ppo_step' in names
+  subprocess.run([sys.executable, '-c', f'import {", ".join(names)}'], check=True, cwd=BENCHMARKS)
 
 
 @pytest.mark.slow
