@@ -263,7 +263,7 @@ def test_only_the_first_process_scores_and_all_share_its_failure(monkeypatch):
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    ({'source': 'python'}, r"rft\.reward\.source is 'python' and rft\.reward\.function names no function; set it to 'module:name'"),
+    ({'source': 'python'}, r"rft\.reward\.source is 'python', but rft\.reward\.function is not set; set it to 'module:name'"),
     ({'function': 'm:f'}, r"rft\.reward\.function is set, but rft\.reward\.source is 'model'; set rft\.reward\.source to 'python'"),
     ({'source': 'function'}, r"rft\.reward\.source is 'function'; it must be one of: model, http, python"),
   ],
