@@ -373,4 +373,4 @@ def open_any_tokenizer(given: Tokenizer | str | pathlib.Path | None, opened: Pre
     return ByteTokenizer() if given == 'byte' else open_tokenizer(given)
   if given is not None or opened is None:
     return given
-  return opened.tokenizer() if opened.settings.get('tokenizer') == 'byte' or opened.assets.is_dir() else None
+  return opened.tokenizer() if opened.has_tokenizer else None

@@ -19,6 +19,14 @@ from polar_jax.checkpoints import settings as settings_lib
 from polar_jax.config import CheckpointingConfig, ConfigError
 from polar_jax.runtime import paths
 
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  """Drop what Orbax logs below errors: it narrates every save, and warns of reading a folder read-only, which is intended here."""
+  return record.levelno >= logging.ERROR or f'{os.sep}orbax{os.sep}' not in record.pathname
+
+
+logging.getLogger('absl').addFilter(_not_from_orbax)
+
 FOLDER = 'checkpoints'
 
 

@@ -43,6 +43,10 @@ class Loaded(Pretrained):
     path = getattr(self.text, 'path', None)
     return pathlib.Path('/nonexistent') if path is None else path.parent
 
+  @property
+  def has_tokenizer(self) -> bool:
+    return self.text is not None
+
   def tokenizer(self) -> Tokenizer:
     if self.text is None:
       raise UserError('the model has no tokenizer: give one to `load` or to the training function')

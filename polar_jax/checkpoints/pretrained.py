@@ -103,6 +103,11 @@ class Pretrained:
       tokenizer_files.from_llama2c(_llama2c_tokenizer(self.path, self.model.vocab_size), folder)
     return folder
 
+  @property
+  def has_tokenizer(self) -> bool:
+    """Whether the checkpoint comes with a tokenizer."""
+    return self.settings.get('tokenizer') == 'byte' or self.assets.is_dir()
+
   def tokenizer(self) -> Tokenizer:
     """Return the checkpoint's own tokenizer.
 
