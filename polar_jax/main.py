@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from polar_jax.config import ConfigError, parse
@@ -148,7 +148,6 @@ def main(_: Sequence[str]) -> int:
       f'--workdir={_WORKDIR.value}: logs grow line by line, which buckets do not support; '
       'name a local folder, and set checkpointing.folder to the bucket'
     )
-  logging.set_verbosity(logging.ERROR)  # Orbax logs every save at INFO
   warnings.showwarning = _show_warning
 
   if config.stage == 'plan':

@@ -57,11 +57,9 @@ def main() -> int:
   args = parser.parse_args()
   if args.cores and hasattr(os, 'sched_setaffinity'):  # before JAX starts its threads
     os.sched_setaffinity(0, {int(core) for core in args.cores.split(',')})
-  from absl import logging
 
   from polar_jax.runtime import malloc
 
-  logging.set_verbosity(logging.ERROR)  # Orbax narrates every save at INFO
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   from polar_jax.runtime.preemption import Preempted
