@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from polar_jax.data.rows import PairRow, pair_batch, pair_row
+from polar_jax.data.layout import Segment, pair_batch, pair_segment
 from polar_jax.model import attention
 from polar_jax.types import PairBatch
 
@@ -33,13 +33,13 @@ HEADS, KV_HEADS, PER_ROW = 8, 4, 4
 KINDS, CALLS = ('causal', 'packed'), ('forward', 'gradient')
 
 
-def draw_triplet(rng: np.random.Generator, length: int, vocabulary: int) -> PairRow:
+def draw_triplet(rng: np.random.Generator, length: int, vocabulary: int) -> Segment:
   """Return a triplet of `length` tokens (at least 5): three fifths are the prefix (prompt, reference, prompt), one fifth each candidate."""
   tail = length // 5
   prefix, chosen, rejected = (rng.integers(10, vocabulary, n) for n in (length - 2 * tail, tail, tail))
   chosen[0], rejected[0] = 1, 2  # candidates differ from their first token on, the worst case for sharing
   chosen[-1] = rejected[-1] = 3 if tail > 1 else chosen[-1]
-  return pair_row(np.concatenate([prefix, chosen]), np.concatenate([prefix, rejected]))
+  return pair_segment(np.concatenate([prefix, chosen]), np.concatenate([prefix, rejected]))
 
 
 def draw_rows(rows: int, row_length: int, per_row: int, *, vocabulary: int = 1_000, vary: bool = False) -> PairBatch:

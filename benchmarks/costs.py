@@ -32,6 +32,7 @@ from flax import nnx
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig
 from polar_jax.model import attention
+from polar_jax.model.heads import abstract_model
 from polar_jax.train import step
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch
@@ -92,7 +93,7 @@ def abstract_batch(row_length: int, mesh: Any, rows: int = 1) -> PairBatch:
 
 def gradient_memory(config: ModelConfig, row_length: int, mesh: Any) -> int:
   """Return the bytes that the compiled gradient of one row needs in addition to parameters, batch and gradients."""
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: RANKING.make_model(config, nnx.Rngs(params=0))))
+  graphdef, _ = nnx.split(abstract_model(config, 'reward'))
   loss = lambda params, batch: RANKING.loss_sums(nnx.merge(graphdef, params), batch)[0]
   rows = sharding.batch_shards(mesh)
   lowered = jax.jit(jax.grad(loss)).lower(build(config, mesh).abstract.params, abstract_batch(row_length, mesh, rows))

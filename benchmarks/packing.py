@@ -18,7 +18,7 @@ import timing
 
 from polar_jax.config import TemplateConfig, TokenizerConfig
 from polar_jax.data import packing, pipeline
-from polar_jax.data.examples import open_source
+from polar_jax.data.examples import open_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ def real_lengths(rows: str, tokenizer: str, reward_token_id: int | None) -> np.n
   """Return the length in tokens of the segment of every triplet in a file."""
   settings = TokenizerConfig(kind='file', path=tokenizer)
   template = Template(TemplateConfig(reward_token_id=reward_token_id), load_tokenizer(settings, pathlib.Path(tokenizer)))
-  encoded = pipeline.PairTokens(open_source(pathlib.Path(rows), 'train', 'raise'), template)
+  encoded = pipeline.TripletSegments(open_triplets(pathlib.Path(rows), 'train', 'raise'), template)
   return np.array([len(encoded[i].tokens) for i in range(len(encoded))])
 
 
@@ -45,7 +45,7 @@ def waste(lengths: np.ndarray, batch: int, shards: int, steps: int) -> tuple[int
   drawn = [rng.choice(lengths, batch) for _ in range(MEASURED_STEPS)]
   sampled = max(min(packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // batch), 1)
   plan = packing.choose_plan([list(d) for d in drawn[:sampled]], int(lengths.max()), shards, steps)
-  rows = [plan.rows_for(len(packing.first_fit(d, plan.row_length, plan.pairs))) for d in drawn]
+  rows = [plan.rows_for(len(packing.first_fit(d, plan.row_length, plan.max_pairs))) for d in drawn]
   return plan.row_length, 1 - sum(d.sum() for d in drawn) / (sum(rows) * plan.row_length), len(set(rows))
 
 

@@ -34,9 +34,9 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig
-from polar_jax.data.groups import group_batch, lay_out
-from polar_jax.data.rows import pair_batch, pair_row
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.data.layout import group_batch, group_segments, pair_batch, pair_segment
+from polar_jax.model.heads import abstract_model
+from polar_jax.model.reward_model import RewardModel, group_rewards
 from polar_jax.train import losses, step
 from polar_jax.train.objectives import RANKING, Objective
 from polar_jax.types import GroupBatch, PairBatch
@@ -59,7 +59,7 @@ def draw(pairs: int, candidates: int) -> np.ndarray:
 
 def shared_rows(ids: np.ndarray) -> PairBatch:
   """Return one row per pair, with a shared prefix."""
-  rows = [pair_row(*pair) for pair in ids]
+  rows = [pair_segment(*pair) for pair in ids]
   return pair_batch(rows, range(len(rows)), [[i] for i in range(len(rows))], max(len(r.tokens) for r in rows), 1)
 
 
@@ -73,8 +73,7 @@ def plain_rows(ids: np.ndarray) -> GroupBatch:
 
 def plain_rewards(model: RewardModel, batch: GroupBatch) -> jax.Array:
   """Return the rewards of plain rows, whose queries have a single interval."""
-  pairs = PairBatch(*batch[:4], batch.reward_index_BQ[..., None], None, None)
-  return model(pairs).reshape(-1)
+  return model(batch.tokens_BT, batch.positions_BT, batch.intervals[:1], batch.reward_index_BQ).reshape(-1)
 
 
 def two_row_loss(model: RewardModel, batch: GroupBatch) -> Any:
@@ -84,7 +83,7 @@ def two_row_loss(model: RewardModel, batch: GroupBatch) -> Any:
   return loss, sums, {'rewards_BPC': rewards_BPC}
 
 
-TWO_ROWS = Objective('ranking', RANKING.make_model, two_row_loss, lambda batch: jnp.float32(batch.tokens_BT.shape[0] / 2))
+TWO_ROWS = Objective('reward', two_row_loss, lambda batch: jnp.float32(batch.tokens_BT.shape[0] / 2))
 
 
 class Ours:
@@ -105,10 +104,10 @@ class Ours:
 def group_scoring(rounds: int, params: dict[str, Any], torch_model: Any) -> dict[str, list[float]]:
   """Return the seconds to score CANDIDATES candidates of one prompt and reference as one group, as rows, and as rows in torch."""
   ids = draw(1, CANDIDATES)
-  (part,) = lay_out(list(ids[0]), ids.size, CANDIDATES)
-  group = group_batch([part], [0], [[0]], len(part.tokens), CANDIDATES)
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: RANKING.make_model(MODEL, nnx.Rngs(params=0))))
-  score = jax.jit(lambda params, batch: nnx.merge(graphdef, params).score(batch)[0])
+  (part,) = group_segments(list(ids[0]), ids.size, CANDIDATES)
+  group = group_batch([part], [[0]], len(part.tokens), CANDIDATES)
+  graphdef, _ = nnx.split(abstract_model(MODEL, 'reward'))
+  score = jax.jit(lambda params, batch: group_rewards(nnx.merge(graphdef, params), batch)[0])
   rows = jax.jit(lambda params, batch: plain_rewards(nnx.merge(graphdef, params), batch))
   params, group, plain = jax.device_put((params, group, plain_rows(ids)))
   difference = float(jnp.max(jnp.abs(score(params, group) - rows(params, plain))))

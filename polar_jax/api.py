@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from polar_jax.api_models import LanguageModel, RewardModel, ValueModel, load
 from polar_jax.api_training import TrainResult, train_policy, train_reward_model
 from polar_jax.config import RftConfig, TrainConfig
-from polar_jax.data.examples import open_source
+from polar_jax.data.examples import open_triplets
 from polar_jax.types import Prompt, Triplet, UserError
 
 __all__ = [
@@ -45,4 +45,4 @@ def read_examples(path: str | pathlib.Path, split: str = 'train') -> Sequence[Tr
   Raises:
     UserError: there is no such data, or an example in it is bad, naming file, example and field.
   """
-  return open_source(path, split)
+  return open_triplets(path, split)

@@ -49,7 +49,7 @@ class TrainResult:
 
 
 def train_reward_model(
-  train: str | pathlib.Path | Sequence[Example] | pipeline.PairTokens,
+  train: str | pathlib.Path | Sequence[Example] | pipeline.TripletSegments,
   validation: str | pathlib.Path | Sequence[Example] | None = None,
   *,
   init: str | pathlib.Path | Model | None,
@@ -261,11 +261,11 @@ def _start_params(
   return pretrained.start_params(opened, config, RewardModel.head, mesh)
 
 
-def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.PairTokens:
+def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.TripletSegments:
   """Examples in any of the accepted forms as laid-out triplets, which are made when they are read."""
-  if isinstance(examples, pipeline.PairTokens):
+  if isinstance(examples, pipeline.TripletSegments):
     return examples
-  return pipeline.PairTokens(as_triplets(examples, split, data.on_bad_example), template)
+  return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
 
 
 def _reward_parts(reward: Any) -> list[tuple[float, Any]]:

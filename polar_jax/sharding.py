@@ -1,7 +1,6 @@
-"""The mesh, and the one table that says which logical axis lies on which mesh axis.
+"""The mesh, the one table that maps logical axes to mesh axes, and the placement of batches on devices.
 
-Parameters name their axes where they are created (`model.transformer.param`), activations where they are constrained; nothing
-else in the package mentions a mesh axis.
+Parameters name their axes where they are created (`model.layers.param`), activations where they are constrained.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from polar_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ('data', 'fsdp', 'tensor', 'context')
 
-# Logical axis -> mesh axes. Axes that are never split are listed with (), so that a misspelt name is an error.
+# Logical axis -> mesh axes. Axes that are never split are listed with (), so that a misspelled name is an error.
 RULES: dict[str, tuple[str, ...]] = {
   # parameters
   'layers': (),
@@ -32,21 +31,21 @@ RULES: dict[str, tuple[str, ...]] = {
   # activations
   'batch': ('data', 'fsdp'),
   'length': ('context',),  # tokens of a row, as queries
-  'keys': (),  # the same, as keys and values: every device sees those of its rows
+  'keys': (),  # tokens of a row, as keys and values: every device sees all those of its rows
   'act_embed': (),
 }
 
 
 def round_up(n: int, multiple: int) -> int:
-  """The smallest multiple of `multiple` that is at least `n`."""
+  """Return the smallest multiple of `multiple` that is at least `n`."""
   return -(-n // multiple) * multiple
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over all devices; a size of -1 takes the devices that the other axes leave.
+  """Create a mesh over all devices; a size of -1 takes the devices that the other axes leave.
 
   Raises:
-    ConfigError: when the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -55,16 +54,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
     shown = ', '.join(f'{axis}={getattr(config, axis)}' for axis in MESH_AXES)
-    raise ConfigError(f'mesh ({shown}) does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}')
-  # Auto: the partitioner places what is not constrained. The default axis type became Explicit in JAX 0.9.
+    raise ConfigError(f'mesh ({shown}) does not fit {len(devices)} devices; set sizes that multiply to {len(devices)}')
+  # Auto: the partitioner places arrays that are not constrained. The default axis type became Explicit in JAX 0.9.
   return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-  """The PartitionSpec of an array with these logical axes.
+  """Return the PartitionSpec of an array with these logical axes.
 
   Raises:
-    ValueError: for an unknown axis, or when two dimensions would lie on one mesh axis.
+    ValueError: an axis is unknown, or two axes map to the same mesh axis.
   """
   used: dict[str, str] = {}
   parts: list[Any] = []
@@ -74,23 +73,23 @@ def spec(*axes: str | None) -> PartitionSpec:
     mesh_axes = () if axis is None else RULES[axis]
     for mesh_axis in mesh_axes:
       if mesh_axis in used:
-        raise ValueError(f'axes {used[mesh_axis]!r} and {axis!r} of {axes} both lie on mesh axis {mesh_axis!r}')
+        raise ValueError(f'axes {used[mesh_axis]!r} and {axis!r} of {axes} both map to mesh axis {mesh_axis!r}')
       used[mesh_axis] = str(axis)
     parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes)
   return PartitionSpec(*parts)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """States the layout of an activation. Active whenever a mesh is set, on CPU too.
+  """Constrain the layout of an activation if a mesh is set, on CPU too.
 
-  A dimension that its mesh axes do not divide is left whole: a few reward tokens on a mesh that splits rows.
+  A dimension that its mesh axes do not divide is not split, such as a few reward tokens on a mesh that splits rows.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return x if mesh.empty else jax.lax.with_sharding_constraint(x, _divided(spec(*axes), x.shape, mesh))
 
 
 def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
-  """The PartitionSpec of every parameter, as a pure dict of the model's tree."""
+  """Return the PartitionSpec of every parameter, as a pure dict of the model's tree."""
   state = nnx.state(abstract_model, nnx.Param)
   return nnx.to_pure_dict(
     jax.tree.map(lambda p: p.replace(spec(*p.get_metadata()['axes'])), state, is_leaf=lambda p: isinstance(p, nnx.Variable))
@@ -98,7 +97,7 @@ def param_specs(abstract_model: nnx.Module) -> dict[str, Any]:
 
 
 def fit(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """`sharding` on `mesh`, with a dimension left whole where its mesh axes do not divide it (8 kv heads on 16 devices)."""
+  """Return `sharding` on `mesh`, without splitting dimensions that their mesh axes do not divide (8 kv heads on 16 devices)."""
   return NamedSharding(mesh, _divided(sharding, shape, mesh))
 
 
@@ -111,19 +110,25 @@ def _divided(sharding: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | Abstr
 
 
 def abstract_params(abstract_model: nnx.Module, mesh: Mesh, dtype: str | None = None) -> dict[str, Any]:
-  """Shapes, types and layouts of a model's parameters on a mesh, as a pure dict of ShapeDtypeStructs. `dtype`: None is the model's."""
+  """Return shapes, dtypes and layouts of a model's parameters on a mesh, as a pure dict of ShapeDtypeStructs.
+
+  Args:
+    abstract_model: the model, with shapes in place of arrays.
+    mesh: the mesh.
+    dtype: of all parameters; None: the model's.
+  """
   abstract = nnx.to_pure_dict(nnx.state(abstract_model, nnx.Param))
   place = lambda s, a: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=fit(s, a.shape, mesh))
   return jax.tree.map(place, param_specs(abstract_model), abstract)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over every data-parallel device."""
+  """Return the layout that divides rows over all data-parallel devices."""
   return NamedSharding(mesh, spec('batch'))
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Devices that the rows of a batch are divided over."""
+  """Return the number of devices that the rows of a batch are divided over."""
   return math.prod(mesh.shape[axis] for axis in RULES['batch'])
 
 

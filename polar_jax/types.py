@@ -1,21 +1,24 @@
 """Types that travel between packages, and the glossary of names.
 
 Shape letters (suffixes of array names):
-  B  rows of a batch            T  tokens of a row (queries)      S  tokens of a row (keys)
+  B  rows of a batch            T  tokens of a row, as queries    S  tokens of a row, as keys
   P  pairs in a row             C  candidates of a pair: 0 chosen, 1 rejected
   Q  tokens picked from a row, such as its reward tokens
   D  model width                F  feed-forward width             L  layers
   N  query heads                K  key/value heads                G  N / K
   H  head dimension             V  vocabulary
-  R  rollouts of a PPO step; in (R, T) arrays T counts the tokens of the answer alone
+  R  rollouts of a PPO step; in (R, T) arrays T counts the tokens of the response alone
 
 Words:
-  trajectory  a policy's continuation of, or answer to, a prompt
-  triplet     one prompt with a reference, a chosen and a rejected trajectory. In pre-training reference and chosen are two
+  trajectory  a policy's continuation of, or response to, a prompt
+  triplet     one prompt with a reference, a chosen and a rejected trajectory. In pre-training, reference and chosen are two
               samples of one policy and rejected is a sample of another; in fine-tuning they are ranked by preference
-  row         a fixed number of token slots of a batch; holds one or more triplets
+  group       one prompt and reference with any number of candidates to score
+  example     a record of a data set: a triplet, or a prompt of reinforcement fine-tuning
+  segment     a triplet or (part of) a group as one run of tokens that holds the shared prefix once (`polar_jax.data.layout`)
+  row         a fixed number of token positions of a batch; holds one or more segments, then padding
   interval    the keys [start, end) that a query token may attend to
-  rollout     an answer that the policy being trained samples; a step of PPO samples R of them
+  rollout     a response that the policy being trained samples; a step of PPO samples R of them
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ from typing import Any, NamedTuple
 
 
 class UserError(ValueError):
-  """Something the user gave (a setting, a file, a row) cannot be used. The message is one line that says what to do."""
+  """An input of the user (a setting, a file, an example) cannot be used. The message is one line that says what to do."""
 
 
 Text = str | list[dict[str, Any]]  # a string, or messages whose `content`s are joined by newlines
+Interval = tuple[Any, Any]  # start_BT, end_BT: each query sees the keys [start, end)
 
 
 @dataclasses.dataclass(frozen=True)
 class Triplet:
-  """One row of every data set: pre-training, fine-tuning and evaluation alike."""
+  """An example of every ranking data set: for pre-training, fine-tuning and evaluation alike."""
 
   prompt: Text
   reference: Text
@@ -47,7 +51,7 @@ class Triplet:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Any number of candidates for one prompt and reference: what is scored in evaluation, PPO and serving."""
+  """Any number of candidates for one prompt and reference: the unit of scoring in evaluation, PPO and serving."""
 
   prompt: Text
   reference: Text
@@ -57,74 +61,109 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One row of a data set for reinforcement fine-tuning."""
+  """An example of a data set for reinforcement fine-tuning."""
 
   prompt: Text
   reference: Text
-  answer: str = ''  # what a rule compares with, if that is not the reference itself
-  category: str = ''  # the official files' `ability`
+  answer: str = ''  # what a rule compares with, if not the reference itself
+  category: str = ''  # `ability` in the official files
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Rollouts(NamedTuple):
-  """What a policy answered. Arrays are numpy; behind an answer's end they hold 0."""
+  """Responses sampled from a policy. Arrays are numpy and hold 0 after the end of a response."""
 
   prompts: Sequence[Sequence[int]]  # token ids of each rollout's prompt
   tokens_RT: Any  # int32
   length_R: Any  # int32, at least 1, the stop token included
   logprob_RT: Any  # float32: log-probability of each token at the sampling temperature, before top-p and top-k
-  stopped_R: Any  # bool: a stop token ended the answer; False: it was cut at the most tokens allowed
+  stopped_R: Any  # bool: True if a stop token ended the response, False if the limit of tokens did
 
 
 class PairBatch(NamedTuple):
   """Rows of triplets. Arrays are numpy on the host and jax on devices; padding has empty intervals (start = end)."""
 
   tokens_BT: Any  # int32
-  positions_BT: Any  # int32, of the original sequence: what rotary embeddings see
+  positions_BT: Any  # int32, in the original sequence: the input of rotary embeddings
   start_BT: Any  # int32
   end_BT: Any  # int32
-  reward_index_BPC: Any  # int32, where the reward tokens stand
+  reward_index_BPC: Any  # int32, index of each reward token in its row
   pair_mask_BP: Any  # float32, 1 for a real pair, 0 for padding
-  index_BP: Any  # int32, which row of the data set this is; -1 for padding
+  index_BP: Any  # int32, which example of the data set this is; -1 for padding
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT)]
 
 
 class GroupBatch(NamedTuple):
-  """Rows of groups: a token of a candidate sees its own part [start, end) and the prefix that its group shares."""
+  """Rows of groups. A token of a candidate sees its own tail [start, end) and the prefix that its group shares."""
 
   tokens_BT: Any  # int32
-  positions_BT: Any  # int32, of the original sequence
+  positions_BT: Any  # int32, in the original sequence
   start_BT: Any  # int32
   end_BT: Any  # int32
   prefix_start_BT: Any  # int32; empty intervals for the tokens of a prefix
   prefix_end_BT: Any  # int32
-  reward_index_BQ: Any  # int32, where the reward tokens stand
+  reward_index_BQ: Any  # int32, index of each reward token in its row
   index_BQ: Any  # int32, which candidate of the call this is; -1 for padding
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT), (self.prefix_start_BT, self.prefix_end_BT)]
+
+
+class SequenceBatch(NamedTuple):
+  """Rows of one sequence each, from its first token on: the batch of exact scoring."""
+
+  tokens_BT: Any  # int32
+  positions_BT: Any  # int32
+  start_BT: Any  # int32
+  end_BT: Any  # int32
+  reward_index_B: Any  # int32, index of the reward token; 0 for a row of padding
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT)]
 
 
 class PolicyBatch(NamedTuple):
-  """Rows of prompts with their answers. What belongs to an answer's token stands where it is predicted: one token before it.
+  """Rows of prompts with their responses. The values of a response token are stored where it is predicted: one token before it.
 
-  Answers to one prompt share it: a token of an answer sees its own part [start, end) and the prefix.
+  Responses to one prompt share it: a token of a response sees its own tail [start, end) and the prefix.
   """
 
   tokens_BT: Any  # int32
-  positions_BT: Any  # int32, of the sequence
+  positions_BT: Any  # int32, in the original sequence
   start_BT: Any  # int32
   end_BT: Any  # int32
   prefix_start_BT: Any  # int32; empty intervals where nothing is shared
   prefix_end_BT: Any  # int32
   target_BT: Any  # int32, the next token
-  rollout_BT: Any  # int32, which rollout the target belongs to; -1 where the target is no token of an answer
-  answer_BT: Any  # int32, which of the answer's tokens the target is
+  rollout_BT: Any  # int32, which rollout the target belongs to; -1 where the target is not a token of a response
+  target_index_BT: Any  # int32, which token of its response the target is
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT), (self.prefix_start_BT, self.prefix_end_BT)]
 
 
 class TextBatch(NamedTuple):
   """Windows of text for next-token prediction."""
 
-  tokens_BT: Any
-  positions_BT: Any
-  start_BT: Any
-  end_BT: Any
+  tokens_BT: Any  # int32
+  positions_BT: Any  # int32
+  start_BT: Any  # int32
+  end_BT: Any  # int32
   target_BT: Any  # int32
   target_mask_BT: Any  # float32
   index_B: Any  # int32, which window of the corpus this is; -1 for padding
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT)]

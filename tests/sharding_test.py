@@ -161,7 +161,7 @@ def test_constrain_lays_out_activations():
   assert y.addressable_shards[0].data.shape == (1, 3, 1, 5)
 
 
-# What the devices of a pod hold of every parameter. Layers are stacked: their first dimension is the layer.
+# The mesh axes of every dimension of every parameter. Layers are stacked, so their first dimension is the layer.
 LAYERS = {
   'attention_norm': (None, None),
   'mlp_norm': (None, None),

@@ -19,7 +19,7 @@ from polar_jax import sharding
 from polar_jax.config import ModelConfig
 from polar_jax.model.layers import rms_norm
 from polar_jax.model.reward_model import read_head
-from polar_jax.model.transformer import Block, Rows
+from polar_jax.model.transformer import AttentionInputs, Block
 from polar_jax.types import UserError
 
 FILE = 'certificate.json'
@@ -89,7 +89,7 @@ def fixed_rows_scores(params: dict[str, Any], model: ModelConfig, head: str, mes
   shards = sharding.batch_shards(mesh)
   rows = -(-_ROWS // shards) * shards  # on more devices the first come again
   rng = np.random.default_rng(0)
-  tokens_BT = np.resize(rng.integers(0, model.vocab_size or 0, (_ROWS, _LENGTH), np.int32), (rows, _LENGTH))
+  tokens_BT = np.resize(rng.integers(0, model.known_vocab_size, (_ROWS, _LENGTH), np.int32), (rows, _LENGTH))
   last_B = np.resize(rng.integers(1, _LENGTH, _ROWS, np.int32), rows)
   decoder = params['decoder']
   vocabulary_VD = params.get('lm_head', decoder['embedding'])
@@ -115,7 +115,7 @@ def _programs(model: ModelConfig, head: str, mesh: Mesh) -> tuple[Callable[..., 
 
   def apply_layer(weights: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
     position_BT = positions(x_BTD[..., 0])
-    return nnx.merge(graphdef, weights)(x_BTD, Rows(position_BT, [(jnp.zeros_like(position_BT), position_BT + 1)], model))
+    return nnx.merge(graphdef, weights)(x_BTD, AttentionInputs(position_BT, [(jnp.zeros_like(position_BT), position_BT + 1)], model))
 
   def read(norm_D: jax.Array, head_weights: jax.Array, x_BTD: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
     x_BTD = rms_norm(x_BTD, norm_D, model.norm_eps)

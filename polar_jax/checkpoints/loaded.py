@@ -11,9 +11,10 @@ import jax
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints.pretrained import Pretrained, abstract_model
+from polar_jax.checkpoints.pretrained import Pretrained
 from polar_jax.config import TemplateConfig
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.model.heads import abstract_model
 from polar_jax.types import UserError
 
 

@@ -8,12 +8,10 @@ import functools
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from polar_jax import sharding
@@ -23,15 +21,8 @@ from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
-from polar_jax.model.language_model import LanguageModel
-from polar_jax.model.reward_model import RewardModel
-from polar_jax.model.value_model import ValueModel
+from polar_jax.model import heads
 from polar_jax.runtime import paths
-
-# Heads by the objective stored in a run's checkpoint.
-HEADS = {'ranking': 'reward', 'next_token': 'lm', 'value': 'value'}
-OBJECTIVES = {head: objective for objective, head in HEADS.items()}
-_MODELS: dict[str, Callable[..., nnx.Module]] = {'reward': RewardModel, 'lm': LanguageModel, 'value': ValueModel}
 
 # Fields that say how a model is computed. They come from the config, not from the checkpoint.
 _COMPUTE = ('compute_dtype', 'remat', 'scan_unroll', 'attention', 'init_std', 'v_head_init')
@@ -79,7 +70,7 @@ class Pretrained:
     Raises:
       UserError: the files do not match the config; the message names file and tensor.
     """
-    abstract = sharding.abstract_params(abstract_model(self.model, self.head), mesh, dtype)
+    abstract = sharding.abstract_params(heads.abstract_model(self.model, self.head), mesh, dtype)
     if head not in (None, self.head):
       abstract = {'decoder': abstract['decoder']}
     if self.source is not None:
@@ -145,7 +136,7 @@ class Pretrained:
       return self.params(mesh, dtype)
     if head == 'lm':
       raise ConfigError(f'{self.path}: is a {self.head} model, which has no vocabulary projection; it cannot be loaded as a language model')
-    v_head = sharding.abstract_params(abstract_model(self.model, head), mesh, dtype)['v_head']
+    v_head = sharding.abstract_params(heads.abstract_model(self.model, head), mesh, dtype)['v_head']
     params = self.params(mesh, dtype, head=head)
     kind = jax.tree.leaves(params)[0].dtype if dtype is None else v_head.dtype
     return params | {'v_head': jax.device_put(jnp.zeros(v_head.shape, kind), v_head.sharding)}
@@ -154,11 +145,6 @@ class Pretrained:
 def with_compute_of(model: ModelConfig, config: ModelConfig) -> ModelConfig:
   """Return `model` computed as `config` says: precision, attention backend, rematerialization, initialization."""
   return dataclasses.replace(model, **{name: getattr(config, name) for name in _COMPUTE})
-
-
-def abstract_model(model: ModelConfig, head: str) -> nnx.Module:
-  """Return a model with abstract arrays (shapes and dtypes only)."""
-  return nnx.eval_shape(lambda: _MODELS[head](model, rngs=nnx.Rngs(params=0)))
 
 
 def open_pretrained(path: str | pathlib.Path) -> Pretrained:
@@ -215,7 +201,7 @@ def _llama2c_tokenizer(model_file: pathlib.Path, vocab_size: int | None) -> path
 def _open_run(path: pathlib.Path) -> Pretrained:
   settings = checkpointer.load_settings(path)
   fields = {f.name: settings[f'model.{f.name}'] for f in dataclasses.fields(ModelConfig) if f'model.{f.name}' in settings}
-  return Pretrained(path, 'run', ModelConfig(**fields), HEADS[settings['objective']], settings=settings)
+  return Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
 
 
 def start_params(source: pathlib.Path | Pretrained, model: ModelConfig, head: str, mesh: Mesh) -> dict[str, Any]:

@@ -14,13 +14,11 @@ from flax import traverse_util
 from polar_jax.checkpoints import checkpointer, tokenizer_files
 from polar_jax.config import ModelConfig, RftConfig, TemplateConfig, TrainConfig
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.model.heads import HEADS
 from polar_jax.runtime import paths
 from polar_jax.types import Prompt, Triplet
 
 ASSETS = 'assets'  # folder next to the checkpoints: tokenizer files and, for imported models, config.json and other small files
-
-# The objective that a checkpoint names, by the head of its model.
-OBJECTIVES = {'reward': 'ranking', 'lm': 'next_token', 'value': 'value'}
 
 # Settings that change how a run is computed, logged or reported, but not its results: they may change when a run is resumed.
 _MODEL_COMPUTE = ('attention', 'remat', 'scan_unroll')
@@ -78,7 +76,7 @@ def model_settings(head: str, model: ModelConfig, template: TemplateConfig, toke
     tokenizer: the model's, if it has one.
   """
   tokenizer_settings = {} if tokenizer is None else {'tokenizer': tokenizer_digest(tokenizer)}
-  return {'objective': OBJECTIVES[head], **_dotted('model', model), **_dotted('template', template), **tokenizer_settings}
+  return {'objective': HEADS[head].objective, **_dotted('model', model), **_dotted('template', template), **tokenizer_settings}
 
 
 def _common(objective: str, model: ModelConfig, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:

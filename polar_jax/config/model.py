@@ -63,3 +63,14 @@ class ModelConfig:
   )
   scan_unroll: int = option(1, 'Layers per iteration of the scan over layers; small models on a CPU run fastest with all of them.', min=1)
   attention: str = option('auto', 'Attention backend. auto: chosen by the default device.', choices=ATTENTION_BACKENDS)
+
+  @property
+  def known_vocab_size(self) -> int:
+    """Return `vocab_size` where it must be known.
+
+    Raises:
+      ValueError: it is None.
+    """
+    if self.vocab_size is None:
+      raise ValueError('ModelConfig.vocab_size must be set (it comes from the tokenizer)')
+    return self.vocab_size

@@ -1,7 +1,7 @@
-"""Chat templates of policies: messages to the text that a policy was trained on.
+"""Chat templates of policies, which turn messages into the text that a policy was trained on.
 
-A checkpoint carries its template as a Jinja source. It is somebody else's program, so it runs in Jinja's immutable sandbox, with the
-filters, functions and settings that the Hugging Face tokenizers give it. The reward model itself uses none (template.py).
+A checkpoint contains its template as Jinja source. This is untrusted code, so it runs in Jinja's immutable sandbox, with the filters,
+functions and settings of the Hugging Face tokenizers. The reward model itself uses no chat template (template.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ChatTemplateError(UserError):
 
 
 class NoChatTemplateError(ChatTemplateError):
-  """The folder has no chat template: its model is a base model, which continues plain text."""
+  """The folder has no chat template, so its model is a base model, which continues plain text."""
 
 
 class ChatTemplate:
@@ -36,8 +36,8 @@ class ChatTemplate:
 
   Args:
     source: the Jinja source.
-    special_tokens: strings of 'bos_token', 'eos_token' and so on, which templates write.
-    where: what error messages call it.
+    special_tokens: strings of 'bos_token', 'eos_token' and so on, for use in templates.
+    where: name of the template in error messages.
   """
 
   def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, where: str = 'chat template'):
@@ -54,11 +54,11 @@ class ChatTemplate:
 
   @classmethod
   def from_folder(cls, folder: str | pathlib.Path) -> ChatTemplate:
-    """The template in chat_template.jinja, else the one (or the one named 'default') in tokenizer_config.json.
+    """Load the template from chat_template.jinja, or else from tokenizer_config.json (the one named 'default' if it has several).
 
     Raises:
-      NoChatTemplateError: the folder has none.
-      ChatTemplateError: it is no text, or no Jinja.
+      NoChatTemplateError: the folder has no template.
+      ChatTemplateError: the template is not a text, or not valid Jinja.
     """
     folder = pathlib.Path(folder)
     tokens = {f'{name}_token': token for name, token in read_special_tokens(folder).named.items() if token is not None}
@@ -80,25 +80,25 @@ class ChatTemplate:
     return cls(value, tokens, where)
 
   def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
-    """The text of a conversation. It holds its own BOS, if the model wants one: tokenise it without adding another.
+    """Render a conversation as text. The text includes the BOS if the model uses one, so it must be tokenized without adding another.
 
     Args:
-      messages: each with a 'role' and a 'content'; keys whose value is null count as absent.
-      add_generation_prompt: end with the header that an answer of the assistant follows.
-      variables: what else the template may read, such as `tools` or `enable_thinking`.
+      messages: messages with a 'role' and a 'content'; keys whose value is null count as absent.
+      add_generation_prompt: end with the header that precedes a response of the assistant.
+      variables: other variables that the template may read, such as `tools` or `enable_thinking`.
 
     Raises:
-      ChatTemplateError: there are no messages, one is no object, or the template fails on them.
+      ChatTemplateError: there are no messages, one is not an object, or the template fails on them.
     """
     if not messages:
       raise ChatTemplateError(f'{self.where}: there are no messages to render')
     for i, message in enumerate(messages):
       if not isinstance(message, Mapping):
         raise ChatTemplateError(f'{self.where}: messages[{i}] must be a message with a role and a content, not {type(message).__name__}')
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     known = {'tools': None, 'documents': None, **self.special_tokens, **variables}
     try:
-      return self._template.render(messages=given, add_generation_prompt=add_generation_prompt, **known)
+      return self._template.render(messages=present, add_generation_prompt=add_generation_prompt, **known)
     except Exception as error:  # a template is a program: besides Jinja's errors it can raise TypeError, IndexError, ...
       raise ChatTemplateError(f'{self.where}: {_line(error)}{_one_line(error)}') from error
 
@@ -109,7 +109,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-  """'line N of the template: ', the innermost one. Jinja rewrites tracebacks to point into its source."""
+  """Return 'line N of the template: ' for the innermost line. Jinja rewrites tracebacks to point into its source."""
   line, traceback = None, error.__traceback__
   while traceback is not None:
     if traceback.tb_frame.f_code.co_filename == '<template>':
@@ -125,13 +125,14 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _raise_exception
   environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-  environment.globals['dict'] = lambda *args, **values: dict(*args, **values)  # the class has attributes that a template must not reach
+  # A function, because the class has attributes that a template must not reach.
+  environment.globals['dict'] = lambda *args, **values: dict(*args, **values)
   environment.globals['namespace'] = _Namespace
   return environment
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-  """Jinja's own filter would escape <, >, & and ' for HTML."""
+  """Convert to JSON without escaping <, >, & and ' for HTML, as Jinja's own filter does."""
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -140,7 +141,7 @@ def _raise_exception(message: str) -> None:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-  """`{% generation %}...{% endgeneration %}` marks what the assistant wrote. We take the answer's tokens from elsewhere: no-op."""
+  """The tag `{% generation %}...{% endgeneration %}`, which marks the assistant's text. It has no effect here."""
 
   tags = {'generation'}  # noqa: RUF012 (Jinja's interface)
 
@@ -150,7 +151,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-  """A template's mutable variables, without names that could replace what Python looks up on any object."""
+  """The mutable variables of a template, without names that Python looks up on every object."""
 
   def __init__(*args: Any, **values: Any) -> None:  # `self` may be one of the values
     for name in dict(*args[1:], **values):
@@ -164,4 +165,4 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
   if str(name).startswith('_'):
-    raise jinja2.sandbox.SecurityError(f'a namespace cannot hold {name!r}: names that begin with an underscore are not allowed')
+    raise jinja2.sandbox.SecurityError(f'a namespace cannot contain {name!r}: names that begin with an underscore are not allowed')

@@ -1,8 +1,8 @@
-"""User files of triplets and of prompts (.jsonl, .jsonl.gz, .parquet; here or in a bucket), and the choice between them and a TFDS folder.
+"""Examples in files of users (.jsonl, .jsonl.gz, .parquet; local or in a bucket) and in TFDS folders: triplets and prompts.
 
 A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional wrapper and category; a
-prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or a row of the official format
-(docs/rft.md). All else a row holds is kept as metadata. Rows are checked when the file is opened and held in memory.
+prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format
+(docs/rft.md). Other fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
 """
 
 from __future__ import annotations
@@ -21,100 +21,106 @@ from polar_jax.runtime.paths import in_bucket, path_of
 from polar_jax.types import Prompt, Triplet, UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
-STYLE = 'polar'  # of reward_model in the official format
+STYLE = 'polar'  # the reward_model.style of the official format
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
 _Checked = TypeVar('_Checked')
-_TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # the folder itself, or name/version below it
+_TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # in the folder itself, or in name/version below it
 
 
-class SourceError(UserError):
-  """Data that cannot be opened. The message is one line for the user."""
+class DataError(UserError):
+  """A data set cannot be opened. The message is one line for the user."""
 
 
-class NoSplitError(SourceError):
-  """The data is there, and holds no such split."""
+class NoSplitError(DataError):
+  """The data set exists but has no such split."""
 
 
-class BadRowError(SourceError):
-  """A row that cannot be used.
+class BadExampleError(DataError):
+  """An example cannot be used.
 
   Attributes:
-    path, row (from 1; the line of a jsonl file), field (None: the row as a whole), reason.
+    path: the file, or for a TFDS split the folder and the split, as `folder:split`.
+    number: of the example, from 1; for a jsonl file the line.
+    field: the field at fault; None: the example as a whole.
+    reason: the problem, in words.
   """
 
-  def __init__(self, path: pathlib.Path, row: int, field: str | None, reason: str):
-    super().__init__(f"{path}, row {row}: {reason}; mend it, or set data.on_bad_example to 'skip'")
-    self.path, self.row, self.field, self.reason = path, row, field, reason
+  def __init__(self, path: pathlib.Path, number: int, field: str | None, reason: str):
+    super().__init__(f"{path}, example {number}: {reason}; fix it, or set data.on_bad_example to 'skip'")
+    self.path, self.number, self.field, self.reason = path, number, field, reason
 
   def __reduce__(self) -> tuple:
-    return type(self), (self.path, self.row, self.field, self.reason)
+    return type(self), (self.path, self.number, self.field, self.reason)
 
 
-class RowFile(Sequence[_Checked], Generic[_Checked]):
-  """The good rows of a file, in its order.
+class ExampleFile(Sequence[_Checked], Generic[_Checked]):
+  """The valid examples of a file, in order.
 
   Attributes:
-    path: the file; of a TFDS split the folder and, behind a colon, the split.
-    skipped: (row number from 1, reason) of the rows left out.
+    path: the file, or for a TFDS split the folder and the split, as `folder:split`.
+    skipped: (number from 1, reason) of each example left out.
   """
 
-  def __init__(self, path: pathlib.Path, rows: list[_Checked], skipped: list[tuple[int, str]]):
-    self.path, self.skipped, self._rows = path, skipped, rows
+  def __init__(self, path: pathlib.Path, examples: list[_Checked], skipped: list[tuple[int, str]]):
+    self.path, self.skipped, self._examples = path, skipped, examples
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return len(self._examples)
 
   @overload
   def __getitem__(self, index: int) -> _Checked: ...
   @overload
   def __getitem__(self, index: slice) -> list[_Checked]: ...
   def __getitem__(self, index: int | slice) -> _Checked | list[_Checked]:
-    return self._rows[index]
+    return self._examples[index]
 
 
 class BadField(Exception):
-  """What a check of a row finds wrong: the field (None: the row as a whole) and the reason."""
+  """A check of an example failed, with the field at fault (None: the example as a whole) and the reason."""
 
   def __init__(self, field: str | None, reason: str):
     super().__init__(reason)
     self.field, self.reason = field, reason
 
 
-def read_rows(path: str | pathlib.Path, on_bad_example: str = 'raise') -> RowFile[Triplet]:
-  """Reads and checks a file of triplets. Blank lines of a jsonl file are no rows.
+def read_triplets(path: str | pathlib.Path, on_bad_example: str = 'raise') -> ExampleFile[Triplet]:
+  """Read and check a file of triplets. Blank lines of a jsonl file are ignored.
 
   Args:
-    on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
+    path: the file.
+    on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
 
   Raises:
-    BadRowError: a bad row, with on_bad_example='raise'.
-    SourceError: no such file, unknown suffix, damaged file, or no good row in it.
-    ImportError: parquet without pyarrow.
+    BadExampleError: an example is bad, with on_bad_example='raise'.
+    DataError: the file does not exist, has an unknown suffix, is damaged, or has no valid example.
+    ImportError: pyarrow is not installed, for a parquet file.
   """
   path = path_of(path)
   skipped: list[tuple[int, str]] = []
-  return RowFile(path, [row for _, row in checked_rows(path, _triplet, on_bad_example, skipped)], skipped)
+  return ExampleFile(path, [triplet for _, triplet in checked_examples(path, _triplet, on_bad_example, skipped)], skipped)
 
 
-def checked_rows(
+def checked_examples(
   path: str | pathlib.Path, check: Callable[[Any], _Checked], on_bad_example: str, skipped: list[tuple[int, str]]
 ) -> Iterator[tuple[int, _Checked]]:
-  """(row number from 1, what `check` makes of the row) of every good row of a file, read as it is asked for.
+  """Yield (number from 1, checked example) for each valid example of a file, reading it lazily.
 
   Args:
-    check: of a line of JSON in bytes, or a dict; raises BadField (see `parse_row`).
-    skipped: takes (row number, reason) of the rows left out with on_bad_example='skip'.
+    path: the file.
+    check: converts an example, given as a line of JSON in bytes or as a dict; raises BadField (see `parse_example`).
+    on_bad_example: 'raise' or 'skip'.
+    skipped: receives (number, reason) of the examples left out with on_bad_example='skip'.
 
   Raises:
-    As `read_rows`.
+    BadExampleError, DataError, ImportError: as in `read_triplets`.
   """
   path = path_of(path)
   _check_mode(on_bad_example)
   if not path.is_file():
-    raise SourceError(f'{path}: no such file')
-  reader = _parquet_rows if path.name.endswith('.parquet') else _jsonl_rows if path.name.endswith(SUFFIXES) else None
+    raise DataError(f'{path}: no such file')
+  reader = _read_parquet if path.name.endswith('.parquet') else _read_jsonl if path.name.endswith(SUFFIXES) else None
   if reader is None:
-    raise SourceError(f'{path}: unknown kind of file; rows are read from {", ".join(SUFFIXES)}')
+    raise DataError(f'{path}: unknown kind of file; supported suffixes: {", ".join(SUFFIXES)}')
   yield from _checked(path, reader(path), check, on_bad_example, skipped)
 
 
@@ -125,42 +131,43 @@ def _check_mode(on_bad_example: str) -> None:
 
 def _checked(
   path: pathlib.Path,
-  rows: Iterable[tuple[int, Any]],
+  examples: Iterable[tuple[int, Any]],
   check: Callable[[Any], _Checked],
   on_bad_example: str,
   skipped: list[tuple[int, str]],
 ) -> Iterator[tuple[int, _Checked]]:
-  good = 0
-  for number, row in rows:
+  valid = 0
+  for number, example in examples:
     try:
-      checked = check(row)
+      checked = check(example)
     except BadField as bad:
       if on_bad_example == 'raise':
-        raise BadRowError(path, number, bad.field, bad.reason) from bad
+        raise BadExampleError(path, number, bad.field, bad.reason) from bad
       skipped.append((number, bad.reason))
     else:
-      good += 1
+      valid += 1
       yield number, checked
-  if not good:
-    example = f'; row {skipped[0][0]}: {skipped[0][1]}' if skipped else ''
-    raise SourceError(f'{path}: no good rows ({len(skipped)} bad ones{example})')
+  if not valid:
+    first = f'; example {skipped[0][0]}: {skipped[0][1]}' if skipped else ''
+    raise DataError(f'{path}: no valid examples ({len(skipped)} bad ones{first})')
 
 
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-  """(line number, line in bytes) of every line that is not blank."""
+def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yield (line number, line in bytes) of every line that is not blank."""
   number = 0
   try:
     with path.open('rb') as file, gzip.open(file) if path.suffix == '.gz' else contextlib.nullcontext(file) as lines:
       for number, line in enumerate(lines, 1):
         if number == 1:
-          line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark, as some editors write it
+          line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark, which some editors write
         if line.strip():
           yield number, line
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-    raise SourceError(f'{path}: gzip file is truncated or damaged after line {number} ({error}); fetch or write it again') from error
+    raise DataError(f'{path}: gzip file is truncated or damaged after line {number} ({error}); download or write it again') from error
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yield (number, example as a dict)."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -170,82 +177,89 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   try:
     with path.open('rb') as file, pyarrow.parquet.ParquetFile(file) as table:
       for batch in table.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
+        for example in batch.to_pylist():
           number += 1
-          yield number, row
+          yield number, example
   except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise SourceError(f'{path}: not a parquet file that can be read (after row {number}): {str(error).splitlines()[0]}') from error
+    raise DataError(f'{path}: not a readable parquet file (after example {number}): {str(error).splitlines()[0]}') from error
 
 
-def parse_row(row: Any, text_fields: Sequence[str]) -> dict[str, Any]:
-  """A row (a line of JSON in bytes, or a dict) as a dict whose `text_fields` are texts, and whose wrapper, if any, is one.
+def parse_example(example: Any, text_fields: Sequence[str]) -> dict[str, Any]:
+  """Parse an example (a line of JSON in bytes, or a dict) into a dict and check its texts and its wrapper, if any.
 
   Raises:
-    BadField.
+    BadField: the example is not a JSON object, one of `text_fields` is not a text, or the wrapper is unknown.
   """
-  if isinstance(row, bytes):
+  if isinstance(example, bytes):
     try:
-      row = json.loads(row.decode('utf-8'))
+      example = json.loads(example.decode('utf-8'))
     except UnicodeDecodeError as error:
       raise BadField(None, f'not UTF-8 (byte {error.start} of the line)') from error
     except (ValueError, RecursionError) as error:
       raise BadField(None, f'not JSON ({error})') from error
-  if not isinstance(row, dict):
-    raise BadField(None, f'a row is a JSON object, not {type(row).__name__}')
+  if not isinstance(example, dict):
+    raise BadField(None, f'an example must be a JSON object, not {type(example).__name__}')
   for field in text_fields:
-    if field not in row:
+    if field not in example:
       raise BadField(field, f'field {field!r} is missing')
-    _check_text(row[field], field)
-  if row.get('wrapper') is not None:
+    _check_text(example[field], field)
+  if example.get('wrapper') is not None:
     try:
-      check_wrapper(row['wrapper'])
+      check_wrapper(example['wrapper'])
     except TemplateError as error:
       raise BadField('wrapper', str(error)) from error
-  return row
+  return example
 
 
 def _check_text(value: Any, field: str) -> str:
-  """The text of a string or of messages, joined."""
+  """Return the text of a string or of joined messages."""
   try:
     text = join_messages(value, field)
   except TemplateError as error:
     raise BadField(field, str(error)) from error
   if not text.isascii() and any('\ud800' <= char <= '\udfff' for char in text):
-    raise BadField(field, f'{field} holds half a surrogate pair, which is no Unicode text')
+    raise BadField(field, f'{field} contains half of a surrogate pair, which is not valid Unicode')
   return text
 
 
 def _check_string(value: Any, field: str) -> str:
-  """A string, '' for an absent one."""
+  """Return a string; '' if it is absent."""
   if value is not None and not isinstance(value, str):
     raise BadField(field, f'{field} must be a string, not {type(value).__name__}')
   return value or ''
 
 
-def _triplet(row: Any) -> Triplet:
-  row = parse_row(row, _TEXT_FIELDS)
-  _check_string(row.get('category'), 'category')
-  values = {field: row[field] for field in _TEXT_FIELDS} | {k: row[k] for k in ('wrapper', 'category') if row.get(k) is not None}
+def _triplet(example: Any) -> Triplet:
+  example = parse_example(example, _TEXT_FIELDS)
+  _check_string(example.get('category'), 'category')
+  values = {field: example[field] for field in _TEXT_FIELDS}
+  values |= {name: example[name] for name in ('wrapper', 'category') if example.get(name) is not None}
   known = {*_TEXT_FIELDS, 'wrapper', 'category'}
-  return Triplet(**values, metadata={key: value for key, value in row.items() if key not in known})
+  return Triplet(**values, metadata={key: value for key, value in example.items() if key not in known})
 
 
-def open_source(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> Sequence[Triplet]:
-  """One split of a data set: of a TFDS folder, of a folder with `<split>.jsonl` (.jsonl.gz, .parquet), or a file, which is its own split.
+def open_triplets(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> Sequence[Triplet]:
+  """Open one split of a data set of triplets.
+
+  Args:
+    path: a TFDS folder, a folder with `<split>.jsonl` (.jsonl.gz, .parquet), or a file, which is the split itself.
+    split: name of the split.
+    on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
 
   Raises:
-    NoSplitError: the folder has no such split, saying what it has.
-    SourceError: nothing there, saying what was looked for and what there is; and as `read_rows`.
+    NoSplitError: the folder has no such split; the message lists what it has.
+    DataError: the path does not exist; the message lists what does.
+    BadExampleError, DataError, ImportError: as in `read_triplets`.
   """
-  found = _locate(path_of(path), split)
-  return read_rows(found, on_bad_example) if isinstance(found, pathlib.PurePath) else found
+  located = _locate(path_of(path), split)
+  return read_triplets(located, on_bad_example) if isinstance(located, pathlib.PurePath) else located
 
 
 def as_triplets(examples: Any, split: str = 'train', on_bad_example: str = 'raise') -> Sequence[Triplet]:
   """Return ranked examples in any form as Triplets.
 
   Args:
-    examples: the path of a data set (see `open_source`), a sequence of Triplets, or a sequence of dicts with `prompt`, `reference`,
+    examples: the path of a data set (see `open_triplets`), a sequence of Triplets, or a sequence of dicts with `prompt`, `reference`,
       `chosen` and `rejected`, such as a list or a data set of Hugging Face. Dicts are checked now and held in memory.
     split: of a data set on disk.
     on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
@@ -253,7 +267,7 @@ def as_triplets(examples: Any, split: str = 'train', on_bad_example: str = 'rais
   Raises:
     UserError: no such data, a bad example, or no example at all.
   """
-  return _as_checked(examples, Triplet, _triplet, lambda path: open_source(path, split, on_bad_example), on_bad_example)
+  return _as_checked(examples, Triplet, _triplet, lambda path: open_triplets(path, split, on_bad_example), on_bad_example)
 
 
 def as_prompts(prompts: Any, split: str = 'train', on_bad_example: str = 'raise', optional: Sequence[str] = ()) -> Sequence[Prompt]:
@@ -268,7 +282,7 @@ def as_prompts(prompts: Any, split: str = 'train', on_bad_example: str = 'raise'
 
   def check(example: Any) -> Prompt:
     if 'reference' in optional and isinstance(example, Mapping) and example.get('reference') is None and 'reward_model' not in example:
-      found = _plain_prompt(parse_row(dict(example), ()) | {'reference': 'none'})
+      found = _plain_prompt(parse_example(dict(example), ()) | {'reference': 'none'})
       return dataclasses.replace(found, reference='')
     return _prompt(example)
 
@@ -282,13 +296,13 @@ def _as_checked(examples: Any, kind: type, check: Callable[[Any], Any], read: Ca
   if not isinstance(examples, Sequence) and not hasattr(examples, '__getitem__'):
     examples = list(examples)
   if isinstance(examples, Mapping) or not hasattr(examples, '__len__'):
-    raise SourceError(f'examples must be a path or a sequence of dicts or {kind.__name__}s, not {type(examples).__name__}')
+    raise DataError(f'examples must be a path or a sequence of dicts or {kind.__name__}s, not {type(examples).__name__}')
   if len(examples) and isinstance(examples[0], kind):
     return examples
   skipped: list[tuple[int, str]] = []
   where = pathlib.Path('<examples>')
   rows = ((i, dict(examples[i]) if isinstance(examples[i], Mapping) else examples[i]) for i in range(len(examples)))
-  return RowFile(where, [example for _, example in _checked(where, rows, check, on_bad_example, skipped)], skipped)
+  return ExampleFile(where, [example for _, example in _checked(where, rows, check, on_bad_example, skipped)], skipped)
 
 
 def report_skipped(examples: Sequence[Any], path: pathlib.Path, log: Callable[[str], None]) -> Sequence[Any]:
@@ -301,106 +315,110 @@ def report_skipped(examples: Sequence[Any], path: pathlib.Path, log: Callable[[s
 
 def describe_skipped(path: pathlib.Path, skipped: Sequence[tuple[int, str]], good: int) -> str:
   """Return a line that counts and names skipped examples."""
-  named = '; '.join(f'row {number}: {reason}' for number, reason in skipped[:20])
-  return f'{path}: skipped {len(skipped)} bad rows of {good + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})'
+  named = '; '.join(f'example {number}: {reason}' for number, reason in skipped[:20])
+  return f'{path}: skipped {len(skipped)} bad examples of {good + len(skipped)} ({named}{"; ..." if len(skipped) > 20 else ""})'
 
 
 def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
-  """The file that is the split, or the split of a TFDS data set."""
+  """Return the file of a split, or the split of a TFDS data set."""
   if not path.exists():
-    beside = f'; {path.parent} holds: {_listing(path.parent)}' if path.parent.is_dir() else ''
-    raise SourceError(f'{path}: no such file or folder{beside}')
+    siblings = f'; {path.parent} contains: {_listing(path.parent)}' if path.parent.is_dir() else ''
+    raise DataError(f'{path}: no such file or folder{siblings}')
   if not path.is_dir():
     return path
   if any(any(path.glob(pattern)) for pattern in _TFDS_FILES):
     if in_bucket(path):
       kinds = ', '.join(SUFFIXES)
-      raise SourceError(f'{path}: TFDS reads from file systems alone: mount the bucket (gcsfuse), or keep {kinds} files in it')
-    from polar_jax.data import tfds as triplet_dataset
+      raise DataError(f'{path}: TFDS reads only from file systems; mount the bucket (gcsfuse), or store {kinds} files in it')
+    from polar_jax.data import tfds
 
     try:
-      splits = triplet_dataset.open_triplets(path)
+      splits = tfds.open_triplets(path)
     except FileNotFoundError as error:  # more than one data set
-      raise SourceError(str(error)) from error
+      raise DataError(str(error)) from error
     if split not in splits:
       raise NoSplitError(f'{path}: no split {split!r}; its splits are: {", ".join(sorted(splits)) or "none"}')
     return splits[split]
-  found = [file for suffix in SUFFIXES if (file := path / f'{split}{suffix}').is_file()]
-  if len(found) > 1:
-    raise SourceError(f'{path}: split {split!r} is there more than once: {", ".join(file.name for file in found)}; keep one')
-  if not found:
+  files = [file for suffix in SUFFIXES if (file := path / f'{split}{suffix}').is_file()]
+  if len(files) > 1:
+    raise DataError(f'{path}: more than one file for split {split!r}: {", ".join(file.name for file in files)}; keep one')
+  if not files:
     wanted = ', '.join(f'{split}{suffix}' for suffix in SUFFIXES)
-    raise NoSplitError(f'{path}: no split {split!r}: looked for a TFDS data set, {wanted}; there is: {_listing(path)}')
-  return found[0]
+    raise NoSplitError(f'{path}: no split {split!r}: looked for a TFDS data set, {wanted}; found: {_listing(path)}')
+  return files[0]
 
 
-def open_prompts(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> RowFile[Prompt]:
-  """The prompts of one split: of a file or folder as `open_source` finds them, or of a TFDS set of triplets, whose candidates are not read.
+def open_prompts(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> ExampleFile[Prompt]:
+  """Open the prompts of one split of a data set; the candidates of a TFDS data set of triplets are ignored.
 
-  `Prompt.prompt` is what the reward model reads. Where the policy is to answer something else (the official format keeps both),
-  that is in `metadata['policy_prompt']`.
+  `Prompt.prompt` is the prompt that the reward model reads. Where the policy has to respond to another one (the official format keeps
+  both), that is `metadata['policy_prompt']`.
 
   Args:
-    on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `.skipped`.
+    path: as in `open_triplets`.
+    split: name of the split.
+    on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
 
   Raises:
-    As `open_source` and `read_rows`.
+    NoSplitError, BadExampleError, DataError, ImportError: as in `open_triplets`.
   """
   _check_mode(on_bad_example)
   path = path_of(path)
-  found = _locate(path, split)
+  located = _locate(path, split)
   skipped: list[tuple[int, str]] = []
-  if isinstance(found, pathlib.PurePath):
-    path, rows = found, checked_rows(found, _prompt, on_bad_example, skipped)
+  if isinstance(located, pathlib.PurePath):
+    path, prompts = located, checked_examples(located, _prompt, on_bad_example, skipped)
   else:
     path = pathlib.Path(f'{path}:{split}')
-    rows = _checked(path, enumerate(found, 1), _prompt_of_triplet, on_bad_example, skipped)
-  return RowFile(path, [prompt for _, prompt in rows], skipped)
+    prompts = _checked(path, enumerate(located, 1), _prompt_of_triplet, on_bad_example, skipped)
+  return ExampleFile(path, [prompt for _, prompt in prompts], skipped)
 
 
-def _prompt(row: Any) -> Prompt:
-  row = parse_row(row, ())
-  return _plain_prompt(row) if row.get('reward_model') is None else _official_prompt(row)
+def _prompt(example: Any) -> Prompt:
+  example = parse_example(example, ())
+  return _plain_prompt(example) if example.get('reward_model') is None else _official_prompt(example)
 
 
-def _prompt_of_triplet(row: Triplet) -> Prompt:
-  return _plain_prompt(dict(row.metadata) | {'prompt': row.prompt, 'reference': row.reference, 'category': row.category})
+def _prompt_of_triplet(triplet: Triplet) -> Prompt:
+  fields = {'prompt': triplet.prompt, 'reference': triplet.reference, 'category': triplet.category}
+  return _plain_prompt(dict(triplet.metadata) | fields)
 
 
-def _plain_prompt(row: Mapping[str, Any]) -> Prompt:
-  if 'reference' not in row:
+def _plain_prompt(example: Mapping[str, Any]) -> Prompt:
+  if 'reference' not in example:
     raise BadField('reference', "field 'reference' is missing (in the official format it is reward_model.ground_truth)")
-  seen = _present(row, 'prompt')
-  _check_text(seen, 'prompt')
-  asked, field = (seen, 'prompt') if row.get('policy_prompt') is None else (row['policy_prompt'], 'policy_prompt')
-  _check_policy_prompt(asked, field)
-  reference = _check_reference(row['reference'], 'reference')
-  answer, category = (_check_string(row.get(name), name) for name in ('answer', 'category'))
-  metadata = {key: row[key] for key in row if key not in ('prompt', 'reference', 'answer', 'category', 'policy_prompt')}
-  return Prompt(seen, reference, answer, category, metadata | _unless_same(asked, seen))
+  prompt = _present(example, 'prompt')
+  _check_text(prompt, 'prompt')
+  own = example.get('policy_prompt')
+  policy_prompt, field = (prompt, 'prompt') if own is None else (own, 'policy_prompt')
+  _check_policy_prompt(policy_prompt, field)
+  reference = _check_reference(example['reference'], 'reference')
+  answer, category = (_check_string(example.get(name), name) for name in ('answer', 'category'))
+  metadata = {key: example[key] for key in example if key not in ('prompt', 'reference', 'answer', 'category', 'policy_prompt')}
+  return Prompt(prompt, reference, answer, category, metadata | _unless_same(policy_prompt, prompt))
 
 
-def _official_prompt(row: Mapping[str, Any]) -> Prompt:
-  """A row of the official format: `prompt` is what the policy answers, `extra_info.prompt` what the reward model reads."""
-  reward, extra = row['reward_model'], {} if row.get('extra_info') is None else row['extra_info']
+def _official_prompt(example: Mapping[str, Any]) -> Prompt:
+  """Convert an example of the official format: the policy responds to `prompt`, the reward model reads `extra_info.prompt`."""
+  reward, extra = example['reward_model'], {} if example.get('extra_info') is None else example['extra_info']
   for field, value in (('reward_model', reward), ('extra_info', extra)):
     if not isinstance(value, dict):
       raise BadField(field, f'{field} must be an object, not {type(value).__name__}')
   if reward.get('style') not in (None, STYLE):
-    reason = f'reward_model.style is {reward["style"]!r}; it must be {STYLE!r}: the ground truth is a whole answer to compare with'
+    reason = f'reward_model.style is {reward["style"]!r}; it must be {STYLE!r}, and the ground truth a whole response to compare with'
     raise BadField('reward_model.style', reason)
-  asked = _present(row, 'prompt')
-  _check_policy_prompt(asked, 'prompt')
-  seen = asked
+  policy_prompt = _present(example, 'prompt')
+  _check_policy_prompt(policy_prompt, 'prompt')
+  prompt = policy_prompt
   if extra.get('prompt') is not None:
-    seen = extra['prompt']
-    _check_text(seen, 'extra_info.prompt')
+    prompt = extra['prompt']
+    _check_text(prompt, 'extra_info.prompt')
   reference = _check_reference(_present(reward, 'ground_truth', 'reward_model.'), 'reward_model.ground_truth')
-  ability = extra.get('ability') if row.get('ability') is None else row['ability']
+  ability = extra.get('ability') if example.get('ability') is None else example['ability']
   metadata = {key: extra[key] for key in extra if key not in ('prompt', 'ability')}
-  metadata |= {key: row[key] for key in row if key not in ('prompt', 'ability', 'answer', 'reward_model', 'extra_info')}
-  answer, category = _check_string(row.get('answer'), 'answer'), _check_string(ability, 'ability')
-  return Prompt(seen, reference, answer, category, metadata | _unless_same(asked, seen))
+  metadata |= {key: example[key] for key in example if key not in ('prompt', 'ability', 'answer', 'reward_model', 'extra_info')}
+  answer, category = _check_string(example.get('answer'), 'answer'), _check_string(ability, 'ability')
+  return Prompt(prompt, reference, answer, category, metadata | _unless_same(policy_prompt, prompt))
 
 
 def _present(section: Mapping[str, Any], key: str, prefix: str = '') -> Any:
@@ -412,28 +430,28 @@ def _present(section: Mapping[str, Any], key: str, prefix: str = '') -> Any:
 def _check_reference(value: Any, field: str) -> Any:
   text = _check_text(value, field)
   if not text or (isinstance(value, list) and not any(message['content'] for message in value)):
-    raise BadField(field, f'{field} is empty: it is what the reward model compares answers with')
+    raise BadField(field, f'{field} is empty; the reward model compares responses with it')
   return value
 
 
 def _check_policy_prompt(value: Any, field: str) -> None:
-  """A policy needs some text, and its chat template a role for every message."""
+  """Check that a prompt has text, for the policy, and that every message has a role, for its chat template."""
   if not _check_text(value, field):
-    raise BadField(field, f'{field} is empty: the policy has nothing to answer')
+    raise BadField(field, f'{field} is empty; the policy needs a prompt')
   for i, message in enumerate(value if isinstance(value, list) else ()):
     if not isinstance(message.get('role'), str):
       raise BadField(field, f'{field}[{i}] is a message without a role (system, user or assistant)')
 
 
-def _unless_same(asked: Any, seen: Any) -> dict[str, Any]:
-  return {} if _plain(asked) == _plain(seen) else {'policy_prompt': asked}
+def _unless_same(policy_prompt: Any, prompt: Any) -> dict[str, Any]:
+  return {} if _plain(policy_prompt) == _plain(prompt) else {'policy_prompt': policy_prompt}
 
 
 def _plain(text: Any) -> Any:
-  """Messages without what is null: parquet gives every message the fields of all."""
+  """Drop null fields of messages, because parquet gives every message the fields of all messages."""
   return text if isinstance(text, str) else [{key: value for key, value in message.items() if value is not None} for message in text]
 
 
-def _listing(folder: pathlib.Path, most: int = 12) -> str:
+def _listing(folder: pathlib.Path, max_names: int = 12) -> str:
   names = sorted(entry.name for entry in folder.iterdir())
-  return (', '.join(names[:most]) or 'nothing') + (f' and {len(names) - most} more' if len(names) > most else '')
+  return (', '.join(names[:max_names]) or 'nothing') + (f' and {len(names) - max_names} more' if len(names) > max_names else '')

@@ -1,6 +1,6 @@
-"""What the small files beside a tokenizer say of its special tokens.
+"""Special tokens, read from the small files next to a tokenizer.
 
-Hugging Face folders say it in up to three places, of different ages: tokenizer_config.json, special_tokens_map.json and
+Hugging Face folders define them in up to three files of different ages: tokenizer_config.json, special_tokens_map.json and
 added_tokens.json. A token is written as a string, as {'content': string, ...}, or as null.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from polar_jax.types import UserError
 
 NAMES = ('bos', 'eos', 'pad', 'unk')
-FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')  # how an added token is looked for in a text
+FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')  # how an added token is matched in a text
 
 
 class TokenizerError(UserError):
@@ -22,7 +22,7 @@ class TokenizerError(UserError):
 
 
 class AddedToken(NamedTuple):
-  """A string that becomes one id wherever it stands. Special ones are dropped when text is decoded."""
+  """A string that becomes one id anywhere in a text. Special ones are dropped in decoding."""
 
   id: int
   special: bool
@@ -30,12 +30,12 @@ class AddedToken(NamedTuple):
 
 
 class SpecialTokens(NamedTuple):
-  """What the files of a folder say.
+  """The special tokens that the files of a folder define.
 
   Attributes:
-    named: 'bos', 'eos', 'pad', 'unk' to its string, or to None where a file says null. A name that no file mentions is absent.
-    marked: strings that a file lists as special without giving their id.
-    added: string to id and flags, in the order of ids.
+    named: string of 'bos', 'eos', 'pad' and 'unk'; None where a file has null. A name that no file mentions is absent.
+    marked: strings that a file lists as special without their id.
+    added: id and flags by string, in the order of ids.
   """
 
   named: Mapping[str, str | None]
@@ -44,10 +44,10 @@ class SpecialTokens(NamedTuple):
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file; {} where there is no such file.
+  """Read the object in a JSON file; {} if the file does not exist.
 
   Raises:
-    TokenizerError: the file holds no JSON object.
+    TokenizerError: the file does not contain a JSON object.
   """
   if not path.is_file():
     return {}
@@ -56,29 +56,29 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise TokenizerError(f'{path}: not JSON: {error}') from error
   if not isinstance(value, dict):
-    raise TokenizerError(f'{path}: must hold a JSON object, not {type(value).__name__}')
+    raise TokenizerError(f'{path}: must contain a JSON object, not {type(value).__name__}')
   return value
 
 
 def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
-  """Reads the files of `folder` that exist. tokenizer_config.json counts before the two older ones.
+  """Read the files of `folder` that exist. tokenizer_config.json has precedence over the two older ones.
 
   Raises:
-    TokenizerError: naming the file and the entry that cannot be read.
+    TokenizerError: an entry cannot be read; the message names it and its file.
   """
   files = [folder / 'tokenizer_config.json', folder / 'special_tokens_map.json']
   settings = [read_json(path) for path in files]
   named: dict[str, str | None] = {}
   marked: set[str] = set()
-  for path, found in zip(files, settings, strict=True):
+  for path, fields in zip(files, settings, strict=True):
     for name in NAMES:
       key = f'{name}_token'
-      if key in found and named.get(name) is None:
-        named[name] = _content(found[key], f'{path}: {key}')
+      if key in fields and named.get(name) is None:
+        named[name] = _content(fields[key], f'{path}: {key}')
     for key in ('additional_special_tokens', 'extra_special_tokens'):
-      values = found.get(key) or []
+      values = fields.get(key) or []
       values = list(values.values()) if isinstance(values, dict) else values
-      marked.update(content for value in values if (content := _content(value, f'{path}: {key}')) is not None)
+      marked.update(token for value in values if (token := _content(value, f'{path}: {key}')) is not None)
   special = marked | {token for token in named.values() if token is not None}
   added = {token: AddedToken(i, token in special, {}) for token, i in _added_tokens_json(folder / 'added_tokens.json').items()}
   for key, value in (settings[0].get('added_tokens_decoder') or {}).items():
@@ -95,7 +95,7 @@ def _content(value: Any, where: str) -> str | None:
   content = value.get('content') if isinstance(value, dict) else value
   if content is not None and not isinstance(content, str):
     raise TokenizerError(f'{where}: a token must be a string, null or an object with a content, not {json.dumps(value)[:60]}')
-  return content or None  # an empty string marks the absence of a token in some files
+  return content or None  # some files write the absence of a token as an empty string
 
 
 def _added_tokens_json(path: pathlib.Path) -> dict[str, int]:

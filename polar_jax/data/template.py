@@ -1,16 +1,16 @@
 """POLAR's text template: `prompt nl reference <|reward|> prompt nl candidate [reward]` (paper, section 4.1).
 
-One implementation for training, evaluation, PPO and serving. It reproduces the official trainer's rules (XTuner's reward data
+One implementation serves training, evaluation, PPO and serving. It reproduces the rules of the official trainer (XTuner's reward data
 set) token for token, and those of the official serving client under the name 'client':
 
-                          trainer                                client
-  prompt is cut for       all candidates alike (smallest room)   each candidate on its own
-  empty answer, 'sft'     no newline                             newline all the same
-  reward token            appended as an id                      appended as text
+                           trainer                                   client
+  prompt is truncated for  all candidates alike (the smallest room)  each candidate separately
+  empty candidate, 'sft'   no newline                                newline as for any other
+  reward token             appended as an id                         appended as text
 
-Both keep the head of an answer and the tail of a prompt. Lengths are those of the separately encoded pieces, BOS included; the cut
-pieces are decoded without special tokens, joined as text and encoded again. The final length may therefore differ from the budget
-by a few tokens either way, and it exceeds `max_length` when two answers of `max_response_length` alone do.
+Both keep the head of a response and the tail of a prompt. Lengths are those of the separately encoded pieces, BOS included; the
+truncated pieces are decoded without special tokens, joined as text and encoded again. The final length may therefore differ from the
+budget by a few tokens either way, and it exceeds `max_length` if two responses of `max_response_length` do so by themselves.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class TemplateError(UserError):
 
 
 def join_messages(text: Any, field: str) -> str:
-  """A string as it is; messages as their contents joined by newlines, roles dropped (no chat template: official rule).
+  """Return a string unchanged, or the contents of messages joined by newlines, without roles (the official rule uses no chat template).
 
   Raises:
-    TemplateError: naming `field` and the message that has no text.
+    TemplateError: `text` is neither a string nor a list of messages with text; the message names `field`.
   """
   if isinstance(text, str):
     return text
   if not isinstance(text, list):
     raise TemplateError(f'{field} must be a string or a list of messages, not {_kind(text)}')
   if not text:
-    raise TemplateError(f"{field} is an empty list of messages; for an empty text give ''")
+    raise TemplateError(f"{field} is an empty list of messages; use '' for an empty text")
   for i, message in enumerate(text):
     if not isinstance(message, dict):
       raise TemplateError(f'{field}[{i}] must be a message with a content, not {_kind(message)}')
@@ -59,20 +59,24 @@ def _kind(value: Any) -> str:
 
 
 def check_wrapper(wrapper: Any) -> None:
-  """Raises TemplateError unless `wrapper` is one of WRAPPERS. (The official code takes any other word for 'sft'.)"""
+  """Check that `wrapper` is one of WRAPPERS. (The official code treats any other word as 'sft'.)
+
+  Raises:
+    TemplateError: it is not.
+  """
   if wrapper not in WRAPPERS:
     raise TemplateError(f'wrapper is {wrapper!r}; it must be one of: {", ".join(WRAPPERS)}')
 
 
 class Template:
-  """Turns triplets and candidates into token ids. Holds no state but its settings; can be pickled and shared by threads.
+  """Converter of triplets and candidates to token ids. It has no state but its settings, and can be pickled and shared by threads.
 
-  An id given in the configuration wins over the tokenizer's. If the tokenizer does not turn the string into that id by itself,
-  the template treats the string as a special token of that id: text left and right of it is tokenised separately, as a tokenizer
-  with that added token does (no merge ever crosses it), and content that happens to contain it loses it in the decode step.
+  An id in the configuration has precedence over the tokenizer's. If the tokenizer does not convert the string to that id, the template
+  treats the string as a special token: the text before and after it is tokenized separately, as a tokenizer with that added token does
+  (no merge crosses it), and a content that happens to contain it loses it in the decoding step.
 
   Attributes:
-    separator_id: None when the separator is tokenised as ordinary text.
+    separator_id: id of the separator; None: it is tokenized as ordinary text.
     reward_token_id: id at which the reward is read.
   """
 
@@ -83,7 +87,7 @@ class Template:
     reward_token_id = own_reward if config.reward_token_id is None else config.reward_token_id
     if reward_token_id is None:
       raise TemplateError(
-        f'template.reward_token {config.reward_token!r} is no token of this tokenizer; set template.reward_token_id to its id, '
+        f'template.reward_token {config.reward_token!r} is not a token of this tokenizer; set template.reward_token_id to its id, '
         'or template.reward_token to a token that the tokenizer has'
       )
     self.reward_token_id: int = reward_token_id
@@ -99,10 +103,10 @@ class Template:
     self._added_ids = frozenset(added.values())
 
   def encode(self, triplet: Triplet) -> tuple[list[int], list[int]]:
-    """Token ids of (prompt, reference, prompt, candidate) for the chosen and the rejected candidate.
+    """Return the token ids of (prompt, reference, prompt, candidate) for the chosen and for the rejected candidate.
 
     Raises:
-      TemplateError: a field is no text, or the wrapper is unknown.
+      TemplateError: a field is neither a string nor a list of messages, or the wrapper is unknown.
     """
     candidates = [join_messages(triplet.chosen, 'chosen'), join_messages(triplet.rejected, 'rejected')]
     chosen, rejected = self._sequences(triplet.prompt, triplet.reference, candidates, triplet.wrapper)
@@ -111,13 +115,17 @@ class Template:
   def encode_candidates(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
   ) -> list[list[int]]:
-    """One sequence per candidate. With the trainer's rule the prompt is cut alike for all, so that they share their prefix.
+    """Return the token ids of each candidate. The trainer's rule truncates the prompt alike for all, so that they share their prefix.
 
     Args:
-      alone: cut the prompt for each candidate as if there were no other, whatever the rule.
+      prompt: the prompt.
+      reference: the reference, which is ignored without `use_reference`.
+      candidates: the candidates.
+      wrapper: 'sft' or 'pretrain'.
+      alone: truncate the prompt for each candidate as if there were no other, whatever the rule.
 
     Raises:
-      TemplateError: a text is no text, or the wrapper is unknown.
+      TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
     texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
     return self._sequences(prompt, reference, texts, wrapper, alone)
@@ -125,10 +133,12 @@ class Template:
   def candidate_texts(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
   ) -> list[str]:
-    """What `encode_candidates` encodes, with the reward token as text: for the official servers, which tokenise and add the BOS.
+    """Return the texts that `encode_candidates` encodes, with the reward token as text, for servers that tokenize and add the BOS.
+
+    Arguments are those of `encode_candidates`.
 
     Raises:
-      TemplateError: a text is no text, or the wrapper is unknown.
+      TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
     texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
     return [text + self.config.reward_token for text in self._texts(prompt, reference, texts, wrapper, alone)]
@@ -140,7 +150,7 @@ class Template:
     return [[*ids, self.reward_token_id] for ids in self._encode_texts(texts)]
 
   def _texts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[str]:
-    """Without the reward token."""
+    """Return the text of each candidate, without the reward token."""
     check_wrapper(wrapper)
     if not candidates:
       return []
@@ -159,7 +169,7 @@ class Template:
     return out
 
   def _cut(self, texts: list[str], alone: bool) -> tuple[list[str], list[str]]:
-    """Prompt, (reference,) candidates as text -> a cut prompt for each candidate, and the cut (reference and) candidates."""
+    """Truncate the texts (prompt, reference if used, candidates): a prompt for each candidate, and the other texts."""
     prompt, *answers = self._encode_texts(texts)
     answers = [ids[: self.config.max_response_length] for ids in answers]
     rooms = self._prompt_rooms([len(ids) for ids in answers])
@@ -169,17 +179,18 @@ class Template:
     return [prompts[room] for room in rooms], [self._decode(ids) for ids in answers]
 
   def _certainly_uncut(self, texts: list[str]) -> bool:
-    """Whether the pieces are sure to come back from `_cut` as they are, without tokenising them: a third of the work saved."""
+    """Return True only if `_cut` is certain to leave the pieces unchanged, which saves tokenizing them: a third of the work."""
     if not all(self.tokenizer.is_exact(text) and not self._added.occur_in(text) for text in texts):
       return False
-    prompt, *answers = (1 + (len(text) if text.isascii() else 4 * len(text)) for text in texts)  # BOS + the most bytes there can be
+    # BOS and the largest possible number of bytes.
+    prompt, *answers = (1 + (len(text) if text.isascii() else 4 * len(text)) for text in texts)
     return max(answers) <= self.config.max_response_length and prompt <= min(self._prompt_rooms(answers))
 
   def _prompt_rooms(self, lengths: list[int]) -> list[int]:
-    """Tokens of the prompt that each candidate leaves room for. Without a reference the prompt stands once, not twice.
+    """Return the number of prompt tokens that each candidate leaves room for. Without a reference the prompt occurs only once.
 
     Args:
-      lengths: of (the reference and) the candidates, in tokens.
+      lengths: number of tokens of the reference, if used, and of each candidate.
     """
     reference, copies, candidates = (lengths[0], 2, lengths[1:]) if self.config.use_reference else (0, 1, lengths)
     return [(self.config.max_length - _RESERVED - reference - length) // copies for length in candidates]
@@ -203,14 +214,14 @@ class Template:
 
 @functools.cache
 def _warn_of_textual_separator(separator: str) -> None:
-  """Once per process: a run makes several templates with the same settings."""
+  """Warn once per process, because a run creates several templates with the same settings."""
   warnings.warn(
-    f'template.separator {separator!r} is no token of this tokenizer and is tokenised as ordinary text; '
+    f'template.separator {separator!r} is not a token of this tokenizer and is tokenized as ordinary text; '
     'set template.separator_id if the model was trained with a single token',
     stacklevel=3,
   )
 
 
 def _last(ids: list[int], count: int) -> list[int]:
-  """The last `count` ids, none when there is no room (where the official slice `ids[-0:]` keeps all of them)."""
+  """Return the last `count` ids, and none if there is no room (where the official slice `ids[-0:]` keeps all of them)."""
   return ids[max(len(ids) - count, 0) :]

@@ -1,29 +1,29 @@
-"""Triplets that were tokenised once, for the many runs of a sweep that read the same ones.
+"""A store of tokenized triplets, for the runs of a sweep, which all read the same ones.
 
-Reading and tokenising a triplet costs a small model more time than learning from it.
+Reading and tokenizing a triplet takes longer than a training step of a small model on it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from polar_jax.data.pipeline import PairTokens, rows_at
-from polar_jax.data.rows import PairRow, pair_row
+from polar_jax.data.layout import Segment, pair_segment
+from polar_jax.data.pipeline import TripletSegments, examples_at
 from polar_jax.data.template import Template
+from polar_jax.runtime.paths import write_atomically
 from polar_jax.types import Triplet
 
 _INFO, _TOKENS, _LENGTHS = 'info.json', 'tokens.npy', 'lengths.npz'
-_AT_ONCE = 1_024  # triplets that a thread tokenises before it is given more
+_AT_ONCE = 1_024  # triplets of one task of a thread
 
 
-class StoredPairTokens(PairTokens):
-  """As `PairTokens`, with what `store` has written read from there. Rows that it has not are tokenised as they are asked for."""
+class StoredSegments(TripletSegments):
+  """Segments of triplets that `store` has written, read from there. Other triplets are tokenized on access."""
 
   def __init__(self, source: Sequence[Triplet], template: Template, folder: pathlib.Path):
     super().__init__(source, template)
@@ -34,37 +34,42 @@ class StoredPairTokens(PairTokens):
     self._offset = np.concatenate([[0], np.cumsum(self._total, dtype=np.int64)])
     self._tokens = np.load(folder / _TOKENS, mmap_mode='r')
 
-  def __getitem__(self, index: int) -> PairRow:
+  def __getitem__(self, index: int) -> Segment:
     slot = self._slot[index]
     if slot < 0:
       return super().__getitem__(index)
     ids = self._tokens[self._offset[slot] : self._offset[slot + 1]]
-    return pair_row(ids[: self._chosen[slot]], ids[self._chosen[slot] :])
+    return pair_segment(ids[: self._chosen[slot]], ids[self._chosen[slot] :])
 
-  def many(self, indices: Sequence[int]) -> list[PairRow]:
+  def take(self, indices: Sequence[int]) -> list[Segment]:
+    """Return the segments of several examples."""
     return [self[index] for index in indices]
 
 
-def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str) -> PairTokens:
-  """The triplets of `source`, from the store in `folder` if there is one of the same `key`."""
+def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str) -> TripletSegments:
+  """Open the segments of `source`, read from the store in `folder` if it was written with the same `key`."""
   info = folder / _INFO
   if info.exists() and json.loads(info.read_text())['key'] == key:
-    return StoredPairTokens(source, template, folder)
-  return PairTokens(source, template)
+    return StoredSegments(source, template, folder)
+  return TripletSegments(source, template)
 
 
-def store(tokens: PairTokens, indices: np.ndarray, folder: pathlib.Path, key: str, threads: int) -> None:
-  """Tokenises rows `indices` into `folder`, in place of what was there.
+def store(tokens: TripletSegments, indices: np.ndarray, folder: pathlib.Path, key: str, threads: int) -> None:
+  """Tokenize the examples `indices` into `folder`, replacing an older store.
 
   Args:
-    key: of rows, tokenizer and template, by which a reader knows that they are its own.
+    tokens: the segments to store.
+    indices: which examples.
+    folder: the folder of the store.
+    key: identifies examples, tokenizer and template; a reader uses a store only if it has the reader's key.
+    threads: number of threads that tokenize.
   """
   folder.mkdir(parents=True, exist_ok=True)
   info = folder / _INFO
-  info.unlink(missing_ok=True)  # what is half replaced is nobody's
+  info.unlink(missing_ok=True)  # invalidate first: a partly written store must not be read
 
   def read(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pairs = [tokens.template.encode(row) for row in rows_at(tokens.source, part.tolist())]
+    pairs = [tokens.template.encode(triplet) for triplet in examples_at(tokens.source, part.tolist())]
     ids = np.fromiter((i for pair in pairs for sequence in pair for i in sequence), np.int32)
     return ids, np.array([[len(chosen), len(chosen) + len(rejected)] for chosen, rejected in pairs], np.int32)
 
@@ -73,13 +78,11 @@ def store(tokens: PairTokens, indices: np.ndarray, folder: pathlib.Path, key: st
   np.save(folder / _TOKENS, np.concatenate(ids))
   chosen, total = np.concatenate(lengths).T
   np.savez(folder / _LENGTHS, indices=indices.astype(np.int32), chosen=chosen, total=total)
-  temporary = folder / (_INFO + '.tmp')
-  temporary.write_text(json.dumps({'key': key}) + '\n')
-  os.replace(temporary, info)
+  write_atomically(info, json.dumps({'key': key}) + '\n')
 
 
 def is_stored(folder: pathlib.Path, key: str, indices: np.ndarray) -> bool:
-  """Whether `folder` holds these rows of that key."""
+  """Return whether `folder` holds a store with this key that contains these examples."""
   info = folder / _INFO
   if not info.exists() or json.loads(info.read_text())['key'] != key:
     return False

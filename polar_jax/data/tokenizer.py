@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: bytes, a tokenizer.json, a SentencePiece model.
 
-Special strings inside a text become their single ids everywhere, because the official servers tokenise a whole template as text
-and rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; BOS only when asked.
+Special strings inside a text become their single ids everywhere, because the official servers tokenize a whole template as text and
+rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; BOS is added on request only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polar_jax.data.special_tokens import NAMES, SpecialTokens, TokenizerError, 
 
 PAD, BOS, EOS, SEPARATOR, REWARD = '<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]'
 UNK = '<unk>'
-SPECIAL_TOKENS = (PAD, BOS, EOS, SEPARATOR, REWARD)  # of the tokenizers made here (bytes, and the BPE trained on the spot)
+SPECIAL_TOKENS = (PAD, BOS, EOS, SEPARATOR, REWARD)  # of the tokenizers of this package: bytes, and the BPE that a run trains
 
 
 @runtime_checkable
@@ -33,33 +33,38 @@ class Tokenizer(Protocol):
 
   @property
   def bos_id(self) -> int | None:
-    """None: the tokenizer has no BOS, and `add_bos` adds nothing (Qwen)."""
+    """The beginning-of-sequence id; None: the tokenizer has none, and `add_bos` adds nothing (Qwen)."""
 
   @property
-  def eos_id(self) -> int | None: ...
+  def eos_id(self) -> int | None:
+    """The end-of-sequence id; None: the tokenizer has none."""
 
   @property
-  def pad_id(self) -> int | None: ...
+  def pad_id(self) -> int | None:
+    """The padding id; None: the tokenizer has none."""
 
   @property
-  def unk_id(self) -> int | None: ...
+  def unk_id(self) -> int | None:
+    """The id of unknown text; None: the tokenizer has none."""
 
-  def encode(self, text: str, add_bos: bool = False) -> list[int]: ...
+  def encode(self, text: str, add_bos: bool = False) -> list[int]:
+    """Convert a text to token ids."""
 
-  def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]: ...
+  def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+    """Convert several texts to token ids."""
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    """Ids that do not form valid UTF-8 become U+FFFD."""
+    """Convert token ids to a text. Ids that do not form valid UTF-8 become U+FFFD; `skip_special` drops special tokens."""
 
   def is_exact(self, text: str) -> bool:
-    """True: decode(encode(text)) is certain to be `text`, and its tokens are at most its UTF-8 bytes. (False promises nothing.)"""
+    """Return True only if decode(encode(text)) is certain to be `text`, with at most as many tokens as UTF-8 bytes."""
 
   def special_id(self, token: str) -> int | None:
-    """The id that the string `token` always becomes inside a text; None when it is not a single special or user-defined token."""
+    """Return the id that the string `token` always becomes inside a text; None if it is not a single special or user-defined token."""
 
 
 class SpecialStrings:
-  """Strings that become one id wherever they stand in a text; the text between them is tokenised on its own."""
+  """Strings that become one id anywhere in a text. The text between them is tokenized separately."""
 
   def __init__(self, ids: Mapping[str, int]):
     self.ids = dict(ids)
@@ -67,9 +72,11 @@ class SpecialStrings:
     self._pattern = re.compile('(' + '|'.join(map(re.escape, longest_first)) + ')') if self.ids else None
 
   def occur_in(self, text: str) -> bool:
+    """Return whether the text contains one of the strings."""
     return self._pattern is not None and self._pattern.search(text) is not None
 
   def encode(self, text: str, encode_plain: Callable[[str], Iterable[int]]) -> list[int]:
+    """Convert a text to ids, using `encode_plain` for the text between the strings."""
     if self._pattern is None or not self._pattern.search(text):
       return list(encode_plain(text))
     out: list[int] = []
@@ -111,7 +118,7 @@ class ByteTokenizer:
 
 
 class _FileTokenizer(abc.ABC):
-  """Reads its file on first use, so that what travels to worker processes is a path."""
+  """A tokenizer that reads its file on first use, so that it is pickled as a path."""
 
   def __init__(self, path: str | pathlib.Path):
     self.path = pathlib.Path(path)
@@ -125,7 +132,7 @@ class _FileTokenizer(abc.ABC):
 
   @abc.abstractmethod
   def _load(self) -> Any:
-    """What the file holds, with a `specials` and an `ids` (of 'bos', 'eos', 'pad', 'unk')."""
+    """Read the file into an object with `specials` and `ids` (of 'bos', 'eos', 'pad', 'unk')."""
 
   @property
   def bos_id(self) -> int | None:
@@ -151,8 +158,8 @@ class _FileTokenizer(abc.ABC):
   def _encode(self, text: str) -> list[int]: ...
 
   def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
-    # The batch call of `tokenizers` hands the texts to a thread pool: for a row's few texts that costs more than it saves, and
-    # the pool does not survive a fork.
+    # The batch call of `tokenizers` uses a thread pool, which costs more than it saves for the few texts of an example, and does not
+    # survive a fork.
     return [self.encode(text, add_bos) for text in texts]
 
   @property
@@ -166,21 +173,21 @@ class _FileTokenizer(abc.ABC):
             raise
           except Exception as error:  # the libraries raise bare Exception and RuntimeError
             reason = (str(error).splitlines() or [repr(error)])[0]
-            raise TokenizerError(f'{self.path}: not a tokenizer file that can be read: {reason}') from error
+            raise TokenizerError(f'{self.path}: not a readable tokenizer file: {reason}') from error
     return self._loaded
 
 
 def byte_symbols() -> list[str]:
-  """The printable character that a byte-level BPE writes for each byte: itself where it is printable, else one past U+0100."""
+  """Return the printable character that a byte-level BPE writes for each byte: itself if printable, else one from U+0100 on."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
   others = iter(range(256, 512))
   return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def _byte_alphabet(spec: Mapping[str, Any]) -> bytes | None:
-  """The bytes that a plain byte-level BPE can write; None for a tokenizer.json that normalises, adds or drops anything.
+  """Return the bytes that a plain byte-level BPE can represent; None for a tokenizer.json that normalizes, adds or drops anything.
 
-  A text of these bytes comes back exactly. Of any other the library would drop what it does not know without a word.
+  A text of these bytes is reproduced exactly. The library silently drops other bytes.
   """
   model, steps = spec['model'], spec['pre_tokenizer'] or {}
   steps = steps['pretokenizers'] if steps.get('type') == 'Sequence' else [steps]
@@ -197,52 +204,52 @@ class _Bpe(NamedTuple):
   specials: SpecialStrings
   ids: Mapping[str, int | None]
   size: int
-  alphabet: bytes | None  # of _byte_alphabet
+  alphabet: bytes | None  # the result of _byte_alphabet
 
 
 class BpeTokenizer(_FileTokenizer):
   """A tokenizer.json of the `tokenizers` package.
 
-  The file does not say which token is BOS: the files beside it do (special_tokens.py). Where they do not, the token that the
-  file's own post-processor puts in front counts, or else `<s>`, `</s>`, `<pad>` and `<unk>`.
+  The file does not define which token is BOS; the files next to it do (special_tokens.py). Without them it is the token that the file's
+  post-processor prepends, or else `<s>`; the others default to `</s>`, `<pad>` and `<unk>`.
   """
 
   def _load(self) -> _Bpe:
     import tokenizers
 
     model = tokenizers.Tokenizer.from_file(str(self.path))
-    model.no_truncation()  # a file may carry a truncation or padding that would silently change lengths
+    model.no_truncation()  # truncation or padding in the file would silently change lengths
     model.no_padding()
-    said = read_special_tokens(self.path.parent)
-    self._add_missing(model, said)
+    special = read_special_tokens(self.path.parent)
+    self._add_missing(model, special)
     spec = json.loads(model.to_str())
     added = {token.content: i for i, token in model.get_added_tokens_decoder().items()}
     defaults = {'bos': _leading_token(spec['post_processor']) or BOS, 'eos': EOS, 'pad': PAD, 'unk': spec['model'].get('unk_token') or UNK}
     ids = {}
     for name in NAMES:
-      token = said.named[name] if name in said.named else defaults[name]
+      token = special.named[name] if name in special.named else defaults[name]
       ids[name] = None if token is None else added.get(token)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
     return _Bpe(model, SpecialStrings(added), ids, size, _byte_alphabet(spec))
 
-  def _add_missing(self, model: Any, said: SpecialTokens) -> None:
-    """Adds the tokens that only the files beside tokenizer.json know, as the Hugging Face tokenizers do.
+  def _add_missing(self, model: Any, special: SpecialTokens) -> None:
+    """Add the tokens that are defined only in the files next to tokenizer.json, as the Hugging Face tokenizers do.
 
-    A named token without an id that the vocabulary does not hold either stays unknown: an id past the model's embedding is no use.
+    A named token without an id that is not in the vocabulary either stays unknown, because a new id would exceed the model's embedding.
     """
     import tokenizers
 
     known = {token.content for token in model.get_added_tokens_decoder().values()}
-    for token in [*said.named.values(), *said.marked]:
-      if token is not None and token not in known and token not in said.added and model.token_to_id(token) is not None:
+    for token in [*special.named.values(), *special.marked]:
+      if token is not None and token not in known and token not in special.added and model.token_to_id(token) is not None:
         model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-    for token, (i, special, flags) in said.added.items():
+    for token, (i, is_special, flags) in special.added.items():
       if token in known:
         continue
-      model.add_tokens([tokenizers.AddedToken(token, special=special, **{'normalized': not special, **flags})])
+      model.add_tokens([tokenizers.AddedToken(token, special=is_special, **{'normalized': not is_special, **flags})])
       if model.token_to_id(token) != i:
         raise TokenizerError(
-          f'{self.path} lacks the token {token!r}, to which a file beside it gives the id {i}, and would make it '
+          f'{self.path} lacks the token {token!r}, which has the id {i} in a file next to it but would get the id '
           f'{model.token_to_id(token)}; add it to the added_tokens of tokenizer.json'
         )
 
@@ -255,10 +262,10 @@ class BpeTokenizer(_FileTokenizer):
     if alphabet is not None and (unknown := text.encode('utf-8').translate(None, alphabet)):
       character = next(c for c in text if any(b in unknown for b in c.encode('utf-8')))
       raise TokenizerError(
-        f'{self.path} has no token for {character!r} (in {text[:40]!r}...): it was trained on other text; use tokenizer.kind=byte, '
-        'or another tokenizer file'
+        f'{self.path} has no token for {character!r} (in {text[:40]!r}...), because it was trained on other text; use '
+        'tokenizer.kind=byte, or another tokenizer file'
       )
-    return model.encode(text, add_special_tokens=False).ids  # the file's own post-processor might add an EOS too
+    return model.encode(text, add_special_tokens=False).ids  # the file's post-processor might add an EOS too
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     return self._model.model.decode(ids, skip_special_tokens=skip_special)
@@ -273,7 +280,7 @@ class BpeTokenizer(_FileTokenizer):
 
 
 def _leading_token(post_processor: Mapping[str, Any] | None) -> str | None:
-  """The special token that a tokenizer.json's post-processor puts before a text."""
+  """Return the special token that the post-processor of a tokenizer.json prepends to a text."""
   steps = (post_processor or {}).get('processors') or [post_processor or {}]
   for step in steps:
     if step.get('type') == 'TemplateProcessing' and step['single'] and 'SpecialToken' in step['single'][0]:
@@ -282,55 +289,55 @@ def _leading_token(post_processor: Mapping[str, Any] | None) -> str | None:
 
 
 def sentencepiece_proto() -> Any:
-  """The class of a SentencePiece model's file. (It is made when its module is imported, so type checkers see no such name.)"""
+  """Return the protobuf class of a SentencePiece file. It is created on import, so type checkers do not know it."""
   return importlib.import_module('sentencepiece.sentencepiece_model_pb2').ModelProto
 
 
 class _SentencePiece(NamedTuple):
   model: Any
   specials: SpecialStrings
-  user_defined: Mapping[str, int]  # pieces that the model itself never splits, such as [UNUSED_TOKEN_130]
+  user_defined: Mapping[str, int]  # pieces that the model never splits, such as [UNUSED_TOKEN_130]
   ids: Mapping[str, int | None]
-  names: Mapping[int, str]  # the string of an id, for decoding; user-defined pieces are decoded by the model
-  dropped: frozenset[int]  # by decoding with `skip_special`
+  names: Mapping[int, str]  # string of each special id, for decoding; the model itself decodes user-defined pieces
+  dropped: frozenset[int]  # ids that decoding with `skip_special` drops
 
 
 class SentencePieceTokenizer(_FileTokenizer):
-  """A SentencePiece tokenizer.model, with what the files beside it add, if any (special_tokens.py).
+  """A SentencePiece tokenizer.model, with the tokens that the files next to it add, if any (special_tokens.py).
 
-  As in the Hugging Face tokenizers of such models, `<s>` and the other control pieces inside a text become their ids, and
-  decoding with `skip_special` drops control pieces, the unknown piece and added tokens marked special.
+  As in the Hugging Face tokenizers of such models, `<s>` and other control pieces inside a text become their ids, and decoding with
+  `skip_special` drops control pieces, the unknown piece and added tokens marked special.
   """
 
   def _load(self) -> _SentencePiece:
     import sentencepiece
 
-    sentencepiece.set_min_log_level(2)  # it warns about a harmless null piece in InternLM2's model
+    sentencepiece.set_min_log_level(2)  # no warning about the harmless null piece in InternLM2's model
     model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
     proto = sentencepiece_proto().FromString(model.serialized_model_proto())
     user_defined = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == piece.USER_DEFINED}
     control = [i for i in range(model.vocab_size()) if model.IsControl(i) or model.IsUnknown(i)]
     strings = {model.IdToPiece(i): i for i in control}
     dropped = set(control)
-    said = read_special_tokens(self.path.parent)
-    for token, (i, special, flags) in said.added.items():
+    special = read_special_tokens(self.path.parent)
+    for token, (i, is_special, flags) in special.added.items():
       if any(flags.get(flag) for flag in ('lstrip', 'rstrip', 'single_word')):
-        raise TokenizerError(f'{self.path}: the added token {token!r} wants lstrip, rstrip or single_word; give a tokenizer.json instead')
+        raise TokenizerError(f'{self.path}: the added token {token!r} sets lstrip, rstrip or single_word; use a tokenizer.json instead')
       strings[token] = i
-      if special:
+      if is_special:
         dropped.add(i)
     own = (model.bos_id(), model.eos_id(), model.pad_id(), model.unk_id())
     ids = {name: None if i < 0 else i for name, i in zip(NAMES, own, strict=True)}
-    for named in {*said.named.values(), *said.marked}:
+    for named in {*special.named.values(), *special.marked}:
       if named is not None and (known := strings.get(named, _piece_id(model, named))) is not None:
         strings[named] = known
         dropped.add(known)
-    ids |= {name: None if token is None else strings.get(token) for name, token in said.named.items()}
+    ids |= {name: None if token is None else strings.get(token) for name, token in special.named.items()}
     names = {i: token for token, i in strings.items()}
     return _SentencePiece(model, SpecialStrings(strings), user_defined, ids, names, frozenset(dropped))
 
   def added_tokens(self) -> dict[str, tuple[int, bool]]:
-    """The control pieces and added tokens: id, and whether decoding with `skip_special` drops it."""
+    """Return the (id, dropped by decoding with `skip_special`) of each control piece and added token."""
     return {token: (i, i in self._model.dropped) for token, i in self._model.specials.ids.items()}
 
   @property
@@ -341,7 +348,7 @@ class SentencePieceTokenizer(_FileTokenizer):
     return self._model.specials.encode(text, self._model.model.encode)
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    """The text between two added or control tokens is decoded on its own."""
+    """Convert token ids to a text. The ids between two added or control tokens are decoded separately."""
     model, names = self._model.model, self._model.names
     if skip_special:
       ids = [i for i in ids if i not in self._model.dropped]
@@ -358,43 +365,43 @@ class SentencePieceTokenizer(_FileTokenizer):
     return ''.join([*out, model.decode(run)])
 
   def is_exact(self, text: str) -> bool:
-    return False  # a model may normalise, and even the identity turns U+2581 into a space
+    return False  # a model may normalize, and even without normalization U+2581 becomes a space
 
   def special_id(self, token: str) -> int | None:
     return {**self._model.user_defined, **self._model.specials.ids}.get(token)
 
 
 def _piece_id(model: Any, token: str) -> int | None:
-  i = model.PieceToId(token)  # the unknown piece stands for all that it does not know
+  i = model.PieceToId(token)  # unknown strings have the id of the unknown piece
   return i if model.IdToPiece(i) == token else None
 
 
 def open_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-  """The tokenizer in a tokenizer.json, a tokenizer.model, or a folder with one: a checkpoint's or an `assets/` folder.
+  """Open a tokenizer.json, a tokenizer.model, or a folder that contains one: a checkpoint's or an `assets/` folder.
 
-  Of a folder that has both, tokenizer.json counts: it is what the Hugging Face tokenizers run.
+  In a folder with both, tokenizer.json has precedence, because the Hugging Face tokenizers use it.
 
   Raises:
-    TokenizerError: there is no such file, its suffix is unknown, or the folder has neither.
+    TokenizerError: the file does not exist, its suffix is unknown, or the folder contains neither file.
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    found = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), None)
-    if found is None:
+    file = next((path / name for name in ('tokenizer.json', 'tokenizer.model') if (path / name).is_file()), None)
+    if file is None:
       names = sorted(child.name for child in path.iterdir())
-      held = ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '') or 'nothing'
-      raise TokenizerError(f'{path} holds neither a tokenizer.json nor a tokenizer.model (it holds {held})')
-    path = found
+      content = ', '.join(names[:20]) + (f' and {len(names) - 20} more' if len(names) > 20 else '') or 'nothing'
+      raise TokenizerError(f'{path} contains neither a tokenizer.json nor a tokenizer.model, but: {content}')
+    path = file
   if path.suffix not in ('.json', '.model'):
-    raise TokenizerError(f'{path}: unknown suffix {path.suffix!r}; give a tokenizer.json, a tokenizer.model or a folder with one')
+    raise TokenizerError(f'{path}: unknown suffix {path.suffix!r}; use a tokenizer.json, a tokenizer.model or a folder with one')
   return BpeTokenizer(path) if path.suffix == '.json' else SentencePieceTokenizer(path)
 
 
 def stop_ids(folder: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The ids that end a generated text: of generation_config.json in `folder`, else its config.json, else the tokenizer's EOS.
+  """Return the ids that end a generated text: from generation_config.json in `folder`, else its config.json, else the tokenizer's EOS.
 
   Raises:
-    TokenizerError: a file gives something else than an id or a list of ids.
+    TokenizerError: a file has something other than an id or a list of ids.
   """
   for name in ('generation_config.json', 'config.json'):
     path = pathlib.Path(folder) / name
@@ -404,28 +411,32 @@ def stop_ids(folder: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...
     ids = value if isinstance(value, list) else [value]
     if any(type(i) is not int for i in ids):
       raise TokenizerError(f'{path}: eos_token_id must be an id or a list of ids, not {json.dumps(value)[:60]}')
-    if ids := [i for i in ids if i >= 0]:  # -1 is the GGUF and llama2.c way to say none
+    if ids := [i for i in ids if i >= 0]:  # GGUF and llama2.c write -1 for none
       return tuple(dict.fromkeys(ids))
   return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def load_tokenizer(config: TokenizerConfig, trained_path: pathlib.Path | None = None) -> Tokenizer:
-  """The tokenizer that `config` names. `trained_path`: the tokenizer.json that the synthesize stage wrote, for kind 'trained'.
+  """Open the tokenizer that `config` names.
 
-  Kind 'checkpoint' is for those who know the checkpoint: they call `open_tokenizer` with its folder.
+  Kind 'checkpoint' is not handled here: callers that know the checkpoint call `open_tokenizer` with its folder.
+
+  Args:
+    config: the kind, and the path for kind 'file'.
+    trained_path: the tokenizer.json that the synthesize stage wrote, for kind 'trained'.
 
   Raises:
-    TokenizerError: there is no such file, or its suffix is unknown.
+    TokenizerError: the file does not exist, its suffix is unknown, or the kind is 'checkpoint'.
   """
   if config.kind == 'byte':
     return ByteTokenizer()
   if config.kind == 'trained':
     if trained_path is None or not pathlib.Path(trained_path).is_file():
-      where = f'{trained_path}: no such file' if trained_path else 'no path to it is known'
+      where = f'{trained_path}: no such file' if trained_path else 'its path is not known'
       raise TokenizerError(f"tokenizer.kind is 'trained', but {where}; run the synthesize stage, or set tokenizer.kind and tokenizer.path")
     return BpeTokenizer(trained_path)
   if config.kind == 'checkpoint':
-    raise TokenizerError("tokenizer.kind is 'checkpoint', but there is no checkpoint here; set tokenizer.kind=file and tokenizer.path")
+    raise TokenizerError("tokenizer.kind is 'checkpoint', but this stage has no checkpoint; set tokenizer.kind=file and tokenizer.path")
   if config.path is None:
     raise TokenizerError("tokenizer.path must name a tokenizer.json, a tokenizer.model or a folder with one when tokenizer.kind is 'file'")
   return open_tokenizer(config.path)

@@ -21,10 +21,10 @@ import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ModelConfig, RftConfig
-from polar_jax.data import pipeline, text
+from polar_jax.data import layout, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
-from polar_jax.ppo import experience, metrics, rows
+from polar_jax.ppo import experience, metrics
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
@@ -244,8 +244,8 @@ class _Judge:
   def _kl(self, rollouts: Rollouts) -> float:
     """Nats per token from the start, estimated on the policy's own answers."""
     run = self._run
-    batches = rows.pack(rollouts, range(len(self._ids)), run.row_length, experience.micro_batch_rows(run.config, run.mesh))
+    batches = layout.policy_batches(rollouts, range(len(self._ids)), run.row_length, experience.micro_batch_rows(run.config, run.mesh))
     with jax.set_mesh(run.mesh):
       (start_RT, _) = experience.run_forward(run.actor().forward, self.start, batches, run.mesh, rollouts, 2)
-    mask_RT = rows.token_mask(rollouts)
+    mask_RT = layout.response_mask(rollouts)
     return float(((rollouts.logprob_RT - start_RT) * mask_RT).sum() / mask_RT.sum())

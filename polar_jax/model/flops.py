@@ -1,8 +1,8 @@
-"""Model FLOPs, counted from a config and from what a batch really holds.
+"""Model FLOPs, counted from a config and from the contents of a batch.
 
-The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens it is really applied to, attention
-for the query-key pairs inside the intervals, and a training step counts three times the forward pass. Padding,
-rematerialisation, the embedding lookup, norms and the optimizer count for nothing.
+The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
+the query-key pairs inside the intervals, and a training step for three times the forward pass. Padding, rematerialization, the
+embedding lookup, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -18,63 +18,65 @@ from polar_jax.config import ModelConfig
 
 MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
 
-# Dense bfloat16 peaks of a chip in FLOP/s, from the vendors' data sheets.
+# Dense bfloat16 peak of each chip in FLOP/s, from the vendors' data sheets.
 CHIPS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'a100': 312e12, 'h100': 989e12, 'h200': 989e12}
-# The same by a part of jax.Device.device_kind.
+# The same peaks by a substring of jax.Device.device_kind.
 _PEAKS = {{'v5e': 'v5 lite', 'v6e': 'v6 lite'}.get(chip, chip): peak for chip, peak in CHIPS.items()}
 
 
 class Parameters(NamedTuple):
-  """Of a model, master weights of every kind. Scaling studies count them with the embedding table or without."""
+  """Parameter counts of a model. Scaling studies count them with or without the embedding table."""
 
   embedding: int
   layers: int
-  head: int  # with the norm before it
+  head: int  # including the norm before it
 
   @property
   def total(self) -> int:
+    """All parameters."""
     return sum(self)
 
   @property
   def without_embedding(self) -> int:
+    """All parameters except the embedding table."""
     return self.layers + self.head
 
 
 def reward_model_parameters(c: ModelConfig) -> Parameters:
-  """Exact count of a `RewardModel`."""
+  """Count the parameters of a `RewardModel` exactly."""
   return _parameters(c, c.d_model)
 
 
 def language_model_parameters(c: ModelConfig) -> Parameters:
-  """Exact count of a `LanguageModel`; a head that is tied to the embedding table counts there."""
-  return _parameters(c, 0 if c.tie_embeddings else c.d_model * (c.vocab_size or 0))
+  """Count the parameters of a `LanguageModel` exactly; a head tied to the embedding table counts as embedding."""
+  return _parameters(c, 0 if c.tie_embeddings else c.d_model * c.known_vocab_size)
 
 
 def _parameters(c: ModelConfig, head: int) -> Parameters:
   biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
-  return Parameters((c.vocab_size or 0) * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + 2 * c.d_model), head + c.d_model)
+  return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + 2 * c.d_model), head + c.d_model)
 
 
 def _layer_weights(c: ModelConfig) -> tuple[int, int]:
-  """(key and value projection weights, all other matmul weights) of one layer."""
+  """Count the (key and value projection weights, all other matmul weights) of one layer."""
   key_value = 2 * c.d_model * c.num_kv_heads * c.head_dim
   rest = 2 * c.d_model * c.num_heads * c.head_dim + 3 * c.d_model * c.d_ff
   return key_value, rest
 
 
 def language_model_flops(c: ModelConfig, batch: Any) -> float:
-  """Forward FLOPs of a TextBatch (host arrays)."""
+  """Count the forward FLOPs of a TextBatch (host arrays)."""
   tokens, seen = _tokens_and_pairs(batch)
-  per_token = c.num_layers * sum(_layer_weights(c)) + c.d_model * (c.vocab_size or 0)
+  per_token = c.num_layers * sum(_layer_weights(c)) + c.d_model * c.known_vocab_size
   return 2.0 * tokens * per_token + 4.0 * c.num_layers * c.num_heads * c.head_dim * seen
 
 
 def reward_model_flops(c: ModelConfig, batch: Any) -> float:
-  """Forward FLOPs of a PairBatch (host arrays): the last layer works at the reward tokens, and at keys and values."""
+  """Count the forward FLOPs of a PairBatch (host arrays). The last layer computes only keys, values and the reward tokens."""
   tokens, seen = _tokens_and_pairs(batch)
   key_value, rest = _layer_weights(c)
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
-  # Padding pairs point at token 0, which may be a real one.
+  # Padding pairs point at token 0, which may be a real token.
   real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
   span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1) * real
   rewards = float((span > 0).sum())
@@ -84,9 +86,9 @@ def reward_model_flops(c: ModelConfig, batch: Any) -> float:
 
 
 def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
-  """Forward FLOPs of the pairs of a PairBatch (host arrays) had each candidate a causal row of its own, through every layer.
+  """Count the forward FLOPs of the pairs of a PairBatch (host arrays) as if each candidate were a causal row of its own, in every layer.
 
-  What a trainer without shared prefixes does for the same loss: the other way to count.
+  This is the work of a trainer without shared prefixes for the same loss.
   """
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
   lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(batch.reward_index_BPC.shape) + 1.0
@@ -102,7 +104,7 @@ def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
-  """(FLOP/s of one device, where the figure comes from). A CPU's is measured: the best of a few float32 matmuls."""
+  """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls."""
   kind = device.device_kind.lower()
   for name, peak in _PEAKS.items():
     if name in kind:
@@ -116,5 +118,5 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     start = time.perf_counter()
     matmul(a).block_until_ready()
     best = min(best, time.perf_counter() - start)
-  # Fake devices share one CPU: what was measured is divided among them.
+  # Fake devices share one CPU, so the measured speed is divided among them.
   return 2.0 * n**3 / best / jax.local_device_count(), f'{device.device_kind} measured on a {n} x {n} float32 matmul'

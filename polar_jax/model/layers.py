@@ -1,4 +1,4 @@
-"""The parts of a decoder layer as pure functions. Where XLA's own derivative is slow, it is written by hand, and says so."""
+"""The parts of a decoder layer as pure functions. Derivatives are written by hand where XLA's own are slow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from polar_jax.config import ModelConfig
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
-  """A float32 parameter with named axes: normal(0, std), zeros for std 0, ones for std None (norm scales)."""
+  """Create a float32 parameter with named axes.
+
+  Args:
+    rngs: source of random keys.
+    shape: of the parameter.
+    axes: logical name of each axis (`polar_jax.sharding.RULES`).
+    std: standard deviation of a normal distribution; 0: zeros; None: ones (norm scales).
+  """
   if std is None:
     value = jnp.ones(shape, jnp.float32)
   elif std == 0:
@@ -24,9 +31,15 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: fl
 
 
 def project(x: jax.Array, weight: jax.Array, inputs: int = 1, bias: nnx.Param | None = None) -> jax.Array:
-  """Contracts the last `inputs` axes of x (B, T, ...) with the first of `weight`, which is cast to x's type; adds `bias`, if any.
+  """Contract the last axes of x with the first axes of a weight.
 
-  One matmul of two matrices: with more axes XLA's CPU backend transposes the operands of every weight gradient first.
+  This is one matmul of two matrices, because with more axes XLA's CPU backend first transposes the operands of every weight gradient.
+
+  Args:
+    x: activations (B, T, ...).
+    weight: cast to the dtype of x.
+    inputs: number of axes to contract.
+    bias: added to the result, if given.
   """
   rows, outer = x.shape[:-inputs], weight.shape[inputs:]
   wide = weight.reshape(math.prod(weight.shape[:inputs]), -1).astype(x.dtype)
@@ -34,20 +47,26 @@ def project(x: jax.Array, weight: jax.Array, inputs: int = 1, bias: nnx.Param | 
   return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
-def project_few(x: jax.Array, turned: jax.Array, inputs: int = 1, bias: nnx.Param | None = None) -> jax.Array:
-  """As `project`, of few rows, with a weight whose input axes are its last: 1.5 times as fast for 32 rows on a CPU.
+def project_few(x: jax.Array, transposed: jax.Array, inputs: int = 1, bias: nnx.Param | None = None) -> jax.Array:
+  """Compute `project` for few rows and a weight whose input axes come last: 1.5 times as fast for 32 rows on a CPU.
 
-  The weight comes first, so that its rows are what the matmul divides among the cores.
+  The weight is the left operand, so that the matmul divides its rows among the cores.
+
+  Args:
+    x: activations (B, T, ...).
+    transposed: the weight, cast to the dtype of x.
+    inputs: number of axes to contract.
+    bias: added to the result, if given.
   """
-  rows, outer = x.shape[:-inputs], turned.shape[:-inputs]
-  wide = turned.reshape(math.prod(outer), -1).astype(x.dtype)
-  # Without the barrier XLA swaps the operands to spare the transposition.
+  rows, outer = x.shape[:-inputs], transposed.shape[:-inputs]
+  wide = transposed.reshape(math.prod(outer), -1).astype(x.dtype)
+  # Without the barrier XLA swaps the operands to avoid the transposition.
   out = jax.lax.optimization_barrier(wide @ x.reshape(-1, wide.shape[1]).T).T.reshape(*rows, *outer)
   return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """RMSNorm in float32, cast back, then scaled: the order of InternLM2."""
+  """Apply RMSNorm in float32, cast back, then scale: the order of InternLM2."""
   return _rms_norm(x_BTD, scale_D, eps)
 
 
@@ -64,7 +83,7 @@ def _rms_norm_forward(x_BTD, scale_D, eps):
 
 
 def _rms_norm_backward(saved, d_out_BTD):
-  """Sums of products as contractions: on CPUs XLA's fused multiply-and-sum is twenty times slower."""
+  """Compute sums of products as contractions, because XLA's fused multiply-and-sum is twenty times slower on CPUs."""
   x_BTD, scale_D, inverse_BT1 = saved
   normed_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
   d_out_BTD = d_out_BTD.astype(jnp.float32)
@@ -80,7 +99,7 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @jax.custom_vjp
 def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-  """silu(gate) * up. Saves its two inputs and nothing else for the derivative."""
+  """Compute silu(gate) * up. Only the two inputs are saved for the derivative."""
   return jax.nn.silu(gate_BTF) * up_BTF
 
 
@@ -99,10 +118,10 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
-  """Radians per position (B or 1, H/2) of each pair of a head, scaled as `config.rope_scaling` says.
+  """Return the radians per position (B or 1, H/2) of each pair of a head, scaled according to `config.rope_scaling`.
 
-  'dynamic' depends on how long a row's longest sequence is, once that exceeds `max_position`: such a sequence gets the frequencies
-  it would get alone only if no longer one shares its row. The others are constants, rounded once.
+  'dynamic' depends on the length of a row's longest sequence once that exceeds `max_position`, so such a sequence gets the frequencies
+  that it would get alone only if no longer one shares its row. The other scalings are constants, rounded once.
   """
   c = config
   exponent_h = np.arange(0, c.head_dim, 2) / c.head_dim
@@ -110,9 +129,10 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
   if c.rope_scaling == 'linear':
     frequency_h = frequency_h / c.rope_factor
   elif c.rope_scaling == 'llama3':
-    # Waves that went round more than `high` times in the original length stay, those below `low` are stretched, between: a mix.
-    turns_h = c.rope_original_length * frequency_h / (2 * math.pi)
-    kept_h = np.clip((turns_h - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
+    # Frequencies with more than `high` rotations over the original length are kept, those with fewer than `low` are divided by the
+    # factor, and those in between are interpolated.
+    rotations_h = c.rope_original_length * frequency_h / (2 * math.pi)
+    kept_h = np.clip((rotations_h - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
     frequency_h = kept_h * frequency_h + (1 - kept_h) * frequency_h / c.rope_factor
   frequency_1h = jnp.asarray(frequency_h, jnp.float32)[None]
   if c.rope_scaling != 'dynamic':
@@ -125,15 +145,15 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
 
 
 def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin) of shape (B, T, H/2). Angles in float32: bfloat16 cannot tell position 257 from 256."""
+  """Return (cos, sin) of shape (B, T, H/2). Angles are float32, because bfloat16 cannot distinguish positions 256 and 257."""
   angle_BTh = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config, positions_BT)[:, None]
-  # A loop, because XLA fuses nothing into or out of one: it would compute the tables anew for every head of every unrolled layer.
+  # A loop is a barrier to fusion; without it XLA recomputes the tables for every head of every unrolled layer.
   cos_BTh, sin_BTh = jax.lax.map(lambda sine: jnp.where(sine, jnp.sin(angle_BTh), jnp.cos(angle_BTh)), jnp.array([False, True]))
   return cos_BTh, sin_BTh
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:
-  """Rotates the first half of each head against the second half (rotate-half, as in NeoX and InternLM2)."""
+  """Rotate the first half of each head against the second half (rotate-half, as in NeoX and InternLM2)."""
   cos, sin = (t[:, :, None, :].astype(x_BTNH.dtype) for t in (cos_BTh, sin_BTh))
   first, second = jnp.split(x_BTNH, 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

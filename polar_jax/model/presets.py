@@ -1,12 +1,12 @@
-"""Model shapes: published ones, and those of the miniatures.
+"""Model shapes: published models, and the miniatures.
 
-Fields are those of each checkpoint's config.json. A shape serves every head: language, reward and value models of it differ in
-nothing else.
+The fields are those of each checkpoint's config.json. A shape serves every head: its language, reward and value models differ in
+nothing but the head.
 """
 
 from __future__ import annotations
 
-# The InternLM2.5 language model that POLAR-1.8B starts from has this very shape. POLAR-1.8B's own config.json was not seen.
+# The shape of the InternLM2.5 language model that POLAR-1.8B starts from. The config.json of POLAR-1.8B itself was not available.
 POLAR_1_8B = {
   'family': 'internlm2',
   'vocab_size': 92_544,
@@ -39,7 +39,7 @@ POLAR_7B = {
   'norm_eps': 1e-5,
 }
 
-# The published language model; the one that POLAR-7B starts from has other rotary embeddings.
+# The published language model; the one that POLAR-7B starts from has different rotary embeddings.
 INTERNLM2_5_7B = POLAR_7B | {'rope_theta': 1e6, 'max_position': 32_768}
 
 INTERNLM3_8B = {
@@ -123,12 +123,12 @@ QWEN2_5_32B = {
   'qkv_bias': True,
 }
 
-# The instruct models, which reinforcement fine-tuning starts from. (Those of InternLM3 and Llama 3.1 have the shape above.)
+# The instruct models that reinforcement fine-tuning starts from. (Those of InternLM3 and Llama 3.1 have the shapes above.)
 QWEN2_5_7B_INSTRUCT = QWEN2_5_7B | {'max_position': 32_768}
 QWEN2_5_32B_INSTRUCT = QWEN2_5_32B | {'max_position': 32_768, 'norm_eps': 1e-6}
 
-# Short of triplets long before they are short of parameters. init_std is about 1 / sqrt(d_model); all layers are unrolled,
-# which a CPU likes.
+# Small data sets limit these models before their size does. init_std is about 1 / sqrt(d_model); all layers are unrolled, which is
+# faster on a CPU.
 MINI_TINY = {
   'num_layers': 3,
   'd_model': 64,

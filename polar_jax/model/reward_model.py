@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.model.attention import Interval
 from polar_jax.model.layers import param
 from polar_jax.model.transformer import Decoder
-from polar_jax.types import GroupBatch, PairBatch
+from polar_jax.types import GroupBatch, Interval, PairBatch, SequenceBatch
 
 
 def read_head(hidden_BQD: jax.Array, v_head_D: jax.Array) -> jax.Array:
-  """Scalars (B, Q) in true float32, which accelerators give only when asked: a product this small costs nothing."""
+  """Compute scalars (B, Q) in true float32, which accelerators use only on request; a product this small costs nothing."""
   return jnp.einsum('BQD,D->BQ', hidden_BQD.astype(jnp.float32), v_head_D.astype(jnp.float32), precision='highest')
 
 
@@ -27,17 +26,31 @@ class RewardModel(nnx.Module):
     self.decoder = Decoder(config, rngs=rngs)
     self.v_head = param(rngs, (config.d_model,), ('act_embed',), 0 if config.v_head_init == 'zero' else config.init_std)
 
-  def __call__(self, batch: PairBatch) -> jax.Array:
-    """Rewards (B, P, C) in float32; those of padding pairs are meaningless."""
-    shape = batch.reward_index_BPC.shape
-    index_BQ = batch.reward_index_BPC.reshape(shape[0], -1)
-    return self._rewards(batch, [(batch.start_BT, batch.end_BT)], index_BQ).reshape(shape)
+  def __call__(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, intervals: Sequence[Interval], index_BQ: jax.Array | None = None
+  ) -> jax.Array:
+    """Compute rewards (B, Q) in float32 at the tokens `index_BQ`, or (B, T) at every token.
 
-  def score(self, batch: GroupBatch) -> jax.Array:
-    """Rewards (B, Q) of candidates that share their group's prefix, in float32; those of padding are meaningless."""
-    intervals = [(batch.start_BT, batch.end_BT), (batch.prefix_start_BT, batch.prefix_end_BT)]
-    return self._rewards(batch, intervals, batch.reward_index_BQ)
+    Args:
+      tokens_BT: token ids.
+      positions_BT: positions in the original sequences.
+      intervals: the keys that each token sees: those of all intervals.
+      index_BQ: indices of the reward tokens.
+    """
+    return read_head(self.decoder(tokens_BT, positions_BT, intervals, index_BQ), self.v_head[...])
 
-  def _rewards(self, batch: PairBatch | GroupBatch, intervals: Sequence[Interval], index_BQ: jax.Array) -> jax.Array:
-    hidden_BQD = self.decoder(batch.tokens_BT, batch.positions_BT, intervals, index_BQ)
-    return read_head(hidden_BQD, self.v_head[...])
+
+def pair_rewards(model: RewardModel, batch: PairBatch) -> jax.Array:
+  """Compute the rewards (B, P, C) of a batch of pairs, in float32. Those of padding pairs are meaningless."""
+  shape = batch.reward_index_BPC.shape
+  return model(batch.tokens_BT, batch.positions_BT, batch.intervals, batch.reward_index_BPC.reshape(shape[0], -1)).reshape(shape)
+
+
+def group_rewards(model: RewardModel, batch: GroupBatch) -> jax.Array:
+  """Compute the rewards (B, Q) of a batch of groups, in float32. Those of padding are meaningless."""
+  return model(batch.tokens_BT, batch.positions_BT, batch.intervals, batch.reward_index_BQ)
+
+
+def sequence_rewards(model: RewardModel, batch: SequenceBatch) -> jax.Array:
+  """Compute the rewards (B,) of a batch of single sequences, in float32. Those of padding rows are meaningless."""
+  return model(batch.tokens_BT, batch.positions_BT, batch.intervals, batch.reward_index_B[:, None])[:, 0]

@@ -1,8 +1,8 @@
-"""Draws the next token: temperature, top-k, then top-p, with noise that depends on nothing but which token it is for.
+"""Sampling of the next token: temperature, top-k, then top-p, with noise that depends only on which token it is for.
 
-Nothing is sorted: the smallest probability that top-k or top-p keeps is found by bisection over the bits of a float. The draw is
-an exponential race (the Gumbel-max trick) in two rounds, first between groups of tokens, then within the winning group, so a
-token costs a few hundred random numbers whatever the vocabulary.
+Nothing is sorted: the smallest probability that top-k or top-p keeps is found by bisection over the bits of a float. A token is drawn
+by the Gumbel-max trick in two rounds, first between groups of tokens, then within the winning group, so it costs a few hundred random
+numbers whatever the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,29 +12,36 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-_GROUP = 128  # tokens of a group of the race
+_GROUP = 128  # number of tokens of a group
 
-_ONE_BITS = 0x3F800000  # of 1.0; floats of [0, 1] are ordered as their bits are
+_ONE_BITS = 0x3F800000  # the bits of 1.0; floats in [0, 1] have the same order as their bits
 
 
 def num_noise(vocab_size: int) -> int:
-  """Random numbers that one token takes: one for each group, and one for each token of a group."""
+  """Return the number of random numbers per drawn token: one for each group, and one for each token of a group."""
   return -(-vocab_size // _GROUP) + _GROUP
 
 
-def noise(key: jax.Array, rollout_B: jax.Array, place_B: jax.Array, vocab_size: int) -> jax.Array:
-  """Standard Gumbel noise (B, `num_noise`) of token `place_B` of the answers `rollout_B`: a function of these and of `key` alone."""
+def noise(key: jax.Array, rollout_B: jax.Array, index_B: jax.Array, vocab_size: int) -> jax.Array:
+  """Return standard Gumbel noise (B, `num_noise`), a function of its arguments alone.
 
-  def one(rollout: jax.Array, place: jax.Array) -> jax.Array:
-    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, rollout), place), (num_noise(vocab_size),))
+  Args:
+    key: of the whole step.
+    rollout_B: which rollout each token belongs to.
+    index_B: index of the token in its response.
+    vocab_size: decides how much noise a token needs.
+  """
 
-  return jax.vmap(one)(rollout_B, place_B)
+  def one(rollout: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, rollout), index), (num_noise(vocab_size),))
+
+  return jax.vmap(one)(rollout_B, index_B)
 
 
 def kept(weight_BV: jax.Array, top_p: float = 1.0, top_k: int | None = None) -> jax.Array:
-  """Which tokens (B, V) may be drawn: the `top_k` heaviest; of these the fewest heaviest that hold `top_p` of their weight.
+  """Return a mask (B, V) of the tokens that may be drawn: of the `top_k` heaviest, the fewest that hold `top_p` of their weight.
 
-  Tokens as heavy as the lightest one kept are kept too. `weight_BV` is relative to the heaviest token, which is 1.
+  Ties with the lightest kept token are kept too. `weight_BV` is relative to the heaviest token, whose weight is 1.
   """
   keep_BV = weight_BV > 0
   if top_k is not None and top_k < weight_BV.shape[1]:
@@ -48,7 +55,7 @@ def kept(weight_BV: jax.Array, top_p: float = 1.0, top_k: int | None = None) -> 
 
 
 def _threshold(enough: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
-  """The largest float (B, 1) of [0, 1] whose comparison is `enough`, which holds for 0 and, once it fails, for nothing larger."""
+  """Return the largest float (B, 1) in [0, 1] for which `enough` holds. It must hold for 0 and be monotonic."""
 
   def halve(_, bounds):
     low_B, high_B = bounds
@@ -70,10 +77,15 @@ def draw(
   top_k: int | None = None,
   barred_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """The token (B,) that the noise picks, and its log-probability (B,) under the law at `temperature` before top-k and top-p.
+  """Draw a token (B,) and return it with its log-probability (B,) under the distribution at `temperature`, before top-k and top-p.
 
-  Tokens of `barred_BV` are not drawn; top-k and top-p choose among the others, of which one must be left.
-  Temperature 0 picks the likeliest token, the first of equals, and gives its log-probability at temperature 1.
+  Args:
+    logits_BV: logits of the next token.
+    noise_BM: the result of `noise`.
+    temperature: 0 picks the most likely token, the first of equals, and returns its log-probability at temperature 1.
+    top_p: see `kept`.
+    top_k: see `kept`.
+    barred_BV: tokens that must not be drawn; top-k and top-p choose among the others, of which there must be at least one.
   """
   scaled_BV = logits_BV / temperature if temperature > 0 else logits_BV
   peak_B1 = jnp.max(scaled_BV, axis=1, keepdims=True)
@@ -81,7 +93,7 @@ def draw(
   log_total_B = jnp.log(jnp.sum(weight_BV, axis=1)) + peak_B1[:, 0]
   allowed_BV = scaled_BV if barred_BV is None else jnp.where(barred_BV, -jnp.inf, scaled_BV)
   if temperature > 0:
-    if barred_BV is not None:  # anew, since the heaviest that is left may be much lighter
+    if barred_BV is not None:  # renormalized, because the heaviest remaining token may be much lighter
       weight_BV = jnp.exp(allowed_BV - jnp.max(allowed_BV, axis=1, keepdims=True))
     if top_p < 1 or top_k is not None:
       weight_BV = jnp.where(kept(weight_BV, top_p, top_k), weight_BV, 0.0)
@@ -93,7 +105,7 @@ def draw(
 
 
 def _race(weight_BV: jax.Array, noise_BM: jax.Array) -> jax.Array:
-  """A token (B,) with a probability in proportion to its weight."""
+  """Draw a token (B,) with a probability proportional to its weight."""
   batch, vocab = weight_BV.shape
   weight_BgI = jnp.pad(weight_BV, [(0, 0), (0, -vocab % _GROUP)]).reshape(batch, -1, _GROUP)
   groups = weight_BgI.shape[1]

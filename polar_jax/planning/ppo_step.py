@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import Config, ModelConfig, RftConfig
 from polar_jax.data import packing
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.attention import for_platform
+from polar_jax.model.heads import abstract_model
+from polar_jax.model.reward_model import group_rewards
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
-from polar_jax.planning.topology import GIB, as_on_a_tpu, open_slice
+from polar_jax.planning.topology import GIB, open_slice
 from polar_jax.ppo import experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, ModelFunctions, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
@@ -86,7 +87,7 @@ PHASE_HOLDS = {
   'update critic': ('critic gradients',),
 }
 # Call -> what is held of its results until the phase ends.
-_MAKES = {'prepare': 'sampling weights', 'vacant': 'keys and values'}
+_MAKES = {'prepare': 'sampling weights', 'init_state': 'keys and values'}
 _PASSING = {name for names in PHASE_HOLDS.values() for name in names}
 
 
@@ -105,7 +106,7 @@ def plan(config: Config, topology: str, reward: ModelConfig, log: Callable[[str]
   mesh = sharding.make_mesh(config.mesh, devices)
   maker = _Maker(config, reward, mesh)
   calls = []
-  with jax.set_mesh(mesh), as_on_a_tpu():
+  with jax.set_mesh(mesh), for_platform('tpu'):
     for call in maker.calls():
       there = {name: size for name, size in maker.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
       beside = sum(size for name, size in there.items() if name not in call.reads)
@@ -155,7 +156,7 @@ class _Maker:
 
   def _rollout(self) -> Iterator[Call]:
     engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
-    beside = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'vacant': ('keys and values',)}
+    beside = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
     for name, function, args in engine.calls(self._actor.abstract.params):
       yield Call('rollout', name, function, args, beside.get(name, ('sampling weights', 'keys and values')))
 
@@ -165,7 +166,7 @@ class _Maker:
     rows, length = -(-c.reward.rows_per_batch // shards) * shards, scored_row_length(c)
     tokens, ends = (self._array((rows, width), jnp.int32) for width in (length, _CANDIDATES))
     batch = GroupBatch(**{name: ends if name.endswith('_BQ') else tokens for name in GroupBatch._fields})
-    score = jit_rewards(RewardModel.score, self._reward_model, self._mesh)
+    score = jit_rewards(group_rewards, self._reward_model, self._mesh)
     return Call('reward', 'score', score, (self._reward, batch), ('reward model',))
 
   def _reading(self) -> Iterator[Call]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -47,10 +44,3 @@ def open_slice(topology: str) -> tuple[str, Chip, list[jax.Device]]:
   except Exception as error:
     raise ConfigError(f'topology {topology!r}: {" ".join(str(error).split())[:200]}') from error
   return name, CHIPS[name], list(devices)
-
-
-@contextlib.contextmanager
-def as_on_a_tpu() -> Iterator[None]:
-  """The package chooses kernels by the default backend, which here is a CPU's."""
-  with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
-    yield

@@ -16,12 +16,13 @@ import numpy as np
 
 from polar_jax import sharding
 from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
-from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.model import flops
+from polar_jax.model.attention import for_platform
 from polar_jax.planning import hlo
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.matmuls import matmul_flops
-from polar_jax.planning.topology import GIB, Chip, as_on_a_tpu, open_slice
+from polar_jax.planning.topology import GIB, Chip, open_slice
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.optimizer import make_optimizer
@@ -108,7 +109,7 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
   batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
   functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.gradient_accumulation_steps)
   log(f'plan: compiles a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
-  with jax.set_mesh(mesh), as_on_a_tpu():
+  with jax.set_mesh(mesh), for_platform('tpu'):
     traced = cast(Any, functions.train).trace(functions.abstract, batch)
     arguments = bytes_of_a_device((functions.abstract, batch))
     memory, compiled = compile_call(traced.lower(), arguments)
@@ -176,7 +177,7 @@ def _one_triplet(tokens: int) -> PairBatch:
   """A row of one triplet with candidates of equal length."""
   tail = max(int(tokens * _CANDIDATE_SHARE), 1)
   shared = [0] * (tokens - 2 * tail)
-  return pair_batch([pair_row(shared + [1] * tail, shared + [2] * tail)], [0], [[0]], tokens, 1)
+  return pair_batch([pair_segment(shared + [1] * tail, shared + [2] * tail)], [0], [[0]], tokens, 1)
 
 
 def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):

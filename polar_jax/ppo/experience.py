@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.config import RftConfig
-from polar_jax.ppo import advantages, rows
+from polar_jax.data import layout
+from polar_jax.ppo import advantages
 from polar_jax.types import PolicyBatch, Rollouts
 
 
@@ -50,7 +51,7 @@ def run_forward(
   out = [np.zeros(rollouts.tokens_RT.shape, np.float32) for _ in range(outputs)]
   for batch, values in zip(batches, jax.device_get(results), strict=True):
     for into_RT, values_BT in zip(out, values, strict=True):
-      rows.collect(values_BT, batch, into_RT)
+      layout.gather_values(values_BT, batch, into_RT)
   return out
 
 

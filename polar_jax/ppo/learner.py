@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig, OptimizerConfig, RftConfig
+from polar_jax.model import heads
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.ppo import advantages, losses
@@ -97,13 +98,12 @@ def actor_forward(model: LanguageModel, batch: PolicyBatch, temperature: float, 
 
 def critic_forward(model: ValueModel, batch: PolicyBatch, shared: bool) -> tuple[jax.Array]:
   """Return (values,), (B, T), float32: the return that the critic expects before each target."""
-  return (model.values(batch.tokens_BT, batch.positions_BT, intervals(batch, shared)),)
+  return (model(batch.tokens_BT, batch.positions_BT, intervals(batch, shared)),)
 
 
 def intervals(batch: PolicyBatch, shared: bool) -> list[tuple[Any, Any]]:
   """Return the key intervals that each token attends to. The second one costs time, so it is left out where nothing is shared."""
-  own = [(batch.start_BT, batch.end_BT)]
-  return [*own, (batch.prefix_start_BT, batch.prefix_end_BT)] if shared else own
+  return batch.intervals if shared else batch.intervals[:1]
 
 
 def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array):
@@ -191,7 +191,7 @@ def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> ModelFunc
   forward = functools.partial(actor_forward, temperature=config.rollout.temperature, shared=config.num_generations > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
-  return _build(lambda rngs: LanguageModel(model, rngs=rngs), forward, loss, names, config.actor, mesh)
+  return _build(model, 'lm', forward, loss, names, config.actor, mesh)
 
 
 @functools.cache
@@ -199,11 +199,12 @@ def _build_critic(model: ModelConfig, config: RftConfig, mesh: Mesh) -> ModelFun
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
   forward = functools.partial(critic_forward, shared=config.num_generations > 1)
-  return _build(lambda rngs: ValueModel(model, rngs=rngs), forward, loss, names, config.critic, mesh)
+  return _build(model, 'value', forward, loss, names, config.critic, mesh)
 
 
 def _build(
-  make: Callable[[nnx.Rngs], nnx.Module],
+  model: ModelConfig,
+  head: str,
   forward: Callable[..., tuple[jax.Array, ...]],
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
   sums: tuple[str, ...],
@@ -213,7 +214,8 @@ def _build(
   """Jit the functions of one model.
 
   Args:
-    make: creates the module.
+    model: shape of the model.
+    head: its head, as in `polar_jax.model.heads`.
     forward: (module, batch) -> outputs at every token.
     loss: (module, batch, targets, kl_coef) -> (loss, sums of metrics).
     sums: names of these metrics.
@@ -221,11 +223,11 @@ def _build(
     mesh: of the run.
   """
   tx = make_optimizer(optimizer, 1)
-  abstract_model = nnx.eval_shape(lambda: make(nnx.Rngs(params=0)))
+  abstract_model = heads.abstract_model(model, head)
   graphdef, _ = nnx.split(abstract_model)
 
   def init(key: jax.Array, initial: dict[str, Any] | None) -> TrainState:
-    params = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param)) | (initial or {})
+    params = nnx.to_pure_dict(nnx.state(heads.make_model(model, head, nnx.Rngs(params=key)), nnx.Param)) | (initial or {})
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
   def accumulate(grads, totals, params, batch, targets, kl_coef):

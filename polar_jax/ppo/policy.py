@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from polar_jax import sharding
 from polar_jax.checkpoints.pretrained import Pretrained
 from polar_jax.config import ConfigError, ModelConfig, RftConfig, RolloutConfig
+from polar_jax.data import layout
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.ppo import experience, learner, metrics, rows
+from polar_jax.ppo import experience, learner, metrics
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.types import Prompt, Rollouts, Text, UserError
@@ -118,7 +119,7 @@ def logprobs(
   longest = max(len(p) + len(a) for p, a in zip(prefixes, answers, strict=True))
   config = RftConfig(micro_batch_rows=1)
   length = max(_MIN_PROMPT, 1 << (longest - 1).bit_length())
-  batches = rows.pack(rollouts, range(len(answers)), length, experience.micro_batch_rows(config, mesh))
+  batches = layout.policy_batches(rollouts, range(len(answers)), length, experience.micro_batch_rows(config, mesh))
   actor = learner.build_actor(model, config, 1, mesh)
   logprob_RT, _ = experience.run_forward(actor.forward, params, batches, mesh, rollouts, 2)
   return [row[:n].copy() for row, n in zip(logprob_RT, length_R, strict=True)]

@@ -19,9 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig, RolloutConfig
-from polar_jax.model import cache, generation
-from polar_jax.model.generation import Answered, Entering, Slots
-from polar_jax.model.language_model import LanguageModel
+from polar_jax.model import generation, heads, kv_cache
+from polar_jax.model.generation import Decoded, DecodeState, NewSequences
 from polar_jax.model.transformer import Block
 from polar_jax.types import Rollouts, UserError
 
@@ -33,16 +32,16 @@ class Weights(NamedTuple):
   """The parameters of a policy in the form that sampling needs."""
 
   params: dict[str, Any]  # in the compute dtype
-  blocks: list[Block] | None  # a copy of the layers, if they are unrolled: `Decoder.blocks`
+  blocks: list[Block] | None  # a copy of the layers, if they are unrolled: `Decoder.transposed_blocks`
 
 
 class _Functions(NamedTuple):
   """The jitted functions of one model, mesh and configuration."""
 
   prepare: Callable[[dict[str, Any]], Weights]
-  vacant: Callable[[], Slots]
-  admit: Callable[[Weights, Slots, Entering], Slots]
-  advance: Callable[[Weights, Slots, Any, Any], tuple[Slots, Answered]]
+  init_state: Callable[[], DecodeState]
+  prefill: Callable[[Weights, DecodeState, NewSequences], DecodeState]
+  decode: Callable[[Weights, DecodeState, Any, Any], tuple[DecodeState, Decoded]]
 
 
 class RolloutEngine:
@@ -86,39 +85,39 @@ class RolloutEngine:
     out = _Responses(len(prompts), c.max_new)
     key = np.random.SeedSequence(seed).generate_state(2)
     waiting, running = deque(range(len(prompts))), np.full(c.max_concurrent, -1)
-    place_B = np.zeros(c.max_concurrent, np.int32)
+    num_generated_B = np.zeros(c.max_concurrent, np.int32)
     with jax.set_mesh(self._mesh):
-      weights, slots = f.prepare(params), f.vacant()
+      weights, state = f.prepare(params), f.init_state()
       for length in self._lengths:  # compile all lengths now: which of them occur depends on the sampled tokens
-        slots = f.admit(weights, slots, self._empty(length))
+        state = f.prefill(weights, state, self._empty(length))
       self._lengths = ()
       while waiting or (running >= 0).any():
         while waiting and (running < 0).any():
           entering = self._pack(prompts, limit_R, waiting, running)
-          place_B[entering.fresh_B > 0] = 0
-          slots = f.admit(weights, slots, entering)
+          num_generated_B[entering.is_new_B > 0] = 0
+          state = f.prefill(weights, state, entering)
         # Return as soon as enough responses have ended to be replaced; with an empty queue there is no reason to return early.
         leave = max(1, c.max_concurrent // 32) if waiting else c.max_concurrent + 1
-        slots, answered = f.advance(weights, slots, key, np.int32(leave))
-        answered = jax.device_get(answered)
-        out.append(running, place_B, answered)
-        place_B = answered.place_B.copy()
-        running[~answered.active_B] = -1
+        state, decoded = f.decode(weights, state, key, np.int32(leave))
+        decoded = jax.device_get(decoded)
+        out.append(running, num_generated_B, decoded)
+        num_generated_B = decoded.num_generated_B.copy()
+        running[~decoded.active_B] = -1
     stopped_R = np.isin(out.tokens_RT[np.arange(len(prompts)), out.length_R - 1], self._stop_ids)
     return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
 
   def calls(self, params: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """Return (name, jitted function, shapes of its arguments) of all functions that `generate` calls, for prompts of full length."""
     f = self._functions
-    weights, slots = jax.eval_shape(f.prepare, params), jax.eval_shape(f.vacant)
+    weights, state = jax.eval_shape(f.prepare, params), jax.eval_shape(f.init_state)
     shape = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)
     entering = jax.tree.map(lambda a: shape(a.shape, a.dtype), self._empty(self._longest))
-    decoded = (weights, slots, shape((2,), np.uint32), shape((), np.int32))
+    arguments = (weights, state, shape((2,), np.uint32), shape((), np.int32))
     return [
       ('prepare', f.prepare, (params,)),
-      ('vacant', f.vacant, ()),
-      ('admit', f.admit, (weights, slots, entering)),
-      ('advance', f.advance, decoded),
+      ('init_state', f.init_state, ()),
+      ('prefill', f.prefill, (weights, state, entering)),
+      ('decode', f.decode, arguments),
     ]
 
   def _check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -130,7 +129,7 @@ class RolloutEngine:
           f'prompt {i} has {len(prompt)} tokens, more than rollout.max_prompt={self._config.max_prompt}; raise it, or remove the prompt'
         )
 
-  def _pack(self, prompts: Sequence[Sequence[int]], limit_R: np.ndarray, waiting: deque[int], running: np.ndarray) -> Entering:
+  def _pack(self, prompts: Sequence[Sequence[int]], limit_R: np.ndarray, waiting: deque[int], running: np.ndarray) -> NewSequences:
     """Take prompts off the queue, as many as fit the free slots and the longest rows, and pack them into rows.
 
     Args:
@@ -159,15 +158,15 @@ class RolloutEngine:
         at = np.s_[p, low : low + size]
         new.tokens_PT[at], new.positions_PT[at] = prompts[i][:-1], np.arange(size)
         new.start_PT[at], new.slot_PT[at] = low, slot
-        new.fresh_B[slot], new.length_B[slot], new.token_B[slot] = 1, size, prompts[i][-1]
-        new.rollout_B[slot], new.limit_B[slot] = i, limit_R[i]
+        new.is_new_B[slot], new.length_B[slot], new.token_B[slot] = 1, size, prompts[i][-1]
+        new.rollout_B[slot], new.max_new_B[slot] = i, limit_R[i]
         low += size
     return new
 
-  def _empty(self, length: int) -> Entering:
+  def _empty(self, length: int) -> NewSequences:
     """Return rows of a length without prompts."""
     packed, each = (self._rows, length), (self._config.max_concurrent,)
-    new = Entering._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
+    new = NewSequences._make(np.zeros(shape, np.int32) for shape in (packed,) * 4 + (each,) * 5)
     new.slot_PT[:] = -1
     return new
 
@@ -180,12 +179,12 @@ class _Responses:
     self.logprob_RT = np.zeros((prompts, max_new), np.float32)
     self.length_R = np.zeros(prompts, np.int32)
 
-  def append(self, running: np.ndarray, place_B: np.ndarray, answered: Answered) -> None:
-    """Append the tokens that one call of `advance` sampled for each slot."""
+  def append(self, running: np.ndarray, num_generated_B: np.ndarray, decoded: Decoded) -> None:
+    """Append the tokens that one call of `decode` sampled for each slot."""
     for b in np.flatnonzero(running >= 0):
-      i, low, high = running[b], place_B[b], answered.place_B[b]
-      self.tokens_RT[i, low:high] = answered.tokens_MB[: high - low, b]
-      self.logprob_RT[i, low:high] = answered.logprob_MB[: high - low, b]
+      i, low, high = running[b], num_generated_B[b], decoded.num_generated_B[b]
+      self.tokens_RT[i, low:high] = decoded.tokens_MB[: high - low, b]
+      self.logprob_RT[i, low:high] = decoded.logprob_MB[: high - low, b]
       self.length_R[i] = high
 
 
@@ -204,15 +203,15 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     config: lengths and sampling; `max_concurrent` is a multiple of the mesh's batch shards.
     stop_ids: tokens that end a response.
   """
-  abstract = nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0)))
+  abstract = heads.abstract_model(model, 'lm')
   graphdef, _ = nnx.split(abstract)
   # Prompts run through layers in a loop, because that is compiled for several lengths and takes the smaller part of the time.
-  looped, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(dataclasses.replace(model, scan_unroll=1), rngs=nnx.Rngs(0))))
+  looped, _ = nnx.split(heads.abstract_model(dataclasses.replace(model, scan_unroll=1), 'lm'))
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
-    cached = NamedSharding(mesh, cache.spec(model.num_kv_heads))
-  slots = Slots._make((cache.KVCache._make((cached, cached, rows)), *(rows,) * 5))
+    cached = NamedSharding(mesh, kv_cache.partition_spec(model.num_kv_heads))
+  state = DecodeState._make((kv_cache.KVCache._make((cached, cached, rows)), *(rows,) * 5))
 
   # Decoding reads every weight for every token, so the weights must not be gathered from other devices each time.
   params = jax.tree.map(lambda a: NamedSharding(mesh, _without(a.sharding.spec, 'fsdp')), sharding.abstract_params(abstract, mesh))
@@ -220,20 +219,22 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
 
   def prepare(given: dict[str, Any]) -> Weights:
     cast = jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.compute_dtype), given), params)
-    return Weights(cast, nnx.merge(graphdef, cast).decoder.blocks())
+    return Weights(cast, nnx.merge(graphdef, cast).decoder.transposed_blocks())
 
-  def admit(weights: Weights, slots: Slots, new: Entering) -> Slots:
-    return generation.admit(nnx.merge(looped, weights.params), slots, new)
+  def prefill(weights: Weights, state: DecodeState, new: NewSequences) -> DecodeState:
+    return generation.prefill(nnx.merge(looped, weights.params), state, new)
 
-  def advance(weights: Weights, slots: Slots, key: Any, leave: Any) -> tuple[Slots, Answered]:
+  def decode(weights: Weights, state: DecodeState, key: Any, max_ended: Any) -> tuple[DecodeState, Decoded]:
     key = jax.random.wrap_key_data(key, impl='threefry2x32')
-    return generation.advance(nnx.merge(graphdef, weights.params), weights.blocks, slots, key, leave, config, stop_ids)
+    return generation.decode(nnx.merge(graphdef, weights.params), weights.blocks, state, key, max_ended, config, stop_ids)
 
   return _Functions(
     prepare=jax.jit(prepare, out_shardings=whole),
-    vacant=jax.jit(lambda: generation.vacant(model, config.max_concurrent, config.max_prompt + config.max_new), out_shardings=slots),
-    admit=jax.jit(admit, in_shardings=(whole, slots, replicated), out_shardings=slots, donate_argnums=1),
-    advance=jax.jit(advance, in_shardings=(whole, slots, replicated, replicated), out_shardings=(slots, replicated), donate_argnums=1),
+    init_state=jax.jit(
+      lambda: generation.init_state(model, config.max_concurrent, config.max_prompt + config.max_new), out_shardings=state
+    ),
+    prefill=jax.jit(prefill, in_shardings=(whole, state, replicated), out_shardings=state, donate_argnums=1),
+    decode=jax.jit(decode, in_shardings=(whole, state, replicated, replicated), out_shardings=(state, replicated), donate_argnums=1),
   )
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from polar_jax import sharding
 from polar_jax.checkpoints.checkpointer import Checkpointer
-from polar_jax.data import pipeline
+from polar_jax.data import layout, pipeline
 from polar_jax.data.template import join_messages
-from polar_jax.ppo import advantages, metrics, rows
+from polar_jax.ppo import advantages, metrics
 from polar_jax.ppo.alarms import Alarms
 from polar_jax.ppo.experience import Experience, estimate_advantages, micro_batch_rows, run_forward
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, ModelFunctions
@@ -152,7 +152,7 @@ class Trainer:
     clock.lap('rollout')
     scores = self._score(prompts, responses, rollouts)
     clock.lap('reward')
-    batches = rows.pack(rollouts, range(len(responses)), self.row_length, micro_batch_rows(c, run.mesh))
+    batches = layout.policy_batches(rollouts, range(len(responses)), self.row_length, micro_batch_rows(c, run.mesh))
     experience = self._collect_experience(rollouts, batches, scores.shaped_R)
     clock.lap('logprobs')
     update_metrics = self._update(rollouts, batches, experience)
@@ -202,7 +202,7 @@ class Trainer:
     """Compute log-probabilities under the policy and the reference policy, values, and the advantages that follow from them."""
     run, c = self.run, self.run.config
     forward = functools.partial(run_forward, batches=batches, mesh=run.mesh, rollouts=rollouts)
-    mask_RT, zeros_RT = rows.token_mask(rollouts), np.zeros(rollouts.tokens_RT.shape, np.float32)
+    mask_RT, zeros_RT = layout.response_mask(rollouts), np.zeros(rollouts.tokens_RT.shape, np.float32)
     old_RT, entropy_RT = rollouts.logprob_RT, zeros_RT
     if c.recompute_logprobs or c.method == 'sft':
       old_RT, entropy_RT = forward(self.actor.forward, self.actor_state.params, outputs=2)
@@ -226,7 +226,7 @@ class Trainer:
       size = c.mini_batch_size or total
       for low in range(0, total, size):
         which = sorted(shuffled[low : low + size].tolist())
-        part = batches if len(which) == total else rows.pack(rollouts, which, self.row_length, len(batches[0].tokens_BT))
+        part = batches if len(which) == total else layout.policy_batches(rollouts, which, self.row_length, len(batches[0].tokens_BT))
         updates.append(self._one_update(which, part, experience))
     means = {name: float(np.mean([update[name] for update in updates])) for name in updates[0]}
     bad = [name for name, value in means.items() if not math.isfinite(value)]
@@ -268,7 +268,7 @@ class Trainer:
     """
     grads, sums = model.zeros(state.params)
     for batch in batches:
-      placed = targets(*(rows.place(array_RT, batch) for array_RT in arrays))
+      placed = targets(*(layout.scatter_values(array_RT, batch) for array_RT in arrays))
       batch, placed = sharding.put_global((batch, placed), self.run.mesh)
       grads, sums = model.accumulate(grads, sums, state.params, batch, placed, np.float32(self.kl_coef))
     state, norm = model.apply(state, grads)

@@ -267,10 +267,10 @@ def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
   if token_store.is_stored(folder, key, indices):
     return
   context.log(f'sweep: tokenises the {len(indices):,} triplets that the runs read')
-  token_store.store(pipeline.PairTokens(rows, template), indices, folder, key, context.config.data.read_threads or 1)
+  token_store.store(pipeline.TripletSegments(rows, template), indices, folder, key, context.config.data.read_threads or 1)
 
 
-def _stored(context: Context, rows: Sequence[Triplet], template: Template) -> pipeline.PairTokens:
+def _stored(context: Context, rows: Sequence[Triplet], template: Template) -> pipeline.TripletSegments:
   return token_store.open_store(rows, template, context.workdir / TOKENS, _tokens_key(context, rows))
 
 
@@ -281,8 +281,8 @@ def _tokens_key(context: Context, rows: Sequence[Triplet]) -> str:
 
 def tokens_per_triplet(context: Context) -> float:
   """Mean tokens of a triplet laid out as one row, over the first of the training rows."""
-  tokens = pipeline.PairTokens(context.triplets('train'), context.template(_tokenizer(context)))
-  return float(np.mean([len(triplet.tokens) for triplet in tokens.many(range(min(len(tokens), _SAMPLED)))]))
+  tokens = pipeline.TripletSegments(context.triplets('train'), context.template(_tokenizer(context)))
+  return float(np.mean([len(triplet.tokens) for triplet in tokens.take(range(min(len(tokens), _SAMPLED)))]))
 
 
 @contextlib.contextmanager

@@ -22,9 +22,11 @@ from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
+from polar_jax.data.layout import sequence_batch
 from polar_jax.data.template import Template
+from polar_jax.model.reward_model import sequence_rewards
 from polar_jax.scoring.scorer import jit_rewards, ladder_length
-from polar_jax.types import Group, PairBatch, UserError
+from polar_jax.types import Group, UserError
 
 # Computations that the host may be ahead of the device. Their inputs are all that they hold there: a few integers for each token.
 _IN_FLIGHT = 32
@@ -39,7 +41,7 @@ class RowError(UserError):
   """
 
   def __init__(self, index: int, reason: str):
-    super().__init__(f'row {index}: {reason}')
+    super().__init__(f'example {index}: {reason}')
     self.index, self.reason = index, reason
 
   def __reduce__(self) -> tuple:
@@ -58,14 +60,12 @@ class ExactScorer:
   """
 
   def __init__(self, params: dict[str, Any], model: ModelConfig, template: Template, mesh: Mesh):
-    if model.vocab_size is None:
-      raise ValueError('ModelConfig.vocab_size must be set: it is that of the parameters')
     self.params, self.model = params, model
-    self._template, self._mesh, self._vocab_size = template, mesh, model.vocab_size
+    self._template, self._mesh, self._vocab_size = template, mesh, model.known_vocab_size
     # XLA times matmul kernels of a GPU whenever it compiles, and takes the fastest: another process may end up with another one.
     on_gpu = mesh.devices.flat[0].platform in ('gpu', 'cuda', 'rocm')
     options = {'xla_gpu_deterministic_ops': True} if on_gpu else None
-    self._forward = jit_rewards(lambda reward_model, batch: reward_model(batch)[:, 0, 0], model, mesh, options)
+    self._forward = jit_rewards(sequence_rewards, model, mesh, options)
 
   def score(self, rows: Sequence[Group]) -> np.ndarray:
     """Rewards (rows,) of groups of one candidate each, float32, in order.
@@ -115,7 +115,7 @@ class ExactScorer:
     for length, indices in sorted(by_length.items()):
       for low in range(0, len(indices), shards):
         members = indices[low : low + shards]
-        batch = _rows([sequences[i] for i in members], length, shards)
+        batch = sequence_batch([sequences[i] for i in members], length, shards)
         with jax.set_mesh(self._mesh):
           reward_B = self._forward(self.params, sharding.put_global(batch, self._mesh))
         yield members, reward_B
@@ -124,14 +124,3 @@ class ExactScorer:
 def _fetch(in_flight: collections.deque[tuple[list[int], jax.Array]], rewards: np.ndarray) -> None:
   members, reward_B = in_flight.popleft()
   rewards[members] = jax.device_get(reward_B)[: len(members)]
-
-
-def _rows(sequences: Sequence[Sequence[int]], length: int, rows: int) -> PairBatch:
-  """One sequence to a row, filled up with padding: tokens whose interval is empty, and rows of nothing else."""
-  tokens, positions, start, end = (np.zeros((rows, length), np.int32) for _ in range(4))
-  reward_index, index = np.zeros((rows, 1, 1), np.int32), np.full((rows, 1), -1, np.int32)
-  for b, sequence in enumerate(sequences):
-    size = len(sequence)
-    tokens[b, :size], positions[b, :size], end[b, :size] = sequence, np.arange(size), np.arange(1, size + 1)
-    reward_index[b], index[b] = size - 1, b
-  return PairBatch(tokens, positions, start, end, reward_index, (index >= 0).astype(np.float32), index)

@@ -41,13 +41,13 @@ def read_rows(path: pathlib.Path, on_bad_example: str, skipped: list[tuple[int, 
     use_reference: False: a row needs no reference.
 
   Raises:
-    BadRowError: a bad row, with on_bad_example='raise', naming file, row and field.
-    SourceError: no such file, unknown suffix, damaged file, or no good row in it.
+    BadExampleError: a bad row, with on_bad_example='raise', naming file, row and field.
+    DataError: no such file, unknown suffix, damaged file, or no good row in it.
   """
   fields = ('prompt', 'reference', 'output') if use_reference else ('prompt', 'output')
 
   def check(raw: Any) -> dict[str, Any]:
-    content = sources.parse_row(raw, fields)
+    content = sources.parse_example(raw, fields)
     if content.get(REWARD) is not None:
       raise sources.BadField(REWARD, f'it has a {REWARD!r} already, where its own is to be written: rename or remove that')
     if not isinstance(raw, bytes):  # of parquet
@@ -57,7 +57,7 @@ def read_rows(path: pathlib.Path, on_bad_example: str, skipped: list[tuple[int, 
         raise sources.BadField(None, f'cannot be written as JSON ({error})') from error
     return content
 
-  for number, content in sources.checked_rows(path, check, on_bad_example, skipped):
+  for number, content in sources.checked_examples(path, check, on_bad_example, skipped):
     group = Group(content['prompt'], content.get('reference', ''), [content['output']], content.get('wrapper') or 'sft')
     yield Row(number, content, group)
 

@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
 from polar_jax.data import packing
-from polar_jax.data.groups import GroupPart, group_batch, lay_out
+from polar_jax.data.layout import Segment, group_batch, group_segments
 from polar_jax.data.template import Template
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model import heads
+from polar_jax.model.reward_model import RewardModel, group_rewards
 from polar_jax.types import Group, Triplet, UserError
 
 # Without a row length one is chosen for the groups of a call: at least this many times their mean, so that they pack densely.
@@ -62,7 +63,7 @@ class Scorer:
     self._ladder = ladder
     shards = sharding.batch_shards(mesh)
     self._rows = -(-rows // shards) * shards
-    self._forward = jit_rewards(lambda reward_model, batch: reward_model.score(batch), model, mesh)
+    self._forward = jit_rewards(group_rewards, model, mesh)
 
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
     """Rewards of each group's candidates, float32, in order. Groups may have any number of candidates, none included.
@@ -73,21 +74,19 @@ class Scorer:
     Raises:
       UserError: a text is no text, or a candidate is longer than a row, naming the group and the candidate.
     """
-    parts: list[GroupPart] = []
-    first: list[int] = []  # number of the first candidate of each part's group
+    segments: list[Segment] = []
     starts = np.concatenate([[0], np.cumsum([len(group.candidates) for group in groups], dtype=int)])
     for g, group in enumerate(groups):
       try:
         sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
         while self._grow and self._row_length and max(map(len, sequences), default=0) > self._row_length:
           self._row_length *= 2
-        made = lay_out(sequences, self._row_length or self._part_limit(sequences), self._candidates)
+        laid_out = group_segments(sequences, self._row_length or self._part_limit(sequences), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error
-      parts += made
-      first += [int(starts[g])] * len(made)
+      segments += [segment._replace(members=[int(starts[g]) + c for c in segment.members]) for segment in laid_out]
     rewards = np.full(starts[-1], np.nan, np.float32)
-    for index_BQ, rewards_BQ in self._batches(parts, first):
+    for index_BQ, rewards_BQ in self._batches(segments):
       rewards[index_BQ[index_BQ >= 0]] = rewards_BQ[index_BQ >= 0]
     return np.split(rewards, starts[1:-1]) if groups else []
 
@@ -101,13 +100,13 @@ class Scorer:
     longest, total = max(map(len, sequences), default=1), sum(map(len, sequences))
     return max(longest, min(total, _LADDER_ROW)) if self._ladder else total
 
-  def _batches(self, parts: Sequence[GroupPart], first: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+  def _batches(self, segments: Sequence[Segment]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(which candidates, their rewards) of every batch; the host lays out one while the device scores the one before."""
-    if not parts:
+    if not segments:
       return []
-    lengths = [len(part.tokens) for part in parts]
+    lengths = [len(segment.tokens) for segment in segments]
     row_length = self._row_length or (ladder_length(max(lengths)) if self._ladder else _choose_row_length(lengths))
-    packed = packing.first_fit(lengths, row_length, self._candidates, [len(part.candidates) for part in parts])
+    packed = packing.first_fit(lengths, row_length, self._candidates, [len(segment.members) for segment in segments])
     rows = self._rows
     if self._ladder:
       rows = min(rows, sharding.round_up(1 << (len(packed) - 1).bit_length(), sharding.batch_shards(self._mesh)))
@@ -115,7 +114,7 @@ class Scorer:
     scored = []
     with jax.set_mesh(self._mesh):
       for low in range(0, len(packed), rows):
-        batch = group_batch(parts, first, packed[low : low + rows], row_length, self._candidates)
+        batch = group_batch(segments, packed[low : low + rows], row_length, self._candidates)
         scored.append((batch.index_BQ, self._forward(self.params, sharding.put_global(batch, self._mesh))))
     return jax.device_get(scored)
 
@@ -127,7 +126,7 @@ def jit_rewards(
 
   Computing in float32 means float32: left alone, accelerators multiply float32 matrices in TF32 or bfloat16.
   """
-  abstract = _abstract_model(model)
+  abstract = heads.abstract_model(model, 'reward')
   graphdef, _ = nnx.split(abstract)
 
   def rewards(params: dict[str, Any], batch: Any) -> jax.Array:
@@ -141,10 +140,6 @@ def jit_rewards(
     out_shardings=NamedSharding(mesh, PartitionSpec()),
     compiler_options=compiler_options,
   )
-
-
-def _abstract_model(model: ModelConfig) -> RewardModel:
-  return nnx.eval_shape(lambda: RewardModel(model, rngs=nnx.Rngs(params=0)))
 
 
 def ladder_length(length: int) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
-from polar_jax.data.examples import open_source, report_skipped
+from polar_jax.data.examples import open_triplets, report_skipped
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
 from polar_jax.runtime import paths
@@ -120,7 +120,7 @@ class Context:
     if not path.exists():
       raise ConfigError(f'{setting}: nothing at {path}; name a data set there, or run the synthesize stage in this workdir first')
     key = ('examples', str(path), split, data.on_bad_example)
-    return self._cached(key, lambda: report_skipped(open_source(path, split, data.on_bad_example), path, self.log))
+    return self._cached(key, lambda: report_skipped(open_triplets(path, split, data.on_bad_example), path, self.log))
 
   def run_settings(self, run: str) -> dict[str, Any]:
     """Keyword arguments that `api.train_reward_model` takes for a run of this workdir."""

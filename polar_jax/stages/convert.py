@@ -19,6 +19,7 @@ from polar_jax.checkpoints.certificate import Certificate, fixed_rows_scores
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.model.heads import HEADS
 from polar_jax.runtime import malloc
 from polar_jax.stages.context import Context
 from polar_jax.types import UserError
@@ -173,7 +174,7 @@ def _settings(opened: Pretrained) -> dict[str, Any]:
   """What a run's fingerprint would say of the checkpoint."""
   model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
   reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
-  return {'objective': run_folder.OBJECTIVES[opened.head], 'converted_from': opened.kind, **model, **reward}
+  return {'objective': HEADS[opened.head].objective, 'converted_from': opened.kind, **model, **reward}
 
 
 def _tokenizer(context: Context, opened: Pretrained) -> Tokenizer | None:

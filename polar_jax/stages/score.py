@@ -126,7 +126,7 @@ def _score_windows(
       sequences = scorer.encode([row.group for row in members])
       rewards = scorer.score_sequences(sequences)
     except RowError as error:
-      raise UserError(f'{source}, row {members[error.index].number}: {error.reason}') from error
+      raise UserError(f'{source}, example {members[error.index].number}: {error.reason}') from error
     output.write(members, rewards)
     tokens += sum(map(len, sequences))
     progress.add(len(members))

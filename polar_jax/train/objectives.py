@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from polar_jax.config import ModelConfig
+from polar_jax.model.heads import HEADS
 from polar_jax.model.language_model import LanguageModel
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.train import losses
 
 # (model, batch) -> (sum of the loss, sums of metrics, arrays per row: 'index' says what stands there, -1 is padding)
@@ -21,25 +20,29 @@ LossSums = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array], dict[str,
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """A model family with its loss. `count` is what the loss of the global batch is divided by."""
+  """A head of `polar_jax.model.heads` with its loss. `count` is what the loss of the global batch is divided by."""
 
-  name: str
-  make_model: Callable[[ModelConfig, nnx.Rngs], nnx.Module]
+  head: str
   loss_sums: LossSums
   count: Callable[[Any], jax.Array]
 
+  @property
+  def name(self) -> str:
+    """The objective's name in checkpoints."""
+    return HEADS[self.head].objective
+
 
 def _pair_loss(model: RewardModel, batch: Any):
-  rewards_BPC = model(batch)
+  rewards_BPC = pair_rewards(model, batch)
   loss, sums = losses.pair_sums(rewards_BPC, batch.pair_mask_BP)
   return loss, sums, {'rewards_BPC': rewards_BPC, 'index': batch.index_BP}
 
 
 def _text_loss(model: LanguageModel, batch: Any):
-  logits_BTV = model(batch.tokens_BT, batch.positions_BT, batch.start_BT, batch.end_BT)
+  logits_BTV = model(batch.tokens_BT, batch.positions_BT, batch.intervals)
   loss, sums = losses.next_token_sums(logits_BTV, batch.target_BT, batch.target_mask_BT)
   return loss, sums, {'largest_logit_B': jnp.max(jnp.abs(logits_BTV), axis=(1, 2)), 'index': batch.index_B}
 
 
-RANKING = Objective('ranking', lambda c, rngs: RewardModel(c, rngs=rngs), _pair_loss, lambda b: jnp.sum(b.pair_mask_BP))
-NEXT_TOKEN = Objective('next_token', lambda c, rngs: LanguageModel(c, rngs=rngs), _text_loss, lambda b: jnp.sum(b.target_mask_BT))
+RANKING = Objective('reward', _pair_loss, lambda b: jnp.sum(b.pair_mask_BP))
+NEXT_TOKEN = Objective('lm', _text_loss, lambda b: jnp.sum(b.target_mask_BT))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
+from polar_jax.model import heads
 from polar_jax.train.objectives import Objective
 
 
@@ -69,15 +70,11 @@ def build(
   objective: Objective, model_config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, accumulation: int = 1
 ) -> StepFunctions:
   """Jits init, train and evaluate for a mesh. Parameters and optimizer state are born sharded."""
-
-  def make(key: jax.Array) -> nnx.Module:
-    return objective.make_model(model_config, nnx.Rngs(params=key))
-
-  abstract_model = nnx.eval_shape(lambda: make(jax.random.key(0)))
+  abstract_model = heads.abstract_model(model_config, objective.head)
   graphdef, _ = nnx.split(abstract_model)
 
   def init(key: jax.Array, start: dict[str, Any] | None) -> TrainState:
-    params = nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(heads.make_model(model_config, objective.head, nnx.Rngs(params=key)), nnx.Param))
     params = params | (start or {})  # a language model brings its decoder, a reward model its head too
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 

@@ -19,9 +19,9 @@ class PairValidation:
   The packing is planned when the first batch is needed, because it reads and tokenizes examples.
   """
 
-  def __init__(self, tokens: pipeline.PairTokens, plan: pipeline.BatchPlan, row_length: int | None, max_examples: int):
+  def __init__(self, tokens: pipeline.TripletSegments, plan: pipeline.BatchPlan, row_length: int | None, max_examples: int):
     self._plan, self._row_length = plan, row_length
-    self._tokens = pipeline.PairTokens(_Head(tokens.source, min(len(tokens), max_examples)), tokens.template)
+    self._tokens = pipeline.TripletSegments(_Head(tokens.source, min(len(tokens), max_examples)), tokens.template)
 
   def __iter__(self) -> Iterator[PairBatch]:
     return iter(self._batches)

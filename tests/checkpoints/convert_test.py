@@ -25,12 +25,13 @@ from polar_jax.checkpoints import config_json, exporter, pretrained, tokenizer_f
 from polar_jax.checkpoints.formats import storage
 from polar_jax.config import Config, ConfigError, ConvertConfig, MeshConfig, ModelConfig
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.model import heads
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.stages import convert
 from polar_jax.stages.context import Context
-from polar_jax.types import PairBatch, UserError
+from polar_jax.types import UserError
 
 pytestmark = pytest.mark.usefixtures('torch_on_one_thread')
 
@@ -231,7 +232,7 @@ def test_every_tensor_comes_back_to_the_byte(converted):
 def test_parameters_lie_as_the_mesh_wants_them(converted):
   case, opened = converted.case, pretrained.open_pretrained(converted.source.path)
   mesh = context_of('', '', case.mesh).mesh
-  abstract = sharding.abstract_params(pretrained.abstract_model(opened.model, opened.head), mesh)
+  abstract = sharding.abstract_params(heads.abstract_model(opened.model, opened.head), mesh)
   read, again = opened.params(mesh), pretrained.open_pretrained(converted.ours).params(mesh)
   dtypes = set()
   for a, x, y in zip(*map(jax.tree.leaves, (abstract, read, again)), strict=True):
@@ -264,23 +265,20 @@ def independent_scores(c: Converted, params: dict[str, Any]) -> np.ndarray:
   tokens_BT, last_B = rng.integers(0, 263, (8, 32), np.int32), rng.integers(1, 32, 8, np.int32)
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(model, rngs=nnx.Rngs(0))))
   positions = np.arange(32, dtype=np.int32)[None]
-  row = (positions, np.zeros_like(positions), positions + 1)
+  intervals = [(np.zeros_like(positions), positions + 1)]
 
   @jax.jit
   def apply(params, tokens_1T, last):
     merged = nnx.merge(graphdef, params)
-    if kind is RewardModel:
-      index = last[None, None, None]
-      pair = PairBatch(tokens_1T, *row, index.repeat(2, axis=2), np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32))
-      return merged(pair)
-    return merged(tokens_1T, *row)
+    index = last[None, None] if kind is RewardModel else None
+    return merged(tokens_1T, positions, intervals, index)
 
   scores = []
   for tokens_T, last in zip(tokens_BT, last_B, strict=True):
     tokens_T = np.where(np.arange(32) <= last, tokens_T, 0)
     out = np.asarray(apply(params, tokens_T[None], last), np.float64)
     if head == 'reward':
-      scores.append(out[0, 0, 0])
+      scores.append(out[0, 0])
     elif head == 'value':
       scores.append(out[0, last])
     else:
@@ -448,7 +446,7 @@ ODD = {
     r'source: neither a run .* nor a Hugging Face folder \(config.json\); it contains: chat',
   ),
   'no_json': (lambda source: (source.path / 'config.json').write_text('{"a": '), r'config.json: not JSON'),
-  'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must hold a JSON object'),
+  'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must contain a JSON object'),
   'not_utf8': (lambda source: (source.path / 'config.json').write_bytes(b'\xff{}'), r'config.json: not JSON'),
   'no_weights': (lambda source: (source.path / 'pytorch_model.bin').unlink(), r'source: holds no weights'),
 }
@@ -605,7 +603,7 @@ def test_a_folder_without_tokenizer_is_converted_and_says_so(small, tmp_path):
   log: list[str] = []
   convert.convert(context_of(small.path, tmp_path / 'ours'))
   convert.convert(context_of(tmp_path / 'ours', tmp_path / 'hf', log=log))
-  assert any(re.search('tokenizer is not written for transformers: .* holds neither a tokenizer.json nor', line) for line in log)
+  assert any(re.search('tokenizer is not written for transformers: .* contains neither a tokenizer.json nor', line) for line in log)
   assert stored_in(tmp_path / 'hf').keys() == small.tensors.keys()
 
 

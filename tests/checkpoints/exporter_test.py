@@ -19,9 +19,10 @@ from optional import torch, transformers
 
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
-from polar_jax.checkpoints import config_json, exporter, families, pretrained
+from polar_jax.checkpoints import config_json, exporter, families
 from polar_jax.config import Config, MeshConfig, ModelConfig
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.model.heads import HEADS
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
@@ -149,7 +150,7 @@ def test_code_of_another_family_that_did_not_come_is_not_named(tmp_path):
 def exported_from(params, model: ModelConfig, head: str, root: pathlib.Path) -> pathlib.Path:
   """A run with these parameters, exported."""
   fields = {f'model.{name}': value for name, value in dataclasses.asdict(model).items()}
-  checkpoint.save_params(root / 'run', params, {'objective': pretrained.OBJECTIVES[head], 'tokenizer': 'byte', **fields})
+  checkpoint.save_params(root / 'run', params, {'objective': HEADS[head].objective, 'tokenizer': 'byte', **fields})
   config = Config(stage='convert', checkpoint=str(root / 'run'), output=str(root / 'exported'))
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   convert.convert(Context(config, root, mesh, lambda line: None))
@@ -160,7 +161,7 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
   """Of one row."""
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(model, rngs=nnx.Rngs(0))))
   positions = np.arange(len(ids), dtype=np.int32)[None]
-  inputs = (ids[None], positions, np.zeros_like(positions), positions + 1)
+  inputs = (ids[None], positions, [(np.zeros_like(positions), positions + 1)])
   return np.asarray(jax.jit(lambda params: nnx.merge(graphdef, params)(*inputs))(params))[0]
 
 

@@ -14,8 +14,8 @@ import pytest
 from polar_jax import sharding
 from polar_jax.checkpoints import exporter, families, importer
 from polar_jax.checkpoints.formats.storage import CheckpointFileError, TensorInfo
-from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import MeshConfig, ModelConfig
+from polar_jax.model.heads import abstract_model
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 # No mesh axis divides the vocabulary, the heads or the layers.

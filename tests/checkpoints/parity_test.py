@@ -13,7 +13,7 @@ from optional import torch, transformers
 
 from polar_jax.checkpoints import config_json, families
 from polar_jax.config import ModelConfig
-from polar_jax.data import rows
+from polar_jax.data import layout
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.transformer import Decoder
@@ -141,13 +141,13 @@ def _sequences(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
 
 
 def _rows(placed: list[list[tuple[int, np.ndarray]]], total: int) -> tuple[np.ndarray, ...]:
-  """(tokens, positions, start, end) of rows that hold sequences at the given places."""
+  """(tokens, positions, intervals) of rows that hold sequences at the given places."""
   tokens, positions, start, end = np.zeros((4, len(placed), total), np.int32)
   for b, members in enumerate(placed):
     for at, ids in members:
       for t, token in enumerate(ids):
         tokens[b, at + t], positions[b, at + t], start[b, at + t], end[b, at + t] = token, t, at, at + t + 1
-  return tokens, positions, start, end
+  return tokens, positions, [(start, end)]
 
 
 def _apply(kind: type, config: ModelConfig, params: dict, *inputs) -> np.ndarray:
@@ -254,8 +254,8 @@ def test_hidden_states_of_rows_without_padding(random_params, as_stored, length)
   params = random_params(LanguageModel, config)
   model = _torch_model(transformers.LlamaForCausalLM, config, as_stored(config, params), attn_implementation='eager')
   ids = np.stack(_sequences((length, length)))
-  tokens, positions, start, end = _rows([[(0, row)] for row in ids], length)
-  got = _apply(Decoder, config, params['decoder'], tokens, positions, [(start, end)])
+  inputs = _rows([[(0, row)] for row in ids], length)
+  got = _apply(Decoder, config, params['decoder'], *inputs)
   with torch.no_grad():
     out = model.model(torch.from_numpy(ids.astype(np.int64)), output_attentions=True)
   np.testing.assert_allclose(got, out.last_hidden_state, atol=TOLERANCE, rtol=0)
@@ -300,8 +300,9 @@ def test_rewards_of_triplet_rows_are_those_of_two_rows_each(random_params, as_st
     kind = {'llama': transformers.LlamaForSequenceClassification, 'qwen2': transformers.Qwen2ForSequenceClassification}[case]
     model = _torch_model(kind, config, stored, num_labels=1)
   triplets = _triplets()
-  batch = rows.pair_batch([rows.pair_row(*t) for t in triplets], range(4), [[0, 2], [1, 3]], 128, 2)
-  got = _apply(RewardModel, config, params, batch)
+  batch = layout.pair_batch([layout.pair_segment(*t) for t in triplets], range(4), [[0, 2], [1, 3]], 128, 2)
+  index = batch.reward_index_BPC.reshape(2, -1)
+  got = _apply(RewardModel, config, params, batch.tokens_BT, batch.positions_BT, batch.intervals, index)
   expected = np.stack([_torch_rewards(model, [t[c] for t in triplets]) for c in range(2)], axis=1)
   assert np.ptp(expected) > 1
   np.testing.assert_allclose(got.reshape(4, 2), expected[[0, 2, 1, 3]], atol=TOLERANCE, rtol=0)

@@ -14,7 +14,6 @@ from polar_jax.checkpoints import config_json
 from polar_jax.config import ModelConfig
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.types import PairBatch
 
 pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
 
@@ -106,13 +105,13 @@ def _logits(model, **inputs):
 
 
 def _intervals():
-  """(tokens, positions, start, end) of our rows, padded on the right."""
+  """(tokens, positions, intervals) of our rows, padded on the right."""
   shape = (len(LENGTHS), TOTAL)
   tokens, end = np.zeros((2, *shape), np.int32)
   positions = np.minimum(np.arange(TOTAL, dtype=np.int32)[None], np.array(LENGTHS, np.int32)[:, None] - 1)
   for b, ids in enumerate(_sequences()):
     tokens[b, : len(ids)], end[b, : len(ids)] = ids, np.arange(1, len(ids) + 1)
-  return tokens, positions, np.zeros(shape, np.int32), end
+  return tokens, positions, [(np.zeros(shape, np.int32), end)]
 
 
 def _run_ours(model, config, params, *inputs):
@@ -125,9 +124,8 @@ def reward_models(request, load):
   """(rewards of our model, the torch model)"""
   config = request.param
   params, model, _ = load(config, RewardModel, 'InternLM2ForRewardModel')
-  index = np.repeat(np.array(LENGTHS, np.int32)[:, None, None] - 1, 2, axis=-1)
-  batch = PairBatch(*_intervals(), index, np.ones((len(LENGTHS), 1), np.float32), np.zeros((len(LENGTHS), 1), np.int32))
-  return _run_ours(RewardModel, config, params, batch)[:, 0, 0], model
+  index = np.array(LENGTHS, np.int32)[:, None] - 1
+  return _run_ours(RewardModel, config, params, *_intervals(), index)[:, 0], model
 
 
 def test_rewards_are_those_of_our_model_whichever_side_is_padded(reward_models):

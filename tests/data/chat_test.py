@@ -66,7 +66,7 @@ def qwen(data_folder):
 
 
 def both(template, tokenizer, conversation, source=None, **variables):
-  """What we render and what transformers renders; None where it raises."""
+  """Return our rendering and that of transformers; None where one raises."""
   try:
     theirs = tokenizer.apply_chat_template(conversation, chat_template=source, tokenize=False, **variables)
   except (jinja2.TemplateError, TypeError, ValueError):
@@ -97,7 +97,7 @@ def test_qwen_equals_transformers(qwen, data_folder):
 @pytest.mark.data
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_every_feature_equals_transformers(qwen, name):
-  # The template is the same object for all: nothing of one rendering may leak into the next.
+  # All renderings share the template object, so nothing of one may leak into the next.
   tokens = {key: value for key, value in qwen.special_tokens_map.items() if isinstance(value, str)}
   template = pickle.loads(pickle.dumps(chat_lib.ChatTemplate(TEMPLATES[name], tokens)))
   rendered = 0

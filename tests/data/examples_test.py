@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from polar_jax.data import examples as sources
-from polar_jax.data import tfds as triplet_dataset
+from polar_jax.data import tfds
 from polar_jax.types import Prompt, Triplet
 
 GOOD = {'prompt': 'p', 'reference': 'r', 'chosen': 'c', 'rejected': 'd'}
@@ -23,7 +23,7 @@ def without(field):
 
 
 def write(path, rows):
-  """Rows are dicts, or lines as they are to stand in the file."""
+  """Write examples, given as dicts or as raw lines."""
   lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
   data = b''.join(line + b'\n' for line in lines)
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
@@ -41,7 +41,7 @@ def test_all_formats_give_the_same_rows(tmp_path, name):
     pq.write_table(pa.Table.from_pylist(rows), path)
   else:
     write(path, rows)
-  read = sources.read_rows(str(path))
+  read = sources.read_triplets(str(path))
   expected = [
     Triplet(MESSAGES, 'r', 'c', 'd', 'pretrain', 'easy', {'source': 'x', 'n': 3}),
     Triplet(MESSAGES, '', '', '', 'sft', '', {'source': '日本', 'n': 4}),
@@ -55,7 +55,7 @@ def test_all_formats_give_the_same_rows(tmp_path, name):
 
 def test_blank_lines_and_byte_order_mark(tmp_path):
   path = write(tmp_path / 'a.jsonl', [b'\xef\xbb\xbf' + json.dumps(GOOD).encode(), b'', b'  ', GOOD, b'{'])
-  read = sources.read_rows(path, 'skip')
+  read = sources.read_triplets(path, 'skip')
   assert len(read) == 2
   assert [number for number, _ in read.skipped] == [5]  # the line of the file
 
@@ -83,39 +83,39 @@ BAD = [
 
 
 @pytest.mark.parametrize(('bad', 'field', 'reason'), BAD)
-def test_bad_row(tmp_path, bad, field, reason):
+def test_bad_example(tmp_path, bad, field, reason):
   path = write(tmp_path / 'rows.jsonl', [GOOD, bad, GOOD])
-  with pytest.raises(sources.BadRowError) as caught:
-    sources.read_rows(path)
+  with pytest.raises(sources.BadExampleError) as caught:
+    sources.read_triplets(path)
   error = caught.value
   assert isinstance(error, ValueError)
-  assert (error.path, error.row, error.field) == (path, 2, field)
+  assert (error.path, error.number, error.field) == (path, 2, field)
   assert reason in str(error)
-  assert f'{path}, row 2' in str(error)
+  assert f'{path}, example 2' in str(error)
   assert '\n' not in str(error)
   assert str(pickle.loads(pickle.dumps(error))) == str(error)
-  read = sources.read_rows(path, 'skip')
+  read = sources.read_triplets(path, 'skip')
   assert len(read) == 2
   assert [number for number, _ in read.skipped] == [2]
   assert reason in read.skipped[0][1]
 
 
-def test_bad_parquet_row_and_missing_column(tmp_path):
+def test_bad_parquet_example_and_missing_column(tmp_path):
   path = tmp_path / 'a.parquet'
   pq.write_table(pa.Table.from_pylist([GOOD, {**GOOD, 'chosen': None}]), path)
-  with pytest.raises(sources.BadRowError, match='row 2: chosen must be'):
-    sources.read_rows(path)
-  assert sources.read_rows(path, 'skip').skipped == [(2, 'chosen must be a string or a list of messages, not null')]
+  with pytest.raises(sources.BadExampleError, match='example 2: chosen must be'):
+    sources.read_triplets(path)
+  assert sources.read_triplets(path, 'skip').skipped == [(2, 'chosen must be a string or a list of messages, not null')]
   pq.write_table(pa.Table.from_pylist([without('rejected')]), path)
-  with pytest.raises(sources.SourceError, match=r"no good rows.*'rejected' is missing"):
-    sources.read_rows(path, 'skip')
+  with pytest.raises(sources.DataError, match=r"no valid examples.*'rejected' is missing"):
+    sources.read_triplets(path, 'skip')
 
 
-def test_no_good_rows(tmp_path):
-  with pytest.raises(sources.SourceError, match=r'a\.jsonl: no good rows \(0'):
-    sources.read_rows(write(tmp_path / 'a.jsonl', []))
-  with pytest.raises(sources.SourceError, match=r'no good rows \(1 bad ones; row 1: not JSON'):
-    sources.read_rows(write(tmp_path / 'a.jsonl', [b'x']), 'skip')
+def test_no_valid_examples(tmp_path):
+  with pytest.raises(sources.DataError, match=r'a\.jsonl: no valid examples \(0'):
+    sources.read_triplets(write(tmp_path / 'a.jsonl', []))
+  with pytest.raises(sources.DataError, match=r'no valid examples \(1 bad ones; example 1: not JSON'):
+    sources.read_triplets(write(tmp_path / 'a.jsonl', [b'x']), 'skip')
 
 
 @pytest.mark.parametrize('damage', ['cut', 'flip', 'plain', 'crc'])
@@ -129,15 +129,15 @@ def test_damaged_gzip(tmp_path, damage):
   elif damage == 'crc':
     data[-6] ^= 1
   path.write_bytes(b'{"prompt": 1}' if damage == 'plain' else bytes(data))
-  with pytest.raises(sources.SourceError, match=r'a\.jsonl\.gz.*truncated or damaged'):
-    sources.read_rows(path, 'raise')
+  with pytest.raises(sources.DataError, match=r'a\.jsonl\.gz.*truncated or damaged'):
+    sources.read_triplets(path, 'raise')
 
 
 def test_damaged_parquet(tmp_path):
   path = tmp_path / 'a.parquet'
   path.write_bytes(b'PAR1 nothing PAR1')
-  with pytest.raises(sources.SourceError, match=r'a\.parquet: not a parquet file'):
-    sources.read_rows(path)
+  with pytest.raises(sources.DataError, match=r'a\.parquet: not a readable parquet file'):
+    sources.read_triplets(path)
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
@@ -145,35 +145,35 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
   pq.write_table(pa.Table.from_pylist([GOOD]), path)
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
   with pytest.raises(ImportError, match=r'pip install polar_jax\[parquet\]'):
-    sources.read_rows(path)
+    sources.read_triplets(path)
 
 
 def test_unusable_arguments(tmp_path):
-  with pytest.raises(sources.SourceError, match='no such file'):
-    sources.read_rows(tmp_path / 'a.jsonl')
+  with pytest.raises(sources.DataError, match='no such file'):
+    sources.read_triplets(tmp_path / 'a.jsonl')
   (tmp_path / 'a.csv').write_text('x')
-  with pytest.raises(sources.SourceError, match=r'a\.csv: unknown kind.*\.parquet'):
-    sources.read_rows(tmp_path / 'a.csv')
+  with pytest.raises(sources.DataError, match=r'a\.csv: unknown kind.*\.parquet'):
+    sources.read_triplets(tmp_path / 'a.csv')
   with pytest.raises(ValueError, match='on_bad_example'):
-    sources.read_rows(tmp_path / 'a.jsonl', 'ignore')
+    sources.read_triplets(tmp_path / 'a.jsonl', 'ignore')
 
 
-def test_open_source_of_files_and_folders(tmp_path):
+def test_open_triplets_of_files_and_folders(tmp_path):
   path = write(tmp_path / 'train.jsonl.gz', [GOOD, b'x'])
-  assert len(sources.open_source(path, 'validation', 'skip')) == 1  # a file is its own split
-  assert len(sources.open_source(str(tmp_path), 'train', 'skip')) == 1
-  with pytest.raises(sources.BadRowError):
-    sources.open_source(tmp_path, 'train', 'raise')
-  with pytest.raises(sources.SourceError, match=r"no split 'test': looked for .*test\.jsonl.gz.*there is: train\.jsonl\.gz"):
-    sources.open_source(tmp_path, 'test', 'raise')
-  with pytest.raises(sources.SourceError, match=r'missing: no such file or folder; .* holds: train\.jsonl\.gz'):
-    sources.open_source(tmp_path / 'missing', 'train', 'raise')
+  assert len(sources.open_triplets(path, 'validation', 'skip')) == 1  # a file is its own split
+  assert len(sources.open_triplets(str(tmp_path), 'train', 'skip')) == 1
+  with pytest.raises(sources.BadExampleError):
+    sources.open_triplets(tmp_path, 'train', 'raise')
+  with pytest.raises(sources.DataError, match=r"no split 'test': looked for .*test\.jsonl.gz.*found: train\.jsonl\.gz"):
+    sources.open_triplets(tmp_path, 'test', 'raise')
+  with pytest.raises(sources.DataError, match=r'missing: no such file or folder; .* contains: train\.jsonl\.gz'):
+    sources.open_triplets(tmp_path / 'missing', 'train', 'raise')
   write(tmp_path / 'train.jsonl', [GOOD])
-  with pytest.raises(sources.SourceError, match='more than once'):
-    sources.open_source(tmp_path, 'train', 'raise')
+  with pytest.raises(sources.DataError, match='more than one file'):
+    sources.open_triplets(tmp_path, 'train', 'raise')
 
 
-def test_open_source_of_a_tfds_folder(tmp_path, monkeypatch):
+def test_open_triplets_of_a_tfds_folder(tmp_path, monkeypatch):
   (tmp_path / 'triplets' / '1.0.0').mkdir(parents=True)
   (tmp_path / 'triplets' / '1.0.0' / 'dataset_info.json').write_text('{}')
   opened = []
@@ -181,18 +181,18 @@ def test_open_source_of_a_tfds_folder(tmp_path, monkeypatch):
   fake.open_triplets = lambda folder: opened.append(folder) or {'train': [Triplet(**GOOD)], 'validation': []}
   monkeypatch.setitem(sys.modules, 'polar_jax.data.tfds', fake)
   monkeypatch.setattr('polar_jax.data.tfds', fake, raising=False)
-  assert sources.open_source(tmp_path, 'train', 'raise') == [Triplet(**GOOD)]
+  assert sources.open_triplets(tmp_path, 'train', 'raise') == [Triplet(**GOOD)]
   assert opened == [tmp_path]
-  with pytest.raises(sources.SourceError, match="no split 'test'; its splits are: train, validation"):
-    sources.open_source(tmp_path, 'test', 'raise')
+  with pytest.raises(sources.DataError, match="no split 'test'; its splits are: train, validation"):
+    sources.open_triplets(tmp_path, 'test', 'raise')
 
 
-def test_open_source_of_two_tfds_folders(tmp_path):
+def test_open_triplets_of_two_tfds_folders(tmp_path):
   for version in ('1.0.0', '2.0.0'):
     (tmp_path / version).mkdir()
     (tmp_path / version / 'dataset_info.json').write_text('{}')
-  with pytest.raises(sources.SourceError, match=r'1\.0\.0.*2\.0\.0'):
-    sources.open_source(tmp_path, 'train')
+  with pytest.raises(sources.DataError, match=r'1\.0\.0.*2\.0\.0'):
+    sources.open_triplets(tmp_path, 'train')
 
 
 ASK = [{'role': 'user', 'content': 'Why?'}]
@@ -206,7 +206,7 @@ OFFICIAL = {
 
 
 def official(**changes):
-  """An official row with fields replaced; `reward_model__style` is a field of a field, ... leaves one out."""
+  """Return an official example with fields replaced; `reward_model__style` is a nested field, and ... removes one."""
   row = {key: dict(value) if isinstance(value, dict) else value for key, value in OFFICIAL.items()}
   for name, value in changes.items():
     *outer, key = name.split('__')
@@ -240,7 +240,7 @@ def test_prompts_of_the_official_format(tmp_path, name):
 
 
 def test_parquet_gives_every_message_the_fields_of_all(tmp_path):
-  """A field that only one prompt's messages have is null in the others of its column, which makes no two prompts differ."""
+  """A message field of only one prompt is null in the others of its column, which must not make two prompts differ."""
   text = [{'role': 'assistant', 'content': 'Hello'}]
   rows = [OFFICIAL, official(prompt=[{'role': 'user', 'content': 'Why?', 'name': 'Ann'}], reward_model__ground_truth=text)]
   pq.write_table(pa.Table.from_pylist(rows), tmp_path / 'a.parquet')
@@ -293,10 +293,10 @@ BAD_PROMPTS = [
 @pytest.mark.parametrize(('bad', 'field', 'reason'), BAD_PROMPTS)
 def test_bad_prompt(tmp_path, bad, field, reason):
   path = write(tmp_path / 'rows.jsonl', [OFFICIAL, bad, {'prompt': 'p', 'reference': 'r'}])
-  with pytest.raises(sources.BadRowError) as caught:
+  with pytest.raises(sources.BadExampleError) as caught:
     sources.open_prompts(path, 'train')
-  assert (caught.value.path, caught.value.row, caught.value.field) == (path, 2, field)
-  assert reason in str(caught.value) and f'{path}, row 2' in str(caught.value) and '\n' not in str(caught.value)
+  assert (caught.value.path, caught.value.number, caught.value.field) == (path, 2, field)
+  assert reason in str(caught.value) and f'{path}, example 2' in str(caught.value) and '\n' not in str(caught.value)
   read = sources.open_prompts(path, 'train', 'skip')
   assert len(read) == 2
   assert [number for number, _ in read.skipped] == [2] and reason in read.skipped[0][1]
@@ -316,18 +316,16 @@ def test_prompts_of_a_tfds_folder(tmp_path):
     Prompt('p', 'r', '72', 'math', {'n': 3, 'policy_prompt': ASK}),
     Prompt([{'role': 'system', 'content': 'Be.'}, *ASK], [{'role': 'assistant', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]),
   ]
-  triplet_dataset.write_prompts(tmp_path / 'prompts', 'prompts', {'train': prompts, 'test': [Prompt('p', '')]}, 'Prompts.', {})
+  tfds.write_prompts(tmp_path / 'prompts', 'prompts', {'train': prompts, 'test': [Prompt('p', '')]}, 'Prompts.', {})
   assert list(sources.open_prompts(tmp_path / 'prompts', 'train')) == [
     prompts[0],
     Prompt('Be.\nWhy?', 'a\nb', metadata={'policy_prompt': prompts[1].prompt}),  # the same to reward model and policy
   ]
-  with pytest.raises(sources.BadRowError, match='prompts:test, row 1: reference is empty'):
+  with pytest.raises(sources.BadExampleError, match='prompts:test, example 1: reference is empty'):
     sources.open_prompts(tmp_path / 'prompts', 'test')
   with pytest.raises(sources.NoSplitError, match='its splits are: test, train'):
     sources.open_prompts(tmp_path / 'prompts', 'validation')
-  triplet_dataset.write_triplets(
-    tmp_path / 'triplets', 'rows', {'train': [Triplet('p', 'r', 'c', 'd', 'pretrain', 'x', {'k': 1})]}, 'Rows.', {}
-  )
+  tfds.write_triplets(tmp_path / 'triplets', 'rows', {'train': [Triplet('p', 'r', 'c', 'd', 'pretrain', 'x', {'k': 1})]}, 'Rows.', {})
   assert list(sources.open_prompts(tmp_path / 'triplets', 'train')) == [Prompt('p', 'r', '', 'x', {'k': 1})]
 
 
@@ -349,4 +347,4 @@ def test_real_preferences_read_cleanly(data_folder):
   for path in files:
     with gzip.open(path) as file:
       lines = sum(1 for _ in file)
-    assert len(sources.read_rows(path)) == lines
+    assert len(sources.read_triplets(path)) == lines

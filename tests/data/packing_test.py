@@ -52,7 +52,7 @@ def test_properties_of_first_fit(case):
 
 def test_an_item_longer_than_a_row_is_refused():
   assert packing.first_fit([5, 5], 5, 9) == [[0], [1]]
-  with pytest.raises(ValueError, match='item of 6 does not fit a row of 5'):
+  with pytest.raises(ValueError, match='item of length 6 does not fit a row of 5'):
     packing.first_fit([5, 6], 5, 9)
 
 
@@ -66,7 +66,7 @@ def test_thousands_of_items_pack_at_once():
 
 def test_every_stretch_is_dealt_alike():
   rows = [[n] for n in range(8)]
-  order = {groups: [n for (n,) in packing.deal(rows, groups)] for groups in (1, 2, 4)}
+  order = {groups: [n for (n,) in packing.interleave(rows, groups)] for groups in (1, 2, 4)}
   assert order == {1: [0, 1, 2, 3, 4, 5, 6, 7], 2: [0, 2, 4, 6, 1, 3, 5, 7], 4: [0, 4, 1, 5, 2, 6, 3, 7]}
 
 
@@ -89,7 +89,7 @@ def test_no_other_number_of_rows_is_cheaper_for_the_sample(sample, multiple, ste
 @given(samples)
 def test_no_row_of_the_sample_holds_more_triplets_than_planned(sample):
   rows = [row for lengths in sample for row in first_fit_oracle(lengths, 20, 99)]
-  assert packing.plan(sample, 20, 1, 100).pairs == max(map(len, rows))
+  assert packing.plan(sample, 20, 1, 100).max_pairs == max(map(len, rows))
 
 
 def test_steps_that_exceed_the_plan_must_be_worth_their_compilation():
@@ -117,7 +117,7 @@ def test_sizes_of_exceeding_steps_are_few():
   ('lengths', 'multiple', 'row_length', 'rows'),
   [
     ([65] * 4, 1, 384, 1),  # 4 rows of 128, 2 of 256, or 1 of 384
-    ([50] * 3, 1, 128, 2),  # as many slots as one row of 256: the shorter wins
+    ([50] * 3, 1, 128, 2),  # as many positions as one row of 256, so the shorter row wins
     ([50] * 3, 2, 128, 2),
     ([65] * 8, 2, 384, 2),
     ([129] + [20] * 3, 1, 256, 1),  # never shorter than the longest
@@ -146,8 +146,8 @@ def test_real_answers_leave_less_than_five_percent_of_padding(data_folder):
     rows = [json.loads(line) for line in itertools.islice(lines, 0, None, 40)]
   settings = TokenizerConfig(kind='file', path=str(data_folder / 'tokenizers/internlm2/tokenizer.model'))
   template = Template(TemplateConfig(reward_token_id=92_527), load_tokenizer(settings, data_folder))
-  encoded = pipeline.PairTokens([Triplet(r['prompt'], r['a1'], r['a2'], r['b1']) for r in rows], template)
-  tokens = _Kept(encoded[i] for i in range(len(encoded)))  # read many times below
+  encoded = pipeline.TripletSegments([Triplet(r['prompt'], r['a1'], r['a2'], r['b1']) for r in rows], template)
+  tokens = _Kept(encoded[i] for i in range(len(encoded)))  # kept, because it is read many times below
   lengths = [len(t.tokens) for t in tokens]
   assert np.mean(lengths) > 1_000 and max(lengths) > 7 * np.mean(lengths)
   plan = pipeline.BatchPlan(128)

@@ -11,7 +11,7 @@ from polar_jax.types import Triplet
 
 
 class Digits:
-  """A template whose sequences spell the triplet: ids of (prompt, answer, reward)."""
+  """A template whose sequences spell the triplet: ids of (prompt, candidate, reward)."""
 
   def encode(self, triplet):
     head = [1] + [3 + ord(c) % 20 for c in triplet.prompt]
@@ -19,7 +19,7 @@ class Digits:
 
 
 def _tokens(size):
-  return pipeline.PairTokens([Triplet(f'p{i}', '', 'a' * (i % 4) + 'x', f'b{i}') for i in range(size)], Digits())
+  return pipeline.TripletSegments([Triplet(f'p{i}', '', 'a' * (i % 4) + 'x', f'b{i}') for i in range(size)], Digits())
 
 
 def _equal(a, b):
@@ -112,7 +112,7 @@ def test_an_epoch_holds_every_triplet_once_and_padding_takes_nothing(rows):
     assert sorted(np.concatenate(read).tolist()) == list(range(size))
   padding = batches[0].pair_mask_BP.sum(axis=1) == 0
   assert padding.any() and not batches[0].end_BT[padding].any()
-  assert np.ptp(padding.reshape(16, -1).sum(axis=1)) <= 1  # no device holds much more of it than another
+  assert np.ptp(padding.reshape(16, -1).sum(axis=1)) <= 1  # devices hold about the same amount of padding
 
 
 def test_rows_are_those_of_the_source():
@@ -131,7 +131,7 @@ def test_a_triplet_longer_than_a_row_is_named_before_and_during_the_run():
   lengths = [len(tokens[order(p)[0]].tokens) for p in range(9)]
   longest = max(lengths)
   row = order(lengths.index(longest))[0]
-  message = rf'row {row} has {longest} tokens, more than data.row_length \({longest - 1}\); raise it, or lower template.max_length'
+  message = rf'example {row} has {longest} tokens, more than data.row_length={longest - 1}; raise it, or lower template.max_length'
   with pytest.raises(ValueError, match=message):
     pipeline.plan_packing(tokens, plan, longest - 1, steps=3, seed=0)
   batches = pipeline.pair_batches(tokens, plan, pipeline.PackPlan(longest - 1, 3, 3, 1), steps=3, seed=0)
@@ -140,12 +140,12 @@ def test_a_triplet_longer_than_a_row_is_named_before_and_during_the_run():
 
 
 def test_the_plan_is_made_from_the_steps_that_are_read():
-  """The first 16 steps, but no more triplets than are quick to tokenise."""
+  """The first 16 steps, but no more triplets than can be tokenized quickly."""
 
-  class Counted(pipeline.PairTokens):
-    def many(self, indices):
+  class Counted(pipeline.TripletSegments):
+    def take(self, indices):
       read.extend(indices)
-      return super().many(indices)
+      return super().take(indices)
 
   tokens = Counted(_tokens(2_500).source, Digits())
   order = pipeline.global_order(2_500, 3)
@@ -161,7 +161,7 @@ def test_the_plan_is_made_from_the_steps_that_are_read():
 def test_without_a_row_length_every_triplet_of_the_data_fits(together, monkeypatch):
   monkeypatch.setattr(pipeline, '_READ_TOGETHER', together)
   triplets = [*_tokens(60).source, Triplet('p', '', 'a' * 300, 'b')]
-  tokens = pipeline.PairTokens(triplets, Digits())
+  tokens = pipeline.TripletSegments(triplets, Digits())
   assert 60 not in [pipeline.global_order(61, 0)(p)[0] for p in range(8)]  # the long one is not in the sample
   pack = pipeline.plan_packing(tokens, pipeline.BatchPlan(8), None, steps=1, seed=0)
   assert pack.row_length == 384

@@ -1,4 +1,4 @@
-"""The template against the official rule, written down step by step from its description, over the libraries' own tokenizers."""
+"""The template against the official rule, implemented step by step from its description with the libraries' own tokenizers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORDS = [
 
 
 class Bytes:
-  """As text: one token per byte; the five special strings are one token each, and gone when decoded."""
+  """One token per byte; the five special strings are one token each, and dropped in decoding."""
 
   bos, specials = (257,), ('<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]')
 
@@ -58,7 +58,7 @@ class Bytes:
 
 
 class InternLM2:
-  """Control pieces and added tokens split a text, are one token each, and are gone when decoded."""
+  """Control pieces and added tokens split a text, are one token each, and are dropped in decoding."""
 
   bos = (1,)
 
@@ -95,7 +95,7 @@ def joined(value):
 
 
 def official(tokenizer, rule, limits, prompt, reference, candidates, wrapper, separator, reward):
-  """The sequences of the candidates that one call of the official trainer, or the client, makes, and what it cut.
+  """Return the sequences of the candidates in one call of the official trainer or client, and what it truncated.
 
   Args:
     rule: 'trainer' or 'client'.
@@ -103,24 +103,24 @@ def official(tokenizer, rule, limits, prompt, reference, candidates, wrapper, se
     reward: the string of the reward token, and its id.
   """
   max_length, max_response_length = limits
-  # 1. Separately, each with its BOS, which counts.
+  # 1. Encode separately, each with its BOS, which counts.
   prompt_ids = [*tokenizer.bos, *tokenizer.encode(joined(prompt))]
   reference_ids = [*tokenizer.bos, *tokenizer.encode(joined(reference))]
   candidate_ids = [[*tokenizer.bos, *tokenizer.encode(joined(candidate))] for candidate in candidates]
   # 2. Room for separator, reward token and two newlines.
   budget = max_length - 4
-  # 3. Answers keep their head.
+  # 3. Candidates keep their head.
   cut = {'answer': any(len(ids) > max_response_length for ids in [reference_ids, *candidate_ids])}
   reference_ids = reference_ids[:max_response_length]
   candidate_ids = [ids[:max_response_length] for ids in candidate_ids]
-  # 4. The prompt keeps its tail, twice in each sequence; the trainer cuts it alike for all of them.
+  # 4. The prompt, twice in each sequence, keeps its tail; the trainer truncates it alike for all of them.
   rooms = [(budget - len(reference_ids) - len(ids)) // 2 for ids in candidate_ids]
   if rule == 'trainer':
     rooms = [min(rooms) for _ in rooms]
   rooms = [max(room, 0) for room in rooms]
   cut['prompt'] = any(len(prompt_ids) > room for room in rooms)
   cut['whole prompt'] = 0 in rooms
-  # 5. Decoded without special tokens, assembled, and tokenised again behind one BOS.
+  # 5. Decode without special tokens, assemble, and tokenize again after one BOS.
   out = []
   for ids, room in zip(candidate_ids, rooms, strict=True):
     prompt_text = tokenizer.decode(prompt_ids[len(prompt_ids) - room :] if room < len(prompt_ids) else prompt_ids)
@@ -137,7 +137,7 @@ def official(tokenizer, rule, limits, prompt, reference, candidates, wrapper, se
 
 
 def random_value(rng, specials):
-  """A text, or messages of some turns; one in nine is empty, one in three holds special strings."""
+  """Draw a text or messages of some turns; one in nine is empty, one in three contains special strings."""
 
   def text(length):
     words = WORDS + (specials * 2 if rng.random() < 0.35 else [])
@@ -169,7 +169,7 @@ def check(tokenizer, oracle, rows, seed, specials, separator='<|reward|>', rewar
     assert template.encode_candidates(prompt, reference, candidates, wrapper) == expected, (row, rule, limits, wrapper, prompt, reference)
     for name in cuts:
       cuts[name] += cut[name]
-  # Rows of all kinds: cut here, cut there, and not at all.
+  # All kinds occur: truncated in either place, and not at all.
   assert all(rows / 8 < count < rows * 7 / 8 for count in cuts.values()), cuts
 
 
@@ -189,7 +189,7 @@ def test_internlm2(data_folder, tmp_path, separator_id):
   decoder = {str(i): {'content': token, 'special': True} for token, i in added.items()}
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': decoder}))
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # that the separator is text in one of the three is what is tested
+    warnings.simplefilter('ignore')  # in one of the three the separator is text on purpose
     check(open_tokenizer(tmp_path), InternLM2(path, added), 130, 1 + (separator_id or 0), INTERNLM2_SPECIALS)
 
 

@@ -21,7 +21,7 @@ SPECIAL = ['<|reward|>', '[UNUSED_TOKEN_130]']
 
 
 class Oracle:
-  """The two official rules, written from their description over an encode and a decode function."""
+  """The two official rules, implemented from their description with an encode and a decode function."""
 
   def __init__(self, encode, decode, bos, config, reward_id):
     self.encode, self.decode, self.bos, self.c, self.reward_id = encode, decode, bos, config, reward_id
@@ -173,7 +173,7 @@ def bytes_template(**settings):
 def test_by_hand():
   chosen, rejected = bytes_template().encode(Triplet('p', 'r', 'c', '', 'sft'))
   assert chosen == [257, *b'p\nr', 259, *b'p\nc', 260]
-  assert rejected == [257, *b'p\nr', 259, *b'p', 260]  # no newline before an empty answer
+  assert rejected == [257, *b'p\nr', 259, *b'p', 260]  # no newline before an empty candidate
   assert bytes_template(rule='client').encode(Triplet('p', 'r', 'c', '', 'sft'))[1] == [257, *b'p\nr', 259, *b'p\n', 260]
   assert bytes_template().encode(Triplet('p', 'r', 'c', 'd', 'pretrain'))[1] == [257, *b'pr', 259, *b'pd', 260]
   assert bytes_template(use_reference=False).encode(Triplet('p', 'r', 'c', 'd'))[0] == [257, *b'p\nc', 260]
@@ -206,7 +206,7 @@ def check_texts_encode_to_the_sequences(tokenizer, seed, **settings):
       assert tokenizer.encode_batch(texts, add_bos=True) == template.encode_candidates(*arguments)
 
 
-def test_a_server_that_tokenises_the_texts_sees_the_same_sequences(bpe_path):
+def test_a_server_that_tokenizes_the_texts_sees_the_same_sequences(bpe_path):
   check_texts_encode_to_the_sequences(tokenizer_lib.ByteTokenizer(), 3)
   check_texts_encode_to_the_sequences(tokenizer_lib.BpeTokenizer(bpe_path), 4)
 
@@ -228,7 +228,7 @@ def test_prompt_room_is_shared_by_the_trainer_and_not_by_the_client():
   assert [bytes(ids[1 : ids.index(10)]) for ids in client] == [b'abcdefgh', b'defgh']
 
 
-@pytest.mark.parametrize('answer', ['r' * 6, 'r' * 7, 'r' * 9])  # room for 0 tokens, then less than none
+@pytest.mark.parametrize('answer', ['r' * 6, 'r' * 7, 'r' * 9])  # room for 0 tokens, then for a negative number
 def test_no_room_leaves_an_empty_prompt(answer):
   row = Triplet('prompt', answer[:5], answer, answer, 'sft')
   for ids in bytes_template(max_length=16).encode(row):
@@ -260,7 +260,7 @@ def test_separator_that_is_no_token_is_text_with_one_warning_per_process():
 
 @pytest.mark.data
 def test_where_the_id_of_the_separator_comes_from(data_folder, tmp_path):
-  """The checkpoint's tokenizer files; the configuration; nowhere."""
+  """The separator id comes from the checkpoint's tokenizer files, from the configuration, or from nowhere."""
   (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
   row = Triplet('p', 'r', 'c', 'd')
   bare = tokenizer_lib.open_tokenizer(tmp_path)
@@ -273,7 +273,7 @@ def test_where_the_id_of_the_separator_comes_from(data_folder, tmp_path):
     return [1, *bare.encode('p\nr'), *separator, *bare.encode('p\nc'), 92527]
 
   template_lib._warn_of_textual_separator.cache_clear()
-  with pytest.warns(UserWarning, match='tokenised as ordinary text') as caught:
+  with pytest.warns(UserWarning, match='tokenized as ordinary text') as caught:
     assert encoded(bare) == (None, [1, *bare.encode('p\nr<|reward|>p\nc'), 92527])
     assert encoded(bare)[0] is None
   assert len(caught) == 1
@@ -286,7 +286,7 @@ def test_where_the_id_of_the_separator_comes_from(data_folder, tmp_path):
     assert encoded(tokenizer_lib.open_tokenizer(tmp_path), separator_id=92530) == (92530, expected(92530))
 
 
-def test_texts_that_need_no_cut_are_tokenised_once(monkeypatch):
+def test_texts_that_need_no_cut_are_tokenized_once(monkeypatch):
   template = bytes_template()
   monkeypatch.setattr(template, '_cut', None)
   assert template.encode(Triplet('é', 'r', 'c', 'd', 'pretrain'))[0] == [257, *'ér'.encode(), 259, *'éc'.encode(), 260]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polar_jax import types
-from polar_jax.data import tfds as triplet_dataset
+from polar_jax.data import tfds
 
 
 def make_rows(n):
@@ -19,12 +19,12 @@ def make_rows(n):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('dataset')
-  triplet_dataset.write_triplets(folder, 'my_rows', {'train': make_rows(30), 'other': iter(make_rows(3))}, 'Rows.', {'seed': 1})
+  tfds.write_triplets(folder, 'my_rows', {'train': make_rows(30), 'other': iter(make_rows(3))}, 'Rows.', {'seed': 1})
   return folder
 
 
 def test_round_trip_in_order(folder):
-  opened = triplet_dataset.open_triplets(folder)
+  opened = tfds.open_triplets(folder)
   assert {s: len(r) for s, r in opened.items()} == {'train': 30, 'other': 3}
   for got, made in zip(opened['train'], make_rows(30), strict=True):
     ids = got.metadata['chosen_ids']
@@ -32,20 +32,20 @@ def test_round_trip_in_order(folder):
     assert (got.metadata['kl'], got.metadata['who']) == (made.metadata['kl'], 'p')
     assert dataclasses.replace(got, metadata={}) == dataclasses.replace(made, metadata={})
   assert opened['train'][-1].prompt == 'p29'
-  with pytest.raises(IndexError, match='row 30'):
+  with pytest.raises(IndexError, match='example 30'):
     opened['train'][30]
 
 
 def test_everything_lies_under_the_versioned_folder(folder):
   assert [p.name for p in folder.iterdir()] == ['my_rows']
-  assert [p.name for p in (folder / 'my_rows').iterdir()] == [triplet_dataset.VERSION]
-  assert len(triplet_dataset.open_triplets(folder / 'my_rows' / triplet_dataset.VERSION)['other']) == 3
+  assert [p.name for p in (folder / 'my_rows').iterdir()] == [tfds.VERSION]
+  assert len(tfds.open_triplets(folder / 'my_rows' / tfds.VERSION)['other']) == 3
 
 
 def test_fingerprint_sees_order_text_ids_and_metadata(folder):
   rows = make_rows(5)
-  digest = triplet_dataset.fingerprint(rows)
-  assert digest == triplet_dataset.fingerprint(triplet_dataset.open_triplets(folder)['train'][i] for i in range(5))
+  digest = tfds.fingerprint(rows)
+  assert digest == tfds.fingerprint(tfds.open_triplets(folder)['train'][i] for i in range(5))
   changed = [
     rows[::-1],
     rows[:4],
@@ -53,17 +53,17 @@ def test_fingerprint_sees_order_text_ids_and_metadata(folder):
     [dataclasses.replace(rows[0], metadata={**rows[0].metadata, 'chosen_ids': np.array([1], np.int32)}), *rows[1:]],
     [dataclasses.replace(rows[0], metadata={**rows[0].metadata, 'kl': 9.0}), *rows[1:]],
   ]
-  assert digest not in {triplet_dataset.fingerprint(r) for r in changed}
+  assert digest not in {tfds.fingerprint(r) for r in changed}
 
 
 def test_messages_are_refused_by_row_and_field(tmp_path):
   bad = types.Triplet([{'role': 'user', 'content': 'x'}], 'r', 'c', 'j')
-  with pytest.raises(ValueError, match='train row 1: field prompt must be text'):
-    triplet_dataset.write_triplets(tmp_path, 'rows', {'train': [*make_rows(1), bad]}, '', {})
+  with pytest.raises(ValueError, match='train example 1: field prompt must be text'):
+    tfds.write_triplets(tmp_path, 'rows', {'train': [*make_rows(1), bad]}, '', {})
 
 
 def test_missing_and_existing_folders_are_named(tmp_path, folder):
   with pytest.raises(FileNotFoundError, match='found: none'):
-    triplet_dataset.open_triplets(tmp_path)
-  with pytest.raises(ValueError, match='already holds'):
-    triplet_dataset.write_triplets(folder, 'my_rows', {'train': make_rows(1)}, '', {})
+    tfds.open_triplets(tmp_path)
+  with pytest.raises(ValueError, match='already contains'):
+    tfds.write_triplets(folder, 'my_rows', {'train': make_rows(1)}, '', {})

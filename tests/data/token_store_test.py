@@ -1,18 +1,17 @@
-"""Triplets read from a store of tokens are those that tokenising gives."""
+"""Triplets read from a token store equal freshly tokenized ones."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from polar_jax.data import tfds as triplet_dataset
-from polar_jax.data import token_store
-from polar_jax.data.pipeline import PairTokens, rows_at
+from polar_jax.data import tfds, token_store
+from polar_jax.data.pipeline import TripletSegments, examples_at
 from polar_jax.types import Triplet
 
 
 class Letters:
-  """A template whose sequences spell prompt and candidate, and that counts how often it was asked."""
+  """A template whose sequences spell prompt and candidate, and that counts its calls."""
 
   asked = 0
 
@@ -36,37 +35,37 @@ def _equal(got, wanted):
 def test_same_triplets_as_without(tmp_path, threads, monkeypatch):
   monkeypatch.setattr(token_store, '_AT_ONCE', 7)
   rows, stored = _triplets(50), np.random.default_rng(0).permutation(50)[:41]
-  token_store.store(PairTokens(rows, Letters()), stored, tmp_path, 'key', threads)
+  token_store.store(TripletSegments(rows, Letters()), stored, tmp_path, 'key', threads)
   template = Letters()
-  tokens, plain = token_store.open_store(rows, template, tmp_path, 'key'), PairTokens(rows, Letters())
+  tokens, plain = token_store.open_store(rows, template, tmp_path, 'key'), TripletSegments(rows, Letters())
   assert len(tokens) == 50
-  for got, wanted in zip(tokens.many([*range(50)]), plain.many([*range(50)]), strict=True):
+  for got, wanted in zip(tokens.take([*range(50)]), plain.take([*range(50)]), strict=True):
     _equal(got, wanted)
-  assert template.asked == 9  # only those that were not stored
+  assert template.asked == 9  # only the triplets that were not stored
 
 
 def test_another_key_is_not_read(tmp_path):
   rows = _triplets(5)
-  token_store.store(PairTokens(rows, Letters()), np.arange(5), tmp_path, 'key', 1)
+  token_store.store(TripletSegments(rows, Letters()), np.arange(5), tmp_path, 'key', 1)
   assert token_store.is_stored(tmp_path, 'key', np.arange(5))
   assert not token_store.is_stored(tmp_path, 'key', np.arange(6)) and not token_store.is_stored(tmp_path, 'other', np.arange(5))
-  assert type(token_store.open_store(rows, Letters(), tmp_path, 'other')) is PairTokens
+  assert type(token_store.open_store(rows, Letters(), tmp_path, 'other')) is TripletSegments
   assert not token_store.is_stored(tmp_path / 'nowhere', 'key', np.arange(1))
 
 
 def test_store_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
   rows = _triplets(5)
-  token_store.store(PairTokens(rows, Letters()), np.arange(5), tmp_path, 'key', 1)
+  token_store.store(TripletSegments(rows, Letters()), np.arange(5), tmp_path, 'key', 1)
   with monkeypatch.context() as patch:
     patch.setattr(token_store.np, 'savez', lambda *_, **__: (_ for _ in ()).throw(OSError('full')))
     with pytest.raises(OSError, match='full'):
-      token_store.store(PairTokens(rows[:3], Letters()), np.arange(3), tmp_path, 'key', 1)
-  assert type(token_store.open_store(rows, Letters(), tmp_path, 'key')) is PairTokens
+      token_store.store(TripletSegments(rows[:3], Letters()), np.arange(3), tmp_path, 'key', 1)
+  assert type(token_store.open_store(rows, Letters(), tmp_path, 'key')) is TripletSegments
 
 
 def test_rows_of_a_data_set_read_together(tmp_path):
   rows = _triplets(20)
-  folder = triplet_dataset.write_triplets(tmp_path, 'some', {'train': rows}, 'test', {})
-  source = triplet_dataset.open_triplets(folder)['train']
+  folder = tfds.write_triplets(tmp_path, 'some', {'train': rows}, 'test', {})
+  source = tfds.open_triplets(folder)['train']
   indices = [19, 0, 7, 7]
-  assert rows_at(source, indices) == [source[i] for i in indices] == [rows[i] for i in indices] == rows_at(rows, indices)
+  assert examples_at(source, indices) == [source[i] for i in indices] == [rows[i] for i in indices] == examples_at(rows, indices)

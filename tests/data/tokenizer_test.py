@@ -192,7 +192,7 @@ def test_load_tokenizer(bpe_path, tmp_path):
     tokenizer_lib.load_tokenizer(TokenizerConfig('file', 'vocab.txt'), None)
   with pytest.raises(tokenizer_lib.TokenizerError, match=r'tokenizer\.path must name'):
     tokenizer_lib.load_tokenizer(TokenizerConfig('file'), None)
-  with pytest.raises(tokenizer_lib.TokenizerError, match='there is no checkpoint here'):
+  with pytest.raises(tokenizer_lib.TokenizerError, match='this stage has no checkpoint'):
     tokenizer_lib.load_tokenizer(TokenizerConfig('checkpoint'), None)
 
 
@@ -229,7 +229,7 @@ def test_a_folder_is_opened_by_what_it_holds(bpe_path, data_folder, tmp_path):
   for names, held in (((), 'nothing'), (('vocab.json', 'model.safetensors'), r'model\.safetensors, vocab\.json')):
     for name in names:
       (tmp_path / 'empty' / name).write_text('')
-    with pytest.raises(tokenizer_lib.TokenizerError, match=rf'empty holds neither a tokenizer\.json nor a .* \(it holds {held}\)'):
+    with pytest.raises(tokenizer_lib.TokenizerError, match=rf'empty contains neither a tokenizer\.json nor a .*, but: {held}'):
       tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path / 'empty')))
   for i in range(30):
     (tmp_path / 'empty' / f'a{i}').write_text('')
@@ -266,7 +266,7 @@ def llama3_like(path):
 def test_llama3_style(tmp_path):
   llama3_like(tmp_path / 'tokenizer.json')
   tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
-  assert ids_of(tokenizer) == (256, None, None, None)  # what the post-processor puts in front, as no file says more
+  assert ids_of(tokenizer) == (256, None, None, None)  # from the post-processor, because no file defines more
   assert len(tokenizer.encode('a 1')) == 3 and tokenizer.encode('a 1', add_bos=True)[0] == 256
   assert tokenizer.is_exact('a 1é')
   write_json(tmp_path / 'tokenizer_config.json', {'bos_token': '<|begin_of_text|>', 'eos_token': '<|eot_id|>', 'add_bos_token': False})
@@ -289,9 +289,9 @@ def test_tokens_that_only_the_files_beside_know(tmp_path):
   ids = tokenizer.encode('a<|reward|><plain>b<x>  c<y>')
   assert ids[1:3] == [259, 260] and ids[4:] == [261, *tokenizer.encode('c'), 262]
   assert tokenizer.decode(ids) == 'a<plain>b<x>c'
-  assert tokenizer.unk_id == tokenizer.special_id('!') == tokenizer.encode('a!')[1]  # named, so special, as transformers has it
+  assert tokenizer.unk_id == tokenizer.special_id('!') == tokenizer.encode('a!')[1]  # named, and therefore special, as in transformers
   write_json(tmp_path / 'added_tokens.json', {'<|reward|>': 300})
-  with pytest.raises(tokenizer_lib.TokenizerError, match=r"lacks the token '<x>', to which .* gives the id 261, and would make it 259"):
+  with pytest.raises(tokenizer_lib.TokenizerError, match=r"lacks the token '<x>', which has the id 261 in .* would get the id 259"):
     tokenizer_lib.open_tokenizer(tmp_path).encode('a')
 
 
@@ -317,7 +317,7 @@ def test_polar_style(data_folder, tmp_path):
   assert tokenizer.decode(tokenizer.encode('a[UNUSED_TOKEN_145]')) == 'a'
   write_json(tmp_path / 'added_tokens.json', {'<|x|>': 92544})
   write_json(tmp_path / 'tokenizer_config.json', {'added_tokens_decoder': {'92544': {'content': '<|x|>', 'rstrip': True}}})
-  with pytest.raises(tokenizer_lib.TokenizerError, match='wants lstrip, rstrip or single_word'):
+  with pytest.raises(tokenizer_lib.TokenizerError, match='sets lstrip, rstrip or single_word'):
     tokenizer_lib.open_tokenizer(tmp_path).encode('a')
 
 
@@ -331,7 +331,7 @@ def test_an_ordinary_piece_is_no_special_token(piece):
   ('name', 'content', 'message'),
   [
     ('tokenizer_config.json', '{', r'tokenizer_config\.json: not JSON'),
-    ('tokenizer_config.json', '[]', 'must hold a JSON object, not list'),
+    ('tokenizer_config.json', '[]', 'must contain a JSON object, not list'),
     ('tokenizer_config.json', '{"bos_token": 3}', 'bos_token: a token must be a string, null or an object with a content, not 3'),
     ('tokenizer_config.json', '{"added_tokens_decoder": {"x": "a"}}', "added_tokens_decoder 'x' must give a token for an id"),
     ('tokenizer_config.json', '{"added_tokens_decoder": {"3": null}}', "added_tokens_decoder '3' must give"),

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.model import flops
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.presets import PRESETS
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.types import PairBatch, TextBatch
 
 SMALL = ModelConfig(vocab_size=11, num_layers=2, d_model=3, d_ff=5, num_heads=2, num_kv_heads=1, head_dim=4)
@@ -23,7 +23,7 @@ LARGE = ModelConfig(vocab_size=512, num_layers=3, d_model=256, d_ff=512, num_hea
 
 def test_reward_model_by_hand():
   """Chosen [1 7 8 R], rejected [1 7 R]: 5 tokens in one row, two in the chosen tail, two shared, one in the rejected tail."""
-  batch = pair_batch([pair_row([1, 7, 8, 10], [1, 7, 10])], [0], [[0], []], 12, 1)
+  batch = pair_batch([pair_segment([1, 7, 8, 10], [1, 7, 10])], [0], [[0], []], 12, 1)
   # keys seen: chosen tail, stored backwards: 4 (reward), 3; prefix: 1, 2; rejected: 3
   first_layer = 5 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (4 + 3 + 1 + 2 + 3) * 2 * 2 * 8
   last_layer = 5 * 2 * 2 * (3 * 4) + 2 * 2 * ((3 * 8) + (8 * 3) + 3 * (3 * 5)) + (4 + 3) * 2 * 2 * 8
@@ -32,7 +32,7 @@ def test_reward_model_by_hand():
 
 
 def test_the_same_pairs_as_two_sequences_by_hand():
-  rows = [pair_row([1, 7, 8, 10], [1, 7, 10])]
+  rows = [pair_segment([1, 7, 8, 10], [1, 7, 10])]
   layer = 7 * 2 * ((3 * 8) + 2 * (3 * 4) + (8 * 3) + 3 * (3 * 5)) + (1 + 2 + 3 + 4 + 1 + 2 + 3) * 2 * 2 * 8
   for packed, most in (([[0]], 1), ([[0], []], 3)):  # padding costs nothing
     assert flops.two_sequences_flops(SMALL, pair_batch(rows, [0], packed, 12, most)) == 2 * layer + 2 * 2 * 3
@@ -41,10 +41,10 @@ def test_the_same_pairs_as_two_sequences_by_hand():
 def test_a_shared_prefix_saves_what_it_should():
   """|prompt| = |reference| = |candidate|: a pair is 8 parts of tokens as two rows and 5 as one. The last layer saves too."""
   part = 64
-  deep = dataclasses.replace(SMALL, num_layers=200)  # so that the last layer does not count
+  deep = dataclasses.replace(SMALL, num_layers=200)  # makes the last layer negligible
   shared = [1] * 3 * part  # prompt, reference, prompt
-  batch = pair_batch([pair_row([*shared, *[2] * part], [*shared, *[3] * part])], [0], [[0]], 5 * part, 1)
-  wide = dataclasses.replace(deep, d_model=512, d_ff=1024)  # so that attention does not
+  batch = pair_batch([pair_segment([*shared, *[2] * part], [*shared, *[3] * part])], [0], [[0]], 5 * part, 1)
+  wide = dataclasses.replace(deep, d_model=512, d_ff=1024)  # makes attention negligible
   assert flops.two_sequences_flops(wide, batch) / flops.reward_model_flops(wide, batch) == pytest.approx(1.6, rel=0.01)
 
 
@@ -68,15 +68,15 @@ def test_parameters_of_every_preset(preset):
 
 
 def test_padding_costs_nothing():
-  rows = [pair_row([1, 7, 8, 10], [1, 7, 10]), pair_row([1, 10], [1, 5, 10])]
+  rows = [pair_segment([1, 7, 8, 10], [1, 7, 10]), pair_segment([1, 10], [1, 5, 10])]
   alone = flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0], [1]], 6, 1))
   assert flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0], [1], [], []], 30, 1)) == alone
-  # Packed, and with room for pairs that are not there.
+  # Packed, with room for more pairs than there are.
   assert flops.reward_model_flops(SMALL, pair_batch(rows, [0, 1], [[0, 1], []], 30, 5)) == alone
 
 
 def _dense(batch, length):
-  """Intervals over the whole row: the only masks whose cost XLA's dense attention really has."""
+  """Return intervals over the whole row, the only masks for which XLA's dense attention does no excess work."""
   tokens = np.ones((batch, length), np.int32)
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
   return tokens, positions, np.zeros_like(tokens), np.full_like(tokens, length)
@@ -92,7 +92,7 @@ def test_language_model_against_xla(layers):
   graphdef, params = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
   inputs = _dense(2, 64)
   batch = TextBatch(*inputs, inputs[0], np.ones((2, 64), np.float32), np.zeros(2, np.int32))
-  measured = _xla_flops(lambda p: nnx.merge(graphdef, p)(*inputs), params)
+  measured = _xla_flops(lambda p: nnx.merge(graphdef, p)(*inputs[:2], [inputs[2:]]), params)
   np.testing.assert_allclose(flops.language_model_flops(config, batch), measured, rtol=0.05)
 
 
@@ -101,7 +101,7 @@ def test_reward_model_against_xla(layers):
   config = dataclasses.replace(LARGE, num_layers=layers)
   graphdef, params = nnx.split(RewardModel(config, rngs=nnx.Rngs(0)))
   batch = PairBatch(*_dense(2, 64), np.array([[[5, 63]], [[7, 9]]], np.int32), np.ones((2, 1), np.float32), np.zeros((2, 1), np.int32))
-  measured = _xla_flops(lambda p: nnx.merge(graphdef, p)(batch), params)
+  measured = _xla_flops(lambda p: pair_rewards(nnx.merge(graphdef, p), batch), params)
   np.testing.assert_allclose(flops.reward_model_flops(config, batch), measured, rtol=0.05)
 
 
@@ -109,7 +109,7 @@ def test_a_training_step_costs_three_forward_passes():
   graphdef, params = nnx.split(LanguageModel(LARGE, rngs=nnx.Rngs(0)))
   inputs = _dense(2, 64)
   batch = TextBatch(*inputs, inputs[0], np.ones((2, 64), np.float32), np.zeros(2, np.int32))
-  measured = _xla_flops(jax.grad(lambda p: nnx.merge(graphdef, p)(*inputs).sum()), params)
+  measured = _xla_flops(jax.grad(lambda p: nnx.merge(graphdef, p)(*inputs[:2], [inputs[2:]]).sum()), params)
   np.testing.assert_allclose(3 * flops.language_model_flops(LARGE, batch), measured, rtol=0.1)
 
 

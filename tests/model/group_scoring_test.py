@@ -1,4 +1,4 @@
-"""Candidates that share their prefix get the rewards, and give the gradients, of sequences read separately."""
+"""Candidates that share their prefix have the rewards and gradients of sequences read separately."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
-from polar_jax.data.groups import group_batch, lay_out
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.data.layout import group_batch, group_segments
+from polar_jax.model.reward_model import RewardModel, group_rewards
 from polar_jax.types import GroupBatch
 
 CONFIG = ModelConfig(
@@ -32,18 +32,17 @@ def _groups():
 
 
 def _packed(rows):
-  """A batch of the groups with these groups in its rows."""
-  parts, first, total = [], [], 0
+  """Return a batch of the groups, and the number of candidates; `rows` lists the groups of each row."""
+  segments, total = [], 0
   for sequences in _groups():
-    (part,) = lay_out(sequences, LENGTH, 8)
-    parts.append(part)
-    first.append(total)
+    (segment,) = group_segments(sequences, LENGTH, 8)
+    segments.append(segment._replace(members=[total + c for c in segment.members]))
     total += len(sequences)
-  return group_batch(parts, first, rows, LENGTH, 8), total
+  return group_batch(segments, rows, LENGTH, 8), total
 
 
 def _separate() -> GroupBatch:
-  """Every sequence in a row of its own, causal."""
+  """Return a batch with each sequence in a causal row of its own."""
   sequences = [s for group in _groups() for s in group]
   shape = (len(sequences), LENGTH)
   tokens, positions, end = np.zeros((3, *shape), np.int32)
@@ -56,12 +55,12 @@ def _separate() -> GroupBatch:
 
 @pytest.fixture(scope='module')
 def score():
-  """Rewards in the order of candidates, and the gradient of their weighted sum."""
+  """Return a function that computes rewards in the order of candidates, and the gradient of their weighted sum."""
   graphdef, params = nnx.split(RewardModel(CONFIG, rngs=nnx.Rngs(7)))
 
   def run(batch, total):
     def weighted(params):
-      rewards_BQ = nnx.merge(graphdef, params).score(batch)
+      rewards_BQ = group_rewards(nnx.merge(graphdef, params), batch)
       index = jnp.where(batch.index_BQ >= 0, batch.index_BQ, total).reshape(-1)
       rewards = jnp.zeros(total + 1).at[index].set(rewards_BQ.reshape(-1))[:total]
       return rewards @ jnp.linspace(0.5, 1.5, total), rewards
@@ -83,7 +82,7 @@ def test_shared_prefixes_change_nothing(score, rows):
 
 
 def test_no_candidate_sees_another(score):
-  """Other tokens in one candidate leave all other rewards as they are, bit for bit."""
+  """Changing tokens of one candidate changes no bit of any other reward."""
   batch, total = _packed([[2, 0], [3, 1]])
   rewards, _ = score(batch, total)
   tokens = batch.tokens_BT.copy()

@@ -1,4 +1,4 @@
-"""Derivatives that are written by hand, against those that JAX derives from the plain formula."""
+"""Hand-written derivatives against those that JAX derives from the plain formula."""
 
 from __future__ import annotations
 

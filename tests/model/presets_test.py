@@ -1,4 +1,4 @@
-"""Tests of the published shapes: how many parameters they have."""
+"""Parameter counts of the published shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.transformer import num_parameters
 from polar_jax.model.value_model import ValueModel
 
-# Parameters of the language models as their publishers count them.
+# Parameters of the language models, as counted by their publishers.
 PUBLISHED = {
   'polar_1_8b': 1_889_110_016,  # internlm2_5-1_8b
   'polar_7b': 7_737_708_544,  # internlm2_5-7b
@@ -46,4 +46,4 @@ def test_every_preset_is_a_shape_that_computes():
   for fields in PRESETS.values():
     config = ModelConfig(**fields)
     assert config.num_heads % config.num_kv_heads == 0
-    assert config.num_heads * config.head_dim == config.d_model  # so of all of these, though not of every model
+    assert config.num_heads * config.head_dim == config.d_model  # true for all of these, though not for every model

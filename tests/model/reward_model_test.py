@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
+from polar_jax.data.layout import pair_batch, pair_segment
 from polar_jax.data.packing import first_fit
-from polar_jax.data.rows import pair_batch, pair_row
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.train.losses import pair_sums
 from polar_jax.types import PairBatch
 
@@ -49,7 +49,7 @@ def model():
 
 
 def _plain_rows(sequences, length=LENGTH) -> PairBatch:
-  """Each sequence as a causal row of its own, padded on the right: (B, 1, 1) rewards."""
+  """Return a batch with each sequence in a causal row of its own, padded on the right: (B, 1, 1) rewards."""
   tokens, positions, start, end = np.zeros((4, len(sequences), length), np.int32)
   for b, sequence in enumerate(sequences):
     n = len(sequence)
@@ -60,12 +60,12 @@ def _plain_rows(sequences, length=LENGTH) -> PairBatch:
 
 
 def _loss(model, batch, weights, order=None):
-  """A weighted sum of the losses of pairs, so that each pair's gradient counts differently. `order`: where pairs stand if packed."""
+  """Compute a sum of the losses of pairs with different weights, so that gradients cannot cancel. `order`: place of each pair if packed."""
   graphdef, params = model
 
   def loss(params):
-    rewards = nnx.merge(graphdef, params)(batch)
-    pairs = rewards.reshape(-1, 2)  # of a shared row its two candidates, of plain rows two rows after one another
+    rewards = pair_rewards(nnx.merge(graphdef, params), batch)
+    pairs = rewards.reshape(-1, 2)  # the two candidates of a shared row, or two consecutive plain rows
     pairs = pairs if order is None else pairs[order]
     return jnp.sum(jax.nn.softplus(pairs[:, 1] - pairs[:, 0]) * weights[: len(pairs)]), pairs
 
@@ -74,7 +74,7 @@ def _loss(model, batch, weights, order=None):
 
 
 def _packed(cases, packed, length):
-  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), packed, length, max(map(len, packed)))
+  return pair_batch([pair_segment(*case) for case in cases], range(len(cases)), packed, length, max(map(len, packed)))
 
 
 def _shared_rows(cases, length=LENGTH):
@@ -103,7 +103,7 @@ def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
   'name', ['ordinary', *(pytest.param(n, marks=pytest.mark.slow) for n in ('empty chosen', 'nothing shared but BOS'))]
 )
 def test_gradients_of_one_pair_alone(model, name):
-  """Nothing of one pair can hide behind another's gradient."""
+  """Pairs are compared one by one, so that errors cannot cancel between them."""
   weights = np.ones(1, np.float32)
   _assert_same(_loss(model, _shared_rows([PAIRS[name]]), weights), _loss(model, _plain_rows(PAIRS[name]), weights))
 
@@ -117,7 +117,7 @@ def test_padding_changes_nothing(model):
   graphdef, params = model
 
   def loss(params, batch):
-    return pair_sums(nnx.merge(graphdef, params)(batch), batch.pair_mask_BP)
+    return pair_sums(pair_rewards(nnx.merge(graphdef, params), batch), batch.pair_mask_BP)
 
   padded = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params), batch)
   np.testing.assert_allclose(padded[0][0], plain[0], atol=3e-6)
@@ -128,18 +128,18 @@ ROWS, PACKED_LENGTH = 6, 64
 
 
 def _random_cases(seed):
-  """The cases above and random ones, in random order, in as few rows of 64 tokens as they need."""
+  """Return the cases above and random ones, in random order, packed into rows of 64 tokens."""
   rng = np.random.default_rng(seed)
   draw = lambda least: rng.integers(2, REWARD, rng.integers(least, 8)).tolist()
   cases = [*CASES, *(tuple([*prefix, *draw(0), REWARD] for _ in range(2)) for prefix in (draw(1) for _ in range(8)))]
   cases = [cases[i] for i in rng.permutation(len(cases))]
-  packed = first_fit([len(pair_row(*case).tokens) for case in cases], PACKED_LENGTH, 8)
+  packed = first_fit([len(pair_segment(*case).tokens) for case in cases], PACKED_LENGTH, 8)
   return cases, [*packed, *[[]] * (ROWS - len(packed))]
 
 
 def _wide(cases, packed):
-  """A packed batch of one shape for all, so that it compiles once."""
-  return pair_batch([pair_row(*case) for case in cases], range(len(cases)), packed, PACKED_LENGTH, 8)
+  """Return a packed batch of one shape for all tests, so that it compiles once."""
+  return pair_batch([pair_segment(*case) for case in cases], range(len(cases)), packed, PACKED_LENGTH, 8)
 
 
 @pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
@@ -153,11 +153,11 @@ def test_packed_rows_equal_rows_of_one_triplet(model, seed):
 
 
 def test_no_triplet_sees_another_of_its_row(model):
-  """Other tokens in one triplet change no other reward by a bit, and would if an interval were one token too long."""
+  """Changing tokens of one triplet changes no bit of other rewards, but would if an interval were one token too long."""
   graphdef, params = model
   cases, packed = _random_cases(3)
   batch = _wide(cases, packed)
-  score = jax.jit(lambda batch: nnx.merge(graphdef, params)(batch))
+  score = jax.jit(lambda batch: pair_rewards(nnx.merge(graphdef, params), batch))
   real = batch.end_BT > batch.start_BT
   too_long = batch._replace(end_BT=np.where(real, np.minimum(batch.end_BT + 1, PACKED_LENGTH), batch.end_BT))
   too_early = batch._replace(start_BT=np.where(real, np.maximum(batch.start_BT - 1, 0), batch.start_BT))
@@ -166,7 +166,7 @@ def test_no_triplet_sees_another_of_its_row(model):
   for b, members in enumerate(packed):
     low = 0
     for p, member in enumerate(members):
-      high = low + len(pair_row(*cases[member]).tokens)
+      high = low + len(pair_segment(*cases[member]).tokens)
       tokens = batch.tokens_BT.copy()
       tokens[b, low:high] = (tokens[b, low:high] + 7) % REWARD
       low = high
@@ -179,10 +179,10 @@ def test_no_triplet_sees_another_of_its_row(model):
   assert leaks['long'] > 3 and leaks['early'] > 3
 
 
-def test_what_stands_in_padding_slots_does_not_matter(model):
+def test_tokens_of_padding_do_not_matter(model):
   graphdef, params = model
   batch = _shared_rows(CASES)
-  score = jax.jit(lambda batch: nnx.merge(graphdef, params)(batch))
+  score = jax.jit(lambda batch: pair_rewards(nnx.merge(graphdef, params), batch))
   rubbish = np.where(batch.end_BT == batch.start_BT, 9, batch.tokens_BT).astype(np.int32)
   assert (rubbish != batch.tokens_BT).any()
   np.testing.assert_array_equal(score(batch._replace(tokens_BT=rubbish)), score(batch))
@@ -194,7 +194,7 @@ def test_a_zero_head_starts_at_ln_2_and_leaves_the_backbone_alone():
   batch = _shared_rows(CASES)
 
   def loss(params):
-    total, sums = pair_sums(nnx.merge(graphdef, params)(batch), batch.pair_mask_BP)
+    total, sums = pair_sums(pair_rewards(nnx.merge(graphdef, params), batch), batch.pair_mask_BP)
     return total / len(CASES), sums
 
   (value, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(nnx.to_pure_dict(params))
@@ -210,7 +210,7 @@ def test_rewards_are_float32_and_read_before_nothing_else(model):
   merged = nnx.merge(graphdef, params)
   batch = _shared_rows(CASES)
   hidden = np.asarray(merged.decoder(batch.tokens_BT, batch.positions_BT, [(batch.start_BT, batch.end_BT)]), np.float64)
-  rewards = merged(batch)
+  rewards = pair_rewards(merged, batch)
   assert (rewards.shape, rewards.dtype) == ((len(CASES), 1, 2), jnp.float32)
   for b, index in enumerate(batch.reward_index_BPC[:, 0]):
     np.testing.assert_allclose(rewards[b, 0], hidden[b, index] @ np.asarray(merged.v_head[...], np.float64), atol=3e-6)

@@ -29,7 +29,7 @@ def test_linear_scaling_divides_positions():
 
 
 def _llama3(frequency, factor, low, high, original):
-  """One frequency by the rule of Llama 3.1: by wavelength."""
+  """Return one frequency by the rule of Llama 3.1, in terms of wavelengths."""
   wavelength = 2 * np.pi / frequency
   if wavelength < original / high:
     return frequency

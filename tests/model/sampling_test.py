@@ -1,4 +1,4 @@
-"""Drawn tokens follow the truncated law, by chi-square; what is kept and the noted log-probabilities equal a numpy oracle."""
+"""Drawn tokens follow the truncated distribution (chi-square); kept tokens and log-probabilities equal a numpy oracle."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scipy import stats
 
 from polar_jax.model import sampling
 
-VOCABULARY = 300  # three groups of the race, the last one not full
+VOCABULARY = 300  # three groups, the last one not full
 DRAWS = 60_000
 
 
 def law(logits: np.ndarray, temperature: float, top_p: float, top_k: int | None, barred: tuple[int, ...] = ()) -> np.ndarray:
-  """The law by sorting, in float64."""
+  """Return the truncated distribution by sorting, in float64."""
   scaled = logits.astype(np.float64) / temperature
   scaled[list(barred)] = -np.inf
   p = np.exp(scaled - scaled.max())

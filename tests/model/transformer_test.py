@@ -12,7 +12,7 @@ from flax import nnx
 from polar_jax.config import ModelConfig
 from polar_jax.model import layers, presets, transformer
 from polar_jax.model.language_model import LanguageModel
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.types import PairBatch
 
 CONFIG = ModelConfig(vocab_size=13, num_layers=3, d_model=12, d_ff=20, num_heads=6, num_kv_heads=2, head_dim=4, init_std=0.3)
@@ -23,7 +23,7 @@ def _params(model) -> dict:
 
 
 def _randomised(config=CONFIG, seed=0):
-  """A decoder whose norm scales are not ones and whose biases are not zeros, so that leaving one out shows."""
+  """Return a decoder whose norm scales are not ones and whose biases are not zeros, so that omitting one is detected."""
   model = transformer.Decoder(config, rngs=nnx.Rngs(seed))
   graphdef, state = nnx.split(model)
   rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def _apply(graphdef, params, tokens, positions, start, end, *index):
 
 
 def _inputs(seed=0, batch=2, length=7):
-  """Ragged intervals that include each query itself."""
+  """Return inputs with ragged intervals that include each query itself."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, CONFIG.vocab_size, (batch, length)).astype(np.int32)
   positions = rng.integers(0, 50, (batch, length)).astype(np.int32)
@@ -175,7 +175,7 @@ def test_rotary_angles_are_exact_at_large_positions():
 
 
 def test_rms_norm_casts_back_before_it_scales():
-  """InternLM2's order: bit for bit in bfloat16, where the other order gives other bits."""
+  """The order of InternLM2 is matched bit for bit in bfloat16, where the other order gives different bits."""
   rng = np.random.default_rng(0)
   x, scale = rng.normal(size=(4, 5, 64)).astype(ml_dtypes.bfloat16), rng.uniform(0.5, 1.5, 64).astype(np.float32)
   x32 = x.astype(np.float32)
@@ -199,7 +199,7 @@ def _reward_loss(config):
   graphdef, _ = nnx.split(model)
 
   def loss(params):
-    return jnp.sum(jnp.tanh(nnx.merge(graphdef, params)(_reward_batch())))
+    return jnp.sum(jnp.tanh(pair_rewards(nnx.merge(graphdef, params), _reward_batch())))
 
   return loss, _params(model)
 
@@ -224,7 +224,7 @@ def _matmuls(remat):
 
 
 def _equations(jaxpr):
-  """Every equation of a jaxpr, those of its inner jaxprs too."""
+  """Yield every equation of a jaxpr, including those of its inner jaxprs."""
   for equation in jaxpr.eqns:
     yield equation
     for value in equation.params.values():
@@ -272,7 +272,7 @@ def test_parameters_of_the_published_shapes(preset, hidden, inter, layers, heads
 
 
 def _vocabulary_arrays(function, *args, vocab):
-  """Shapes of all arrays of a function with a vocabulary-sized axis."""
+  """Return the shapes of all arrays in a function that have a vocabulary-sized axis."""
   closed = jax.make_jaxpr(function)(*args)
   variables = [v for e in _equations(closed.jaxpr) for v in e.outvars]
   return {v.aval.shape for v in variables if vocab in getattr(v.aval, 'shape', ())}
@@ -282,15 +282,19 @@ def test_the_reward_model_never_builds_logits():
   config = dataclasses.replace(CONFIG, vocab_size=997)
   model = RewardModel(config, rngs=nnx.Rngs(0))
   graphdef, _ = nnx.split(model)
-  reward = lambda params: nnx.merge(graphdef, params)(_reward_batch()).sum()
+  reward = lambda params: pair_rewards(nnx.merge(graphdef, params), _reward_batch()).sum()
   table = (997, CONFIG.d_model)
   assert _vocabulary_arrays(reward, _params(model), vocab=997) <= {table}
   assert _vocabulary_arrays(jax.grad(reward), _params(model), vocab=997) <= {table}
 
   language_model = LanguageModel(config, rngs=nnx.Rngs(0))
   lm_graphdef, _ = nnx.split(language_model)
-  logits = lambda params: nnx.merge(lm_graphdef, params)(*_inputs())
+  logits = lambda params: _logits(nnx.merge(lm_graphdef, params), *_inputs())
   assert (2, 7, 997) in _vocabulary_arrays(logits, _params(language_model), vocab=997)  # the check can fail
+
+
+def _logits(model, tokens, positions, start, end):
+  return model(tokens, positions, [(start, end)])
 
 
 @pytest.mark.parametrize('tie', [False, True])
@@ -302,7 +306,7 @@ def test_language_model_logits(tie):
   inputs = _inputs(6)
   table = np.asarray(params['decoder']['embedding'] if tie else params['lm_head'], np.float64)
   expected = _oracle(config, params['decoder'], *inputs) @ table.T
-  np.testing.assert_allclose(nnx.jit(lambda m, *a: m(*a))(model, *inputs), expected, atol=1e-4)
+  np.testing.assert_allclose(nnx.jit(_logits)(model, *inputs), expected, atol=1e-4)
 
 
 def test_initial_scale():

@@ -7,7 +7,6 @@ from flax import nnx
 from polar_jax.config import ModelConfig
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
-from polar_jax.types import PairBatch
 
 CONFIG = ModelConfig(
   vocab_size=13, num_layers=2, d_model=12, d_ff=20, num_heads=6, num_kv_heads=2, head_dim=4, init_std=0.3, v_head_init='normal'
@@ -22,10 +21,11 @@ def test_a_value_is_the_reward_read_at_that_token():
   nnx.update(value, nnx.state(reward))
   tokens, position = rng.integers(0, 13, (2, 9)).astype(np.int32), np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
   zeros = np.zeros_like(position)
-  values = value(tokens, position, zeros, position + 1)
+  intervals = [(zeros, position + 1)]
+  values = value(tokens, position, intervals)
   assert values.shape == (2, 9) and values.dtype == jnp.float32
   for t in (0, 4, 8):
-    index = np.full((2, 1, 2), t, np.int32)
-    batch = PairBatch(tokens, position, zeros, position + 1, index, np.ones((2, 1), np.float32), np.zeros((2, 1), np.int32))
-    np.testing.assert_allclose(values[:, t], reward(batch)[:, 0, 0], atol=1e-5)
+    index = np.full((2, 1), t, np.int32)
+    np.testing.assert_allclose(values[:, t], reward(tokens, position, intervals, index)[:, 0], atol=1e-5)
+    np.testing.assert_array_equal(value(tokens, position, intervals, index), reward(tokens, position, intervals, index))
   assert np.ptp(np.asarray(values)) > 0.1

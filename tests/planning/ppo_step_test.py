@@ -56,7 +56,7 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   names = [(call['phase'], call['name']) for call in small['calls']]
   learned = [(f'update {model}', name) for model in ('actor', 'critic') for name in ('accumulate', 'apply')]
   read = [('logprobs', f'read {model}') for model in ('actor', 'start', 'critic')]
-  assert names == [*(('rollout', name) for name in ('prepare', 'vacant', 'admit', 'advance')), ('reward', 'score'), *read, *learned]
+  assert names == [*(('rollout', name) for name in ('prepare', 'init_state', 'prefill', 'decode')), ('reward', 'score'), *read, *learned]
   assert all(call['peak'] > call['beside'] > 0 for call in small['calls'])
   assert all(size > 0 for size in small['held'].values())
   # Two moments of Adam; frozen weights in half the bytes of the trained ones.

@@ -16,7 +16,7 @@ import pytest
 from polar_jax import sharding
 from polar_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
 from polar_jax.data import packing
-from polar_jax.data.rows import pair_batch, pair_row
+from polar_jax.data.layout import pair_batch, pair_segment
 from polar_jax.model import flops
 from polar_jax.planning import topology, train_step
 from polar_jax.planning.compiled import Memory
@@ -115,7 +115,7 @@ def test_flops_and_pairs_are_those_of_packed_rows():
   c = config()
   batch, tokens, seen, model_flops = train_step._ranking_shape(c, c.pretrain, MODEL, mesh())
   shared, tail = [0] * 60, 40
-  rows = [pair_row(shared + [1] * tail, shared + [2] * tail)] * 50
+  rows = [pair_segment(shared + [1] * tail, shared + [2] * tail)] * 50
   packed = packing.first_fit([140] * 50, 600, 50)
   real = pair_batch(rows, list(range(50)), packed, 600, 4)
   assert tokens == 50 * 140 == (real.end_BT > real.start_BT).sum()

@@ -12,9 +12,10 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RftConfig, RolloutConfig
+from polar_jax.data import layout
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.value_model import ValueModel
-from polar_jax.ppo import experience, learner, rows
+from polar_jax.ppo import experience, learner
 from polar_jax.ppo.learner import ActorTargets, CriticTargets
 from polar_jax.types import Rollouts
 
@@ -50,7 +51,7 @@ def rollouts() -> Rollouts:
 @pytest.fixture(scope='module')
 def values(rollouts):
   """Return targets of both losses; the old log-probabilities are far enough from the model's for every kind of clip."""
-  rng, mask = np.random.default_rng(4), rows.token_mask(rollouts)
+  rng, mask = np.random.default_rng(4), layout.response_mask(rollouts)
   draw = lambda mean, std: (rng.normal(mean, std, mask.shape) * mask).astype(np.float32)
   weight = mask / mask.sum()
   return {
@@ -66,7 +67,7 @@ def values(rollouts):
 def test_actor_forward_equals_single_sequences(rollouts, one):
   mesh, actor, _ = one
   params = actor.init(jax.random.key(0), None).params
-  logprob, entropy = experience.run_forward(actor.forward, params, rows.pack(rollouts, range(7), 24, 2), mesh, rollouts, 2)
+  logprob, entropy = experience.run_forward(actor.forward, params, layout.policy_batches(rollouts, range(7), 24, 2), mesh, rollouts, 2)
   for r in range(7):
     logits = full_logits(params, rollouts, r) / CONFIG.rollout.temperature
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -90,14 +91,14 @@ def full_logits(params, rollouts, r) -> np.ndarray:
 def _forward(params, sequence):
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0))))
   position = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
-  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+  return nnx.merge(graphdef, params)(sequence, position, [(jnp.zeros_like(position), position + 1)])
 
 
 @jax.jit
 def _value(params, sequence):
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: ValueModel(MODEL, rngs=nnx.Rngs(0))))
   position = jnp.arange(sequence.shape[1], dtype=jnp.int32)[None]
-  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+  return nnx.merge(graphdef, params)(sequence, position, [(jnp.zeros_like(position), position + 1)])
 
 
 def mesh_of(devices: int, **axes: int):
@@ -115,8 +116,8 @@ def update(model, kind, names, mesh, rollouts, values, row_length, height):
   with jax.set_mesh(mesh):
     state = model.init(jax.random.key(0), None)
     grads, sums = model.zeros(state.params)
-    for batch in rows.pack(rollouts, range(7), row_length, height):
-      targets = kind(*(rows.place(values[name], batch) for name in names))
+    for batch in layout.policy_batches(rollouts, range(7), row_length, height):
+      targets = kind(*(layout.scatter_values(values[name], batch) for name in names))
       batch, targets = sharding.put_global((batch, targets), mesh)
       grads, sums = model.accumulate(grads, sums, state.params, batch, targets, np.float32(KL_COEF))
     state, norm = model.apply(state, grads)
@@ -209,10 +210,10 @@ def test_actor_loss_is_policy_loss_minus_entropy_plus_kl_to_the_reference_policy
   _, actor, _ = one
   config = dataclasses.replace(CONFIG, clip_high=clip_high, dual_clip=None)
   params = actor.init(jax.random.key(0), None).params
-  (batch,) = rows.pack(rollouts, range(7), 32, 4)
+  (batch,) = layout.policy_batches(rollouts, range(7), 32, 4)
   weight = values['weight'] * np.arange(1, 8, dtype=np.float32)[:, None]
   given = {**values, 'weight': weight / weight.sum()}
-  targets = ActorTargets(*(rows.place(given[name], batch) for name in ACTOR[1]))
+  targets = ActorTargets(*(layout.scatter_values(given[name], batch) for name in ACTOR[1]))
   loss, sums = jax.jit(lambda p: learner.actor_loss(config, model_of(p), batch, targets, np.float32(KL_COEF)))(params)
   policy = entropy = kl = 0.0
   for r in range(7):
@@ -232,8 +233,8 @@ def test_accumulate_adds_gradients_and_sums(rollouts, values, one):
   mesh, actor, _ = one
   with jax.set_mesh(mesh):
     params = actor.init(jax.random.key(0), None).params
-    batches = rows.pack(rollouts, range(7), 16, 2)
-    placed = [ActorTargets(*(rows.place(values[name], batch) for name in ACTOR[1])) for batch in batches]
+    batches = layout.policy_batches(rollouts, range(7), 16, 2)
+    placed = [ActorTargets(*(layout.scatter_values(values[name], batch) for name in ACTOR[1])) for batch in batches]
     pairs = [sharding.put_global(pair, mesh) for pair in zip(batches, placed, strict=True)]
     alone = [jax.device_get(actor.accumulate(*actor.zeros(params), params, *pair, np.float32(KL_COEF))) for pair in pairs]
     total = actor.zeros(params)
@@ -247,6 +248,6 @@ def test_accumulate_adds_gradients_and_sums(rollouts, values, one):
 def test_logits_in_pieces_are_recomputed_in_the_backward_pass(rollouts, one, monkeypatch):
   _, actor, _ = one
   monkeypatch.setattr(learner, '_LOGITS', 2 * 6 * 23)
-  (batch,) = rows.pack(rollouts, range(7), 32, 4)
+  (batch,) = layout.policy_batches(rollouts, range(7), 32, 4)
   params = actor.init(jax.random.key(0), None).params
   assert 'remat' in str(jax.make_jaxpr(lambda p: learner.actor_forward(model_of(p), batch, 1.0, True))(params))

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from polar_jax import sharding
-from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import ModelConfig, parse
+from polar_jax.model.heads import abstract_model
 from polar_jax.model.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 def _forward(params, sequence):
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(MODEL, rngs=nnx.Rngs(0))))
   position = jnp.arange(WIDTH, dtype=jnp.int32)[None]
-  return nnx.merge(graphdef, params)(sequence, position, jnp.zeros_like(position), position + 1)
+  return nnx.merge(graphdef, params)(sequence, position, [(jnp.zeros_like(position), position + 1)])
 
 
 def logits_after(params, sequence) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig
+from polar_jax.data.layout import sequence_batch
 from polar_jax.scoring import exact
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Triplet
@@ -114,7 +115,7 @@ def test_devices_agree_but_for_the_last_bits(make_exact):
 def test_what_is_padding_and_where_it_stands_does_not_matter(make_exact):
   scorer, (sequence,) = make_exact(), draw(np.random.default_rng(2), 1, 100)
   size, (reward,) = len(sequence), scorer.score_sequences([sequence])
-  batch = exact._rows([sequence], 128, 1)
+  batch = sequence_batch([sequence], 128, 1)
 
   def run(batch):
     with jax.set_mesh(scorer._mesh):
@@ -128,7 +129,7 @@ def test_what_is_padding_and_where_it_stands_does_not_matter(make_exact):
   left = {name: np.roll(getattr(batch, name), shift, axis=1) for name in ('tokens_BT', 'positions_BT')}
   seen = np.arange(128)[None] >= shift
   left |= {'start_BT': np.where(seen, shift, 0), 'end_BT': np.where(seen, np.arange(128)[None] + 1, 0)}
-  np.testing.assert_allclose(run(batch._replace(**left, reward_index_BPC=np.full((1, 1, 1), 127))), reward, atol=1e-5)
+  np.testing.assert_allclose(run(batch._replace(**left, reward_index_B=np.full(1, 127))), reward, atol=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -143,7 +144,7 @@ def test_float32_is_multiplied_as_float32(make_exact, template, dtype):
 
   forward, packed._forward = packed._forward, record
   packed.score([Group('p', 'r', ['a', 'b'])])
-  for jitted, batch in ((exact_scorer._forward, exact._rows([[1, 2]], 128, 1)), (forward, batches[0])):
+  for jitted, batch in ((exact_scorer._forward, sequence_batch([[1, 2]], 128, 1)), (forward, batches[0])):
     dots = re.findall(r'dot_general.*', jitted.lower(exact_scorer.params, batch).as_text())
     assert len(dots) > 8
     exact_dots = sum('HIGHEST' in dot for dot in dots)
@@ -153,7 +154,7 @@ def test_float32_is_multiplied_as_float32(make_exact, template, dtype):
 def test_divided_parameters_are_brought_together_not_their_products(make_exact):
   scorer = make_exact(8)  # fsdp=8
   with jax.set_mesh(scorer._mesh):
-    text = scorer._forward.lower(scorer.params, exact._rows([[1, 2]] * 8, 128, 8)).compile().as_text()
+    text = scorer._forward.lower(scorer.params, sequence_batch([[1, 2]] * 8, 128, 8)).compile().as_text()
   found = collections.Counter(re.findall(r' (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(', text))
   assert found['all-gather'] > 8
   assert set(found) == {'all-gather'}
@@ -166,10 +167,10 @@ def test_nothing_to_score(make_exact):
 @pytest.mark.parametrize(
   ('row', 'expected'),
   [
-    (Group('p', 'r', ['a', 'b']), 'row 1: has 2 candidates'),
-    (Group('p', 'r', []), 'row 1: has 0 candidates'),
-    (Group('p', 'r', [3]), 'row 1: .*must be a string or a list of messages, not int'),
-    (Group('p', 'r', ['a'], wrapper='chat'), "row 1: wrapper is 'chat'"),
+    (Group('p', 'r', ['a', 'b']), 'example 1: has 2 candidates'),
+    (Group('p', 'r', []), 'example 1: has 0 candidates'),
+    (Group('p', 'r', [3]), 'example 1: .*must be a string or a list of messages, not int'),
+    (Group('p', 'r', ['a'], wrapper='chat'), "example 1: wrapper is 'chat'"),
   ],
 )
 def test_bad_rows_are_named(make_exact, row, expected):
@@ -180,7 +181,7 @@ def test_bad_rows_are_named(make_exact, row, expected):
 
 @pytest.mark.parametrize(('wrong', 'expected'), [([1, 261], 'the token 261.*0 to 260'), ([-1, 3], 'the token -1'), ([], 'no tokens')])
 def test_tokens_that_the_model_does_not_have_are_named(make_exact, wrong, expected):
-  with pytest.raises(exact.RowError, match=f'row 2: has {expected}'):
+  with pytest.raises(exact.RowError, match=f'example 2: has {expected}'):
     make_exact().score_sequences([[1], [2], wrong])
 
 
@@ -188,5 +189,5 @@ def test_rewards_that_are_not_finite_are_named(make_exact):
   scorer = copy.copy(make_exact())
   poisoned = scorer.params['decoder']['embedding'].at[99].set(jnp.inf)
   scorer.params = {**scorer.params, 'decoder': {**scorer.params['decoder'], 'embedding': poisoned}}
-  with pytest.raises(exact.RowError, match='row 3: its reward is nan'):
+  with pytest.raises(exact.RowError, match='example 3: its reward is nan'):
     scorer.score_sequences([[1], [2] * 200, [3], [99, 1], [4]])

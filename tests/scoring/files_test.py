@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_jax.config import ConfigError
-from polar_jax.data.examples import BadRowError, SourceError
+from polar_jax.data.examples import BadExampleError, DataError
 from polar_jax.scoring import files as row_files
 from polar_jax.types import Group
 
@@ -70,9 +70,9 @@ def test_all_formats_give_the_same_rows(tmp_path, name):
 )
 def test_bad_rows(tmp_path, bad, field, reason):
   path = write(tmp_path / 'a.jsonl', [GOOD, bad, GOOD])
-  with pytest.raises(BadRowError) as caught:
+  with pytest.raises(BadExampleError) as caught:
     read(path)
-  assert (caught.value.path, caught.value.row, caught.value.field) == (path, 2, field)
+  assert (caught.value.path, caught.value.number, caught.value.field) == (path, 2, field)
   assert reason in str(caught.value)
   skipped = []
   assert [row.number for row in read(path, 'skip', skipped)] == [1, 3]
@@ -96,12 +96,12 @@ def test_without_a_reference(tmp_path):
 def test_parquet_that_json_cannot_hold(tmp_path):
   path = tmp_path / 'a.parquet'
   pq.write_table(pa.Table.from_pylist([{**GOOD, 'blob': b'\xff'}]), path)
-  with pytest.raises(BadRowError, match='row 1: cannot be written as JSON'):
+  with pytest.raises(BadExampleError, match='example 1: cannot be written as JSON'):
     read(path)
 
 
 def test_no_rows(tmp_path):
-  with pytest.raises(SourceError, match='no good rows'):
+  with pytest.raises(DataError, match='no valid examples'):
     read(write(tmp_path / 'a.jsonl', []))
 
 

@@ -6,10 +6,10 @@ import optax
 import pytest
 
 from polar_jax import sharding
-from polar_jax.checkpoints.pretrained import abstract_model
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
+from polar_jax.model.heads import abstract_model
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING

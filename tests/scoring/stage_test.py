@@ -155,13 +155,13 @@ def test_a_run_with_other_settings_starts_anew(score, source, tmp_path, stopped_
 def test_bad_rows_stop_before_anything_is_scored_or_are_skipped(score, source, tmp_path):
   lines = source.read_text().splitlines()
   source.write_text('\n'.join([*lines[:6], '', '{"prompt": "p"}', *lines[6:]]))
-  with pytest.raises(UserError, match=r"rows\.jsonl, row 8: field 'reference' is missing; mend it"):
+  with pytest.raises(UserError, match=r"rows\.jsonl, example 8: field 'reference' is missing; fix it"):
     score(tmp_path / 'out.jsonl')
   assert not list(tmp_path.glob('out*'))
   log: list[str] = []
   facts = score(tmp_path / 'out.jsonl', log, data=DataConfig(on_bad_example='skip'))
   assert (facts['rows'], facts['skipped']) == (COUNT, 1)
-  assert log[0] == f"{source}: skipped 1 bad rows of {COUNT + 1} (row 8: field 'reference' is missing)"
+  assert log[0] == f"{source}: skipped 1 bad examples of {COUNT + 1} (example 8: field 'reference' is missing)"
   assert [json.loads(line)['id'] for line in (tmp_path / 'out.jsonl').read_text().splitlines()] == list(range(COUNT))
 
 
@@ -173,7 +173,7 @@ def test_rewards_that_are_not_finite_name_the_line(score, source, tmp_path, make
   params['decoder']['embedding'] = params['decoder']['embedding'].at[ord('~')].set(jnp.nan)
   broken = tmp_path_factory.mktemp('broken')
   checkpoint.save_params(broken, params, checkpoint.load_settings(reward_run))
-  with pytest.raises(UserError, match=r'rows\.jsonl, row 8: its reward is nan'):
+  with pytest.raises(UserError, match=r'rows\.jsonl, example 8: its reward is nan'):
     score(tmp_path / 'out.jsonl', checkpoint=str(broken))
 
 

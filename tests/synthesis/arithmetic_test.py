@@ -126,7 +126,7 @@ def test_files_are_read_as_rows_and_reused_only_for_the_same_settings(tmp_path):
   prompts = sources.open_prompts(tmp_path / 'data' / 'prompts', 'test')
   assert [p.answer for p in prompts] == [str(rules.last_number(p.reference)) for p in prompts] and len(prompts) == 12
   assert {p.category for p in sources.open_prompts(tmp_path / 'data' / 'prompts', 'train')} == {'1 step', '2 step'}
-  assert len(sources.open_source(tmp_path / 'data' / 'preferences', 'validation')) == 8
+  assert len(sources.open_triplets(tmp_path / 'data' / 'preferences', 'validation')) == 8
 
   assert arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append) == first and 'reusing' in lines[-1]
   marker = tmp_path / 'data' / 'arithmetic.json'

@@ -18,7 +18,7 @@ from polar_jax.data import pipeline
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.miniature.vocabulary import train_tokenizer
-from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch, Triplet
@@ -73,7 +73,7 @@ def two_sequences(world):
   params = nnx.to_pure_dict(state)
 
   def mean_loss(params):
-    rewards = nnx.merge(graphdef, params)(batch).reshape(-1, 2)
+    rewards = pair_rewards(nnx.merge(graphdef, params), batch).reshape(-1, 2)
     return jnp.mean(jax.nn.softplus(rewards[:, 1] - rewards[:, 0])), rewards
 
   (loss, rewards), gradients = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(params)
@@ -94,7 +94,7 @@ def test_one_packed_row_for_several_triplets_equals_two_sequences_for_each(world
   params, loss, rewards, gradients = two_sequences
   devices = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else sharding.make_mesh(mesh)
   plan = pipeline.BatchPlan(len(triplets), sharding.batch_shards(devices) * accumulation)
-  tokens = pipeline.PairTokens(triplets, template)
+  tokens = pipeline.TripletSegments(triplets, template)
   pack = pipeline.plan_packing(tokens, plan, 128, steps=1, seed=0)
   (batch,) = list(pipeline.pair_batches(tokens, plan, pack, steps=1, seed=0))
   assert (batch.pair_mask_BP.sum(axis=1) > 1).any()

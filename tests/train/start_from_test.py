@@ -15,10 +15,11 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.checkpoints import exporter, families, tokenizer_files
-from polar_jax.checkpoints.pretrained import abstract_model, open_pretrained, start_params
+from polar_jax.checkpoints.pretrained import open_pretrained, start_params
 from polar_jax.config import Config, ConfigError, ConvertConfig, ModelConfig, TemplateConfig, TokenizerConfig
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.model.heads import abstract_model
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.scoring.scorer import Scorer

@@ -10,8 +10,9 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, TrainConfig
+from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.data.packing import first_fit
-from polar_jax.data.rows import pair_batch, pair_row, text_batch
+from polar_jax.model.heads import make_model
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.train.optimizer import make_optimizer
@@ -37,7 +38,7 @@ def _batch(seed=0, packed=True):
   triplets = []
   for _ in range(REAL):
     prefix = rng.integers(1, 39, rng.integers(2, 8)).tolist()
-    triplets.append(pair_row(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
+    triplets.append(pair_segment(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
   rows = first_fit([len(t.tokens) for t in triplets], LENGTH, MOST) if packed else [[i] for i in range(REAL)]
   padded = PADDED if packed else 2 * PADDED
   assert len(rows) <= padded - 2
@@ -148,7 +149,7 @@ def test_sharded_equals_single_device(single, name, capfd):
 def test_the_tokens_of_a_row_are_divided_over_context(context):
   """Hidden states lie in parts."""
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=context), jax.devices()[: 2 * context])
-  model = RANKING.make_model(dataclasses.replace(CONFIG, attention='reference'), nnx.Rngs(0))
+  model = make_model(dataclasses.replace(CONFIG, attention='reference'), 'reward', nnx.Rngs(0))
   with jax.set_mesh(mesh):
     batch = sharding.put_local(_batch(), mesh)
     hidden = jax.jit(lambda b: model.decoder(b.tokens_BT, b.positions_BT, [(b.start_BT, b.end_BT)]))(batch)

@@ -87,11 +87,11 @@ def test_every_step_is_logged_once_with_every_field(finished):
 
 def test_padding_is_what_the_tokens_leave_of_the_slots(finished):
   context = finished.context
-  tokens = pipeline.PairTokens(context.triplets('train'), context.template())
+  tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
   plan = pipeline.BatchPlan(BATCH)
   pack = pipeline.plan_packing(tokens, plan, None, steps=STEPS, seed=context.config.seed)
   batches = pipeline.pair_batches(tokens, plan, pack, steps=STEPS, seed=context.config.seed)
-  assert pack.pairs > 1
+  assert pack.max_pairs > 1
   expected = [1 - np.mean(batches[s].end_BT > batches[s].start_BT) for s in range(STEPS)]
   rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
   assert [row['pad_fraction'] for row in rows] == pytest.approx(expected)
@@ -123,7 +123,7 @@ def test_steps_that_exceed_the_plan_are_trained_whole_and_said_once(tmp_path, fi
 
 def test_tokens_are_those_of_the_rows_that_were_read(finished):
   context = finished.context
-  tokens = pipeline.PairTokens(context.triplets('train'), context.template())
+  tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
   order = pipeline.global_order(len(tokens), context.config.seed)
   lengths = [len(tokens[order(position)[0]].tokens) for position in range(STEPS * BATCH)]
   rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
@@ -270,7 +270,7 @@ def poison(row, in_gradient=False):
 
 def beside(row, context, multiple):
   """The rows of the data that share a row of the batch with `row`, and itself."""
-  tokens, order = pipeline.PairTokens(context.triplets('train'), context.template()), {'steps': STEPS, 'seed': context.config.seed}
+  tokens, order = pipeline.TripletSegments(context.triplets('train'), context.template()), {'steps': STEPS, 'seed': context.config.seed}
   plan = pipeline.BatchPlan(BATCH, multiple)
   batches = pipeline.pair_batches(tokens, plan, pipeline.plan_packing(tokens, plan, None, **order), **order)
   index_BP = batches[where_is(row, context) - 1].index_BP
@@ -300,7 +300,7 @@ def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monke
 
   def roomy(*args, **kwargs):  # every row has a padding pair, which must not be named
     pack = plan_packing(*args, **kwargs)
-    return pack._replace(pairs=pack.pairs + 1)
+    return pack._replace(max_pairs=pack.max_pairs + 1)
 
   monkeypatch.setattr(pipeline, 'plan_packing', roomy)
   monkeypatch.setattr(api_training, 'RANKING', poison(row))

@@ -28,7 +28,7 @@ class Examples(list):
 @pytest.mark.parametrize(('max_examples', 'expected'), [(7, 7), (100, 10)])
 def test_pairs_are_the_first_examples_once_and_read_when_needed(max_examples, expected):
   examples = Examples(10)
-  tokens = pipeline.PairTokens(examples, Template(TemplateConfig(), ByteTokenizer()))
+  tokens = pipeline.TripletSegments(examples, Template(TemplateConfig(), ByteTokenizer()))
   validation = PairValidation(tokens, pipeline.BatchPlan(4), None, max_examples)
   assert examples.read == set()
   for _ in range(2):  # two passes

@@ -1,9 +1,9 @@
 """Attention over intervals in tiles, in plain XLA: for CPUs, and wherever no kernel runs.
 
-Queries and keys are cut into blocks, and a loop visits only those tiles (row, query block, key block) in which some query sees
-some key, with an online softmax (Milakov and Gimelshein, 2018; Dao, 2023). The list of tiles depends on the data, the shapes do
-not: one compilation serves every packing, memory grows with the length of a row and not with its square, and a packed row of
-short triplets costs what its triplets cost.
+Queries and keys are cut into blocks, and a loop visits only the tiles (row, query block, key block) in which some query sees some
+key, with an online softmax (Milakov and Gimelshein, 2018; Dao, 2023). The list of tiles depends on the data but the shapes do not:
+one compilation serves every packing, memory grows linearly with the length of a row, and a packed row of short triplets costs as much
+as its triplets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polar_jax.model.attention.reference import EMPTY, SAVED
 
 
 def _block(length: int) -> int:
-  """Queries and keys of a tile: from 256 on its matmuls run near a core's peak; in short rows smaller tiles waste less."""
+  """Return the block size for a row length: matmuls of 256 and more run near a core's peak, smaller tiles waste less in short rows."""
   return 256 if length >= 1024 else 128 if length > 768 else 64
 
 
@@ -28,7 +28,7 @@ Bounds = tuple[jax.Array, ...]  # start and end of each interval of every query
 
 
 class _Tiles(NamedTuple):
-  """Tiles to visit: the first `total` entries of the index arrays. Only these enter the loops."""
+  """Tiles to visit: the first `total` entries of the index arrays."""
 
   row: jax.Array
   query: jax.Array
@@ -39,16 +39,20 @@ class _Tiles(NamedTuple):
 def attend(
   q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *bounds_BT: jax.Array, block: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """See `polar_jax.model.attention.Backend`; takes any number of intervals.
+  """Compute attention as `polar_jax.model.attention.Backend` defines it, over any number of intervals.
 
   Args:
-    block: queries and keys of a tile, by default by the length of the row.
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    *bounds_BT: start and end of each interval.
+    block: number of queries and of keys of a tile; None: chosen by the length of the row.
   """
   block = block or _block(k_BSKH.shape[1])
   batch, length, heads, head_dim = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
   group = heads // kv_heads
-  # Short rows are one block of their own length, in steps that vector units like.
+  # A short row is one block of its own length, rounded up to a multiple that suits vector units.
   query_block, key_block = (min(block, -(-n // 8) * 8) for n in (length, k_BSKH.shape[1]))
   pad = lambda a, size: jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
   q = pad(q_BTNH * head_dim**-0.5, query_block)
@@ -77,7 +81,7 @@ def _list_tiles(bounds: Bounds, blocks: int, key_block: int) -> _Tiles:
 
 
 def _seen(bounds: Bounds, tiles: _Tiles, at: jax.Array, key_block: int) -> jax.Array:
-  """Which key of a tile each of its queries sees: (Q, S)."""
+  """Return the mask (Q, S) of the keys of a tile that each of its queries sees."""
   b, i = tiles.row[at], tiles.query[at]
   key_1S = (tiles.key[at] * key_block + jnp.arange(key_block))[None]
   return _any_interval(lambda start, end: (key_1S >= start[b, i][:, None]) & (key_1S < end[b, i][:, None]), bounds)
@@ -93,7 +97,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bounds: Bounds) -> tuple[j
 
 
 def _forward(q, k, v, bounds):
-  """q (B, I, K, M, H), k and v (B, J, K, S, H), bounds of (B, I, Q): (out, lse) of shapes (B, I, K, M[, H])."""
+  """Compute (out, lse) of shapes (B, I, K, M[, H]) from q (B, I, K, M, H), k and v (B, J, K, S, H) and bounds (B, I, Q)."""
   key_block, group = k.shape[3], q.shape[3] // bounds[0].shape[2]
   tiles = _list_tiles(bounds, k.shape[1], key_block)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -119,7 +123,7 @@ def _forward(q, k, v, bounds):
 
 
 def _backward(saved, gradients):
-  """The logits of a tile are computed anew, transposed: then only one of the five products has to turn its operand around."""
+  """Recompute the logits of each tile, transposed, so that only one of the five products has to transpose its operand."""
   q, k, v, bounds, out, lse = saved
   d_out, d_lse = gradients
   key_block, group = k.shape[3], q.shape[3] // bounds[0].shape[2]

@@ -1,12 +1,12 @@
 """Attention over intervals with the flash kernels of `tokamax`, for NVIDIA GPUs.
 
-Which kernel runs depends on the default device and the dtype:
-  Pallas Mosaic GPU  bfloat16 on Hopper, and on data-centre Blackwell (sm100) with heads of at most 64
-  Pallas Triton      all else from Ampere on, so float32 everywhere: Mosaic multiplies in 16 bits
+The kernel depends on the default device and the dtype:
+  Pallas Mosaic GPU  bfloat16 on Hopper, and on data-center Blackwell (sm100) with heads of at most 64
+  Pallas Triton      everything else from Ampere on, including all float32, because Mosaic multiplies in 16 bits
 
-tokamax's public function takes no interval per query, but its operators do, as `Mask(k_start, k_end)`. Forward, they skip the
-blocks of keys that no query of a block sees. Backward, no kernel of tokamax 0.0.12 skips a block, and Triton's reads a mask of
-booleans of B x T x S that tokamax writes.
+The public function of tokamax takes no interval per query, but its operators do, as `Mask(k_start, k_end)`. In the forward pass they
+skip the blocks of keys that no query of a block sees. In the backward pass no kernel of tokamax 0.0.12 skips blocks, and Triton's
+reads a boolean mask of B x T x S that tokamax materializes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _QUERY_BLOCK, _KEY_BLOCK = 256, 128
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """See `polar_jax.model.attention.Backend`. Products of float32 are as exact as `jax_default_matmul_precision` says.
+  """Compute attention as `polar_jax.model.attention.Backend` defines it, over one interval.
+
+  The precision of float32 products is that of `jax_default_matmul_precision`.
 
   Raises:
-    UserError: where tokamax is not installed, or the default device is no NVIDIA GPU from Ampere on.
+    UserError: tokamax is not installed, or the default device is not an NVIDIA GPU of the Ampere generation or later.
   """
   return attend_with(_operator(q_BTNH.dtype, q_BTNH.shape[-1]), q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)
 
@@ -40,11 +42,11 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: ja
 def attend_with(
   operator: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """`attend` with a given `DotProductAttention` operator of tokamax, which must have a `vjp`."""
+  """Compute `attend` with a given `DotProductAttention` operator of tokamax, which must have a `vjp`."""
   length = q_BTNH.shape[1]
   empty_BT = end_BT <= start_BT
-  # Kernels leave unlike things behind for a query without keys: means, infinities, and on sm100 wrong residuals of other
-  # queries. So such a query reads one key, and what it read is dropped.
+  # Kernels disagree on the output of a query without keys: means, infinities, and on sm100 wrong residuals of other queries. Such a
+  # query therefore reads one key, and its output is dropped.
   start_BT, end_BT = jnp.where(empty_BT, 0, start_BT), jnp.where(empty_BT, 1, end_BT)
   # For the same reason queries of padding repeat the last interval.
   intervals = (_padded(a_BT, _QUERY_BLOCK, mode='edge') for a_BT in (start_BT, end_BT))
@@ -55,27 +57,27 @@ def attend_with(
 
 
 def _tokamax() -> SimpleNamespace:
-  """The modules of tokamax that are used here."""
+  """Import the modules of tokamax that are used here."""
   try:
     from tokamax._src import gpu_utils
     from tokamax._src.ops.attention import base, pallas_mosaic_gpu, pallas_triton
   except ImportError as error:
     raise UserError("attention on GPU needs the package tokamax 0.0.12: pip install 'polar_jax[cuda]'") from error
-  # tokamax keeps its options in flags of absl, and in a program that parsed none it would parse that program's arguments.
+  # tokamax keeps its options in absl flags, and would parse the arguments of a program that has not parsed any.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   return SimpleNamespace(device=gpu_utils, base=base, mosaic=pallas_mosaic_gpu, triton=pallas_triton)
 
 
 def _operator(dtype: jax.typing.DTypeLike, head_dim: int) -> Any:
-  """The fastest operator for the default device."""
+  """Return the fastest operator for the default device."""
   tokamax = _tokamax()
   if not tokamax.device.has_triton_support():
     raise UserError(
       'attention on GPU needs an NVIDIA GPU of compute capability 8.0 or higher, and the default device is '
-      f'{jax.devices()[0].device_kind}: choose another model.attention'
+      f'{jax.devices()[0].device_kind}; choose another model.attention'
     )
-  # The sm100 backward kernel asks for more shared memory than there is when heads are larger.
+  # With larger heads the sm100 backward kernel requests more shared memory than the device has.
   has_mosaic = tokamax.device.is_sm90() or (tokamax.device.is_sm100() and head_dim <= 64)
   if has_mosaic and dtype != jnp.float32:
     return tokamax.mosaic.PallasMosaicGpuFlashAttention()
@@ -83,17 +85,17 @@ def _operator(dtype: jax.typing.DTypeLike, head_dim: int) -> Any:
 
 
 def _padded(array: jax.Array, block: int, **how: str) -> jax.Array:
-  """Axis 1 filled up to whole blocks."""
+  """Pad axis 1 to whole blocks."""
   return jnp.pad(array, [(0, -array.shape[1] % block if axis == 1 else 0) for axis in range(array.ndim)], **how)
 
 
 def _with_config(operator: Any, *args: Any, **arguments: Any) -> Any:
-  """With the block sizes of its heuristics fixed: the operator would look for measured ones and warn that there are none."""
+  """Fix the block sizes of the operator's heuristics; otherwise it looks for autotuned ones and warns that there are none."""
   return operator.replace(config=operator.bind(*args, **arguments).get_config(check_autotuning_cache=False))
 
 
 def _bound(operator: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array) -> dict:
-  """All that the operator and its vjp take besides arrays of numbers."""
+  """Return the arguments of the operator and its vjp that are not arrays of numbers."""
   mask = _tokamax().base.Mask(k_start=start_BT[:, None], k_end=end_BT[:, None])
   arguments = dict(operator.bind(q_BTNH, k_BSKH, v_BSKH, mask=mask, precision=None).kwargs)
   del arguments['return_residuals']
@@ -104,13 +106,13 @@ def _bound(operator: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Arra
 def _flash(
   operator: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(out_BTNH, lse_BTN) for intervals of at least one key. tokamax's own gradient leaves out that of lse."""
+  """Compute (out_BTNH, lse_BTN) for intervals of at least one key. The gradient of tokamax itself ignores that of lse."""
   return _run(operator, q_BTNH, k_BSKH, v_BSKH, start_BT, end_BT)[:2]
 
 
 def _run(operator: Any, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-  """out_BTNH, lse_BTN, and tokamax's residuals of the softmax: the greatest logit and the sum, both BNT."""
-  # tokamax broadcasts arrays of unlike rank, which the caller may have forbidden.
+  """Compute out_BTNH, lse_BTN, and tokamax's residuals of the softmax: the largest logit and the sum, both (B, N, T)."""
+  # tokamax broadcasts arrays of different ranks, which the caller may have forbidden.
   with jax.numpy_rank_promotion('allow'):
     arguments = _bound(operator, *arrays) | {'return_residuals': True}
     out_BTNH, (peak_BNT, total_BNT) = _with_config(operator, *arrays[:3], **arguments)(*arrays[:3], **arguments)
@@ -118,7 +120,7 @@ def _run(operator: Any, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, tuple
 
 
 def _pull(operator: Any, arrays: tuple, out_BTNH: jax.Array, residuals: tuple, d_out_BTNH: jax.Array) -> tuple:
-  """The gradients (dq_BTNH, dk_BSKH, dv_BSKH) of out alone, all that tokamax gives."""
+  """Compute the gradients (dq_BTNH, dk_BSKH, dv_BSKH) through out alone, which is all that tokamax provides."""
   with jax.numpy_rank_promotion('allow'):
     args, arguments = (residuals, out_BTNH, d_out_BTNH, *arrays[:3]), _bound(operator, *arrays)
     gradients = _with_config(operator.vjp, *args, **arguments)(*args, **arguments)

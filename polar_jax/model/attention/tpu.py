@@ -1,8 +1,8 @@
 """Flash attention over intervals as Pallas kernels for TPU: memory linear in length, time by the blocks that intervals touch.
 
 The recurrence is that of FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2). Which blocks of keys a block of queries needs
-is worked out in XLA and handed to the kernels as prefetched scalars: the innermost grid dimension is only as long as the longest
-such range, and the steps behind a shorter range neither compute nor copy.
+is computed in XLA and passed to the kernels as prefetched scalars: the innermost grid dimension is only as long as the longest such
+range, and the steps after a shorter range neither compute nor copy.
 
 Letters of blocks: Q queries of a block, S keys of a block, H head dimension, W lanes of a register (128 on a TPU). In arrays of
 whole rows, Y and X count the blocks of queries and of keys.
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polar_jax.model.attention.reference import EMPTY, SAVED
+from polar_jax.sharding import round_up
 
 _LANES = 128
 # Running maxima start above the logit of a masked key, so that its exponential is exactly zero without a second mask.
@@ -31,7 +32,7 @@ _PLAIN = (((1,), (0,)), ((), ()))
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Queries and keys per block: multiples of 128, because both lie along lanes. Shorter rows use shorter blocks."""
+  """Number of queries and keys per block: multiples of 128, because both are laid out along lanes. Shorter rows use shorter blocks."""
 
   query: int = 512
   key: int = 512
@@ -47,28 +48,33 @@ def attend(
   blocks: Blocks = Blocks(),
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `polar_jax.model.attention.Backend`. All of q, k, v are float32 or all bfloat16; float32 is multiplied as float32.
+  """Compute attention as `polar_jax.model.attention.Backend` defines it, over one interval.
 
   Args:
-    blocks: interpret mode also takes small powers of two (from 8).
-    interpret: emulates the kernels, on any device. Never inferred, so that a host without a TPU can compile for one.
+    q_BTNH: queries. All of q, k, v are float32 or all are bfloat16; float32 is multiplied as float32.
+    k_BSKH: keys.
+    v_BSKH: values.
+    start_BT: start of each query's interval.
+    end_BT: end of each query's interval.
+    blocks: block sizes; interpret mode also takes small powers of two (from 8).
+    interpret: emulate the kernels, on any device. Never inferred, so that a host without a TPU can compile for one.
 
   Raises:
-    ValueError: for dtypes, a head dimension (above 256) or block sizes that the kernels do not take.
+    ValueError: the kernels do not support the dtypes, the head dimension (above 256) or the block sizes.
   """
   queries, keys, head_dim = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[3]
   if {x.dtype for x in (q_BTNH, k_BSKH, v_BSKH)} not in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}):
-    raise ValueError(f'q, k, v are {q_BTNH.dtype}, {k_BSKH.dtype}, {v_BSKH.dtype}; the TPU kernel takes float32 or bfloat16, all alike')
+    raise ValueError(f'q, k, v are {q_BTNH.dtype}, {k_BSKH.dtype}, {v_BSKH.dtype}; the TPU kernel takes all float32 or all bfloat16')
   if head_dim > 256:
-    raise ValueError(f'head dimension {head_dim} is above 256, the most that the TPU kernel is laid out for')
+    raise ValueError(f'head dimension {head_dim} is above 256, the maximum of the TPU kernel')
   if not interpret and (blocks.query % _LANES or blocks.key % _LANES):
     raise ValueError(f'{blocks}: on a TPU both must be multiples of {_LANES}')
-  query_block = min(blocks.query, _round_up(queries, _LANES))
-  key_block = min(blocks.key, _round_up(keys, _LANES))
-  # A row of 64 fills half of the lanes; anything else is laid out as whole registers anyway.
-  dim = 64 if head_dim <= 64 else _round_up(head_dim, _LANES)
+  query_block = min(blocks.query, round_up(queries, _LANES))
+  key_block = min(blocks.key, round_up(keys, _LANES))
+  # A row of 64 fills half of the lanes; any other size takes whole registers anyway.
+  dim = 64 if head_dim <= 64 else round_up(head_dim, _LANES)
   heads_major = lambda x, block: _pad(_pad(jnp.swapaxes(x, 1, 2), 2, block), 3, dim)
-  # Padded keys must stay outside of every interval, padded queries get the interval [0, 0).
+  # Padded keys must stay outside every interval; padded queries get the interval [0, 0).
   seen_B2T = _pad(jnp.stack([jnp.maximum(start_BT, 0), jnp.minimum(end_BT, keys)], 1).astype(jnp.int32), 2, query_block)
   out_BNTH, lse_BNT = _flash(
     heads_major(q_BTNH, query_block),
@@ -82,7 +88,7 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  """What the kernels are specialised to."""
+  """The constants that the kernels are specialized to."""
 
   query_block: int
   key_block: int
@@ -91,22 +97,19 @@ class _Static:
 
   @property
   def lanes(self) -> int:
+    """Lanes that hold copies of a value per query."""
     return min(_LANES, self.key_block)
 
 
-def _round_up(n: int, multiple: int) -> int:
-  return -(-n // multiple) * multiple
-
-
 def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-  """Zeros behind `axis` up to a multiple."""
+  """Pad the end of `axis` with zeros up to a multiple."""
   widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, _round_up(x.shape[axis], multiple) - x.shape[axis])
+  widths[axis] = (0, round_up(x.shape[axis], multiple) - x.shape[axis])
   return jnp.pad(x, widths)
 
 
 def key_ranges(seen_B2T: jax.Array, query_block: int, key_block: int) -> tuple[jax.Array, jax.Array]:
-  """(low_BY, high_BY): the blocks of keys that each block of queries needs; (0, 0) if none of its queries sees a key."""
+  """Return (low_BY, high_BY), the blocks of keys that each block of queries needs; (0, 0) if none of its queries sees a key."""
   start_BYQ, end_BYQ = (x.reshape(x.shape[0], -1, query_block) for x in (seen_B2T[:, 0], seen_B2T[:, 1]))
   empty_BYQ = start_BYQ >= end_BYQ
   high_BY = jnp.max(jnp.where(empty_BYQ, 0, -(-end_BYQ // key_block)), -1)
@@ -115,7 +118,7 @@ def key_ranges(seen_B2T: jax.Array, query_block: int, key_block: int) -> tuple[j
 
 
 def query_ranges(low_BY: jax.Array, high_BY: jax.Array, key_blocks: int) -> tuple[jax.Array, jax.Array]:
-  """(low_BX, high_BX): from the first to the last block of queries that needs each block of keys; (0, 0) if none does."""
+  """Return (low_BX, high_BX), the range of blocks of queries that need each block of keys; (0, 0) if none does."""
   key_11X = jnp.arange(key_blocks, dtype=jnp.int32)[None, None]
   needed_BYX = (low_BY[:, :, None] <= key_11X) & (key_11X < high_BY[:, :, None])
   query_1Y1 = jnp.arange(low_BY.shape[1], dtype=jnp.int32)[None, :, None]
@@ -124,34 +127,34 @@ def query_ranges(low_BY: jax.Array, high_BY: jax.Array, key_blocks: int) -> tupl
 
 
 def block_at(step: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-  """The block of a step over [low, high). Steps behind the range stay on its last block, so that nothing new is copied."""
+  """Return the block of a step over [low, high). Steps after the range stay on its last block, so that nothing new is copied."""
   return jnp.minimum(low + step, jnp.maximum(high - 1, low))
 
 
 def _steps(low: jax.Array, high: jax.Array) -> jax.Array:
-  """Length of the longest range: a dynamic grid dimension. At least one step, which writes the output."""
+  """Return the length of the longest range, a dynamic grid dimension: at least one step, which writes the output."""
   return jnp.maximum(jnp.max(high - low), 1)
 
 
 def _dot(x: jax.Array, y: jax.Array, dimensions) -> jax.Array:
-  # Stated, because the default of Mosaic may round float32 to bfloat16, and fp32 contraction of bfloat16 does not exist.
+  # Explicit, because the default of Mosaic may round float32 to bfloat16, and fp32 contraction of bfloat16 does not exist.
   precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
   return lax.dot_general(x.astype(y.dtype), y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _column(row_1Q: jax.Array, lanes: int) -> jax.Array:
-  """A value a query, laid out with queries along sublanes and copies along lanes. In HBM it would take `lanes` times the memory."""
+  """Lay out one value per query with queries along sublanes and copies along lanes. In HBM this would take `lanes` times the memory."""
   return jnp.broadcast_to(row_1Q, (lanes, row_1Q.shape[1])).T
 
 
 def _spread(x_QW: jax.Array, width: int) -> jax.Array:
-  """Copies along lanes, cut or repeated to `width`: the layout of registers, unlike broadcasting from one lane, costs nothing."""
+  """Cut or repeat copies along lanes to `width`. Unlike broadcasting from one lane, this matches the layout of registers and is free."""
   lanes = x_QW.shape[1]
   return x_QW[:, :width] if width <= lanes else jnp.tile(x_QW, (1, width // lanes))
 
 
 def _logits_by_query(q_ref, k_ref, seen_2QW, block: jax.Array, scale: float) -> jax.Array:
-  """Masked logits of a block, (Q, S)."""
+  """Compute the masked logits (Q, S) of a block."""
   logits_QS = _dot(q_ref[...], k_ref[...], _TRANSPOSED) * scale
   key_QS = block * logits_QS.shape[1] + lax.broadcasted_iota(jnp.int32, logits_QS.shape, 1)
   start_QS, end_QS = (_spread(seen_2QW[i], logits_QS.shape[1]) for i in range(2))
@@ -213,11 +216,11 @@ def _dq_kernel(low, high, q, k, v, seen, d_out, stats, dq, seen_2QW, stats_2QW, 
 
 
 def _dkv_kernel(low, high, first, after, q, k, v, seen, d_out, stats, dk, dv, dk_SH, dv_SH, *, scale: float):
-  """Logits stand transposed, (S, Q): what belongs to queries is then a row, and no product needs a transposed left side."""
+  """Accumulate with transposed logits (S, Q): values per query are then rows, and no product needs a transposed left operand."""
   row, key, member, step = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
   begin, end = (member == 0) & (step == 0), (member == pl.num_programs(3) - 1) & (step == pl.num_programs(4) - 1)
   query = block_at(step, first[row, key], after[row, key])
-  # Between the first and the last block of queries that need these keys may lie some that do not.
+  # Not every block of queries between the first and the last that need these keys needs them too.
   needed = (first[row, key] + step < after[row, key]) & (low[row, query] <= key) & (key < high[row, query])
 
   @pl.when(begin)
@@ -242,7 +245,17 @@ def _dkv_kernel(low, high, first, after, q, k, v, seen, d_out, stats, dk, dv, dk
 
 
 def _call(kernel, static: _Static, grid, scalars, inputs, outputs, scratch):
-  """Runs a kernel. `inputs` are (array, block) and `outputs` are (shape, block); accumulates over what follows the third axis."""
+  """Run a kernel that accumulates over the grid axes after the third.
+
+  Args:
+    kernel: the kernel function.
+    static: its constants.
+    grid: size of each grid axis.
+    scalars: prefetched scalars.
+    inputs: (array, block) of each input.
+    outputs: (shape, block) of each output.
+    scratch: scratch memory.
+  """
   arrays, in_specs = zip(*inputs, strict=True)
   out_shape, out_specs = zip(*outputs, strict=True)
   return pl.pallas_call(
@@ -258,7 +271,7 @@ def _call(kernel, static: _Static, grid, scalars, inputs, outputs, scratch):
 
 
 def _by_query(q, k, static: _Static):
-  """Blocks of the grid (B, N, Y, steps): of queries, of keys, of the intervals, and a function for values along lanes."""
+  """Return the blocks of the grid (B, N, Y, steps): of queries, keys and intervals, and a function for values along lanes."""
   query_block, dim, group = static.query_block, q.shape[3], q.shape[1] // k.shape[1]
   queries = pl.BlockSpec((None, None, query_block, dim), lambda b, n, y, step, low, high: (b, n, y, 0))
   keys = pl.BlockSpec(
@@ -313,7 +326,7 @@ def _dq(low_BY, high_BY, q, k, v, seen_B2T, d_out, stats_BN2T, static: _Static) 
 
 
 def _dkv(low_BY, high_BY, q, k, v, seen_B2T, d_out, stats_BN2T, static: _Static) -> tuple[jax.Array, jax.Array]:
-  """One kv head sums over its group of query heads inside the grid: per-head gradients in float32 would take 2 N / K times k and v."""
+  """Sum over the query heads of each kv head inside the grid; gradients per query head would take 2 N / K times the memory of k and v."""
   batch, kv_heads, length, dim = k.shape
   group, query_block, key_block = q.shape[1] // kv_heads, static.query_block, static.key_block
   first_BX, after_BX = query_ranges(low_BY, high_BY, length // key_block)
@@ -339,7 +352,7 @@ def _dkv(low_BY, high_BY, q, k, v, seen_B2T, d_out, stats_BN2T, static: _Static)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(q_BNTH, k_BKSH, v_BKSH, seen_B2T, static: _Static) -> tuple[jax.Array, jax.Array]:
-  """(out_BNTH, lse_BNT) of padded, heads-major arrays."""
+  """Compute (out_BNTH, lse_BNT) from padded, heads-major arrays."""
   return _forward(q_BNTH, k_BKSH, v_BKSH, seen_B2T, static)
 
 
@@ -353,7 +366,7 @@ def _flash_backward(static: _Static, residuals, gradients):
   d_out, d_lse_BNT = gradients
   # The gradient of a logit is p * (d_out . v - delta), and that of lse by a logit is p: lse only shifts delta.
   delta_BNT = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse_BNT
-  # Where nothing is seen all logits are EMPTY: any finite number far above makes their weights zero.
+  # Without a visible key all logits are EMPTY, and any finite lse far above makes their weights zero.
   stats_BN2T = jnp.stack([jnp.where(lse_BNT < _FLOOR, 0.0, lse_BNT), delta_BNT], 2)
   low_BY, high_BY = key_ranges(seen_B2T, static.query_block, static.key_block)
   arrays = (low_BY, high_BY, q, k, v, seen_B2T, d_out, stats_BN2T, static)

@@ -1,4 +1,4 @@
-"""Choosing a backend, running it on a mesh, and seeing more than one interval."""
+"""The choice of a backend, backends on a mesh, and several intervals."""
 
 from __future__ import annotations
 
@@ -19,10 +19,23 @@ def test_every_configured_backend_exists():
   assert set(ATTENTION_BACKENDS) == {'auto', *attention.BACKENDS}
 
 
-def test_auto_needs_no_accelerator(monkeypatch):
-  assert attention.choose('auto') == 'chunked'
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-  assert (attention.choose('auto'), attention.choose('reference')) == ('tpu', 'reference')
+def test_auto_follows_the_platform():
+  assert (attention.platform(), attention.choose('auto')) == ('cpu', 'chunked')
+  with attention.for_platform('tpu'):
+    assert (attention.platform(), attention.choose('auto'), attention.choose('reference')) == ('tpu', 'tpu', 'reference')
+    with attention.for_platform('gpu'):
+      assert attention.choose('auto') == 'chunked'  # without an NVIDIA GPU
+  with pytest.raises(KeyError), attention.for_platform('tpu'):
+    raise KeyError
+  assert (attention.platform(), attention.choose('auto')) == ('cpu', 'chunked')
+
+
+def test_a_function_is_lowered_for_the_platform_of_its_tracing(make_case):
+  q, k, v, start, end, *_ = make_case(1, queries=128, keys=128)
+  lower = lambda: jax.jit(lambda *a: attention.attend('auto', *a[:3], [a[3:]])).trace(q, k, v, start, end).jaxpr
+  assert 'pallas_call' not in str(lower())
+  with attention.for_platform('tpu'):
+    assert 'pallas_call' in str(lower())
 
 
 def test_few_queries_do_not_start_a_kernel(make_case):
@@ -45,7 +58,7 @@ HEADS = MeshConfig(data=1, fsdp=2, tensor=4)
 )
 @pytest.mark.parametrize('backend', ['reference', 'chunked', 'tpu'])
 def test_on_a_mesh(backend, heads, kv_heads, queries, mesh, make_case, monkeypatch):
-  """Rows over two axes, heads over a third, queries over a fourth; heads of keys and of queries that the devices do not divide."""
+  """Rows are divided over two axes, heads over a third, queries over a fourth, including heads that the devices do not divide."""
   small = {
     'chunked': functools.partial(chunked.attend, block=8),
     'tpu': functools.partial(tpu.attend, blocks=tpu.Blocks(8, 8), interpret=True),
@@ -72,9 +85,9 @@ def test_on_a_mesh(backend, heads, kv_heads, queries, mesh, make_case, monkeypat
 
 @pytest.mark.parametrize('backend', ['reference', 'chunked', 'merged'])
 def test_two_intervals_are_one_softmax(backend, make_case, monkeypatch):
-  """Split anywhere, an interval gives what it gives whole: values and gradients; also where one part, or both, are empty."""
+  """Two adjacent intervals give the values and gradients of the whole one, also where one part, or both, are empty."""
   monkeypatch.setattr(attention, 'BACKENDS', {**attention.BACKENDS, 'merged': reference.attend})
-  monkeypatch.setattr(attention, '_ONE_INTERVAL', ('merged',))  # as kernels that take one interval at a time
+  monkeypatch.setattr(attention, '_ONE_INTERVAL', ('merged',))  # like kernels that take one interval at a time
   monkeypatch.setattr(attention, '_FEW_QUERIES', 1)
   q, k, v, start, end, out_gradient, _ = make_case(4, queries=9, keys=9)
   middle = (start + np.random.default_rng(0).integers(0, end - start + 1)).astype(np.int32)

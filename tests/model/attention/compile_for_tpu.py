@@ -1,6 +1,6 @@
-"""Compiles the TPU kernels, forward and backward, for a chip that is not there, and prints one JSON line a case.
+"""Compile the TPU kernels, forward and backward, without a TPU, and print one JSON line per case.
 
-Needs libtpu, and starts no backend for it. A program of its own, because libtpu reads its environment once and stays loaded.
+Needs libtpu, but starts no backend for it. This is a separate program, because libtpu reads its environment once and stays loaded.
 Usage: python compile_for_tpu.py TOPOLOGY QUERIES,KEYS,HEADS,KV_HEADS,HEAD_DIM,DTYPE ...
 """
 
@@ -16,7 +16,7 @@ os.environ |= {
   'XLA_FLAGS': '',  # those for fake devices and quick compiles on a CPU would change what is compiled here
   'TPU_SKIP_MDS_QUERY': '1',  # no metadata server
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # another process may be compiling too; no chip is taken
-  'TPU_ACCELERATOR_TYPE': 'v5p-8',  # these two only spare warnings
+  'TPU_ACCELERATOR_TYPE': 'v5p-8',  # these two only avoid warnings
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_LOG_DIR': 'disabled',
 }

@@ -1,4 +1,4 @@
-"""The oracle and the cases that every attention backend is held to."""
+"""The oracle and the test cases of every attention backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def _oracle(q, k, v, start, end, out_gradient, lse_gradient):
-  """Attention in float64, one query and one head at a time, and its gradients by the textbook formulas."""
+  """Compute attention in float64, one query and one head at a time, and its gradients by the textbook formulas."""
   batch, length, heads, dim = q.shape
   group = heads // k.shape[2]
   q, k, v, out_gradient, lse_gradient = (np.asarray(a, np.float64) for a in (q, k, v, out_gradient, lse_gradient))
@@ -36,7 +36,7 @@ def _oracle(q, k, v, start, end, out_gradient, lse_gradient):
 
 
 def _intervals(rng, batch, queries, keys):
-  """Intervals of every kind: random, empty, whole, of one key."""
+  """Return intervals of every kind: random, empty, whole, and of one key."""
   a, b = rng.integers(0, keys + 1, (2, batch, queries), dtype=np.int32)
   start, end = np.minimum(a, b), np.maximum(a, b)
   start[0, 0] = end[0, 0] = 0
@@ -47,7 +47,7 @@ def _intervals(rng, batch, queries, keys):
 
 
 def _packed_intervals(rng, batch, length):
-  """Rows of packed triplets as `polar_jax.data.rows` lays them out, with padding behind."""
+  """Return intervals of packed triplets, as `polar_jax.data.layout` lays them out, followed by padding."""
   start, end = np.zeros((2, batch, length), np.int32)
   for b in range(batch):
     at = 0
@@ -78,7 +78,7 @@ def make_case():
 
 @pytest.fixture(scope='session')
 def assert_matches_oracle():
-  """Values and gradients of a backend against the oracle, within `atol` (values) and `10 * atol` (gradients, by their scale)."""
+  """Compare values (within `atol`) and gradients (within `10 * atol`, relative to their scale) of a backend with the oracle."""
 
   def check(attend, case, atol=2e-6):
     q, k, v, start, end, out_gradient, lse_gradient = case

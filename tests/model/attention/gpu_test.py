@@ -21,7 +21,7 @@ from absl import flags
 from jax import export
 from jax.experimental import pallas as pl
 
-from polar_jax.data import rows
+from polar_jax.data import layout
 from polar_jax.model.attention import gpu, reference
 from polar_jax.types import UserError
 
@@ -45,7 +45,7 @@ def exact_products():
     yield
 
 
-# --- what is around the kernels, on any device ---
+# --- the code around the kernels, on any device ---
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_cpu_is_refused(make_case):
 
 @contextlib.contextmanager
 def _interpreted():
-  """Runs what `pallas_call` builds with XLA. The interpreter knows no program ids inside loops, so they are read before."""
+  """Run a `pallas_call` with XLA. The interpreter does not support program ids inside loops, so they are read beforehand."""
   import tokamax
 
   pallas_call, program_id = pl.pallas_call, pl.program_id
@@ -132,7 +132,7 @@ def _interpreted():
       def known(axis):
         if axis < len(ids):
           return ids[axis]
-        raise ValueError(axis)  # how tokamax finds out how many there are
+        raise ValueError(axis)  # tokamax detects the number of axes by this error
 
       with mock.patch.object(pl, 'program_id', known):
         return kernel(*refs)
@@ -155,12 +155,12 @@ def test_triton_kernels(dtype, make_case, assert_matches_oracle):
     assert_matches_oracle(attend, case, atol=2e-6 if dtype == jnp.float32 else 3e-2)
 
 
-# --- which kernel, and that it lowers ---
+# --- the choice of a kernel, and its lowering ---
 
 
 @contextlib.contextmanager
 def _on(capability: float):
-  """A default device that is a GPU in name."""
+  """A fake default device that calls itself a GPU."""
   import tokamax
   from tokamax._src import gpu_utils
 
@@ -183,7 +183,7 @@ def _on(capability: float):
   ],
 )
 def test_lowers_for_cuda(capability, dtype, dim, kernels):
-  """Forward and backward become these kernels, and a gradient that skips lse runs none for it."""
+  """Forward and backward lower to these kernels, and a gradient without lse runs no kernel for it."""
 
   def gradients(q, k, v, start, end):
     return jax.grad(lambda q, k, v: gpu.attend(q, k, v, start, end)[0].astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
@@ -208,7 +208,7 @@ def _rows(length: int) -> tuple[np.ndarray, np.ndarray]:
     at = 0
     for part in parts:
       prefix, chosen, rejected = (np.arange(count * length // (10 * part)) for count in (4, 2, 3))
-      triplet = rows.pair_row(np.concatenate([prefix, -1 - chosen]), np.concatenate([prefix, length + rejected]))
+      triplet = layout.pair_segment(np.concatenate([prefix, -1 - chosen]), np.concatenate([prefix, length + rejected]))
       here = slice(at, at + len(triplet.tokens))
       start[row, here], end[row, here] = triplet.start + at, triplet.end + at
       at = here.stop

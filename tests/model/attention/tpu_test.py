@@ -1,4 +1,4 @@
-"""What only the TPU kernels have: blocks that are skipped, and a compiler for a chip that is not there."""
+"""Properties of the TPU kernels alone: skipped blocks, and compilation without a TPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _values_and_gradients(attend, case):
 
 
 def _blocks_seen(case, query_block, keys):
-  """Intervals that give all queries of a block the same keys."""
+  """Return intervals that give all queries of a block the same keys."""
   for b in range(case[3].shape[0]):
     case[3][b, query_block * BLOCK : (query_block + 1) * BLOCK], case[4][b, query_block * BLOCK : (query_block + 1) * BLOCK] = keys
 
@@ -81,7 +81,7 @@ def test_blocks_of_keys_that_nobody_sees_are_not_read(make_case):
 
 
 def test_blocks_of_queries_without_a_key_are_not_read(make_case):
-  """Also those between blocks that do see keys, as padding inside a row of packed triplets."""
+  """This includes blocks between others that do see keys, such as padding inside a row of packed triplets."""
   case = make_case(16, queries=4 * BLOCK, keys=2 * BLOCK, dim=64)
   for i, keys in enumerate([(2, 9), (0, 0), (5, 12), (0, 0)]):
     _blocks_seen(case, i, keys)
@@ -133,7 +133,7 @@ def test_time_follows_the_intervals(make_case):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_refuses_what_it_cannot_lay_out(make_case):
+def test_unsupported_shapes_and_dtypes_are_refused(make_case):
   q, k, v, start, end, *_ = make_case(18, dim=64)
   with pytest.raises(ValueError, match=r'float16.*takes float32 or bfloat16'):
     attend(q.astype(np.float16), k, v, start, end)
@@ -160,7 +160,7 @@ def test_compiles_for_a_tpu_in_memory_linear_in_length(others):
   assert done.returncode == 0, done.stderr[-3000:]
   results = {line['case']: line for line in map(json.loads, done.stdout.splitlines())}
   assert list(results) == cases
-  # Forward, dq and dkv: rematerialisation did not repeat the forward pass.
+  # Forward, dq and dkv: rematerialization did not repeat the forward pass.
   assert all(result['kernels'] == 3 for result in results.values())
   # The arguments are linear in length; the logits of a single head would take 40 times as much.
   assert results[long]['temporary_bytes'] < 4 * results[long]['argument_bytes']

@@ -1,4 +1,4 @@
-"""Reading tokens one by one through the cache gives what reading them at once gives."""
+"""Decoding token by token through the cache equals a full forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig
-from polar_jax.model import cache
+from polar_jax.model import attention, kv_cache
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.ppo.rollout import RolloutEngine
 
@@ -27,33 +27,33 @@ CONFIGS = {
 LENGTHS = np.array([11, 3, 1, 7], np.int32)
 ONE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
-WIDTH = 24  # of every full forward: one compilation
+WIDTH = 24  # of every full forward pass, so that there is one compilation
 
 
 class Compiled:
-  """A model with its calls jitted: called as they are, they would be compiled anew each time."""
+  """A model with jitted calls, which would otherwise be compiled on every call."""
 
   def __init__(self, config: ModelConfig):
     model = LanguageModel(config, rngs=nnx.Rngs(1))
     rng = np.random.default_rng(0)
     graphdef, state = nnx.split(model)
-    # Biases and scales too.
+    # Also perturbs biases and scales.
     self.params = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(0, 0.1, p.shape), jnp.float32), nnx.to_pure_dict(state))
     self.config = config
     self._forward = jax.jit(lambda params, *batch: nnx.merge(graphdef, params)(*batch))
-    self._read = jax.jit(self._fill)
-    self._next = jax.jit(lambda params, *state: nnx.merge(graphdef, params).next(*state))
-    self._append = jax.jit(cache.KVCache.append)
+    self._prefill = jax.jit(self._insert)
+    self._decode = jax.jit(lambda params, *state: nnx.merge(graphdef, params).decode(*state))
+    self._append = jax.jit(kv_cache.KVCache.append)
     self._graphdef = graphdef
     self.engine = RolloutEngine(config, ONE, RolloutConfig(max_prompt=11, max_new=8, max_concurrent=4, temperature=0.0), ())
 
-  def _fill(self, params, tokens, positions, start, slot, memory, length):
+  def _insert(self, params, tokens, positions, start, slot, cache, length):
     end = jnp.where(slot < 0, start, start + positions + 1)
-    keys, values = nnx.merge(self._graphdef, params).decoder.read(tokens, positions, [(start, end)])
-    return memory.fill(keys, values, slot, positions, length)
+    keys, values = nnx.merge(self._graphdef, params).decoder.prefill(tokens, positions, [(start, end)])
+    return cache.insert(keys, values, slot, positions, length)
 
-  def read(self, texts, order, capacity):
-    """A cache whose row `order[i]` holds text i; the texts lie one behind the other in one row."""
+  def prefill(self, texts, order, capacity):
+    """Return a cache whose row `order[i]` holds text i; the texts are packed one after another into one row."""
     width = 32
     tokens, positions, start, slot = (np.zeros((1, width), np.int32) for _ in range(4))
     slot[:], low, length = -1, 0, np.zeros(len(texts), np.int32)
@@ -62,24 +62,24 @@ class Compiled:
       tokens[at], positions[at], start[at], slot[at] = text, np.arange(len(text)), low, row
       length[row] = len(text)
       low += len(text)
-    return self._read(self.params, tokens, positions, start, slot, cache.empty(self.config, len(texts), capacity), length)
+    return self._prefill(self.params, tokens, positions, start, slot, kv_cache.empty_cache(self.config, len(texts), capacity), length)
 
-  def next(self, tokens, memory, recent, step):
-    return self._next(self.params, jnp.asarray(tokens, jnp.int32), memory, recent, jnp.int32(step))
+  def decode(self, tokens, cache, buffer, step):
+    return self._decode(self.params, jnp.asarray(tokens, jnp.int32), cache, buffer, jnp.int32(step))
 
-  def append(self, memory, recent, count):
-    return self._append(memory, recent, jnp.asarray(count, jnp.int32))
+  def append(self, cache, buffer, count):
+    return self._append(cache, buffer, jnp.asarray(count, jnp.int32))
 
   def greedy(self, texts):
     rollouts = self.engine.generate(self.params, texts, (0,))
     return [row[:n].tolist() for row, n in zip(rollouts.tokens_RT, rollouts.length_R, strict=True)]
 
   def full(self, tokens) -> np.ndarray:
-    """Logits (T, V) of one sequence read at once."""
+    """Return the logits (T, V) of one sequence in a full forward pass."""
     row = np.zeros((1, WIDTH), np.int32)
     row[0, : len(tokens)] = tokens
     position = np.arange(WIDTH, dtype=np.int32)[None]
-    return np.asarray(self._forward(self.params, row, position, np.zeros_like(position), position + 1)[0, : len(tokens)])
+    return np.asarray(self._forward(self.params, row, position, [(np.zeros_like(position), position + 1)])[0, : len(tokens)])
 
 
 @pytest.fixture(scope='module', params=list(CONFIGS))
@@ -92,43 +92,46 @@ def prompts():
   return np.random.default_rng(2).integers(1, 29, (4, 11)).astype(np.int32)
 
 
-def test_tokens_one_by_one_behind_prompts_of_any_length(model, prompts):
-  """Logits are those of the full forward, whatever the rows' lengths, and wherever a row's tokens were put meanwhile."""
+def test_decoding_after_prompts_of_any_length(model, prompts):
+  """Logits equal those of the full forward pass for rows of any length, with tokens in the buffer or in the cache."""
   texts = [prompts[b, :n].tolist() for b, n in enumerate(LENGTHS - 1)]
   order = [2, 0, 3, 1]
   rows = [texts[order.index(b)] for b in range(4)]
-  memory, rng = model.read(texts, order, 24), np.random.default_rng(3)
-  assert memory.length_B.tolist() == [len(row) for row in rows]
+  cache, rng = model.prefill(texts, order, 24), np.random.default_rng(3)
+  assert cache.length_B.tolist() == [len(row) for row in rows]
   for steps in (3, 1, 3):
-    recent, count = cache.no_recent(model.config, 4, 3), rng.integers(0, steps + 1, 4)
+    buffer, count = kv_cache.empty_buffer(model.config, 4, 3), rng.integers(0, steps + 1, 4)
     count[0] = steps
     for step in range(steps):
       new = rng.integers(1, 29, 4)
-      logits, recent = model.next(new, memory, recent, step)
+      logits, buffer = model.decode(new, cache, buffer, step)
       for b in np.flatnonzero(step < count):  # others have ended: their tokens are dropped
         rows[b].append(int(new[b]))
         np.testing.assert_allclose(logits[b], model.full(rows[b])[-1], atol=2e-5)
-    memory = model.append(memory, recent, count)
-    assert memory.length_B.tolist() == [len(row) for row in rows]
+    cache = model.append(cache, buffer, count)
+    assert cache.length_B.tolist() == [len(row) for row in rows]
 
 
-def test_more_than_one_block_of_keys():
-  """Rows longer than the blocks that attention reads, and a row without a token."""
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_more_than_one_block_of_keys(platform):
+  """Rows longer than the blocks that attention reads, and a row without tokens; row by row and all rows at once."""
   rng = np.random.default_rng(5)
-  kv, query = (2, 3, 2, 2 * cache.BLOCK, 6), rng.normal(size=(3, 4, 6)).astype(np.float32)
+  kv, query = (2, 3, 2, 2 * kv_cache.BLOCK, 6), rng.normal(size=(3, 4, 6)).astype(np.float32)
   keys, values = (rng.normal(size=kv).astype(np.float32) for _ in range(2))
-  recent = cache.Recent(*(rng.normal(size=(2, 3, 2, 5, 6)).astype(np.float32) for _ in range(2)))
-  length = np.array([cache.BLOCK + 9, 0, cache.BLOCK], np.int32)
-  attend = jax.jit(lambda memory, *rest: memory.attend(*rest))
-  got = attend(cache.KVCache(keys, values, length), 1, recent, 3, query)
+  buffer = kv_cache.DecodeBuffer(*(rng.normal(size=(2, 3, 2, 5, 6)).astype(np.float32) for _ in range(2)))
+  length = np.array([kv_cache.BLOCK + 9, 0, kv_cache.BLOCK], np.int32)
+  attend = jax.jit(lambda cache, *rest: cache.attend(*rest))
+  with attention.for_platform(platform):
+    got = attend(kv_cache.KVCache(keys, values, length), 1, buffer, 3, query)
+    assert kv_cache._rows_at_a_time(3) == (1 if platform == 'cpu' else 3)
   for b, head in np.ndindex(3, 4):
     join = lambda old, new, b=b, k=head // 2: np.concatenate([old[1, b, k, : length[b]], new[1, b, k, :4]])
-    scores = join(keys, recent.k_LBKMH) @ query[b, head] / 6**0.5
+    scores = join(keys, buffer.k_LBKMH) @ query[b, head] / 6**0.5
     weights = np.exp(scores - scores.max())
-    np.testing.assert_allclose(got[b, head], weights @ join(values, recent.v_LBKMH) / weights.sum(), atol=1e-5)
+    np.testing.assert_allclose(got[b, head], weights @ join(values, buffer.v_LBKMH) / weights.sum(), atol=1e-5)
 
 
-def test_greedy_is_the_likeliest_token_of_the_full_forward(model, prompts):
+def test_greedy_decoding_takes_the_most_likely_token_of_the_full_forward_pass(model, prompts):
   texts = [prompts[b, :n].tolist() for b, n in enumerate(LENGTHS)]
   for text, answer in zip(texts, model.greedy(texts), strict=True):
     whole = list(text)

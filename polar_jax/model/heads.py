@@ -1,0 +1,46 @@
+"""The registry of heads: which model class each head is, and which objective trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from polar_jax.config import ModelConfig
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.reward_model import RewardModel
+from polar_jax.model.value_model import ValueModel
+
+
+class Head(NamedTuple):
+  """A model class, called as (tokens, positions, intervals[, index]), and the name of its objective in a run's checkpoint."""
+
+  model: Callable[..., Any]
+  objective: str
+
+
+HEADS = {
+  'lm': Head(LanguageModel, 'next_token'),
+  'reward': Head(RewardModel, 'ranking'),
+  'value': Head(ValueModel, 'value'),
+}
+
+
+def head_of(objective: str) -> str:
+  """Return the name of the head that `objective` trains.
+
+  Raises:
+    KeyError: no head has this objective.
+  """
+  return {head.objective: name for name, head in HEADS.items()}[objective]
+
+
+def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs) -> Any:
+  """Create the model of a head with initial parameters."""
+  return HEADS[head].model(config, rngs=rngs)
+
+
+def abstract_model(config: ModelConfig, head: str) -> Any:
+  """Create the model of a head with shapes in place of arrays."""
+  return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0)))
