@@ -134,7 +134,7 @@ def test_the_longest_triplet_need_not_be_in_the_sample():
 
 
 class _Kept(list):
-  def many(self, indices):
+  def take(self, indices):
     return [self[i] for i in indices]
 
 
@@ -162,5 +162,5 @@ def test_real_answers_leave_less_than_five_percent_of_padding(data_folder):
 def test_items_may_count_for_several():
   lengths, counts = [5, 4, 3, 2, 1], [2, 2, 1, 1, 3]
   assert packing.first_fit(lengths, 10, 4, counts) == [[0, 1], [2, 3], [4]]
-  with pytest.raises(ValueError, match='counts 3'):
+  with pytest.raises(ValueError, match='counts as 3'):
     packing.first_fit(lengths, 10, 2, counts)
