@@ -31,6 +31,7 @@ CORE = [
   'jinja2>=3.1.6',  # chat templates of policies: untrusted programs, and older sandboxes had holes
   'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
   'matplotlib>=3.9',  # figures of the report
+  'markdown-it-py>=3.0',  # the report as a page of HTML
   'tqdm>=4.66',  # progress bars
 ]
 

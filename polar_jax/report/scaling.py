@@ -1,4 +1,4 @@
-"""The report's section on scaling laws."""
+"""The section of report.md on scaling laws."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from polar_jax.report import markdown
 
 FIGURE = 'figures/scaling.png'
-FEW = 5  # sizes: below this a law is a demonstration
+FEW = 5  # model sizes; a law through fewer is only a demonstration
 _LAWS = {'N': 'parameters, the longest run of each size', 'C': 'training FLOPs, the lower envelope of all runs'}
 
 
-def section(found: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
-  """Lines of Markdown; none where nothing was fitted.
+def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
+  """Return paragraphs of Markdown; none if nothing was fitted.
 
   Args:
-    found: section `scaling` of report.json.
+    results: the section `scaling` of report.json.
     figures: name -> relative link.
   """
-  if not found:
+  if not results:
     return []
-  head = ['law of the loss', 'X', 'alpha', '95% interval', 'beta', 'R2', 'points']
-  rows = [
+  head = ['scaling law of the loss', 'X', 'alpha', '95% interval', 'beta', 'R2', 'runs']
+  body = [
     [
       f'beta X^alpha, {name}',
       meaning,
@@ -33,20 +33,27 @@ def section(found: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
       str(law['n']),
     ]
     for name, meaning in _LAWS.items()
-    if (law := found.get(name))
+    if (law := results.get(name))
   ]
-  out = ['## Scaling laws', markdown.table(head, rows), *markdown.figure(figures, 'scaling', 'Loss over parameters and over FLOPs')]
-  out += [sentence for name in _LAWS if (sentence := _held_out(found.get(name, {}), name))]
-  if found.get('sizes', FEW) < FEW:
-    out.append(f'**{found["sizes"]} sizes prove nothing**: this shows the machinery, not a law.')
+  out = ['## Scaling laws', markdown.table(head, body)]
+  out += markdown.figure(figures, 'scaling', 'Loss against parameters and against training FLOPs')
+  if body:
+    out.append(
+      "Intervals of alpha are over the fitted runs (the wider of Student's t and a studentized bootstrap of the residuals). They do not "
+      'resample the validation examples that each loss is a mean over.'
+    )
+  out += [sentence for name in _LAWS if (sentence := _held_out(results.get(name, {}), name))]
+  if results.get('sizes', FEW) < FEW:
+    out.append(f'**{results["sizes"]} sizes prove nothing**: this demonstrates the machinery and is not a scaling law.')
   return out
 
 
 def _held_out(law: Mapping[str, Any], name: str) -> str:
-  held = law.get('held_out')
-  if not held:
+  held_out = law.get('held_out')
+  if not held_out:
     return ''
   return (
-    f'The largest size, predicted from the others by L({name}): {held["predicted"]:.4f} [{held["low"]:.4f}, {held["high"]:.4f}]; '
-    f'measured {held["loss"]:.4f}, {"within" if held["within"] else "**not** within"} the interval.'
+    f'The loss of the largest size, predicted from the others by L({name}), is {held_out["predicted"]:.4f} '
+    f'[{held_out["low"]:.4f}, {held_out["high"]:.4f}]; the measured loss is {held_out["loss"]:.4f}, '
+    f'{"within" if held_out["within"] else "**not** within"} the interval.'
   )

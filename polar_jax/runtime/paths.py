@@ -73,11 +73,15 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     path.write_bytes(data)  # an object appears whole
     return
   temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('wb') as file:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with temporary.open('wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:

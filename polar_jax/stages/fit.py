@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from polar_jax.config import ConfigError
-from polar_jax.report import scaling_plots as plot
+from polar_jax.report import plots, scaling_plots
 from polar_jax.report.scaling import FEW, FIGURE
 from polar_jax.scaling import advice, fit, laws, results, sweep
 from polar_jax.scaling.fit import FitError, PowerFit
@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
   if jax.process_index() == 0:
     context.workdir.mkdir(parents=True, exist_ok=True)
     (context.workdir / FIT).write_text(json.dumps(found, indent=2, allow_nan=False) + '\n')
-    plot.laws(rows, found, context.workdir / FIGURE)
+    plots.save(scaling_plots.laws(rows, found), context.workdir / FIGURE)
   return {'scaling': found}
 
 

@@ -1,0 +1,177 @@
+"""Runs of PPO in report.md: their numbers and alarms, and signs of reward hacking in their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from polar_jax.report import markdown, rft_plots
+from polar_jax.report.plots import Records
+
+_SIGNS = {
+  'raw': 'score',
+  'shuffled': 'score under shuffled references',
+  'shuffled_gap': 'the difference',
+  'length_free': 'score at the length of the first step',
+  'overlap': 'overlap with the reference',
+  'length': 'length, tokens',
+  'truncated': 'truncated at the token limit',
+  'empty': 'empty',
+  'distinct_1': 'distinct words',
+  'distinct_2': 'distinct bigrams',
+  'kl': 'KL to the start, nats per token',
+  'entropy': 'entropy, nats per token',
+  'clip_fraction': 'clip fraction',
+  'explained_variance': 'explained variance',
+}
+_FAR = 2.0  # beyond this factor between lengths, a regression within a batch cannot be extrapolated
+_EMPTY = 0.05  # share of responses
+
+Ends = Mapping[str, Mapping[str, tuple[float, float]]]  # run -> metric -> (value at the start, value at the end)
+
+
+def runs(results: Mapping[str, Any]) -> list[str]:
+  """Return the paragraphs on runs outside the study: their numbers, held-out prompts before and after, alarms.
+
+  Args:
+    results: the section `rft` of report.json.
+  """
+  given = {name: run for name, run in results.get('runs', {}).items() if run}
+  if not given:
+    return []
+  out = ['### Runs', 'Training metrics are means over the last steps. Each column is a single run.', *_scalars(given), *_held_out(given)]
+  lines = []
+  for name, run in given.items():
+    lines += _verdict(markdown.escape(name), run.get('evaluation_before', {}), run.get('evaluation_after', {}))
+  for name, run in given.items():
+    lines += _alarms(markdown.escape(name), run)
+  return [*out, markdown.bullets(lines)] if lines else out
+
+
+def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str], *, one_writer: bool) -> list[str]:
+  """Return the paragraphs on how each run began and ended, and on signs of reward hacking.
+
+  Args:
+    records: name of a run -> records of its metrics.jsonl.
+    figures: name -> link of the figures that were drawn.
+    one_writer: whether one policy wrote all references, so that shuffled references are as good as the own.
+  """
+  shuffled = '' if one_writer else 'the score under shuffled references should stay below; '
+  out = markdown.figure(figures, 'rft', f'The runs step by step; {shuffled}dots are greedy responses to held-out prompts')
+  ends = {name: {key: both for key in _SIGNS if (both := _ends(steps, key))} for name, steps in records.items()}
+  ends = {name: values for name, values in ends.items() if values}
+  if ends:
+    keys = [key for key in _SIGNS if any(key in values for values in ends.values())]
+    body = [[_SIGNS[key], *(_arrow(values[key]) if key in values else '-' for values in ends.values())] for key in keys]
+    out += [
+      'From the mean of the first tenth of the steps to that of the last tenth, on the training prompts:',
+      markdown.table(['', *map(markdown.escape, ends)], body),
+    ]
+    ends = {markdown.escape(name): values for name, values in ends.items()}
+    lines = _gap_lines(ends, one_writer) + _gain_lines(ends, one_writer) + _length_lines(ends) + _empty_lines(ends)
+    out += [markdown.bullets(lines)] if lines else []
+  return ['### Signs of reward hacking', *out] if out else []
+
+
+def _scalars(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Return the table of the numbers of each run."""
+  scalars = {name: {k: v for k, v in run.items() if isinstance(v, (int, float, str))} for name, run in given.items()}
+  keys = markdown.ordered({k: 0 for values in scalars.values() for k in values}, ('steps', 'answers', 'tokens', 'seconds', 'reward', 'raw'))
+  body = [[markdown.escape(key), *(markdown.text(scalars[name][key]) if key in scalars[name] else '-' for name in given)] for key in keys]
+  return [markdown.table(['', *map(markdown.escape, given)], body)] if body else []
+
+
+def _held_out(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Return the table of rewards on held-out prompts before and after training."""
+  body = []
+  for name, run in given.items():
+    before, after = run.get('evaluation_before', {}), run.get('evaluation_after', {})
+    for key in markdown.ordered({**before, **after}, ('raw', 'model', 'rule')):
+      numbers = [values.get(key) for values in (before, after)]
+      change = markdown.number(numbers[1] - numbers[0], '+') if None not in numbers else '-'
+      body.append([markdown.escape(name), markdown.escape(key), *map(markdown.number, numbers), change])
+  return ['On held-out prompts:', markdown.table(['run', 'reward', 'before', 'after', 'change'], body)] if body else []
+
+
+def _verdict(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+  change = {key: after[key] - before[key] for key in ('model', 'rule') if key in before and key in after}
+  out = []
+  if 'rule' in change:
+    verb = 'rose' if change['rule'] > 0 else 'did NOT rise'
+    numbers = f'{100 * before["rule"]:.1f}% to {100 * after["rule"]:.1f}% ({100 * change["rule"]:+.1f} points)'
+    out.append(f'{name}: the share of responses that the rule marks correct {verb}: {numbers}.')
+    if change.get('model', 0) > 0 >= change['rule']:
+      out.append(f'{name}: the score of the reward model rose but the rule did NOT: a sign of reward hacking.')
+  return out
+
+
+def _alarms(name: str, run: Mapping[str, Any]) -> list[str]:
+  if 'alarms' not in run:
+    return []
+  return [f'{name}: ALARM, {markdown.escape(alarm)}' for alarm in run['alarms']] or [f'{name}: none of the configured alarms was raised.']
+
+
+def _gap_lines(ends: Ends, one_writer: bool) -> list[str]:
+  """Return sentences on whether responses score higher with their own reference than with another prompt's."""
+  gaps = {name: values['shuffled_gap'][1] for name, values in ends.items() if 'shuffled_gap' in values}
+  if gaps and one_writer:
+    return [
+      f'Score with own minus score with shuffled references at the end: {markdown.spread([*gaps.values()], "+")}. One policy wrote all '
+      'references here and the reward model compares policies, so the reference of another prompt asks for the same policy: no gap is '
+      'expected, and its absence does not indicate reward hacking.'
+    ]
+  blind = [name for name, gap in gaps.items() if gap <= 0]
+  if blind:
+    return [f'At the end, responses do NOT score higher with their own reference than with that of another prompt: {", ".join(blind)}.']
+  if not gaps:
+    return []
+  gap = f'{min(gaps.values()):.3g}' if len(gaps) == 1 else f'{min(gaps.values()):.3g} to {max(gaps.values()):.3g}'
+  return [f'At the end, responses score {gap} higher with their own reference than with that of another prompt.']
+
+
+def _gain_lines(ends: Ends, one_writer: bool) -> list[str]:
+  """Return sentences on how much of the rise in score does not depend on the reference."""
+  names = [name for name, values in ends.items() if {'raw', 'shuffled'} <= values.keys()]
+  if not names or (gain := _gain(ends, 'raw', names)) <= 0:
+    return []
+  mean, shuffled = '' if len(names) == 1 else 'on average ', _gain(ends, 'shuffled', names)
+  hacked = ': most of the rise does not come from the reference, a sign of reward hacking' if shuffled > gain / 2 and not one_writer else ''
+  return [f'The score rose {mean}by {gain:.3g}; under the references of other prompts, by {shuffled:.3g}{hacked}.']
+
+
+def _length_lines(ends: Ends) -> list[str]:
+  """Return sentences on how much of the rise in score does not come from a change in length."""
+  out = []
+  for name, values in ends.items():
+    if not {'raw', 'length_free', 'length'} <= values.keys() or (gain := _gain(ends, 'raw', [name])) <= 0:
+      continue
+    before, after = values['length']
+    if before / _FAR < after < before * _FAR:
+      free = _gain(ends, 'length_free', [name])
+      out.append(f'{name}: the score rose by {gain:.3g}; adjusted to the length of the first step by a regression, by {free:.3g}.')
+    else:
+      why = 'too far for a regression to estimate the score at the length of the first step'
+      out.append(f'{name}: length went from {before:.3g} to {after:.3g} tokens, {why}.')
+  return out
+
+
+def _empty_lines(ends: Ends) -> list[str]:
+  empty = {name: values['empty'][1] for name, values in ends.items() if 'empty' in values}
+  return [f'{name}: at the end, {100 * share:.0f}% of the responses are EMPTY.' for name, share in empty.items() if share > _EMPTY]
+
+
+def _gain(ends: Ends, key: str, names: list[str]) -> float:
+  return float(np.mean([ends[name][key][1] - ends[name][key][0] for name in names]))
+
+
+def _ends(records: Records, key: str) -> tuple[float, float] | None:
+  """Return the means of the first and of the last tenth of a metric; None if it was measured less than twice."""
+  values = rft_plots.finite_points(records, key)[1]
+  width = max(len(values) // 10, 1)
+  return (float(values[:width].mean()), float(values[-width:].mean())) if len(values) > 1 else None
+
+
+def _arrow(ends: tuple[float, float]) -> str:
+  return f'{markdown.number(ends[0])} \u2192 {markdown.number(ends[1])}'
