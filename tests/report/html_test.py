@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 
 def loads_nothing(page):
-  """Whether no element refers to anything outside of the page."""
+  """Return whether no element refers to anything outside of the page."""
   links = [
     value for _, attributes in page.tags for name, value in attributes.items() if name in ('src', 'href', 'srcset', 'action', 'style')
   ]

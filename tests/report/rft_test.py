@@ -186,8 +186,10 @@ def test_gap_and_gains_are_read_from_the_metrics(tmp_path, undrawn):
 
 
 def test_collapse_is_stated(tmp_path, undrawn):
-  rows = [{'step': s, 'raw': s, 'shuffled': 0.4 * s, 'length_free': -9.0 * s, 'length': 40.0 / s, 'empty': 0.08 * s} for s in range(1, 11)]
-  write(tmp_path / 'rft', rows)
+  records = [
+    {'step': s, 'raw': s, 'shuffled': 0.4 * s, 'length_free': -9.0 * s, 'length': 40.0 / s, 'empty': 0.08 * s} for s in range(1, 11)
+  ]
+  write(tmp_path / 'rft', records)
   text = written(tmp_path, {})
   assert '- The score rose by 9; under the references of other prompts, by 3.6.\n' in text
   assert '- rft: length went from 40 to 4 tokens, too far for a regression' in text and 'adjusted' not in text
@@ -202,7 +204,7 @@ def test_a_missing_gap_is_no_accusation_if_one_policy_wrote_all_references(tmp_p
   known = written(tmp_path, {'rft': {**study(), 'target': {'name': 'p7', 'order': 4}}})
   assert 'NOT score higher' not in known and 'a sign of reward hacking' not in known
   assert 'Score with own minus score with shuffled references at the end: -0.100 [-0.100, -0.100]. One policy wrote' in known
-  assert 'The score rose on average by 0.9; under the references of other prompts, by 0.9.' in known  # the figures stay
+  assert 'The score rose on average by 0.9; under the references of other prompts, by 0.9.' in known  # the numbers stay
 
 
 def test_a_reward_above_that_of_the_target_is_stated(tmp_path, undrawn):
