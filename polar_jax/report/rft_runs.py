@@ -110,7 +110,7 @@ def _verdict(name: str, before: Mapping[str, float], after: Mapping[str, float])
 def _alarms(name: str, run: Mapping[str, Any]) -> list[str]:
   if 'alarms' not in run:
     return []
-  return [f'{name}: ALARM, {markdown.escape(alarm)}' for alarm in run['alarms']] or [f'{name}: none of the configured alarms was raised.']
+  return [f'{name}: ALARM, {alarm}' for alarm in run['alarms']] or [f'{name}: none of the configured alarms was raised.']
 
 
 def _gap_lines(ends: Ends, one_writer: bool) -> list[str]:
