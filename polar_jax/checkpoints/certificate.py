@@ -1,4 +1,4 @@
-"""What a conversion proves about itself: parameters counted, every tensor's checksum, and rows scored before and after."""
+"""The certificate of a conversion: number of parameters, checksum of every tensor, and scores of fixed rows before and after."""
 
 from __future__ import annotations
 
@@ -24,18 +24,24 @@ from polar_jax.types import UserError
 
 FILE = 'certificate.json'
 
-# Token rows that are scored: the same for every model with the same vocabulary.
+# Shape of the token rows that are scored; they are the same for every model with the same vocabulary.
 _ROWS, _LENGTH = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-  """A conversion's facts.
+  """Facts about a conversion.
 
   Attributes:
+    source: path of the checkpoint that was read.
+    output: path of the checkpoint that was written.
+    family: model family.
+    head: 'reward', 'lm' or 'value'.
+    parameters: number of parameters.
+    dtypes: dtypes that the output is stored in.
+    exact: nothing was cast, so the scores must be bit-identical as well.
     tensors: SHA-256 of every stored tensor's bytes in the dtype it is written in, (read from the source, read back).
-    exact: nothing was cast on the way, so that scores must be equal to the bit as well.
-    scores: of the fixed rows, (before, after).
+    scores: scores of the fixed rows, (before, after).
   """
 
   source: str
@@ -50,47 +56,61 @@ class Certificate:
 
   @property
   def max_difference(self) -> float:
+    """Largest absolute difference of two scores."""
     return float(np.max(np.abs(np.subtract(*self.scores))))
 
   def check(self) -> None:
-    """
+    """Check that the output is what was read.
+
     Raises:
-      UserError: what was written is not what was read, naming the tensor.
+      UserError: a tensor or the scores differ; the message names the tensor.
     """
     changed = [name for name, (before, after) in self.tensors.items() if before != after]
     if changed:
-      raise UserError(f'{self.output}: tensor {changed[0]!r} reads back differently from {self.source} ({len(changed)} such); not kept')
+      raise UserError(
+        f'{self.output}: tensor {changed[0]!r} reads back differently from {self.source} ({len(changed)} tensors differ); output discarded'
+      )
     if not np.isfinite(self.scores).all() or (self.exact and self.max_difference != 0):
-      raise UserError(f'{self.output}: scores differ by {self.max_difference:.3g} from those of {self.source}; not kept')
+      raise UserError(f'{self.output}: scores differ by {self.max_difference:.3g} from those of {self.source}; output discarded')
 
   def lines(self) -> list[str]:
-    """For the terminal."""
+    """Return the certificate as lines for the terminal."""
     equal = sum(before == after for before, after in self.tensors.values())
     width = max(map(len, self.tensors), default=0)
     table = [f'  {name:<{width}}  {a[:16]}{"" if a == b else f"  read back as {b[:16]}"}' for name, (a, b) in self.tensors.items()]
     return [
-      'certificate: tensor, SHA-256 (its first 16 digits)',
+      'certificate: tensor, SHA-256 (first 16 digits)',
       *table,
       f'{self.head} model of family {self.family}, {self.parameters:,} parameters, stored as {", ".join(self.dtypes)}',
-      f'{equal} of {len(self.tensors)} tensors read back equal to the bit' + ('' if self.exact else ', once cast to that type'),
+      f'{equal} of {len(self.tensors)} tensors read back bit-identical' + ('' if self.exact else ' after the cast to that dtype'),
       f'{len(self.scores[0])} fixed rows scored before and after: max |difference| {self.max_difference:.3g}',
     ]
 
   def write(self, folder: pathlib.Path) -> None:
+    """Write the certificate to `folder` as JSON."""
     facts = dataclasses.asdict(self) | {'max_difference': self.max_difference}
     (folder / FILE).write_text(json.dumps(facts, indent=2) + '\n')
 
 
 def fixed_rows_scores(params: dict[str, Any], model: ModelConfig, head: str, mesh: Mesh) -> list[float]:
-  """One number per row of fixed token ids, in float32: the reward or value at the last token, or the mean log-likelihood.
+  """Score fixed rows of token ids in float32: the reward or value at the last token, or the mean log-likelihood.
 
-  Layer by layer, so that no more than one of them is ever held in float32 beside the stored weights.
+  Layers are applied one by one, so that only one at a time is in float32 next to the stored weights.
+
+  Args:
+    params: parameters in any dtype.
+    model: shape of the model.
+    head: 'reward', 'lm' or 'value'.
+    mesh: devices that hold `params`.
+
+  Returns:
+    One number per row.
   """
   shards = sharding.batch_shards(mesh)
-  rows = -(-_ROWS // shards) * shards  # on more devices the first come again
+  batch = sharding.round_up(_ROWS, shards)  # more devices score some rows twice
   rng = np.random.default_rng(0)
-  tokens_BT = np.resize(rng.integers(0, model.known_vocab_size, (_ROWS, _LENGTH), np.int32), (rows, _LENGTH))
-  last_B = np.resize(rng.integers(1, _LENGTH, _ROWS, np.int32), rows)
+  tokens_BT = np.resize(rng.integers(0, model.known_vocab_size, (_ROWS, _LENGTH), np.int32), (batch, _LENGTH))
+  last_B = np.resize(rng.integers(1, _LENGTH, _ROWS, np.int32), batch)
   decoder = params['decoder']
   vocabulary_VD = params.get('lm_head', decoder['embedding'])
   with jax.set_mesh(mesh), jax.default_matmul_precision('highest'):
@@ -104,7 +124,7 @@ def fixed_rows_scores(params: dict[str, Any], model: ModelConfig, head: str, mes
 
 @functools.cache
 def _programs(model: ModelConfig, head: str, mesh: Mesh) -> tuple[Callable[..., jax.Array], ...]:
-  """Compiled once for before and after: two compilations might add in another order."""
+  """Return (embed, apply_layer, read), compiled once: separate compilations before and after might add in another order."""
   graphdef = nnx.split(nnx.eval_shape(lambda: Block(model, rngs=nnx.Rngs(params=0))))[0]
 
   def positions(tokens_BT: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""The config.json of a Hugging Face checkpoint, read into a `ModelConfig` and written from one.
+"""Conversion between the config.json of a Hugging Face checkpoint and `ModelConfig`.
 
-Whatever would change a number and that our decoder does not compute is refused: a model that is nearly right is worse than none.
+A setting that our decoder does not compute is refused, because a model that is nearly right is worse than none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from polar_jax.types import UserError
 
 
 class HfConfig(NamedTuple):
-  """What a config.json says of a model: its shape, its head ('lm', 'reward' or 'value') and how it is stored."""
+  """A parsed config.json: shape of the model, head ('lm', 'reward' or 'value'), and how it is stored."""
 
   model: ModelConfig
   head: str
@@ -23,7 +23,7 @@ class HfConfig(NamedTuple):
 
 
 class _Rope(NamedTuple):
-  """A rope type: our name of it, and its parameters as {their key: our field}."""
+  """A rope type: our name for it, and its parameters as {their key: our field}."""
 
   scaling: str
   fields: dict[str, str]
@@ -42,16 +42,16 @@ _ROPES = {
   'llama3': _Rope('llama3', _LLAMA3),
 }
 
-# Biases that our decoder lacks: anything but false is refused.
+# Biases that our decoder does not have: anything but false is refused.
 _NO_BIAS = {
   'internlm2': ('bias',),
-  'internlm3': ('bias', 'attention_bias', 'mlp_bias'),  # InternLM's own code: bias; transformers 5: the others
-  'llama': ('attention_bias', 'mlp_bias'),  # attention_bias is one of the output projection too
+  'internlm3': ('bias', 'attention_bias', 'mlp_bias'),  # bias: InternLM's own code; the others: transformers 5
+  'llama': ('attention_bias', 'mlp_bias'),  # attention_bias also adds one to the output projection
   'qwen2': (),
 }
-# The values that model.qkv_bias may have; internlm3 says it in the file.
+# Allowed values of model.qkv_bias; internlm3 has a key for it.
 _QKV_BIAS = {'internlm2': (False,), 'internlm3': (False, True), 'llama': (False,), 'qwen2': (True,)}
-# What is written for a family alone, beside what follows from the model.
+# Keys written for one family only.
 _WRITTEN = {
   'internlm2': {'bias': False},
   'internlm3': {'bias': False},
@@ -69,64 +69,70 @@ _INTEGERS = {
 
 
 class _Reader:
-  """Typed access to a config.json, with errors that name the file and the key."""
+  """Typed access to a config.json, with errors that name file and key."""
 
   def __init__(self, values: Mapping[str, Any], where: str):
     self.values, self._where = values, where
 
   def error(self, key: str, value: Any, supported: str) -> UserError:
+    """Return the error for an unsupported value."""
     return UserError(f'{self._where}{key} is {value!r}; supported: {supported}')
 
   def get(self, key: str, default: Any = None) -> Any:
-    """The value; null is as good as absent, as it is to transformers."""
+    """Return a value or the default; like transformers, treat null as absent."""
     value = self.values.get(key)
     return default if value is None else value
 
   def need(self, key: str, default: Any = None) -> Any:
+    """Return a value that must exist, or the default."""
     value = self.get(key, default)
     if value is None:
       raise UserError(f'{self._where}{key} is missing; the model cannot be built without it')
     return value
 
   def integer(self, key: str, default: int | None = None) -> int:
+    """Return a positive integer."""
     value = self.need(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise self.error(key, value, 'a positive integer')
     return value
 
   def number(self, key: str, default: float | None = None) -> float:
+    """Return a positive number."""
     value = self.need(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float('inf'):
       raise self.error(key, value, 'a positive number')
     return float(value)
 
   def flag(self, key: str) -> bool:
+    """Return a boolean, False if absent."""
     value = self.get(key, False)
     if not isinstance(value, bool):
       raise self.error(key, value, 'true or false')
     return value
 
   def section(self, key: str) -> _Reader:
+    """Return the reader of a nested object, empty if absent."""
     value = self.get(key, {})
     if not isinstance(value, Mapping):
       raise self.error(key, value, 'an object or null')
     return _Reader(value, f'{self._where}{key}.')
 
   def only(self, key: str, allowed: tuple, default: Any) -> None:
-    """Refuses every value but the `allowed` ones."""
+    """Raise unless the value is one of `allowed`."""
     value = self.get(key, default)
     if value not in allowed:
       raise self.error(key, value, ' or '.join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed))
 
 
 def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
-  """Reads a parsed config.json; `where` names the file in errors.
+  """Convert a parsed config.json; `where` names the file in errors.
 
-  Keys of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) are read alike. An InternLM2ForRewardModel may hold
-  a value model as well; it is read as 'reward'.
+  The keys of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`) are both read. An InternLM2ForRewardModel may also
+  be a value model; it is read as 'reward'.
 
   Raises:
-    UserError: a key is missing or of the wrong type, or says what our decoder does not compute.
+    UserError: a key is missing or of the wrong type, or asks for something our decoder does not compute.
   """
   read = _Reader(config, f'{where}: ')
   family, architecture = _family(read)
@@ -135,10 +141,10 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
   if architecture.endswith('Classification'):
     _one_label(read)
   fields: dict[str, Any] = {ours: read.integer(theirs) for theirs, ours in _INTEGERS.items()}
-  # Both codes of internlm3 have defaults of their own for these, and they differ.
-  default = family != 'internlm3'
-  fields['num_kv_heads'] = read.integer('num_key_value_heads', fields['num_heads'] if default else None)
-  fields['norm_eps'] = read.number('rms_norm_eps', 1e-6 if default else None)
+  # The two implementations of internlm3 have different defaults for these, so they must be given.
+  has_default = family != 'internlm3'
+  fields['num_kv_heads'] = read.integer('num_key_value_heads', fields['num_heads'] if has_default else None)
+  fields['norm_eps'] = read.number('rms_norm_eps', 1e-6 if has_default else None)
   if fields['num_heads'] % fields['num_kv_heads']:
     raise read.error('num_key_value_heads', fields['num_kv_heads'], f'a divisor of num_attention_heads ({fields["num_heads"]})')
   fields['head_dim'] = _head_dim(read, fields['d_model'], fields['num_heads'])
@@ -152,7 +158,7 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
 
 
 def _family(read: _Reader) -> tuple[str, str]:
-  """(family, architecture). The first files of InternLM2 call their type 'internlm': there, as without one, the architecture decides."""
+  """Return (family, architecture). The first InternLM2 files have model_type 'internlm'; then, or without one, the architecture decides."""
   named = read.need('architectures')
   if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
     raise read.error('architectures', named, 'a list of one architecture')
@@ -167,10 +173,11 @@ def _family(read: _Reader) -> tuple[str, str]:
 
 
 def _refuse(read: _Reader, family: str) -> None:
+  """Raise for settings that our decoder does not compute."""
   read.only('hidden_act', ('silu',), 'silu')
   for key in _NO_BIAS[family]:
     read.only(key, (False,), False)
-  read.only('use_sliding_window', (False,), False)  # qwen2 names a sliding_window that it does not use
+  read.only('use_sliding_window', (False,), False)  # qwen2 sets a sliding_window that it does not use
   if set(read.get('layer_types', ())) - {'full_attention'}:
     raise read.error('layer_types', read.get('layer_types'), 'full_attention in every layer')
   read.only('partial_rotary_factor', (1,), 1)
@@ -179,7 +186,7 @@ def _refuse(read: _Reader, family: str) -> None:
 
 
 def _one_label(read: _Reader) -> None:
-  """Classifiers have as many labels as `id2label`, which transformers writes, else `num_labels`, else 2."""
+  """Raise unless a classifier has one label. The number is that of `id2label`, which transformers writes, else `num_labels`, else 2."""
   labels = read.section('id2label').values
   if labels and len(labels) != 1:
     raise read.error('id2label', labels, 'one label, the reward or value')
@@ -197,13 +204,15 @@ def _head_dim(read: _Reader, d_model: int, num_heads: int) -> int:
 
 
 def _rope_types(family: str) -> dict[str, _Rope]:
-  """By their name. InternLM2's own code knows no llama3."""
+  """Return the rope types of a family by name. InternLM2's own code does not implement llama3."""
   return {name: rope for name, rope in _ROPES.items() if (family, name) != ('internlm2', 'llama3')}
 
 
 def _rope(read: _Reader, family: str) -> dict[str, Any]:
-  """Our rope_* fields. `rope_scaling` comes before `rope_parameters`, and theta within them before theta beside them, as in
-  transformers 5."""
+  """Return our rope_* fields.
+
+  As in transformers 5, `rope_scaling` takes precedence over `rope_parameters`, and a theta inside them over one at the top level.
+  """
   inside = read.section('rope_scaling' if read.get('rope_scaling') else 'rope_parameters')
   theta = (read if inside.get('rope_theta') is None else inside).number('rope_theta', 10_000.0)
   key = 'type' if inside.get('rope_type') is None else 'rope_type'
@@ -233,10 +242,16 @@ def to_json(
   architecture: str | None = None,
   special_ids: Mapping[str, int | None] = {},
 ) -> dict[str, Any]:
-  """The config.json of a checkpoint with that head whose tensors are stored in `dtype`.
+  """Return the config.json of a checkpoint, with the keys of transformers 4, which transformers 5, vLLM and SGLang read as well.
 
-  In transformers 4's keys, which transformers 5, vLLM and SGLang read as well. `special_ids` has 'pad_token_id', 'bos_token_id' and
-  'eos_token_id'; those it lacks are written as null, lest the family's default, another tokenizer's, takes their place.
+  Args:
+    model: shape of the model.
+    head: 'reward', 'lm' or 'value'.
+    dtype: dtype of the stored tensors.
+    reward_token_id: id of the reward token; None: no such key.
+    architecture: see `families.architecture_of`.
+    special_ids: 'pad_token_id', 'bos_token_id' and 'eos_token_id'. Missing ones are written as null, because the family's defaults
+      belong to another tokenizer.
 
   Raises:
     UserError: the family cannot express the model.
@@ -266,7 +281,7 @@ def to_json(
   else:
     out['head_dim'] = model.head_dim
   if architecture.endswith('Classification'):
-    # One label that is a number: servers would otherwise squash it with a sigmoid.
+    # Declared as a regression, because servers would otherwise apply a sigmoid to the label.
     out |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}, 'problem_type': 'regression'}
   if reward_token_id is not None:
     out['reward_token_id'] = reward_token_id
@@ -279,7 +294,7 @@ def _check_expressible(m: ModelConfig, dtype: str) -> None:
   if m.vocab_size is None:
     raise UserError('model.vocab_size must be set to write a config.json')
   if m.qkv_bias not in _QKV_BIAS[m.family]:
-    raise UserError(f'checkpoints of family {m.family} cannot have model.qkv_bias {m.qkv_bias}; choose another model.family')
+    raise UserError(f'checkpoints of family {m.family} cannot have model.qkv_bias {m.qkv_bias}; change it or choose another model.family')
   if m.family == 'internlm2' and m.head_dim * m.num_heads != m.d_model:
     raise UserError(
       f'checkpoints of family internlm2 have a head_dim of d_model / num_heads ({m.d_model} / {m.num_heads}), not {m.head_dim}; '
@@ -293,6 +308,6 @@ def _check_expressible(m: ModelConfig, dtype: str) -> None:
 def _rope_scaling(m: ModelConfig) -> dict[str, Any] | None:
   if m.rope_scaling == 'none':
     return None
-  # InternLM2's own code accepts `type` and nothing else beside the factor.
+  # InternLM2's own code accepts only `type` and the factor.
   key = 'type' if m.family == 'internlm2' else 'rope_type'
   return {key: m.rope_scaling} | {theirs: getattr(m, ours) for theirs, ours in _ROPES[m.rope_scaling].fields.items()}

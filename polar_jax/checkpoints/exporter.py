@@ -1,4 +1,4 @@
-"""From parameters of ours to a folder that transformers, vLLM and SGLang load."""
+"""Export of parameters to a folder that transformers, vLLM and SGLang load."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ _REMOTE_CODE = pathlib.Path(__file__).parent / 'remote_code'
 
 
 def stored_arrays(params: dict[str, Any], stored: list[Stored], dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors of a Hugging Face checkpoint, one at a time. `dtype`: None is that of the parameters, and then exact to the bit.
+  """Yield (name, array) of the tensors of a Hugging Face checkpoint, one at a time.
+
+  Args:
+    params: parameters, possibly sharded.
+    stored: the tensors to produce.
+    dtype: dtype of the arrays; None: that of the parameters, which makes the export exact.
 
   Raises:
-    UserError: a number is too large for `dtype`, naming the tensor.
+    UserError: a number is too large for `dtype`; the message names the tensor.
   """
   for s in stored:
     pieces = [_fetch(_look_up(params, part.path), part.layer) for part in s.parts]
     joined = np.asarray(s.join(*pieces))
-    with np.errstate(over='ignore'):  # said below
+    with np.errstate(over='ignore'):  # reported below
       array = np.ascontiguousarray(joined.astype(_dtype(params, s, dtype)))
     if dtype is not None and not np.isfinite(array).all() and np.isfinite(joined).all():
       raise UserError(f'tensor {s.name!r} reaches {np.abs(joined).max():.3g}, which {dtype} cannot hold; export in another dtype')
@@ -48,7 +53,7 @@ def _look_up(params: dict[str, Any], path: tuple[str, ...]) -> Any:
 
 
 def _fetch(array: Any, layer: int | None) -> np.ndarray:
-  """One layer of a parameter on the host. (On several processes all of them must call this.)"""
+  """Return one layer of a parameter on the host. With several processes, all of them must call this."""
   piece = array if layer is None else array[layer]
   if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
     return multihost_utils.process_allgather(piece, tiled=True)
@@ -56,9 +61,9 @@ def _fetch(array: Any, layer: int | None) -> np.ndarray:
 
 
 def _dtype(params: dict[str, Any], s: Stored, dtype: str | None) -> np.dtype:
-  """A constant of the architecture, which is no parameter, is stored like the head that it is part of."""
-  held = _look_up(params, s.parts[0].path if s.parts else ('v_head',))
-  return np.dtype(jnp.dtype(dtype or held.dtype))
+  """Return the dtype of a stored tensor. A constant of the architecture, which has no parameter, takes that of its head."""
+  parameter = _look_up(params, s.parts[0].path if s.parts else ('v_head',))
+  return np.dtype(jnp.dtype(dtype or parameter.dtype))
 
 
 def write_folder(
@@ -129,7 +134,15 @@ def _write_small_files(
 
 
 def write_weights(params: dict[str, Any], stored: list[Stored], folder: pathlib.Path, dtype: str | None, max_bytes: int) -> None:
-  """safetensors files of at most `max_bytes` each, with an index if there are several."""
+  """Write safetensors files, with an index if there are several.
+
+  Args:
+    params: parameters, possibly sharded.
+    stored: the tensors to write.
+    folder: where process 0 writes; it must not contain weights.
+    dtype: see `stored_arrays`.
+    max_bytes: size limit of a file.
+  """
   sizes = {s.name: math.prod(s.shape) * _dtype(params, s, dtype).itemsize for s in stored}
   writer = SafetensorsWriter(folder, sizes, max_bytes) if jax.process_index() == 0 else None
   for name, array in stored_arrays(params, stored, dtype):
@@ -148,19 +161,27 @@ def write_config(
   reward_token_id: int | None,
   special_ids: Mapping[str, int | None],
 ) -> None:
-  """config.json, and for InternLM2, which transformers does not know, the code of the model, unless it came with the weights.
+  """Write config.json, and for InternLM2, which transformers does not include, the code of the model.
 
-  A config.json that is there, because it came with the weights, is kept with every key that we do not know, as long as it still
-  describes the model.
+  A config.json that came with the weights is kept, with all keys unknown to us, as long as it still describes the model. Code that came
+  with the weights is kept as well.
+
+  Args:
+    folder: the folder of the checkpoint.
+    model: shape of the model.
+    head: 'reward', 'lm' or 'value'.
+    dtype: dtype of the stored tensors.
+    reward_token_id: id of the reward token, if known.
+    special_ids: 'pad_token_id', 'bos_token_id' and 'eos_token_id'.
   """
   config = _kept_config(folder / 'config.json', model, head)
   if config is None:
     config = config_json.to_json(model, head, dtype=dtype, special_ids=special_ids)
-  config.pop('dtype', None)  # transformers 5's name of torch_dtype, which older readers do not know
+  config.pop('dtype', None)  # transformers 5's name of torch_dtype, unknown to older readers
   config['torch_dtype'] = dtype
   if reward_token_id is not None:
     config['reward_token_id'] = reward_token_id
-  if not _code_is_there(folder, config):
+  if not _has_code(folder, config):
     config.pop('auto_map', None)
     if model.family == 'internlm2':
       config['auto_map'] = config_json.to_json(model, head, dtype=dtype)['auto_map']
@@ -170,15 +191,16 @@ def write_config(
 
 
 def _kept_config(file: pathlib.Path, model: ModelConfig, head: str) -> dict[str, Any] | None:
+  """Return the existing config.json if it describes the model, else None."""
   if not file.is_file():
     return None
   config = json.loads(file.read_text('utf-8'))
-  said = config_json.from_json(config, str(file))
+  existing = config_json.from_json(config, str(file))
   shape = config_json.from_json(config_json.to_json(model, head, dtype='float32'), 'the model')
-  return config if (said.model, said.head) == (shape.model, shape.head) else None
+  return config if (existing.model, existing.head) == (shape.model, shape.head) else None
 
 
-def _code_is_there(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
-  """Whether the code that a config.json names for its model came with the checkpoint."""
+def _has_code(folder: pathlib.Path, config: Mapping[str, Any]) -> bool:
+  """Return whether the model code that a config.json names is in the folder."""
   named = {reference.split('.')[0] for key, reference in (config.get('auto_map') or {}).items() if key in ('AutoConfig', 'AutoModel')}
   return bool(named) and all((folder / f'{module}.py').is_file() for module in named)

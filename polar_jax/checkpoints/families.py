@@ -1,7 +1,7 @@
-"""Which tensors a Hugging Face checkpoint of a family holds, and how each becomes parameters of ours and back.
+"""The tensors of each family's Hugging Face checkpoints, and their conversion to our parameters and back.
 
-Theirs are linear layers of (out, in); ours are (in, *out), so that heads are an axis of their own, and one array holds all
-layers. Every conversion is a reshape, a transpose or a concatenation: bit-exact both ways, for numpy and jax arrays of any dtype.
+Theirs are linear layers of (out, in); ours are (in, *out), so that heads are an axis of their own, and one array stacks all layers. Every
+conversion is a reshape, a transpose or a concatenation: bit-exact both ways, for numpy and jax arrays of any dtype.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Array = Any  # numpy or jax
 
 
 class Part(NamedTuple):
-  """An array of the parameter tree; `layer`: only this layer of it, or all of it for None."""
+  """One layer of an array of the parameter tree, or the whole array if `layer` is None."""
 
   path: tuple[str, ...]
   layer: int | None
 
 
 class Stored(NamedTuple):
-  """One tensor of a Hugging Face checkpoint, and the parameters (or layers of them) that it holds.
+  """One tensor of a Hugging Face checkpoint, and the parameters (or layers of them) that it contains.
 
-  `split` turns it into one array per part, in our layout without the layer axis; `join(*arrays)` is the inverse. Both may return
-  views. Without parts the tensor is a constant zero of the architecture: `split` refuses anything else, `join()` is float32.
+  `split` converts it to one array per part, in our layout without the layer axis; `join(*arrays)` is the inverse. Both may return views.
+  A tensor without parts is a constant zero of the architecture: `split` raises UserError for anything else, `join()` gives float32.
   """
 
   name: str
@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 
 class _Layout(NamedTuple):
-  """How arrays of ours lie in one stored tensor."""
+  """The arrangement of our arrays in one stored tensor."""
 
   shape: tuple[int, ...]
   split: Callable[[Array], tuple[Array, ...]]
@@ -50,13 +50,13 @@ class _Layout(NamedTuple):
 
 
 class Family(NamedTuple):
-  """Names of a family. Those of a layer map the stored tensor to the arrays that it holds, in the order of export."""
+  """Tensor names of a family. `layer` maps each stored tensor of a layer to our arrays in it, in export order."""
 
-  prefixes: tuple[str, ...]  # of its architectures, ours first
-  heads: dict[str, tuple[str, ...]]  # by the suffix of the architecture that holds them; it is read as the first
+  prefixes: tuple[str, ...]  # of the architectures' names; the first is the one we write
+  heads: dict[str, tuple[str, ...]]  # architecture suffix -> heads it can store; it is read as the first
   embedding: str
   lm_head: str
-  scalar_head: str  # of reward and value models
+  scalar_head: str  # head of reward and value models
   layer: dict[str, tuple[str, ...]]
 
 
@@ -101,26 +101,26 @@ _LLAMA = Family(
 
 FAMILIES = {
   'internlm2': _INTERNLM2,
-  'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama')),  # transformers 5 runs, and so names, it as a Llama
+  'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama')),  # transformers 5 runs it as a Llama and names it so
   'llama': _LLAMA,
   'qwen2': _LLAMA._replace(prefixes=('Qwen2',)),
 }
 
-# The output projections of tied models, which some checkpoints store once more, and the tables that they are tied to.
+# Output projections that some checkpoints of tied models store a second time -> the embeddings they are tied to.
 TIED_HEADS = {f.lm_head: f.embedding for f in FAMILIES.values()}
 
 
 def architectures(family: str) -> dict[str, str]:
-  """The head of every architecture of a family."""
+  """Return {architecture: head} of a family."""
   f = FAMILIES[family]
   return {prefix + suffix: heads[0] for prefix in f.prefixes for suffix, heads in f.heads.items()}
 
 
 def architecture_of(family: str, head: str, architecture: str | None = None) -> str:
-  """The architecture that a checkpoint of this head is stored as: `architecture` if it fits, else that of the head.
+  """Return the architecture to store a checkpoint as: `architecture`, or the default for the head if it is None.
 
   Raises:
-    UserError: `architecture` is none of the family's, or has another kind of head: a vocabulary where a scalar is needed.
+    UserError: `architecture` does not belong to the family, or has the wrong kind of head (vocabulary or scalar).
   """
   if architecture is None:
     f = FAMILIES[family]
@@ -133,17 +133,17 @@ def architecture_of(family: str, head: str, architecture: str | None = None) -> 
 
 
 def stored_tensors(model: ModelConfig, head: str, architecture: str | None = None) -> list[Stored]:
-  """Every tensor of a checkpoint with that head ('lm', 'reward' or 'value'), in the order that Hugging Face's models list them.
+  """Return every tensor of a checkpoint with that head ('lm', 'reward' or 'value'), in the order of Hugging Face's models.
 
   Raises:
-    UserError: the family cannot hold such a model: biases in internlm2, another architecture, no `vocab_size`.
+    UserError: the family cannot store the model (biases in internlm2), the architecture does not fit, or `vocab_size` is not set.
   """
   m, family = model, FAMILIES[model.family]
   architecture = architecture_of(m.family, head, architecture)
   if m.vocab_size is None:
     raise UserError('model.vocab_size must be set to name the tensors of a checkpoint')
   if m.qkv_bias and m.family == 'internlm2':
-    raise UserError('checkpoints of family internlm2 have no biases; model.qkv_bias must be False, or model.family another')
+    raise UserError('checkpoints of family internlm2 have no biases; set model.qkv_bias to False or choose another model.family')
   table, vector = _same((m.vocab_size, m.d_model)), _same((m.d_model,))
   layouts = _layer_layouts(m)
   out = [_stored(family.embedding, table, ('decoder', 'embedding'))]
@@ -159,7 +159,7 @@ def stored_tensors(model: ModelConfig, head: str, architecture: str | None = Non
   elif not m.tie_embeddings:
     out.append(_stored(family.lm_head, table, ('lm_head',)))
   if architecture.endswith('ForTokenClassification'):
-    name = f'{family.scalar_head}.bias'  # which our heads lack
+    name = f'{family.scalar_head}.bias'  # our heads have no bias
     out.append(Stored(name, (1,), (), functools.partial(_expect_zero, name), lambda: np.zeros(1, np.float32)))
   return out
 
@@ -169,7 +169,7 @@ def _stored(name: str, layout: _Layout, path: tuple[str, ...]) -> Stored:
 
 
 def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
-  """Layouts of one layer's stored tensors, by the arrays that they hold; without biases for models that have none."""
+  """Return the layouts of one layer's stored tensors by the arrays in them; those of biases only for models that have biases."""
   d, f, n, k, h = m.d_model, m.d_ff, m.num_heads, m.num_kv_heads, m.head_dim
   layouts = {
     ('wq', 'wk', 'wv'): _fused(d, n, k, h),
@@ -188,19 +188,19 @@ def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
 
 
 def _same(stored: tuple[int, ...], ours: tuple[int, ...] | None = None) -> _Layout:
-  """The same elements in the same order."""
+  """Return the layout of a tensor with the same elements in the same order."""
   ours = stored if ours is None else ours
   return _Layout(stored, lambda a: (a.reshape(ours),), lambda w: w.reshape(stored))
 
 
 def _linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Layout:
-  """A linear layer: stored (out, in), ours (*inputs, *outputs)."""
+  """Return the layout of a linear layer: stored (out, in), ours (*inputs, *outputs)."""
   n_in, n_out = math.prod(inputs), math.prod(outputs)
   return _Layout((n_out, n_in), lambda a: (a.T.reshape(inputs + outputs),), lambda w: w.reshape(n_in, n_out).T)
 
 
 def _fused(d: int, n: int, k: int, h: int) -> _Layout:
-  """InternLM2's wqkv: for each key/value head its query heads, then its key, then its value, as in its own code."""
+  """Return the layout of InternLM2's wqkv: for each key/value head its query heads, its key, and its value, as in its own code."""
   g = n // k
 
   def split(a: Array) -> tuple[Array, ...]:
@@ -218,5 +218,5 @@ def _fused(d: int, n: int, k: int, h: int) -> _Layout:
 
 def _expect_zero(name: str, a: Array) -> tuple[Array, ...]:
   if np.any(np.asarray(a) != 0):
-    raise UserError(f'the tensor {name} is {np.asarray(a).tolist()}; heads have no bias here, so it must be 0')
+    raise UserError(f'tensor {name!r} is {np.asarray(a).tolist()}; our heads have no bias, so it must be 0')
   return ()

@@ -21,31 +21,31 @@ from polar_jax.checkpoints.families import Part, Stored
 from polar_jax.checkpoints.formats.storage import CheckpointFileError, TensorSource
 from polar_jax.types import UserError
 
-# Buffers that older checkpoints store and that follow from the config.
+# Buffers in older checkpoints that are computed from the config.
 _BUFFERS = ('rotary_emb.inv_freq', 'attn.bias', 'attn.masked_bias')
 
 OnTensor = Callable[[str, np.ndarray], None]
 
 
 def check(source: TensorSource, stored: list[Stored]) -> dict[str, Stored]:
-  """The tensors to read, by name.
+  """Return the tensors to read, by name.
 
   Raises:
-    CheckpointFileError: a tensor is missing, is not part of such a model, or has another shape than the config says.
+    CheckpointFileError: a tensor is missing, does not belong to the model, or does not have the shape that follows from the config.
   """
-  wanted, held = {s.name: s for s in stored}, source.tensors()
-  missing = [name for name, s in wanted.items() if name not in held and s.parts]  # a constant may be left out
-  extra = [name for name in held if name not in wanted and not name.endswith(_BUFFERS) and not _is_tied_head(source, name, wanted)]
+  wanted, present = {s.name: s for s in stored}, source.tensors()
+  missing = [name for name, s in wanted.items() if name not in present and s.parts]  # a constant may be absent
+  extra = [name for name in present if name not in wanted and not name.endswith(_BUFFERS) and not _is_tied_head(source, name, wanted)]
   if missing:
     why = f'it has {extra[0]!r}{_others(extra)} instead; another family?' if extra else 'is the download complete?'
     raise CheckpointFileError(f'{source.path}: tensor {missing[0]!r} is missing{_others(missing)}; {why}')
   if extra:
-    file, others = held[extra[0]].file, _others(extra)
-    raise CheckpointFileError(f'{file}: tensor {extra[0]!r} is no part of the model that its config describes{others}; another family?')
-  wanted = {name: s for name, s in wanted.items() if name in held}
+    file, others = present[extra[0]].file, _others(extra)
+    raise CheckpointFileError(f'{file}: tensor {extra[0]!r} does not belong to the model of its config{others}; another family?')
+  wanted = {name: s for name, s in wanted.items() if name in present}
   for name, s in wanted.items():
-    if held[name].shape != s.shape:
-      raise CheckpointFileError(f'{held[name].file}: tensor {name!r} has shape {held[name].shape}; its config means {s.shape}')
+    if present[name].shape != s.shape:
+      raise CheckpointFileError(f'{present[name].file}: tensor {name!r} has shape {present[name].shape}, but its config implies {s.shape}')
   return wanted
 
 
@@ -54,7 +54,11 @@ def _others(names: list[str]) -> str:
 
 
 def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored]) -> bool:
-  """Whether this is the output projection of a tied language model, stored once more."""
+  """Return whether a tensor is the output projection of a tied language model, stored a second time.
+
+  Raises:
+    CheckpointFileError: it differs from the embedding.
+  """
   embedding = families.TIED_HEADS.get(name, '')
   if embedding not in wanted or any(part.path == ('v_head',) for s in wanted.values() for part in s.parts):
     return False
@@ -66,15 +70,18 @@ def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored])
 def load(
   source: TensorSource, stored: list[Stored], abstract: dict[str, Any], dtype: str | None = None, on_tensor: OnTensor | None = None
 ) -> dict[str, Any]:
-  """Parameters laid out as `abstract` says (see `sharding.abstract_params`); what it leaves out is not read.
+  """Read parameters with the shapes and shardings of `abstract` (see `sharding.abstract_params`).
 
   Args:
-    dtype: of the parameters; None: each as it is stored.
-    on_tensor: called with the name and the bytes of every stored tensor that is read.
+    source: the checkpoint.
+    stored: the tensors of the model.
+    abstract: the parameters to read; tensors that it does not need are skipped.
+    dtype: dtype of the parameters; None: as stored.
+    on_tensor: called with the name and the array of every stored tensor that is read.
 
   Raises:
-    CheckpointFileError: as `check`; a tensor holds NaN or infinity, or numbers too large for `dtype`; the parts of one parameter are
-      stored in several dtypes.
+    CheckpointFileError: as `check`; or a tensor contains NaN or infinity, or numbers too large for `dtype`; or the layers of one
+      parameter are stored in several dtypes.
   """
   tensors = check(source, stored)
   target = _Target(abstract, dtype)
@@ -88,17 +95,17 @@ def load(
       pieces = s.split(array)
     except UserError as error:
       raise CheckpointFileError(f'{source.tensors()[name].file}: {error}') from error
-    # Waits for each tensor: what is still being copied would stay in the host's memory.
+    # `all` below waits for each tensor: one still being copied would stay in host memory.
     finite = [target.put(part, piece, named) for part, piece in zip(s.parts, pieces, strict=True) if target.wants(part)]
     if not all(map(bool, finite)):
       if dtype is not None and np.isfinite(array).all():
         raise CheckpointFileError(f'{named} reaches {np.abs(array).max():.3g}, which {dtype} cannot hold; convert to another dtype')
-      raise CheckpointFileError(f'{named} holds NaN or infinity; the checkpoint is of no use')
+      raise CheckpointFileError(f'{named} contains NaN or infinity; the checkpoint is corrupt')
   return target.finished()
 
 
 class _Target:
-  """The arrays being filled."""
+  """The parameters while they are filled."""
 
   def __init__(self, abstract: dict[str, Any], dtype: str | None):
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
@@ -108,10 +115,11 @@ class _Target:
     self._arrays: dict[tuple[str, ...], jax.Array] = {}
 
   def wants(self, part: Part) -> bool:
+    """Return whether a part belongs to the parameters to read."""
     return part.path in self._abstract
 
   def put(self, part: Part, piece: np.ndarray, named: str) -> jax.Array:
-    """Places one part, and says whether all of it is finite in the dtype of the parameter."""
+    """Place one part. Returns whether all of it is finite in the dtype of the parameter."""
     wanted = self._abstract[part.path]
     dtype = np.dtype(jnp.dtype(self._dtype or piece.dtype))
     if part.layer is None:
@@ -122,18 +130,19 @@ class _Target:
       self._arrays[part.path] = _zeros(wanted.sharding)(wanted.shape, dtype.name)
     stack = self._arrays[part.path]
     if stack.dtype != dtype:
-      raise CheckpointFileError(f'{named} is stored as {dtype}, and other layers as {stack.dtype}; set convert.dtype to one of them')
+      raise CheckpointFileError(f'{named} is stored as {dtype}, but other layers as {stack.dtype}; set convert.dtype to one of them')
     one_layer = NamedSharding(wanted.sharding.mesh, PartitionSpec(*wanted.sharding.spec[1:]))
     self._arrays[part.path], is_finite = _fill(wanted.sharding)(stack, _place(piece, one_layer), part.layer)
     return is_finite
 
   def finished(self) -> dict[str, Any]:
+    """Return the parameter tree."""
     return jax.tree.unflatten(self._tree, [self._arrays[path] for path in self._abstract])
 
 
 def _place(piece: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """Every device gets its slice and nothing else; the process needs to have read the tensor only for its own devices."""
-  # Slices are views: the runtime transposes them while it copies, three times as fast as numpy.
+  """Copy to every device its own slice only."""
+  # Slices are views: the runtime transposes them while copying, three times as fast as numpy.
   return jax.make_array_from_callback(piece.shape, sharding, lambda index: piece[index])
 
 
@@ -149,7 +158,7 @@ def _is_finite(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _fill(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]:
-  """Writes one layer into a stack, in place."""
+  """Return a function that writes one layer into a stack in place, and returns (stack, is the layer finite)."""
 
   def fill(stack: jax.Array, piece: jax.Array, layer: int) -> tuple[jax.Array, jax.Array]:
     start = (layer,) + (0,) * piece.ndim
@@ -160,5 +169,5 @@ def _fill(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, int], tupl
 
 
 def checksum(array: np.ndarray) -> str:
-  """SHA-256 of a tensor's bytes."""
+  """Return the SHA-256 of a tensor's bytes in hex."""
   return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()

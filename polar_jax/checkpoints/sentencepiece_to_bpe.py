@@ -1,10 +1,10 @@
-"""A SentencePiece BPE model as a tokenizer.json, which every version of transformers reads without remote code.
+"""Translation of a SentencePiece BPE model to a tokenizer.json, which every version of transformers reads without remote code.
 
-SentencePiece joins the neighbours whose joined piece has the best score, the leftmost first among equals. The `tokenizers` library
-joins the pair that stands first in a list of merges. So the list names every pair of pieces that makes a piece, by falling score.
-Pairs of one score cannot be left to the position in the text: of those that make the same piece the one with the shorter left part
-comes first, as it does in SentencePiece wherever a run of one character grew from the left, and no two pieces of the models seen
-(InternLM2's, llama2.c's) have the same score and can overlap.
+SentencePiece merges the adjacent pieces whose merged piece has the highest score, the leftmost first among equals. The `tokenizers`
+library merges the pair that comes first in a list of merges. So the list contains every pair of pieces that forms a piece, by descending
+score. A list cannot order pairs of equal score by their position in the text. Of those that form the same piece, the one with the
+shorter left part comes first, as in SentencePiece wherever a run of one character grew from the left. In the models seen (InternLM2's,
+llama2.c's), no two pieces that have the same score can overlap.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SPACE = '\u2581'
 
 
 def translate(path: pathlib.Path) -> dict[str, Any]:
-  """The tokenizer.json (as an object) with the ids of the SentencePiece model at `path`.
+  """Return the tokenizer.json (as a dict) with the ids of the SentencePiece model at `path`.
 
   Raises:
-    TokenizerError: the model is no BPE, or normalises or matches in a way that tokenizer.json cannot express exactly.
+    TokenizerError: the model is not a BPE, or normalizes or matches in a way that tokenizer.json cannot express exactly.
   """
   model = sentencepiece_proto().FromString(path.read_bytes())
   pieces, spec, normalizer = model.pieces, model.trainer_spec, model.normalizer_spec
@@ -31,7 +31,7 @@ def translate(path: pathlib.Path) -> dict[str, Any]:
     raise TokenizerError(f'{path} cannot be translated exactly into a tokenizer.json: {problem}')
   vocab = {piece.piece: i for i, piece in enumerate(pieces)}
   if (null := vocab.pop('\0', None)) is not None:
-    vocab[f'<unused {null}>'] = null  # SentencePiece takes U+0000 as a byte although InternLM2's model has a piece of it
+    vocab[f'<unused {null}>'] = null  # SentencePiece encodes U+0000 as a byte although InternLM2's model has a piece for it
   kinds = type(pieces[0])
   steps = [{'type': 'Prepend', 'prepend': SPACE}] if normalizer.add_dummy_prefix else []
   strip = [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] if normalizer.add_dummy_prefix else []
@@ -72,33 +72,33 @@ def translate(path: pathlib.Path) -> dict[str, Any]:
 
 
 def added_token(token: str, i: int, special: bool) -> dict[str, Any]:
-  """An entry of a tokenizer.json's `added_tokens`."""
+  """Return an entry of a tokenizer.json's `added_tokens`."""
   flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
   return {'id': i, 'content': token, **flags, 'special': special}
 
 
 def _inexact(model: Any) -> str | None:
-  """Why a tokenizer.json could not give the same ids."""
+  """Return why a tokenizer.json could not give the same ids; None if it can."""
   spec, normalizer, kinds = model.trainer_spec, model.normalizer_spec, {piece.type for piece in model.pieces}
   piece_type = type(model.pieces[0])
   defined = [piece.piece for piece in model.pieces if piece.type == piece_type.USER_DEFINED]
   if spec.model_type != spec.BPE:
-    return 'it is no BPE model'
+    return 'it is not a BPE model'
   if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
-    return 'it changes characters or spaces'
+    return 'it normalizes characters or spaces'
   if spec.treat_whitespace_as_suffix:
     return 'it marks the ends of words'
   if piece_type.UNUSED in kinds:
     return 'it has unused pieces'
   if defined and normalizer.add_dummy_prefix:
-    return 'it has user-defined pieces and puts a space in front of texts'
+    return 'it has user-defined pieces and adds a space before each text'
   if odd := [piece for piece in defined if SPACE in piece]:
-    return f'its user-defined piece {odd[0]!r} holds a space'
+    return f'its user-defined piece {odd[0]!r} contains a space'
   return None
 
 
 def ordered_merges(scores: Mapping[str, float]) -> list[list[str]]:
-  """Every pair of pieces that makes a piece, in the order described above. `scores`: of the pieces that may be joined."""
+  """Return every pair of pieces that forms a piece, in the order described above. `scores`: scores of the pieces that may be merged."""
   pairs = [
     (-score, [piece[:i], piece[i:]])
     for piece, score in scores.items()

@@ -1,7 +1,7 @@
-"""Tokenizer files that travel with weights: copied from checkpoint to checkpoint, and written where a format keeps them elsewhere.
+"""Tokenizer files of checkpoints: copied from checkpoint to checkpoint, and converted from formats that store them differently.
 
-GGUF files carry the tokenizer in their metadata and llama2.c's models in a small binary file; both become what Hugging Face folders
-have. `write_for_transformers` completes a folder so that transformers, without remote code, makes the ids that we make.
+GGUF files store the tokenizer in their metadata and llama2.c in a small binary file; both are converted to the files of a Hugging Face
+folder. `write_for_transformers` completes a folder so that transformers, without remote code, gives the same ids as our tokenizers.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TOKENIZER_FILES = (
   'generation_config.json',
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces, the same in SentencePiece and in GGUF
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types, the same in SentencePiece and GGUF
 _GGUF_IDS = {'bos': 'bos_token_id', 'eos': 'eos_token_id', 'pad': 'padding_token_id', 'unk': 'unknown_token_id'}
-_BOS_SLOT, _EOS_SLOT = 1, 2  # of llama2.c's files, as of Llama's
+_BOS_ID, _EOS_ID = 1, 2  # in llama2.c's files, as in Llama's
 
-# Splits before the byte-level BPE, by the name that GGUF gives them. None: the split of GPT-2, which ByteLevel itself has.
+# Pre-tokenization regexes by their GGUF names. None: that of GPT-2, which is built into ByteLevel.
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {'gpt-2': None, 'smollm': None, 'llama-bpe': _LLAMA3_SPLIT, 'qwen2': _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')}
 
 
 def copy_small_files(source_folder: str | pathlib.Path, target_folder: str | pathlib.Path) -> list[str]:
-  """Copies a checkpoint's tokenizer files, config.json and *.py (the remote code, which is never run). Returns their names."""
+  """Copy a checkpoint's tokenizer files, config.json and *.py (remote code, which is never run). Returns their names."""
   source, target = pathlib.Path(source_folder), pathlib.Path(target_folder)
   names = [name for name in (*TOKENIZER_FILES, 'config.json') if (source / name).is_file()]
   names += sorted(path.name for path in source.glob('*.py') if path.is_file())
@@ -52,13 +52,14 @@ def copy_small_files(source_folder: str | pathlib.Path, target_folder: str | pat
 
 
 def from_gguf(metadata: Mapping[str, Any], folder: str | pathlib.Path) -> None:
-  """Writes the tokenizer of a GGUF file into `folder`: tokenizer.json or tokenizer.model, and tokenizer_config.json.
+  """Write the tokenizer of a GGUF file to `folder`: tokenizer.json or tokenizer.model, and tokenizer_config.json.
 
   Args:
     metadata: the file's key-value pairs as plain Python values.
+    folder: created if needed.
 
   Raises:
-    TokenizerError: the kind of tokenizer, or its split of text into words, is not one we know, or a list is missing or too short.
+    TokenizerError: the kind of tokenizer or its pre-tokenization is unknown, or a list is missing or has the wrong length.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -69,10 +70,12 @@ def from_gguf(metadata: Mapping[str, Any], folder: str | pathlib.Path) -> None:
   elif kind == 'llama':
     (folder / 'tokenizer.model').write_bytes(_gguf_sentencepiece(metadata, tokens))
   else:
-    raise TokenizerError(f"the GGUF file's tokenizer.ggml.model is {kind!r}; we read 'gpt2' and 'llama'. Give a tokenizer file instead")
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'. Set tokenizer.path to a tokenizer file instead"
+    )
   settings: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
   for name in NAMES:
-    if f'tokenizer.ggml.{_GGUF_IDS[name]}' in metadata:  # what the file does not say is left to the tokenizer itself
+    if f'tokenizer.ggml.{_GGUF_IDS[name]}' in metadata:  # other tokens are left to the tokenizer itself
       i = _gguf_id(metadata, name)
       settings[f'{name}_token'] = None if i is None else tokens[i]
   settings['add_bos_token'] = _gguf_adds_bos(metadata) and settings.get('bos_token') is not None
@@ -85,38 +88,39 @@ def _gguf_list(metadata: Mapping[str, Any], name: str, length: int | None = None
   values = metadata.get(f'tokenizer.ggml.{name}')
   if values is None or (length is not None and len(values) != length):
     have = 'is missing' if values is None else f'has {len(values)} entries for {length} tokens'
-    raise TokenizerError(f"the GGUF file's tokenizer.ggml.{name} {have}; give a tokenizer file instead")
+    raise TokenizerError(f"the GGUF file's tokenizer.ggml.{name} {have}; set tokenizer.path to a tokenizer file instead")
   return values
 
 
 def _gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
-  """The id of 'bos', 'eos', 'pad' or 'unk'. One that no token has, such as -1, says that there is none."""
+  """Return the id of 'bos', 'eos', 'pad' or 'unk'; None if it is absent or out of range, such as -1."""
   i = metadata.get(f'tokenizer.ggml.{_GGUF_IDS[name]}', -1)
   return i if 0 <= i < len(_gguf_list(metadata, 'tokens')) else None
 
 
 def _gguf_adds_bos(metadata: Mapping[str, Any]) -> bool:
-  """Files that do not say mean the habit of their kind: Llama's and Llama 3's texts begin with BOS, those of the others do not."""
-  habit = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
-  return bool(metadata.get('tokenizer.ggml.add_bos_token', habit))
+  """Return whether texts begin with BOS. Without the key, they do for Llama and Llama 3 only."""
+  default = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
+  return bool(metadata.get('tokenizer.ggml.add_bos_token', default))
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
-  """A `tokenizers.Tokenizer` of GGUF's kind 'gpt2'."""
+  """Return the `tokenizers.Tokenizer` of a GGUF file of kind 'gpt2'."""
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
   name = metadata.get('tokenizer.ggml.pre')
   if name not in _SPLITS:
     raise TokenizerError(
-      f"the GGUF file's tokenizer.ggml.pre is {name!r}; we read {', '.join(_SPLITS)}. Give the tokenizer.json of the original model instead"
+      f"the GGUF file's tokenizer.ggml.pre is {name!r}; supported: {', '.join(_SPLITS)}. "
+      'Set tokenizer.path to the tokenizer.json of the original model instead'
     )
   merges = [tuple(merge.split(' ')) for merge in _gguf_list(metadata, 'merges')]
   if bad := next((merge for merge in merges if len(merge) != 2), None):
-    raise TokenizerError(f"the GGUF file's tokenizer.ggml.merges has {' '.join(bad)!r}, which is not a pair")
+    raise TokenizerError(f"the GGUF file's tokenizer.ggml.merges has {' '.join(bad)!r}, which is not a pair of tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
     raise TokenizerError("the GGUF file's tokenizer.ggml.tokens names a token twice")
-  # As in Llama 3's own file, a word that is a token as a whole is taken without merging.
+  # As in Llama 3's own file, a word that is a single token is taken without merging.
   bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   split = _SPLITS[name]
   steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name == 'smollm' else []
@@ -125,7 +129,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
   bpe.pre_tokenizer = pre_tokenizers.Sequence(steps)
   bpe.decoder = decoders.ByteLevel()
   if name == 'qwen2':
-    bpe.normalizer = normalizers.NFC()  # Qwen's own file has it; GGUF does not say so
+    bpe.normalizer = normalizers.NFC()  # as in Qwen's own file; GGUF has no key for it
   types = _gguf_list(metadata, 'token_type', len(tokens))
   special = [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
   defined = [AddedToken(token, special=False, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
@@ -137,7 +141,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
 
 
 def _gguf_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> bytes:
-  """A tokenizer.model of GGUF's kind 'llama'."""
+  """Return the tokenizer.model of a GGUF file of kind 'llama'."""
   scores = _gguf_list(metadata, 'scores', len(tokens))
   types = _gguf_list(metadata, 'token_type', len(tokens))
   model = _sentencepiece_model(zip(tokens, scores, types, strict=True), _gguf_id(metadata, 'bos'), _gguf_id(metadata, 'eos'))
@@ -148,7 +152,16 @@ def _gguf_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> b
 
 
 def _sentencepiece_model(pieces: Iterable[tuple[str, float, int]], bos_id: int | None, eos_id: int | None) -> Any:
-  """A BPE ModelProto that normalises nothing. `pieces`: (string, score, type)."""
+  """Return a BPE ModelProto without normalization.
+
+  Args:
+    pieces: (string, score, type) of every id.
+    bos_id: id of BOS, or None.
+    eos_id: id of EOS, or None.
+
+  Raises:
+    TokenizerError: there is not exactly one unknown token.
+  """
   model = sentencepiece_proto()()
   for piece, score, kind in pieces:
     model.pieces.add(piece=piece, score=score, type=kind)
@@ -169,14 +182,14 @@ def _sentencepiece_model(pieces: Iterable[tuple[str, float, int]], bos_id: int |
 
 
 def from_llama2c(tok_bin_path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
-  """Writes llama2.c's tokenizer file into `folder` as a tokenizer.model, with a tokenizer_config.json.
+  """Convert llama2.c's tokenizer file to a tokenizer.model and a tokenizer_config.json in `folder`.
 
-  The file holds an int32, the longest token's length, and for each token a float32 score, an int32 length and its bytes. Ids 0, 1, 2
-  are unknown, BOS and EOS, and the next 256 are bytes. Its spaces were SentencePiece's U+2581; so a U+2581 in a text, which llama2.c
-  would spell in bytes, is a space to us.
+  The file contains an int32, the length of the longest token, and for each token a float32 score, an int32 length and its bytes. Ids
+  0, 1, 2 are unknown, BOS and EOS; the next 256 are bytes. Its spaces were SentencePiece's U+2581, so we treat a U+2581 in a text as a
+  space, while llama2.c would encode it as bytes.
 
   Raises:
-    TokenizerError: the file is cut short or holds something else.
+    TokenizerError: the file is truncated or is not a tokenizer file of llama2.c.
   """
   path, folder = pathlib.Path(tok_bin_path), pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -189,19 +202,19 @@ def from_llama2c(tok_bin_path: str | pathlib.Path, folder: str | pathlib.Path) -
       text = struct.unpack_from(f'<{length}s', data, position)[0].decode('utf-8')
       position += length
       i = len(pieces)
-      kind = UNKNOWN if i == 0 else CONTROL if i <= _EOS_SLOT else BYTE if i < _EOS_SLOT + 257 else NORMAL
-      if kind == BYTE and text != f'<0x{i - _EOS_SLOT - 1:02X}>':
-        raise ValueError(f'token {i} is {text!r}, not the byte {i - _EOS_SLOT - 1}')
-      # The exporter wrote '\n<s>\n' for '<s>'.
+      kind = UNKNOWN if i == 0 else CONTROL if i <= _EOS_ID else BYTE if i < _EOS_ID + 257 else NORMAL
+      if kind == BYTE and text != f'<0x{i - _EOS_ID - 1:02X}>':
+        raise ValueError(f'token {i} is {text!r}, expected byte {i - _EOS_ID - 1}')
+      # llama2.c's exporter writes '\n<s>\n' for '<s>'.
       pieces.append((text.strip('\n') if kind == CONTROL else text.replace(' ', '\u2581'), score, kind))
-    if len(pieces) < _EOS_SLOT + 257:
+    if len(pieces) < _EOS_ID + 257:
       raise ValueError(f'only {len(pieces)} tokens')
   except (struct.error, ValueError) as error:
     raise TokenizerError(f'{path}: not a tokenizer file of llama2.c: {error}') from error
-  model = _sentencepiece_model(pieces, _BOS_SLOT, _EOS_SLOT)
+  model = _sentencepiece_model(pieces, _BOS_ID, _EOS_ID)
   model.normalizer_spec.add_dummy_prefix = True
   (folder / 'tokenizer.model').write_bytes(model.SerializeToString())
-  named = {'unk_token': pieces[0][0], 'bos_token': pieces[_BOS_SLOT][0], 'eos_token': pieces[_EOS_SLOT][0], 'pad_token': None}
+  named = {'unk_token': pieces[0][0], 'bos_token': pieces[_BOS_ID][0], 'eos_token': pieces[_EOS_ID][0], 'pad_token': None}
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, 'add_bos_token': True, **named}
   _write_json(folder / 'tokenizer_config.json', settings)
 
@@ -209,33 +222,35 @@ def from_llama2c(tok_bin_path: str | pathlib.Path, folder: str | pathlib.Path) -
 def write_for_transformers(
   tokenizer: Tokenizer, folder: str | pathlib.Path, model_family: str, added: Mapping[str, int] | None = None
 ) -> list[str]:
-  """Completes `folder` so that transformers' AutoTokenizer, without remote code, gives the ids of `tokenizer`, BOS included.
+  """Complete `folder` so that transformers' AutoTokenizer, without remote code, gives the ids of `tokenizer`, including BOS.
 
-  What the folder has stays as it is, except that `added` joins its tokenizer.json and config. A SentencePiece model is translated to a
-  tokenizer.json, and kept beside it for those who read it themselves. Two things cannot be had:
-  - a string whose id an added token takes over ('[UNUSED_TOKEN_131]' for a separator 92528 of InternLM2) becomes ordinary text;
-  - AutoTokenizer takes every qwen2 model for one with Qwen's tokenizer: for another one there is a warning that names the class to use.
+  Existing files are kept, except that `added` is merged into tokenizer.json and tokenizer_config.json. A SentencePiece model is
+  translated to a tokenizer.json and also copied, for tools that read it directly. There are two limits:
+  - a string whose id is taken by an added token ('[UNUSED_TOKEN_131]' for a separator 92528 of InternLM2) becomes ordinary text;
+  - AutoTokenizer assumes Qwen's tokenizer for every qwen2 model; for another one, a warning names the class to use.
 
   Args:
-    tokenizer: one of ours. The other tokenizer files that stand beside its own come along.
-    model_family: the model_type of the folder's config.json; transformers chooses its class by it.
-    added: further special tokens and their ids, such as the template's separator where the configuration gave its id.
+    tokenizer: one of ours. Other tokenizer files in the same folder are copied with its own.
+    folder: the folder of the checkpoint; created if needed.
+    model_family: the model_type of the folder's config.json, by which transformers chooses its class.
+    added: further special tokens and their ids, such as the template's separator if the config gives its id.
 
-  Returns: the names of the files written.
+  Returns:
+    The names of the files written.
 
   Raises:
     TokenizerError: the tokenizer cannot be translated exactly; the message says why.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  written = _copy_beside(tokenizer, folder)
+  written = _copy_missing(tokenizer, folder)
   path = folder / 'tokenizer.json'
   spec = json.loads(path.read_text('utf-8')) if path.is_file() else None
   changed = spec is None
   spec = _spec_of(tokenizer) if spec is None else spec
   known = {token['content']: token['id'] for token in spec.setdefault('added_tokens', [])}
   new = {token: i for token, i in (added or {}).items() if known.get(token) != i}
-  if new:  # tokens that only tokenizer_config.json knows would otherwise get the ids after the new ones
+  if new:  # tokens found only in tokenizer_config.json would otherwise get ids after the new ones
     for token, (i, special, _) in read_special_tokens(folder).added.items():
       _add_token(spec, token, i, special)
     for token, i in new.items():
@@ -251,13 +266,13 @@ def write_for_transformers(
     written.append(path.name)
   if model_family == 'qwen2' and not _is_like_qwen(spec):
     warnings.warn(
-      "transformers' AutoTokenizer reads the tokenizer of every qwen2 model in Qwen's way, which is wrong for this one; "
+      "transformers' AutoTokenizer assumes Qwen's tokenizer for every qwen2 model, which is wrong for this one; "
       'load it with PreTrainedTokenizerFast.from_pretrained',
       stacklevel=2,
     )
   if bare:
     settings = _settings_for(tokenizer, path)
-  if new and (bare or 'added_tokens_decoder' in settings):  # some classes of transformers look for added tokens only there
+  if new and (bare or 'added_tokens_decoder' in settings):  # some transformers classes look for added tokens only there
     entries = {str(token['id']): token for token in spec['added_tokens'] if token['content'] in new}
     settings['added_tokens_decoder'] = settings.get('added_tokens_decoder', {}) | entries
   if bare or new:
@@ -267,11 +282,11 @@ def write_for_transformers(
 
 
 def _settings_for(tokenizer: Tokenizer, path: pathlib.Path) -> dict[str, Any]:
-  """A tokenizer_config.json for the tokenizer.json at `path`."""
+  """Return a tokenizer_config.json for the tokenizer.json at `path`."""
   from tokenizers import Tokenizer as Library
 
   model = Library.from_file(str(path))
-  pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id  # as InternLM2 does: without one nothing is batched
+  pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id  # as InternLM2 does; batching needs one
   ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': pad, 'unk': tokenizer.unk_id}
   named = {f'{name}_token': None if i is None else model.id_to_token(i) for name, i in ids.items()}
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
@@ -279,17 +294,18 @@ def _settings_for(tokenizer: Tokenizer, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_like_qwen(spec: Mapping[str, Any]) -> bool:
+  """Return whether a tokenizer.json normalizes and pre-tokenizes like Qwen's."""
   steps = (spec['pre_tokenizer'] or {}).get('pretokenizers') or []
   split = {'Regex': _SPLITS['qwen2']}
   return spec['normalizer'] == {'type': 'NFC'} and [step.get('pattern') for step in steps] == [split, None]
 
 
-def _copy_beside(tokenizer: Tokenizer, folder: pathlib.Path) -> list[str]:
-  """Copies the tokenizer's own file and those beside it that the folder lacks. Returns their names."""
+def _copy_missing(tokenizer: Tokenizer, folder: pathlib.Path) -> list[str]:
+  """Copy the tokenizer's own file and the other files of its folder that `folder` does not have. Returns their names."""
   if not isinstance(tokenizer, BpeTokenizer | SentencePieceTokenizer):
     return []
   own = 'tokenizer.json' if isinstance(tokenizer, BpeTokenizer) else 'tokenizer.model'
-  # Of a folder with both, only the one that the tokenizer read counts.
+  # If the folder has both kinds, only the one the tokenizer was read from is copied.
   names = [name for name in TOKENIZER_FILES if name not in ('tokenizer.json', 'tokenizer.model', 'generation_config.json')]
   files = {own: tokenizer.path, **{name: tokenizer.path.parent / name for name in names}}
   copied = [name for name, path in files.items() if path.is_file() and not (folder / name).exists()]
@@ -299,7 +315,7 @@ def _copy_beside(tokenizer: Tokenizer, folder: pathlib.Path) -> list[str]:
 
 
 def _spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
-  """The tokenizer.json of a byte or SentencePiece tokenizer."""
+  """Return the tokenizer.json of a byte or SentencePiece tokenizer."""
   if isinstance(tokenizer, SentencePieceTokenizer):
     spec = sentencepiece_to_bpe.translate(tokenizer.path)
     for token, (i, special) in tokenizer.added_tokens().items():
@@ -310,7 +326,7 @@ def _spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _bos_first(spec: Mapping[str, Any], bos: int) -> dict[str, Any]:
-  """The post-processor that puts BOS before a text, and before each of a pair. (transformers needs it besides `add_bos_token`.)"""
+  """Return the post-processor that adds BOS before each text. transformers needs it in addition to `add_bos_token`."""
   names = {token['id']: token['content'] for token in spec['added_tokens']}
   name = names[bos] if bos in names else next(token for token, i in spec['model']['vocab'].items() if i == bos)
   special, first, second = ({'SpecialToken': {'id': name, 'type_id': 0}}, *({'Sequence': {'id': x, 'type_id': 0}} for x in 'AB'))
@@ -323,13 +339,23 @@ def _bos_first(spec: Mapping[str, Any], bos: int) -> dict[str, Any]:
 
 
 def _add_token(spec: dict[str, Any], token: str, i: int, special: bool) -> None:
-  """Adds a token to a tokenizer.json. Where its id is that of another string, that string becomes ordinary text: ids are unique there."""
+  """Add a token to a tokenizer.json. A string that had the same id becomes ordinary text, because ids are unique there.
+
+  Args:
+    spec: the tokenizer.json, changed in place.
+    token: the string.
+    i: its id.
+    special: whether decoding skips it.
+
+  Raises:
+    TokenizerError: the token has another id already, or its id is that of an ordinary token.
+  """
   vocab = spec['model']['vocab']
   if not isinstance(vocab, dict):
-    raise TokenizerError(f'{token!r} cannot be added to a tokenizer.json of model {spec["model"].get("type")}; add it by hand, as {i}')
+    raise TokenizerError(f'{token!r} cannot be added to a tokenizer.json of model {spec["model"].get("type")}; add it by hand, with id {i}')
   known = {**vocab, **{entry['content']: entry['id'] for entry in spec['added_tokens']}}
   if known.get(token, i) != i:
-    raise TokenizerError(f'the tokenizer has {token!r} as its token {known[token]}; it cannot be {i} too')
+    raise TokenizerError(f'the tokenizer has {token!r} with id {known[token]}; it cannot have id {i} too')
   if any(entry['content'] == token for entry in spec['added_tokens']):
     return
   for displaced in [other for other, j in vocab.items() if j == i and other != token]:
@@ -338,11 +364,12 @@ def _add_token(spec: dict[str, Any], token: str, i: int, special: bool) -> None:
     del vocab[displaced]
   kept = [entry for entry in spec['added_tokens'] if entry['id'] != i]
   spec['added_tokens'] = sorted([*kept, sentencepiece_to_bpe.added_token(token, i, special)], key=lambda entry: entry['id'])
-  # The library numbers added tokens that the vocabulary lacks by its size, whatever their ids: so it gets all of them.
+  # The library gives added tokens outside the vocabulary new ids, whatever their own: so the vocabulary must contain all of them.
   vocab.update({entry['content']: entry['id'] for entry in spec['added_tokens']})
 
 
 def _byte_spec() -> dict[str, Any]:
+  """Return the tokenizer.json of the byte tokenizer."""
   step = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
   model = {'type': 'BPE', 'vocab': {symbol: b for b, symbol in enumerate(byte_symbols())}, 'merges': []}
   added = [sentencepiece_to_bpe.added_token(token, 256 + i, special=True) for i, token in enumerate(SPECIAL_TOKENS)]

@@ -334,7 +334,7 @@ def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
 
     try:
       splits = tfds.open_triplets(path)
-    except FileNotFoundError as error:  # more than one data set
+    except UserError as error:  # more than one data set
       raise DataError(str(error)) from error
     if split not in splits:
       raise NoSplitError(f'{path}: no split {split!r}; its splits are: {", ".join(sorted(splits)) or "none"}')

@@ -130,13 +130,15 @@ def open_triplets(folder: pathlib.Path) -> dict[str, TripletSequence]:
   """Open every split of the one data set in `folder`, which may be a TFDS data directory or the versioned folder itself.
 
   Raises:
-    FileNotFoundError: the folder contains no data set, or more than one.
+    UserError: the folder contains no data set, or more than one.
   """
   folder = pathlib.Path(folder)
   found = sorted(p.parent for pattern in ('', '*/', '*/*/') for p in folder.glob(f'{pattern}dataset_info.json'))
   if len(found) != 1:
     listed = ', '.join(map(str, found)) or 'none'
-    raise FileNotFoundError(f'{folder} must contain one TFDS data set (a dataset_info.json), found: {listed}')
+    raise types.UserError(
+      f'{folder} must contain one TFDS data set (a dataset_info.json), found: {listed}; name the folder of one data set'
+    )
   builder = tfds.builder_from_directory(str(found[0]))
   return {split: TripletSequence(builder.as_data_source(split)) for split in builder.info.splits}
 

@@ -1,6 +1,6 @@
-"""Clean-up of sampled trajectories , as in the data recipe of the paper (arXiv 2507.05197): cut repetition loops, trim unfinished endings.
+"""Clean-up of sampled trajectories, as in the data recipe of the paper (arXiv 2507.05197): cut repetition loops, trim unfinished endings.
 
-Both only shorten a sequence, so what remains is a prefix of the ids that were sampled. Arrays are padded: ids (n, T), lengths (n,).
+Both only shorten a sequence, so the result is a prefix of the sampled ids. Arrays are padded: ids (n, T), lengths (n,).
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import dataclasses
 
 import numpy as np
 
-LOOP_PERIODS = 3  # copies of a repeated passage that stay, enough to show what the policy is like
+LOOP_PERIODS = 3  # copies of a repeated passage that are kept, enough to show that the policy loops
 MAX_PERIOD = 8  # tokens of the longest passage whose repetition counts as a loop
 MIN_TOKENS = 4  # a trajectory is never cut below this
 
 
 @dataclasses.dataclass(frozen=True)
 class Boundaries:
-  """For every token id, what its text says about where a trajectory may end."""
+  """For every token id, whether its text ends a sentence, or starts a line or a word."""
 
   ends_sentence: np.ndarray  # bool (V,): last visible character is . ! or ?
   starts_line: np.ndarray  # bool (V,): begins with a newline
@@ -24,7 +24,7 @@ class Boundaries:
 
 
 def boundaries(pieces: np.ndarray) -> Boundaries:
-  """Boundary flags of the token texts `pieces` (object (V,))."""
+  """Return the boundary flags of the token texts `pieces` (object (V,))."""
   texts = list(pieces)
   return Boundaries(
     ends_sentence=np.array([t.rstrip().endswith(('.', '!', '?')) for t in texts]),
@@ -34,12 +34,12 @@ def boundaries(pieces: np.ndarray) -> Boundaries:
 
 
 def cut_loops(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-  """New lengths (n,): a passage of 1..MAX_PERIOD tokens repeated back to back stops after LOOP_PERIODS copies."""
+  """Return new lengths (n,): a passage of 1..MAX_PERIOD tokens repeated back to back stops after LOOP_PERIODS copies."""
   width = ids.shape[1]
   kept = lengths.copy()
   for period in range(1, min(MAX_PERIOD, (width - 1) // LOOP_PERIODS) + 1):
     same = ids[:, period:] == ids[:, :-period]
-    # run: how many tokens in a row, up to this one, equal the token one period before
+    # run: number of consecutive tokens, up to this one, that equal the token one period earlier
     index = np.arange(same.shape[1])
     last_break = np.maximum.accumulate(np.where(same, -1, index), axis=1)
     run = index - last_break
@@ -50,7 +50,7 @@ def cut_loops(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def trim_endings(ids: np.ndarray, lengths: np.ndarray, bounds: Boundaries) -> np.ndarray:
-  """New lengths (n,): cut back to the last end of a sentence, else of a line, else of a word, if at least half of the tokens stay."""
+  """Return new lengths (n,): cut to the last end of a sentence, else of a line, else of a word, that keeps at least half of the tokens."""
   width = ids.shape[1]
   if width < 2:
     return lengths
@@ -58,16 +58,16 @@ def trim_endings(ids: np.ndarray, lengths: np.ndarray, bounds: Boundaries) -> np
   word = bounds.starts_word[ids[:, 1:]] & inside
   line = bounds.starts_line[ids[:, 1:]] & inside
   sentence = bounds.ends_sentence[ids[:, :-1]] & word
-  least = np.maximum((lengths + 1) // 2, np.minimum(lengths, MIN_TOKENS))
+  min_length = np.maximum((lengths + 1) // 2, np.minimum(lengths, MIN_TOKENS))
   trimmed = lengths.copy()
   for flags in (word, line, sentence):  # the last that applies wins
     cut = np.where(flags, np.arange(1, width)[None, :], 0).max(axis=1)
-    trimmed = np.where(cut >= least, cut, trimmed)
+    trimmed = np.where(cut >= min_length, cut, trimmed)
   return trimmed
 
 
 def clean(ids: np.ndarray, lengths: np.ndarray, ended: np.ndarray, bounds: Boundaries) -> np.ndarray:
-  """Lengths (n,) after both rules. Trajectories that `ended` by themselves, or were cut in a loop, keep their ending."""
+  """Return lengths (n,) after both rules. Trajectories that `ended` by themselves, or were cut in a loop, keep their ending."""
   cut = cut_loops(ids, lengths)
   unfinished = ~ended & (cut == lengths)
   return np.where(unfinished, trim_endings(ids, cut, bounds), cut)

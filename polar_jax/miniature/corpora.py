@@ -1,7 +1,7 @@
-"""English and code that every CPython ships, so that the tiny world needs no download.
+"""English text and code that every CPython ships, so that the miniature needs no download.
 
 Four corpora differ in vocabulary and form: the language reference, docstrings, comments, and bare code. Sources are read as text and
-parsed; no module of the library but `pydoc_data.topics` (plain data) is ever imported.
+parsed; the only module of the library that is imported is `pydoc_data.topics` (plain data).
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ from polar_jax.types import UserError
 
 CORPUS_NAMES = ('reference', 'docstrings', 'comments', 'source')
 PARTS = ('train', 'prompts', 'unseen')
-MAX_CHARACTERS = 600_000  # of a corpus
-_FILE_CHARACTERS = 60_000  # longer files are skipped: parsing them costs more than their share of a corpus is worth
-_PACKAGE_CHARACTERS = 60_000  # of source read from one package or top-level module
+MAX_CHARACTERS = 600_000  # per corpus
+_FILE_CHARACTERS = 60_000  # longer files are skipped: too slow to parse for the text they add
+_PACKAGE_CHARACTERS = 60_000  # source read per package or top-level module
 _EXCLUDED = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3', 'encodings', 'pydoc_data', 'turtledemo'}
-_SECTION_CHARACTERS = 800  # documents are cut near this length so that the split into parts is fine grained
+_SECTION_CHARACTERS = 800  # documents are cut at about this length so that the split into parts is fine-grained
 _MIN_CHARACTERS = {'reference': 80, 'docstrings': 40, 'comments': 40, 'source': 80}
 
 
 class CorpusError(UserError):
-  """This Python lacks a file that the corpora are made of."""
+  """This Python lacks a file that the corpora are built from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents of one kind, in a fixed order, without duplicates, ASCII only."""
+  """ASCII documents of one kind in a fixed order, without duplicates."""
 
   name: str
   documents: tuple[str, ...]
 
   def part(self, part: str) -> list[str]:
-    """The documents of 'train', 'prompts' or 'unseen'; the three are disjoint and cover the corpus."""
+    """Return the documents of 'train', 'prompts' or 'unseen'; the three parts are disjoint and cover the corpus."""
     return [d for d in self.documents if part_of(d) == part]
 
 
 def part_of(document: str) -> str:
-  """'train' (80%), 'prompts' (10%) or 'unseen' (10%), by a hash of the text alone: the same text never lands in two parts."""
+  """Return 'train' (80%), 'prompts' (10%) or 'unseen' (10%), by a hash of the text alone: the same text is never in two parts."""
   bucket = int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], 'big') % 10
   return PARTS[max(0, bucket - 7)]
 
 
 def load_corpora(max_characters: int = MAX_CHARACTERS) -> list[Corpus]:
-  """Reads the four corpora of this Python, each at most `max_characters` long.
+  """Read the four corpora of this Python, each at most `max_characters` long.
 
   Raises:
-    CorpusError: naming the package or folder that this Python lacks.
+    CorpusError: this Python lacks a package or folder; the message names it.
   """
   by_package: dict[str, dict[str, list[str]]] = {name: {} for name in CORPUS_NAMES}
   by_package['reference'] = _reference_topics()
   for package, text in _library_sources():
-    for name, found in _split_source(text).items():
-      by_package[name].setdefault(package, []).extend(found)
+    for name, pieces in _split_source(text).items():
+      by_package[name].setdefault(package, []).extend(pieces)
   corpora = []
   for name in CORPUS_NAMES:
     documents = _balanced(by_package[name], max_characters, _MIN_CHARACTERS[name])
@@ -81,12 +81,12 @@ def _reference_topics() -> dict[str, list[str]]:
 
 
 def _library_sources() -> list[tuple[str, str]]:
-  """(package, text) of the library's files in sorted order, no package contributing more than its share."""
+  """Return (package, text) of the library's files in sorted order, with a limit on the source of each package."""
   root = pathlib.Path(sysconfig.get_paths()['stdlib'])
   paths = sorted(p for p in root.rglob('*.py') if not _EXCLUDED.intersection(p.relative_to(root).parts[:-1]))
   paths = [p for p in paths if not p.name.startswith('_sysconfigdata')]
   if not paths:
-    raise CorpusError(f'the standard library folder {root} holds no .py files; use a full CPython installation')
+    raise CorpusError(f'the standard library folder {root} has no .py files; use a full CPython installation')
   taken: dict[str, int] = {}
   sources = []
   for path in paths:
@@ -100,7 +100,7 @@ def _library_sources() -> list[tuple[str, str]]:
 
 
 def _split_source(text: str) -> dict[str, list[str]]:
-  """Docstrings, comment blocks and bare code of one file; empty for a file written for another version of Python."""
+  """Split a file into docstrings, comment blocks and bare code; return {} for a file that this version of Python cannot parse."""
   try:
     tree = ast.parse(text)
     comments = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT]
@@ -127,13 +127,13 @@ def _split_source(text: str) -> dict[str, list[str]]:
       blocks.append([])
     blocks[-1].append(token.string.lstrip('#!').strip())
     previous = row
-  # a blanked line and the author's own are alike: one empty line at most
+  # collapse blank lines, whether the author's or left by removed text
   code = re.sub(r'\n\s*\n(\s*\n)+', '\n\n', '\n'.join(lines)).strip('\n')
   return {'docstrings': docstrings, 'comments': ['\n'.join(b) for b in blocks], 'source': [code]}
 
 
 def _sections(document: str) -> list[str]:
-  """Cuts a document at blank lines into pieces of about `_SECTION_CHARACTERS`."""
+  """Cut a document at blank lines into pieces of about `_SECTION_CHARACTERS`."""
   text = document.replace('\t', '    ').encode('ascii', 'ignore').decode()
   text = re.sub(r'[^\n -~]', '', text)
   sections, current = [], ''
@@ -148,7 +148,7 @@ def _sections(document: str) -> list[str]:
 
 
 def _balanced(by_package: dict[str, list[str]], max_characters: int, min_characters: int) -> list[str]:
-  """Sections of every package up to one common allowance, the largest that keeps the corpus under `max_characters`."""
+  """Return sections of every package up to a common limit, the largest that keeps the corpus under `max_characters`."""
   seen: set[str] = set()
   pieces: dict[str, list[str]] = {}
   for package in sorted(by_package):
@@ -159,18 +159,18 @@ def _balanced(by_package: dict[str, list[str]], max_characters: int, min_charact
           seen.add(section)
           kept.append(section)
   sizes = sorted(sum(map(len, p)) for p in pieces.values())
-  left, allowance = max_characters, max_characters
+  left, limit = max_characters, max_characters
   for i, size in enumerate(sizes):
     share = left // (len(sizes) - i)
     if size > share:
-      allowance = share
+      limit = share
       break
     left -= size
   documents = []
   for package in pieces:
     total = 0
     for section in pieces[package]:
-      if total + len(section) <= allowance:
+      if total + len(section) <= limit:
         documents.append(section)
         total += len(section)
   return documents

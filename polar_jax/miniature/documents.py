@@ -1,6 +1,6 @@
-"""Documents by the pool's policies, one author each: text in which a language model learns what authors are and how to know one again.
+"""Documents written by policies of the pool, one author each, from which a language model learns to recognize an author.
 
-The corpora are short of such text (their documents are sections of a few sentences), where what a real language model reads is full of it.
+The corpora have little such text (their documents are sections of a few sentences), while the text of a real language model is full of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _VALIDATION_SHARE = 1 / 50
 
 
 def make_streams(world: triplets.World) -> dict[str, np.ndarray]:
-  """{'train' | 'validation': int32 stream} of `documents` documents and a fiftieth of that, each closed by `</s>`.
+  """Return {'train' | 'validation': int32 stream} of `documents` documents and a fiftieth of that number, each ending with `</s>`.
 
-  No held-out policy writes one, and each begins with a prefix of its split. Document i is a function of (seed, split, i).
+  Held-out policies write none. Each document begins with a prefix of its split. Document i is a function of (seed, split, i).
   """
   count = world.config.documents
   return {
@@ -28,7 +28,7 @@ def make_streams(world: triplets.World) -> dict[str, np.ndarray]:
 def _documents(world: triplets.World, split: str, count: int) -> list[np.ndarray]:
   c = world.config
   members = world.members(split)
-  uniforms = triplets.row_uniforms(world.seed, 'documents', split, count, 4)
+  uniforms = triplets.example_uniforms(world.seed, 'documents', split, count, 4)
   authors = members[triplets.pick(uniforms[:, 3], len(members))]
   prefixes = world.prefixes[split].draw(uniforms[:, :3])
   rng = np.random.default_rng([world.seed, _STREAM_DOCUMENTS, triplets.SPLITS.index(split)])

@@ -1,4 +1,4 @@
-"""The policy pool: hundreds of n-gram policies drawn from continua, exact likelihoods of rows under all of them, and their divergences."""
+"""The policy pool: hundreds of n-gram policies with random parameters, exact likelihoods under all of them, and their divergences."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from polar_jax.types import UserError
 _In = TypeVar('_In')
 _Out = TypeVar('_Out')
 
-TWIN_SHARE = 1 / 8  # of the pool: copies of another policy with one thing nudged, the hardest to tell apart
-_KL_PREFIXES = 24  # Monte Carlo samples of each policy; at 32 tokens each the standard error of a KL is a few percent of it
+COPY_SHARE = 1 / 8  # share of the pool that are perturbed copies of another policy, the hardest to tell apart
+_KL_PREFIXES = 24  # Monte Carlo samples per policy; at 32 tokens each the standard error of a KL is a few percent
 _STREAM_POOL, _STREAM_HELD_OUT, _STREAM_KL = 1, 2, 3  # independent random streams of one seed
 
 
 def parallel_map(function: Callable[[_In], _Out], items: Iterable[_In], workers: int) -> list[_Out]:
-  """`[function(x) for x in items]` on `workers` threads (numpy leaves the interpreter lock for its loops), in the order of items."""
+  """Return `[function(x) for x in items]`, computed on `workers` threads (numpy releases the interpreter lock in its loops)."""
   if workers == 1:
     return [function(x) for x in items]
   with concurrent.futures.ThreadPoolExecutor(workers) as executor:
@@ -31,31 +31,45 @@ def parallel_map(function: Callable[[_In], _Out], items: Iterable[_In], workers:
 def draw_pool_params(
   seed: int, policies: int, held_out: int, max_order: int, min_window: float, corpora: Sequence[str]
 ) -> list[ngram.NgramParams]:
-  """Draws every policy's parameters.
+  """Draw the parameters of every policy.
 
   Windows are log-uniform in size ("intermediate checkpoints"), from `min_window` of a corpus to all of it, and one policy in eight is
-  a near twin of an earlier one. `held_out` of the policies are kept for evaluation; a policy and its twins are always on the same side,
-  lest a held-out one be known by its twin.
+  a perturbed copy of an earlier one. A policy and its copies are either all held out or all used in training, so that no held-out
+  policy has a near-copy in training.
+
+  Args:
+    seed: seed of every policy's random stream.
+    policies: number of policies.
+    held_out: number of policies kept for evaluation.
+    max_order: largest n-gram order.
+    min_window: smallest window, as a fraction of a corpus.
+    corpora: names of the corpora.
+
+  Raises:
+    UserError: `held_out` policies cannot be chosen without separating copies.
   """
-  twins = int(policies * TWIN_SHARE)
+  copies = int(policies * COPY_SHARE)
   drawn = []
   for i in range(policies):
     rng = np.random.default_rng([seed, _STREAM_POOL, i])
-    if i < policies - twins:
+    if i < policies - copies:
       drawn.append(_draw_params(rng, f'p{i:03d}', max_order, min_window, corpora))
     else:
-      drawn.append(_nudge(rng, drawn[int(rng.integers(policies - twins))], f'p{i:03d}'))
+      drawn.append(_perturb(rng, drawn[int(rng.integers(policies - copies))], f'p{i:03d}'))
   families: dict[str, list[int]] = {}
   for i, params in enumerate(drawn):
     families.setdefault(params.twin_of or params.name, []).append(i)
   order = np.random.default_rng([seed, _STREAM_HELD_OUT]).permutation(len(families))
   chosen: set[int] = set()
-  for family in sorted((list(families.values())[i] for i in order), key=lambda f: len(f) == 1):  # families first, singles fill up
-    is_twin_share_full = len(family) > 1 and len(chosen) >= held_out * 2 * TWIN_SHARE
-    if len(chosen) + len(family) <= held_out and not is_twin_share_full:
+  for family in sorted((list(families.values())[i] for i in order), key=lambda f: len(f) == 1):  # families first, then singles
+    is_copy_share_full = len(family) > 1 and len(chosen) >= held_out * 2 * COPY_SHARE
+    if len(chosen) + len(family) <= held_out and not is_copy_share_full:
       chosen.update(family)
   if len(chosen) != held_out:
-    raise UserError(f'cannot hold out {held_out} of {policies} policies without parting twins ({len(chosen)} fit); lower unseen_policies')
+    raise UserError(
+      f'cannot hold out {held_out} of {policies} policies without separating a policy from its copies ({len(chosen)} fit); '
+      'lower synthesize.unseen_policies'
+    )
   return [dataclasses.replace(p, held_out=i in chosen) for i, p in enumerate(drawn)]
 
 
@@ -75,8 +89,8 @@ def _draw_params(rng: np.random.Generator, name: str, max_order: int, min_window
   )
 
 
-def _nudge(rng: np.random.Generator, original: ngram.NgramParams, name: str) -> ngram.NgramParams:
-  """A copy with one parameter moved a little: the window, the temperature, the strength or the weights."""
+def _perturb(rng: np.random.Generator, original: ngram.NgramParams, name: str) -> ngram.NgramParams:
+  """Return a copy with one parameter changed slightly: the window, the temperature, the strength or the weights."""
   changes: dict[str, Any] = {}
   match int(rng.integers(4)):
     case 0:
@@ -93,16 +107,16 @@ def _nudge(rng: np.random.Generator, original: ngram.NgramParams, name: str) -> 
 
 
 def build_pool(params: Sequence[ngram.NgramParams], streams: Mapping[str, np.ndarray], vocab_size: int) -> list[ngram.NgramPolicy]:
-  """Policies over the training streams (int32 ids, by corpus name); policies of one corpus share its n-gram index.
+  """Return policies over the training streams (int32 ids, by corpus name); policies of one corpus share its n-gram index.
 
   Raises:
-    ValueError: a policy's corpus has no stream.
+    UserError: a policy's corpus has no stream.
   """
   orders: dict[str, int] = {}
   for p in params:
     orders[p.corpus] = max(orders.get(p.corpus, 1), p.order)
   if missing := sorted(set(orders) - set(streams)):
-    raise ValueError(f'the pool learns from {", ".join(missing)}, of which there is no training text; run the synthesize stage again')
+    raise UserError(f'text.npz has no training text of {", ".join(missing)}, which the pool learns from; run the synthesize stage again')
   indices = {name: ngram_index.CorpusIndex(name, streams[name], vocab_size, order) for name, order in orders.items()}
   return [ngram.NgramPolicy(p, indices[p.corpus]) for p in params]
 
@@ -110,7 +124,7 @@ def build_pool(params: Sequence[ngram.NgramParams], streams: Mapping[str, np.nda
 def pool_logprobs(
   pool: Sequence[ngram.NgramPolicy], prefixes: Sequence[np.ndarray], trajectories: Sequence[np.ndarray], workers: int = 2
 ) -> np.ndarray:
-  """Natural-log probability of trajectory i after prefix i under every policy: float64 (policies, rows)."""
+  """Return the natural-log probability of trajectory i after prefix i under every policy: float64 (policies, trajectories)."""
   indices = {id(p.index): p.index for p in pool}
   queries = dict(zip(indices, parallel_map(lambda x: x.queries(prefixes, trajectories), indices.values(), workers), strict=True))
   return np.array(parallel_map(lambda p: p.score(queries[id(p.index)]), pool, workers)).reshape(len(pool), len(trajectories))
@@ -119,10 +133,17 @@ def pool_logprobs(
 def kl_matrix(
   pool: Sequence[ngram.NgramPolicy], prefixes: Sequence[np.ndarray], seed: int, max_tokens: int, workers: int = 2
 ) -> np.ndarray:
-  """KL(i || j) in nats per token of the untruncated laws: float64 (policies, policies), a Monte Carlo estimate, zero diagonal.
+  """Estimate KL(i || j) of the untruncated distributions in nats per token by Monte Carlo.
 
   Args:
+    pool: the policies.
     prefixes: text that the policies continue; `_KL_PREFIXES` of them, the same for every policy, are used.
+    seed: seed of the samples.
+    max_tokens: length limit of a sample.
+    workers: number of threads.
+
+  Returns:
+    float64 (policies, policies) with a zero diagonal.
   """
   chosen = [prefixes[i % len(prefixes)] for i in range(_KL_PREFIXES)]
   uniforms = np.random.default_rng([seed, _STREAM_KL]).random((len(pool), len(chosen), max_tokens))
@@ -131,8 +152,8 @@ def kl_matrix(
     ids, lengths, ended = pool[i].sample_ids(chosen, uniforms[i], 1.0, 1.0, None)
     return [np.append(row[:n], [vocabulary.EOS_ID] * bool(end)) for row, n, end in zip(ids, lengths, ended, strict=True)]
 
-  rows = [t for part in parallel_map(sample, range(len(pool)), workers) for t in part]
-  logprobs = pool_logprobs(pool, chosen * len(pool), rows, workers).reshape(len(pool), len(pool), len(chosen)).sum(axis=2)
-  tokens = np.array([len(t) for t in rows], np.float64).reshape(len(pool), len(chosen)).sum(axis=1)
+  samples = [t for part in parallel_map(sample, range(len(pool)), workers) for t in part]
+  logprobs = pool_logprobs(pool, chosen * len(pool), samples, workers).reshape(len(pool), len(pool), len(chosen)).sum(axis=2)
+  tokens = np.array([len(t) for t in samples], np.float64).reshape(len(pool), len(chosen)).sum(axis=1)
   own = np.diagonal(logprobs)
   return ((own[None, :] - logprobs) / tokens[None, :]).T

@@ -1,6 +1,6 @@
-"""Fine-tuning rows: reference from a target policy, chosen from a policy near to it, rejected from a far one (eq. 8 of the paper).
+"""Fine-tuning examples: reference from a target policy, chosen from a policy near to it, rejected from a far one (eq. 8 of the paper).
 
-Near and far are by exact Kullback-Leibler divergence from the target, in nats per token: an oracle that stands in for human rankings.
+Near and far are by the exact Kullback-Leibler divergence from the target, in nats per token: an oracle that replaces human rankings.
 The model never sees it.
 """
 
@@ -12,24 +12,24 @@ from polar_jax import types
 from polar_jax.miniature import triplets
 
 NEAR_SHARE = 0.15  # near policies are drawn from this share of the others, by divergence
-FAR_FROM = 0.25  # far ones from beyond this quantile
+FAR_FROM = 0.25  # far policies are drawn from beyond this quantile
 CATEGORIES = ('hard', 'medium', 'easy')  # by terciles of the gap between the two divergences
 _GAP_DRAWS = 20_000
 
 
-def make_preferences(world: triplets.World, kl: np.ndarray, split: str, rows: int) -> list[types.Triplet]:
-  """Rows 0..rows-1 of a split.
+def make_preferences(world: triplets.World, kl: np.ndarray, split: str, count: int) -> list[types.Triplet]:
+  """Make examples 0..count-1 of a split.
 
   Args:
     world: pool, seed and settings.
     kl: (P, P), KL(i || j) in nats per token.
     split: one of `triplets.SPLITS`.
-    rows: how many.
+    count: number of examples.
 
   Raises:
-    ValueError: fewer than three policies take part in the split.
+    UserError: fewer than three policies take part in the split.
   """
-  uniforms = triplets.row_uniforms(world.seed, 'preferences', split, rows, 6)
+  uniforms = triplets.example_uniforms(world.seed, 'preferences', split, count, 6)
   policies = choose_policies(kl, world.members(split), uniforms[:, 3:])
   near, far = kl[policies[:, 0], policies[:, 1]], kl[policies[:, 0], policies[:, 2]]
   category = np.searchsorted(_gap_terciles(world, kl), far - near)
@@ -39,11 +39,15 @@ def make_preferences(world: triplets.World, kl: np.ndarray, split: str, rows: in
 
 
 def choose_policies(kl: np.ndarray, members: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-  """(target, near, far) of every row, int (R, 3), all among `members` and different; uniforms (R, 3) decide."""
+  """Return (target, near, far) of every example, int (R, 3), three different `members`, as determined by `uniforms` (R, 3).
+
+  Raises:
+    UserError: there are fewer than three members.
+  """
   others = len(members) - 1
   if others < 2:
     raise types.UserError(
-      f'preferences need three policies, this split has {others + 1}; raise synthesize.unseen_policies or synthesize.policies'
+      f'preferences need three policies, but this split has {others + 1}; raise synthesize.unseen_policies or synthesize.policies'
     )
   among = kl[np.ix_(members, members)].copy()
   np.fill_diagonal(among, -np.inf)  # so that the target ranks first and is never drawn
@@ -57,7 +61,7 @@ def choose_policies(kl: np.ndarray, members: np.ndarray, uniforms: np.ndarray) -
 
 
 def _gap_terciles(world: triplets.World, kl: np.ndarray) -> np.ndarray:
-  """The two gaps (nats per token) that part the training policies' draws in three, the same for every split."""
-  uniforms = triplets.row_uniforms(world.seed, 'gaps', 'train', _GAP_DRAWS, 3)
+  """Return the two gaps (nats per token) that divide the training policies' draws into thirds; they are the same for every split."""
+  uniforms = triplets.example_uniforms(world.seed, 'gaps', 'train', _GAP_DRAWS, 3)
   t, near, far = choose_policies(kl, world.members('train'), uniforms).T
   return np.quantile(kl[t, far] - kl[t, near], [1 / 3, 2 / 3])

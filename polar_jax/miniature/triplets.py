@@ -1,7 +1,7 @@
-"""Pre-training rows (eq. 7 of the paper): one prefix, two different policies; the first gives reference and chosen, the second rejected.
+"""Pre-training examples (eq. 7 of the paper): one prefix, two policies; the first gives reference and chosen, the second rejected.
 
-Row i of a split is a function of (seed, split, i): its draws are row i of tables of uniforms, whoever computes them and however many
-rows are asked for.
+Example i of a split is a function of (seed, split, i): its random draws are row i of tables of uniforms, whatever the number of workers
+and of examples.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from polar_jax.miniature import pool as pool_lib
 
 SPLITS = ('train', 'validation', 'unseen_prompts', 'unseen_policies')
 ROLES = ('reference', 'chosen', 'rejected')
-_VALIDATION_EVERY = 5  # one document in five of the part 'prompts' is for validation
-_STREAM_ROWS, _STREAM_TOKENS = 10, 20
+_VALIDATION_EVERY = 5  # every fifth document of the part 'prompts' is for validation
+_STREAM_EXAMPLES, _STREAM_TOKENS = 10, 20
 
 
 class PrefixSource:
-  """Random segments of held-out text that do not cross the end of a document."""
+  """Random segments of held-out text within one document."""
 
   def __init__(self, streams: Mapping[str, np.ndarray], min_tokens: int, max_tokens: int):
-    """Indexes every start of every length.
+    """Index every start of every length.
 
     Raises:
-      ValueError: a corpus has no document of `max_tokens` tokens.
+      UserError: a corpus has no document of `max_tokens` tokens.
     """
     self.streams = {name: streams[name] for name in sorted(streams)}
     self.min_tokens, self.max_tokens = min_tokens, max_tokens
@@ -45,7 +45,7 @@ class PrefixSource:
       self._starts.append(starts)
 
   def draw(self, uniforms: np.ndarray) -> list[np.ndarray]:
-    """One int32 segment per row of `uniforms` (R, 3), which decide corpus, length and place."""
+    """Return one int32 segment per row of `uniforms` (R, 3), which determine corpus, length and start."""
     streams = list(self.streams.values())
     corpus = pick(uniforms[:, 0], len(streams))
     length = self.min_tokens + pick(uniforms[:, 1], self.max_tokens - self.min_tokens + 1)
@@ -59,7 +59,7 @@ class PrefixSource:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """What rows are made from."""
+  """Everything that examples are sampled from."""
 
   pool: Sequence[ngram.NgramPolicy]
   prefixes: Mapping[str, PrefixSource]  # by split
@@ -68,7 +68,7 @@ class World:
   seed: int
 
   def members(self, split: str) -> np.ndarray:
-    """Indices into the pool of the policies that take part in a split."""
+    """Return the indices into the pool of the policies that take part in a split."""
     held_out = np.array([p.params.held_out for p in self.pool])
     return np.flatnonzero(held_out == (split == 'unseen_policies'))
 
@@ -76,7 +76,7 @@ class World:
 def prefix_sources(
   prompts: Mapping[str, np.ndarray], unseen: Mapping[str, np.ndarray], config: config_lib.SynthesizeConfig
 ) -> dict[str, PrefixSource]:
-  """The prefix source of every split, from the token streams of the corpus parts 'prompts' and 'unseen'."""
+  """Return the prefix source of every split, from the token streams of the corpus parts 'prompts' and 'unseen'."""
   low, high = config.prefix_min_tokens, config.prefix_max_tokens
   document = {name: np.cumsum(s == vocabulary.EOS_ID) - (s == vocabulary.EOS_ID) for name, s in prompts.items()}
   validation = {name: document[name] % _VALIDATION_EVERY == _VALIDATION_EVERY - 1 for name in prompts}
@@ -89,21 +89,29 @@ def prefix_sources(
   }
 
 
-def make_triplets(world: World, split: str, rows: int) -> list[types.Triplet]:
-  """Rows 0..rows-1 of a split. Category: the corpus that the first policy learnt from."""
+def make_triplets(world: World, split: str, count: int) -> list[types.Triplet]:
+  """Make examples 0..count-1 of a split. The category is the corpus that the first policy learned from."""
   members = world.members(split)
-  uniforms = row_uniforms(world.seed, 'triplets', split, rows, 5)
+  uniforms = example_uniforms(world.seed, 'triplets', split, count, 5)
   first = pick(uniforms[:, 3], len(members))
   second = (first + 1 + pick(uniforms[:, 4], len(members) - 1)) % len(members)
   policies = members[np.stack([first, first, second], axis=1)]
   prefixes = world.prefixes[split].draw(uniforms[:, :3])
   categories = [world.pool[p].params.corpus for p in policies[:, 0]]
-  return assemble(world, prefixes, policies, ('triplets', split), 'pretrain', categories, [{}] * rows)
+  return assemble(world, prefixes, policies, ('triplets', split), 'pretrain', categories, [{}] * count)
 
 
-def row_uniforms(seed: int, kind: str, split: str, rows: int, columns: int) -> np.ndarray:
-  """Uniforms (rows, columns) whose row i does not depend on `rows`."""
-  return np.random.default_rng([seed, _STREAM_ROWS, *map(ord, kind), SPLITS.index(split)]).random((rows, columns))
+def example_uniforms(seed: int, kind: str, split: str, count: int, columns: int) -> np.ndarray:
+  """Return uniforms (count, columns) in [0, 1); row i does not depend on `count`.
+
+  Args:
+    seed: the world's seed.
+    kind: name of the random stream; different kinds are independent.
+    split: one of SPLITS.
+    count: number of examples.
+    columns: draws per example.
+  """
+  return np.random.default_rng([seed, _STREAM_EXAMPLES, *map(ord, kind), SPLITS.index(split)]).random((count, columns))
 
 
 def assemble(
@@ -115,21 +123,21 @@ def assemble(
   categories: Sequence[str],
   extra: Sequence[Mapping[str, Any]],
 ) -> list[types.Triplet]:
-  """Samples reference, chosen and rejected of every row and makes the rows.
+  """Sample reference, chosen and rejected of R examples, and build the examples.
 
   Args:
     world: pool, seed and settings.
     prefixes: R int arrays.
-    policies: int (R, 3), who gives reference, chosen and rejected.
-    stream: (kind, split), which names the random numbers.
-    wrapper: of the rows.
-    categories: of the rows.
-    extra: metadata of each row beside provenance.
+    policies: int (R, 3), the policies that give reference, chosen and rejected.
+    stream: (kind, split), the name of the random stream.
+    wrapper: `wrapper` of the examples.
+    categories: `category` of each example.
+    extra: metadata of each example in addition to its provenance.
   """
   kind, split = stream
-  rows, width = len(prefixes), world.config.max_tokens
+  shape = (len(prefixes), len(ROLES), world.config.max_tokens)
   rng = np.random.default_rng([world.seed, _STREAM_TOKENS, *map(ord, kind), SPLITS.index(split)])
-  ids, lengths = sample_clean(world, prefixes, policies, rng.random((rows, len(ROLES), width)))
+  ids, lengths = sample_clean(world, prefixes, policies, rng.random(shape))
   names = [p.name for p in world.pool]
   out = []
   for i, prefix in enumerate(prefixes):
@@ -144,7 +152,7 @@ def assemble(
 
 
 def sample_clean(world: World, prefixes: Sequence[np.ndarray], policies: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Trajectories of every (row, role), sampled policy by policy and cleaned up.
+  """Sample and clean up the trajectory of every (example, role), policy by policy.
 
   Args:
     world: pool and settings.
@@ -156,8 +164,8 @@ def sample_clean(world: World, prefixes: Sequence[np.ndarray], policies: np.ndar
     ids int32 (R, roles, T) and lengths int64 (R, roles).
   """
   flat, noise = policies.ravel(), uniforms.reshape(-1, uniforms.shape[-1])
-  rows = [prefix for prefix in prefixes for _ in range(policies.shape[1])]
-  ids, lengths = sample_by_policy(world, rows, flat, noise, functools.partial(cleanup.clean, bounds=cleanup.boundaries(world.pieces)))
+  repeated = [prefix for prefix in prefixes for _ in range(policies.shape[1])]
+  ids, lengths = sample_by_policy(world, repeated, flat, noise, functools.partial(cleanup.clean, bounds=cleanup.boundaries(world.pieces)))
   return ids.reshape(uniforms.shape), lengths.reshape(policies.shape)
 
 
@@ -168,14 +176,14 @@ def sample_by_policy(
   uniforms: np.ndarray,
   clean: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """One continuation of every prefix by its policy.
+  """Sample one continuation of every prefix from its policy.
 
   Args:
     world: pool and settings.
     prefixes: R int arrays.
     policies: int (R,), indices into the pool.
     uniforms: (R, T) in [0, 1).
-    clean: lengths to keep, of one policy's ids, lengths and which it ended itself; None keeps all.
+    clean: (ids, lengths, ended) of one policy -> lengths to keep; None keeps everything.
 
   Returns:
     ids int32 (R, T) and lengths int64 (R,).
@@ -185,8 +193,8 @@ def sample_by_policy(
 
   def sample(group: tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     policy, where = world.pool[group[0]], group[1]
-    rows = [prefixes[w] for w in where]
-    ids, lengths, ended = policy.sample_ids(rows, uniforms[where], c.temperature, min(c.top_p, policy.params.top_p), c.top_k)
+    some = [prefixes[w] for w in where]
+    ids, lengths, ended = policy.sample_ids(some, uniforms[where], c.temperature, min(c.top_p, policy.params.top_p), c.top_k)
     return ids, clean(ids, lengths, ended) if clean else lengths
 
   ids, lengths = np.zeros(uniforms.shape, np.int32), np.zeros(len(policies), np.int64)
@@ -196,5 +204,5 @@ def sample_by_policy(
 
 
 def pick(uniforms: np.ndarray, n: int) -> np.ndarray:
-  """Integers in [0, n) from uniforms in [0, 1)."""
+  """Return integers in [0, n) from uniforms in [0, 1)."""
   return np.minimum((uniforms * n).astype(np.int64), n - 1)

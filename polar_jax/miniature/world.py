@@ -1,11 +1,10 @@
-"""The synthesize stage: corpora, tokenizer, policy pool, pre-training triplets and preferences, all under workdir/data."""
+"""Synthesis of the miniature's data: corpora, tokenizer, policy pool, pre-training triplets and preferences, all under workdir/data."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -20,45 +19,40 @@ from polar_jax.data import tfds as triplet_dataset
 from polar_jax.miniature import corpora as corpora_lib
 from polar_jax.miniature import documents, ngram, preferences, triplets, vocabulary
 from polar_jax.miniature import pool as pool_lib
+from polar_jax.runtime import paths
+from polar_jax.types import UserError
 
 if TYPE_CHECKING:
   from polar_jax.stages.context import Context
 
-_FORMAT = 1  # raised whenever the same settings give other rows
-# Options that were renamed after the format was fixed: the digest keeps their old names, so that existing data is still recognized.
-_DIGEST_NAMES = {
-  'train_examples': 'train_rows',
-  'evaluation_examples': 'evaluation_rows',
-  'preference_examples': 'preference_rows',
-  'preference_evaluation_examples': 'preference_evaluation_rows',
-  'min_window': 'smallest_window',
-  'max_number': 'largest',
-}
-_DOCUMENTS = 'documents'  # the stream beside those of the corpora
+# Files and folders in workdir/data.
+TOKENIZER, TEXT, POOL, TRIPLETS, PREFERENCES = 'tokenizer.json', 'text.npz', 'pool.json', 'triplets', 'preferences'
 _MARKER = 'synthesis.json'  # written last: its presence means that the folder is complete
+
+_FORMAT = 1  # bumped whenever the same settings give other examples
+_DOCUMENTS = 'documents'  # name of the policies' stream among those of the corpora
+# Names that the settings had when the fingerprint was introduced, so that complete data of earlier versions are reused.
+_FIRST_NAMES = {
+  new.removeprefix('synthesize.'): old.removeprefix('synthesize.')
+  for old, new in config_lib.RENAMED.items()
+  if new.startswith('synthesize.') and old.startswith('synthesize.')
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisResult:
-  """Where the data lies and what it is."""
+  """What a synthesis wrote, and how long it took."""
 
-  folder: str  # workdir/data; all other paths are relative to it
-  tokenizer: str
-  text: str
-  pool: str
-  triplets: str
-  preferences: str
   config_fingerprint: str
-  fingerprints: dict[str, str]  # '<data set>/<split>': SHA-256 of the decoded rows
-  rows: dict[str, int]  # likewise: number of rows
-  rows_per_minute: float  # triplets sampled, cleaned and decoded; writing is not counted
+  fingerprints: dict[str, str]  # '<data set>/<split>': SHA-256 of the decoded examples
+  rows: dict[str, int]  # '<data set>/<split>': number of examples
+  rows_per_minute: float  # triplets sampled, cleaned and decoded; time spent writing is not counted
   seconds: dict[str, float]  # by phase
-  reused: bool = False
 
 
 def config_fingerprint(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus]) -> str:
-  """SHA-256 over all that decides the rows: settings (not the number of workers), seed, and the text of this Python."""
-  settings = {_DIGEST_NAMES.get(k, k): v for k, v in dataclasses.asdict(config).items() if k != 'workers'}
+  """Return SHA-256 over everything the examples depend on: settings (except `workers`), seed, and the text of this Python."""
+  settings = {_FIRST_NAMES.get(k, k): v for k, v in dataclasses.asdict(config).items() if k != 'workers'}
   digest = hashlib.sha256(json.dumps([_FORMAT, settings, seed], sort_keys=True).encode())
   for corpus in corpora:
     for document in corpus.documents:
@@ -67,15 +61,21 @@ def config_fingerprint(config: config_lib.SynthesizeConfig, seed: int, corpora: 
 
 
 def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> SynthesisResult:
-  """Makes the tiny world's data, or reuses a complete one of the same settings.
+  """Synthesize the miniature's data, or reuse complete data made with the same settings.
 
   Writes to workdir/data: tokenizer.json, text.npz (int32 streams `train_<corpus>` and `validation_<corpus>`, and `train_documents` and
   `validation_documents` if policies write any), pool.json, and the TFDS folders triplets/ and preferences/ with splits train, validation,
   unseen_prompts and unseen_policies.
 
+  Args:
+    config: sizes and sampling settings.
+    seed: seed of every random stream.
+    workdir: its subfolder `data` is rebuilt if it is incomplete or of other settings.
+    log: called with progress messages.
+
   Raises:
     corpora.CorpusError: this Python lacks the text.
-    ValueError: the settings leave too little text or too few policies.
+    UserError: the settings leave too little text or too few policies.
   """
   folder = pathlib.Path(workdir) / 'data'
   seconds: dict[str, float] = {}
@@ -85,8 +85,8 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
   wanted = config_fingerprint(config, seed, corpora)
   previous = read_result(workdir)
   if previous is not None and previous.config_fingerprint == wanted:
-    log(f'synthesize: reusing the complete data in {folder} (same settings, {sum(previous.rows.values()):,} rows)')
-    return dataclasses.replace(previous, reused=True)
+    log(f'synthesize: reusing the complete data in {folder} (same settings, {sum(previous.rows.values()):,} examples)')
+    return previous
   if folder.exists():
     log(f'synthesize: {folder} is {"incomplete" if previous is None else "of other settings"}; rebuilding it')
     _remove(folder)
@@ -94,73 +94,65 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
 
   world = _build_world(config, seed, corpora, folder)
   clock.lap('pool')
-  pretrain = {s: triplets.make_triplets(world, s, _rows(s, config.train_examples, config.evaluation_examples)) for s in triplets.SPLITS}
+  pretrain = {s: triplets.make_triplets(world, s, _size(s, config.train_examples, config.evaluation_examples)) for s in triplets.SPLITS}
   sampling = clock.lap('triplets')
   kl = pool_lib.kl_matrix(
-    world.pool, world.prefixes['train'].draw(triplets.row_uniforms(seed, 'kl', 'train', 64, 3)), seed, config.max_tokens, config.workers
+    world.pool, world.prefixes['train'].draw(triplets.example_uniforms(seed, 'kl', 'train', 64, 3)), seed, config.max_tokens, config.workers
   )
   clock.lap('kl')
   finetune = {
-    s: preferences.make_preferences(world, kl, s, _rows(s, config.preference_examples, config.preference_evaluation_examples))
+    s: preferences.make_preferences(world, kl, s, _size(s, config.preference_examples, config.preference_evaluation_examples))
     for s in triplets.SPLITS
   }
   clock.lap('preferences')
 
   metadata = {'seed': seed, 'config_fingerprint': wanted, 'pool': [p.params.to_json() for p in world.pool]}
   descriptions = {
-    'triplets': 'Triplets of n-gram policies: reference and chosen are two samples of one policy, rejected is one of another.',
-    'preferences': 'Triplets of n-gram policies: chosen comes from a policy near to that of the reference, rejected from a far one.',
+    TRIPLETS: 'Triplets of n-gram policies: reference and chosen are two samples of one policy, rejected is one of another.',
+    PREFERENCES: 'Triplets of n-gram policies: chosen comes from a policy near to that of the reference, rejected from a far one.',
   }
-  fingerprints, rows = {}, {}
-  for name, splits in (('triplets', pretrain), ('preferences', finetune)):
+  fingerprints, sizes = {}, {}
+  for name, splits in ((TRIPLETS, pretrain), (PREFERENCES, finetune)):
     triplet_dataset.write_triplets(folder / name, name, splits, descriptions[name], metadata)
-    for split, values in splits.items():
-      fingerprints[f'{name}/{split}'] = triplet_dataset.fingerprint(values)
-      rows[f'{name}/{split}'] = len(values)
+    for split, examples in splits.items():
+      fingerprints[f'{name}/{split}'] = triplet_dataset.fingerprint(examples)
+      sizes[f'{name}/{split}'] = len(examples)
   clock.lap('write')
   result = SynthesisResult(
-    folder=str(folder),
-    tokenizer='tokenizer.json',
-    text='text.npz',
-    pool='pool.json',
-    triplets='triplets',
-    preferences='preferences',
     config_fingerprint=wanted,
     fingerprints=fingerprints,
-    rows=rows,
+    rows=sizes,
     rows_per_minute=60 * sum(map(len, pretrain.values())) / sampling,
     seconds=seconds,
   )
   _write_json(folder / _MARKER, dataclasses.asdict(result))
   spent = ', '.join(f'{phase} {value:.1f} s' for phase, value in seconds.items())
-  log(f'synthesize: {sum(rows.values()):,} rows in {folder}, {result.rows_per_minute:,.0f} triplets/minute ({spent})')
+  log(f'synthesize: {sum(sizes.values()):,} examples in {folder}, {result.rows_per_minute:,.0f} triplets/minute ({spent})')
   return result
 
 
 def read_result(workdir: pathlib.Path) -> SynthesisResult | None:
-  """What a finished `synthesize` left in `workdir`; None if there is none or it is not complete."""
+  """Return the result of a complete synthesis in `workdir`; None if there is none or it is incomplete."""
   folder = pathlib.Path(workdir) / 'data'
   try:
     values = json.loads((folder / _MARKER).read_text())
-    result = SynthesisResult(**{**values, 'folder': str(folder)})
-  except (FileNotFoundError, json.JSONDecodeError, TypeError):
+    result = SynthesisResult(**{f.name: values[f.name] for f in dataclasses.fields(SynthesisResult)})
+  except (FileNotFoundError, json.JSONDecodeError, TypeError, KeyError):
     return None
-  parts = (result.tokenizer, result.text, result.pool, result.triplets, result.preferences)
-  return result if all((folder / part).exists() for part in parts) else None
+  return result if all((folder / part).exists() for part in (TOKENIZER, TEXT, POOL, TRIPLETS, PREFERENCES)) else None
 
 
 def load_pool(workdir: pathlib.Path) -> list[ngram.NgramPolicy]:
-  """The policies of a finished `synthesize`, fitted again from pool.json and text.npz: the same laws to the last bit.
+  """Return the policies of a complete synthesis, fitted again from pool.json and text.npz: bit-identical distributions.
 
   Raises:
-    FileNotFoundError: the workdir holds no complete synthesis.
+    UserError: the workdir has no complete synthesis.
   """
-  result = read_result(workdir)
-  if result is None:
-    raise FileNotFoundError(f'{pathlib.Path(workdir) / "data"} holds no complete synthesis; run the stage synthesize with this workdir')
-  folder = pathlib.Path(result.folder)
-  pool = json.loads((folder / result.pool).read_text())
-  streams = text_lib.load_streams(folder / result.text)['train']
+  folder = pathlib.Path(workdir) / 'data'
+  if read_result(workdir) is None:
+    raise UserError(f'{folder}: no complete data of the miniature; run its synthesize stage in this workdir')
+  pool = json.loads((folder / POOL).read_text())
+  streams = text_lib.load_streams(folder / TEXT)['train']
   return pool_lib.build_pool([ngram.NgramParams.from_json(p) for p in pool['policies']], streams, pool['vocab_size'])
 
 
@@ -171,52 +163,49 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _build_world(config: config_lib.SynthesizeConfig, seed: int, corpora: list[corpora_lib.Corpus], folder: pathlib.Path) -> triplets.World:
-  """Tokenizer, streams and pool, written to `folder` as they are made."""
+  """Build tokenizer, streams and pool, and write each to `folder`."""
   tokenizer = vocabulary.train_tokenizer((d for c in corpora for d in c.part('train')), config.vocab_size)
-  tokenizer.save(str(folder / 'tokenizer.json'))
-  vocab = vocabulary.Vocabulary(folder / 'tokenizer.json')
+  tokenizer.save(str(folder / TOKENIZER))
+  vocab = vocabulary.Vocabulary(folder / TOKENIZER)
   streams = {part: vocabulary.part_streams(vocab, corpora, part) for part in corpora_lib.PARTS}
   text = {f'train_{name}': s for name, s in streams['train'].items()}
   text |= {f'validation_{name}': s for name, s in streams['prompts'].items()}
   names = [c.name for c in corpora]
   params = pool_lib.draw_pool_params(seed, config.policies, config.unseen_policies, config.max_order, config.min_window, names)
-  _write_json(folder / 'pool.json', {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
+  _write_json(folder / POOL, {'seed': seed, 'vocab_size': vocab.size, 'policies': [p.to_json() for p in params]})
   pool = pool_lib.build_pool(params, streams['train'], vocab.size)
   sources = triplets.prefix_sources(streams['prompts'], streams['unseen'], config)
   world = triplets.World(pool, sources, vocab.pieces, config, seed)
   if config.documents:
     text |= {f'{split}_{_DOCUMENTS}': s for split, s in documents.make_streams(world).items()}
-  np.savez(folder / 'text.npz', **text)  # type: ignore[arg-type]  # numpy's stub knows no ** of arrays
+  np.savez(folder / TEXT, **text)  # type: ignore[arg-type]  # numpy's stub does not know **kwargs of arrays
   return world
 
 
-def _rows(split: str, train: int, evaluation: int) -> int:
+def _size(split: str, train: int, evaluation: int) -> int:
   return train if split == 'train' else evaluation
 
 
 def _remove(folder: pathlib.Path) -> None:
-  """Removes what this module writes, the marker first so that a kill in between leaves an incomplete folder; nothing else."""
-  for name in (_MARKER, 'tokenizer.json', 'text.npz', 'pool.json'):
+  """Remove what this module writes, and nothing else; the marker first, so that an interrupted removal leaves an incomplete folder."""
+  for name in (_MARKER, TOKENIZER, TEXT, POOL):
     (folder / name).unlink(missing_ok=True)
-  for name in ('triplets', 'preferences'):
+  for name in (TRIPLETS, PREFERENCES):
     shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _write_json(path: pathlib.Path, value: object) -> None:
-  """Atomically, so that a reader sees all of it or nothing."""
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(json.dumps(value, indent=1, sort_keys=True))
-  os.replace(partial, path)
+  paths.write_atomically(path, json.dumps(value, indent=1, sort_keys=True))
 
 
 class _Clock:
-  """Notes the wall seconds of each phase."""
+  """Records the wall seconds of each phase in a dict."""
 
   def __init__(self, seconds: dict[str, float]):
     self._seconds, self._last = seconds, time.perf_counter()
 
   def lap(self, phase: str) -> float:
-    """Seconds since the last lap, noted under `phase`."""
+    """Record and return the seconds since the last lap as those of `phase`."""
     now = time.perf_counter()
     self._seconds[phase], self._last = now - self._last, now
     return self._seconds[phase]

@@ -152,7 +152,7 @@ def _certificate(
 ) -> Certificate:
   """`back`: the parameters that `written` holds. They are scored with its own settings: those must have come across as well."""
   if _count(back) != parameters or before.keys() != after.keys():
-    raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; not kept')
+    raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; output discarded')
   return Certificate(
     source=str(opened.path),
     output=str(context.config.output),

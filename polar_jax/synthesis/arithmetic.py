@@ -1,7 +1,7 @@
-"""Word problems of one or two steps of arithmetic, whose answers a rule can check: a world for tuning a real language model.
+"""Word problems with one or two steps of arithmetic, whose answers a rule can check: data for fine-tuning a real language model.
 
-Row i of a split is a function of (settings, seed, split, i) alone. Which split a problem may stand in follows from a hash of its
-template and its numbers, so that no split holds a problem of another one under other names.
+Example i of a split is a function of (settings, seed, split, i) alone. The split of a problem is a hash of its template and its
+numbers, so that no problem of one split occurs in another under other names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,20 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from polar_jax.config import SynthesizeConfig
+from polar_jax.config import SynthesizeConfig, current_name
+from polar_jax.runtime import paths
 
 SPLITS = ('train', 'validation', 'test')
-_FORMAT = 1  # raised whenever the same settings give other rows
+_FORMAT = 1  # bumped whenever the same settings give other examples
 _MARKER = 'arithmetic.json'  # written last: its presence means that the files are complete
 INSTRUCTION = 'Answer in one short sentence.'
-_MOST_FACTOR = 12  # both factors of a product, the divisor and the quotient
+_MAX_FACTOR = 12  # for both factors of a product, the divisor and the quotient
 
 
 class Template(NamedTuple):
-  """A question with slots, its steps and what the answer claims.
+  """A question with placeholders, its steps, and the claim of its answer.
 
-  Slots: {n}, {m}, {o} names, {t} things of `kind`, {p} a place, {a}, {b}, {c} numbers, {x} the result. A step is two operands and their
-  operator; `_` is the result of the step before.
+  Placeholders: {n}, {m}, {o} names, {t} things of `kind`, {p} a place, {a}, {b}, {c} numbers, {x} the result. A step is two operands
+  and an operator; `_` is the result of the previous step.
   """
 
   steps: tuple[str, ...]
@@ -165,7 +165,7 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 class Problem(NamedTuple):
-  """A question with its working: `equations` such as '3 + 4 = 7', one for each step."""
+  """A question with its worked solution: `equations` such as '3 + 4 = 7', one per step."""
 
   template: int
   numbers: tuple[int, ...]
@@ -175,30 +175,33 @@ class Problem(NamedTuple):
   result: int
 
   def claim(self, number: object) -> str:
-    """What the answer says of the result, with another number in its place."""
+    """Return the claim of the answer with `number` in place of the result."""
     return TEMPLATES[self.template].claim.format(**self.slots, x=number)
 
   @property
   def reference(self) -> str:
+    """The worked answer."""
     return f'{", ".join(self.equations)}. The answer is {self.result}.'
 
 
-def make_problem(seed: int, stream: str, split: str, index: int, largest: int, two_steps: float) -> Problem:
-  """Problem `index` of a stream; streams and splits have random numbers of their own.
+def make_problem(seed: int, stream: str, split: str, index: int, max_number: int, two_steps: float) -> Problem:
+  """Make problem `index` of a stream; each stream and split has its own random numbers.
 
   Args:
-    stream: what the problem is for.
+    seed: seed of all streams.
+    stream: name of the stream.
     split: one of SPLITS.
-    largest: of the numbers in the question, and of sums; products go up to 144, or to `largest` if that is less.
-    two_steps: share of problems of two steps.
+    index: number of the problem.
+    max_number: largest number in the question, and largest result; products are at most 144 or `max_number`, whichever is less.
+    two_steps: share of problems with two steps.
   """
   rng = np.random.default_rng([seed, *map(ord, stream), SPLITS.index(split), index])
   steps = 2 if rng.random() < two_steps else 1
   candidates = [i for i, template in enumerate(TEMPLATES) if len(template.steps) == steps]
-  while True:  # with small numbers a template may have no problem in a split: then it is another's turn
+  while True:  # with small numbers a template may have no problem in this split: then draw another template
     chosen = candidates[int(rng.integers(len(candidates)))]
     template = TEMPLATES[chosen]
-    numbers = _draw_numbers(rng, template.steps, largest)
+    numbers = _draw_numbers(rng, template.steps, max_number)
     if numbers and split_of(chosen, numbers) == split:
       break
   names = rng.choice(NAMES, 3, replace=False)
@@ -209,13 +212,13 @@ def make_problem(seed: int, stream: str, split: str, index: int, largest: int, t
 
 
 def split_of(template: int, numbers: Sequence[int]) -> str:
-  """'train' (80%), 'validation' or 'test' (10% each), by a hash of what the problem is."""
+  """Return 'train' (80%), 'validation' or 'test' (10% each), by a hash of the problem's template and numbers."""
   bucket = hashlib.sha256(f'{TEMPLATES[template].question}{numbers}'.encode()).digest()[0] % 10
   return SPLITS[max(0, bucket - 7)]
 
 
 def work_out(steps: Sequence[str], numbers: Sequence[int]) -> tuple[tuple[str, ...], int]:
-  """(equations, result); the result of an inexact division is -1."""
+  """Return (equations, result); the result of an inexact division is -1."""
   known = dict(zip('abc', numbers, strict=False))
   equations = []
   for step in steps:
@@ -226,18 +229,18 @@ def work_out(steps: Sequence[str], numbers: Sequence[int]) -> tuple[tuple[str, .
   return tuple(equations), known['_']
 
 
-def _draw_numbers(rng: np.random.Generator, steps: Sequence[str], largest: int) -> tuple[int, ...]:
-  """Numbers for which every step is a positive whole number within bounds, and of which none is the result; () if they are hard to find."""
+def _draw_numbers(rng: np.random.Generator, steps: Sequence[str], max_number: int) -> tuple[int, ...]:
+  """Draw distinct numbers that give every step a positive whole result within bounds, different from all of them; () if none are found."""
   used = sorted({name for step in steps for name in step if name in 'abc'})
   for _ in range(200):
-    numbers = tuple(int(x) for x in rng.integers(2, largest + 1, len(used)))
+    numbers = tuple(int(x) for x in rng.integers(2, max_number + 1, len(used)))
     known, good = dict(zip(used, numbers, strict=True)), True
     for step in steps:
       left, operator, right = tuple(step)
       x, y = known[left], known[right]
       known['_'] = result = _OPERATORS[operator](x, y)
       factors = {'*': (x, y), '/': (y, result)}.get(operator, ())
-      good = good and 1 <= result <= largest and all(2 <= f <= _MOST_FACTOR for f in factors)
+      good = good and 1 <= result <= max_number and all(2 <= f <= _MAX_FACTOR for f in factors)
     if good and known['_'] not in numbers and len(set(numbers)) == len(numbers):
       return numbers
   return ()
@@ -247,42 +250,42 @@ def _sentence(text: str) -> str:
   return text[:1].upper() + text[1:]
 
 
-def make_prompts(config: SynthesizeConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
-  """Rows 0..rows-1 of prompts for reinforcement fine-tuning: what the policy is asked, the worked answer, and its number."""
-  problems = (make_problem(seed, 'prompts', split, i, config.max_number, config.two_steps) for i in range(rows))
+def make_prompts(config: SynthesizeConfig, seed: int, split: str, count: int) -> list[dict[str, Any]]:
+  """Make prompts 0..count-1 for reinforcement fine-tuning, each with the worked answer and its number."""
+  problems = (make_problem(seed, 'prompts', split, i, config.max_number, config.two_steps) for i in range(count))
   return [
-    {'prompt': _asked(p), 'reference': p.reference, 'answer': str(p.result), 'category': f'{len(p.equations)} step'} for p in problems
+    {'prompt': _prompt(p), 'reference': p.reference, 'answer': str(p.result), 'category': f'{len(p.equations)} step'} for p in problems
   ]
 
 
-def make_preferences(config: SynthesizeConfig, seed: int, split: str, rows: int) -> list[dict[str, Any]]:
-  """Rows 0..rows-1 of ranked answers to other problems: chosen is right and rejected is wrong, their wordings drawn from one law.
+def make_preferences(config: SynthesizeConfig, seed: int, split: str, count: int) -> list[dict[str, Any]]:
+  """Make ranked answers 0..count-1 to other problems: chosen is right, rejected is wrong, and both wordings have one distribution.
 
-  The category says how the rejected answer goes wrong.
+  The category is the kind of mistake in the rejected answer.
   """
-  made = []
-  for i in range(rows):
+  examples = []
+  for i in range(count):
     problem = make_problem(seed, 'preferences', split, i, config.max_number, config.two_steps)
     rng = np.random.default_rng([seed, *map(ord, 'wordings'), SPLITS.index(split), i])
     mistake, number, equation = _mistake(problem, rng)
     right, wrong = (_WORDINGS[int(rng.integers(len(_WORDINGS)))] for _ in range(2))
-    made.append(
+    examples.append(
       {
-        'prompt': _asked(problem),
+        'prompt': _prompt(problem),
         'reference': problem.reference,
         'chosen': right(problem, problem.result, problem.equations[-1]),
         'rejected': wrong(problem, number, equation),
         'category': mistake,
       }
     )
-  return made
+  return examples
 
 
-def _asked(problem: Problem) -> str:
+def _prompt(problem: Problem) -> str:
   return f'{problem.question} {INSTRUCTION}'
 
 
-# How an answer may be worded, right or wrong: (problem, number, last equation) -> text that ends in the number, or in what is counted.
+# Wordings of a right or wrong answer: (problem, number, last equation) -> text that ends in the number, or in what is counted.
 _WORDINGS: tuple[Callable[[Problem, int, str], str], ...] = (
   lambda p, x, equation: _sentence(f'{p.claim(x)}.'),
   lambda p, x, equation: _sentence(f'{p.claim(equation)}.'),
@@ -296,7 +299,7 @@ _WORDINGS: tuple[Callable[[Problem, int, str], str], ...] = (
 
 
 def _mistake(problem: Problem, rng: np.random.Generator) -> tuple[str, int, str]:
-  """(kind of mistake, wrong number, the last equation with it)."""
+  """Draw a mistake. Returns (kind, wrong number, last equation with that number)."""
   left, operator, right, _, result = problem.equations[-1].split()
   x, y, true = int(left), int(right), int(result)
   others = {f'{left} {o} {right}': f(x, y) for o, f in _OPERATORS.items() if o != operator}
@@ -314,17 +317,25 @@ def _mistake(problem: Problem, rng: np.random.Generator) -> tuple[str, int, str]
 
 
 def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
-  """Writes workdir/data/prompts/{train,test}.jsonl and workdir/data/preferences/{train,validation}.jsonl, unless they are there.
+  """Write workdir/data/prompts/{train,test}.jsonl and workdir/data/preferences/{train,validation}.jsonl.
+
+  Complete files made with the same settings are reused.
+
+  Args:
+    config: sizes and difficulty.
+    seed: seed of all random streams.
+    workdir: the files are written to its subfolder `data`.
+    log: called with progress messages.
 
   Returns:
-    rows of each file, and seconds.
+    The section `synthesize` of the report: examples of each file (`rows`), and seconds.
   """
   folder, started = workdir / 'data', time.perf_counter()
   settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {'seed': seed, 'format': _FORMAT}
-  known = _read(folder / _MARKER)
-  if known.get('settings') == settings:
+  previous = _read(folder / _MARKER)
+  if _current_names(previous.get('settings', {})) == settings:
     log(f'synthesize: reusing the complete data in {folder} (same settings)')
-    return known['result']
+    return previous['result']
   files = {
     'prompts/train': make_prompts(config, seed, 'train', config.train_examples),
     'prompts/test': make_prompts(config, seed, 'test', config.evaluation_examples),
@@ -332,13 +343,13 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
     'preferences/validation': make_preferences(config, seed, 'validation', config.preference_evaluation_examples),
   }
   (folder / _MARKER).unlink(missing_ok=True)
-  for name, rows in files.items():
-    _write(folder / f'{name}.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+  for name, examples in files.items():
+    paths.write_atomically(folder / f'{name}.jsonl', ''.join(json.dumps(example) + '\n' for example in examples))
   result: dict[str, dict[str, Any]] = {
-    'rows': {name: len(rows) for name, rows in files.items()},
+    'rows': {name: len(examples) for name, examples in files.items()},
     'seconds': {'all': time.perf_counter() - started},
   }
-  _write(folder / _MARKER, json.dumps({'settings': settings, 'result': result}))
+  paths.write_atomically(folder / _MARKER, json.dumps({'settings': settings, 'result': result}))
   log(f'synthesize: {sum(result["rows"].values()):,} word problems in {folder}')
   return result
 
@@ -346,15 +357,13 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
 _SETTINGS = ('max_number', 'two_steps', 'train_examples', 'evaluation_examples', 'preference_examples', 'preference_evaluation_examples')
 
 
+def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Return stored settings with the option names of earlier versions replaced by the current ones."""
+  return {current_name(f'synthesize.{name}').removeprefix('synthesize.'): value for name, value in settings.items()}
+
+
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
   try:
     return json.loads(path.read_text())
   except (FileNotFoundError, json.JSONDecodeError):
     return {}
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'{path.name}.partial')
-  partial.write_text(text)
-  os.replace(partial, path)

@@ -37,9 +37,9 @@ def changed(**changes):
   [
     (
       changed(tensors={**GOOD.tensors, 'b': ('1' * 64, '2' * 64), 'c': ('1', '3')}),
-      r"^here: tensor 'b' reads back differently from there \(2 such\)",
+      r"^here: tensor 'b' reads back differently from there \(2 tensors differ\)",
     ),
-    (changed(scores=([1.0, -2.5], [1.0, -2.25])), r'^here: scores differ by 0.25 from those of there; not kept$'),
+    (changed(scores=([1.0, -2.5], [1.0, -2.25])), r'^here: scores differ by 0.25 from those of there; output discarded$'),
     (changed(scores=([1.0, -2.5], [1.0, np.nan])), r'^here: scores differ by nan'),
     (changed(scores=([1.0, np.inf], [1.0, np.inf]), exact=False), r'^here: scores differ by nan'),
   ],
@@ -59,16 +59,16 @@ def test_what_is_the_same_passes():
 
 def test_it_is_shown_and_kept_whole(tmp_path):
   assert GOOD.lines() == [
-    'certificate: tensor, SHA-256 (its first 16 digits)',
+    'certificate: tensor, SHA-256 (first 16 digits)',
     '  a          0000000000000000',
     '  long.name  1212121212121212',
     'lm model of family llama, 1,234,567 parameters, stored as bfloat16, float32',
-    '2 of 2 tensors read back equal to the bit',
+    '2 of 2 tensors read back bit-identical',
     '2 fixed rows scored before and after: max |difference| 0',
   ]
   odd = changed(tensors={'a': ('0' * 64, '1' * 64)}, exact=False).lines()
   assert odd[1] == '  a  0000000000000000  read back as 1111111111111111'
-  assert odd[3] == '0 of 1 tensors read back equal to the bit, once cast to that type'
+  assert odd[3] == '0 of 1 tensors read back bit-identical after the cast to that dtype'
   GOOD.write(tmp_path)
   kept = json.loads((tmp_path / FILE).read_text())
   assert kept == json.loads(json.dumps(dataclasses.asdict(GOOD))) | {'max_difference': 0.0}

@@ -310,7 +310,7 @@ def test_the_certificate_is_printed(converted):
   text = '\n'.join(converted.log)
   for name, array in converted.source.tensors.items():
     assert len(re.findall(rf'^  {re.escape(name)} +{hashlib.sha256(array.tobytes()).hexdigest()[:16]}$', text, re.MULTILINE)) == 2
-  assert text.count(f'{len(converted.source.tensors)} of {len(converted.source.tensors)} tensors read back equal to the bit') == 2
+  assert text.count(f'{len(converted.source.tensors)} of {len(converted.source.tensors)} tensors read back bit-identical') == 2
   assert text.count('8 fixed rows scored before and after: max |difference| 0') == 2
 
 
@@ -415,21 +415,21 @@ ODD = {
   ),
   'extra': (only('model.layers.2.mlp.up_proj.weight', np.zeros((40, 36), F32)), r"tensor 'model.layers.2.mlp.up_proj.weight' is no part"),
   'a_bias': (only('model.layers.0.self_attn.q_proj.bias', np.zeros(36, F32)), r"tensor 'model.layers.0.self_attn.q_proj.bias' is no part"),
-  'a_head_more': (only('lm_head.weight', np.zeros((263, 36), F32)), r"tensor 'lm_head.weight' is no part of the model"),
+  'a_head_more': (only('lm_head.weight', np.zeros((263, 36), F32)), r"tensor 'lm_head.weight' does not belong to the model"),
   'shape': (
     only('model.norm.weight', np.ones(35, F32)),
-    r"safetensors: tensor 'model.norm.weight' has shape \(35,\); its config means \(36,\)",
+    r"safetensors: tensor 'model.norm.weight' has shape \(35,\), but its config implies \(36,\)",
   ),
-  'cut_short': (cut_short, r'model\.safetensors: is damaged, cut short'),
+  'cut_short': (cut_short, r'model\.safetensors: is damaged, truncated'),
   'nan': (
     with_value('model.layers.1.self_attn.k_proj.weight', np.nan),
-    r"safetensors: tensor 'model.layers.1.self_attn.k_proj.weight' holds NaN or inf",
+    r"safetensors: tensor 'model.layers.1.self_attn.k_proj.weight' contains NaN or inf",
   ),
-  'infinity': (with_value('model.embed_tokens.weight', np.inf), r"tensor 'model.embed_tokens.weight' holds NaN or infinity"),
-  'nan_in_the_head': (with_value('score.weight', np.nan), r"tensor 'score.weight' holds NaN or infinity"),
+  'infinity': (with_value('model.embed_tokens.weight', np.inf), r"tensor 'model.embed_tokens.weight' contains NaN or infinity"),
+  'nan_in_the_head': (with_value('score.weight', np.nan), r"tensor 'score.weight' contains NaN or infinity"),
   'mixed_layers': (
     edit_tensors(lambda t: t.update({n: a.astype(BF16) for n, a in t.items() if 'layers.1' in n})),
-    r"tensor 'model.layers.1.*' is stored as bfloat16, and other layers as float32; set convert.dtype",
+    r"tensor 'model.layers.1.*' is stored as bfloat16, but other layers as float32; set convert.dtype",
   ),
   'other_config': (edit_config(num_hidden_layers=3), r"tensor 'model.layers.2.self_attn.q_proj.weight' is missing \(and 8 more\)"),
   'other_family': (
@@ -472,7 +472,7 @@ def test_a_tied_head_must_be_the_embedding(make_folder, tmp_path):
 def test_a_bias_of_the_head_must_be_zero(make_folder, tmp_path):
   source = make_folder(CASES['llama_value'], tmp_path / 'source')
   with_value('score.bias', 0.5)(source)
-  refused(context_of(source.path, tmp_path / 'out'), r'safetensors: the tensor score.bias is \[0.5\]; heads have no bias here')
+  refused(context_of(source.path, tmp_path / 'out'), r"safetensors: tensor 'score.bias' is \[0.5\]; our heads have no bias")
   edit_tensors(lambda t: t.pop('score.bias'))(source)
   convert.convert(context_of(source.path, tmp_path / 'out'))
   assert 'score.bias' not in facts(tmp_path / 'out')['tensors']
@@ -558,7 +558,7 @@ def test_a_bit_that_changes_on_the_way_into_ours_is_found(small, tmp_path, monke
   save = checkpoint.save_params
   monkeypatch.setattr(checkpoint, 'save_params', lambda folder, params, settings: save(folder, flip(params, *path), settings))
   refused(
-    context_of(small.path, tmp_path / 'out'), r"out: tensor '(model|score)\..*' reads back differently from .*source \(1 such\); not kept"
+    context_of(small.path, tmp_path / 'out'), r"out: tensor '(model|score)\..*' reads back differently from .*source \(1 tensors differ\)"
   )
 
 
@@ -577,7 +577,7 @@ def test_a_bit_that_changes_on_the_way_to_hugging_face_is_found(small, tmp_path,
   monkeypatch.setattr(exporter, 'write_weights', write_wrongly)
   refused(
     context_of(tmp_path / 'ours', tmp_path / 'out'),
-    r"out: tensor 'model.embed_tokens.weight' reads back differently from .*ours \(1 such\); not kept",
+    r"out: tensor 'model.embed_tokens.weight' reads back differently from .*ours \(1 tensors differ\)",
   )
 
 
@@ -589,11 +589,11 @@ def test_a_setting_that_does_not_come_across_is_found(small, tmp_path, monkeypat
   with monkeypatch.context() as patch:
     changed = {f'model.{name}': value for name, value in setting.items()}
     patch.setattr(checkpoint, 'save_params', lambda folder, params, settings: saved(folder, params, settings | changed))
-    refused(context_of(small.path, tmp_path / 'out'), r'out: scores differ by .* from those of .*source; not kept')
+    refused(context_of(small.path, tmp_path / 'out'), r'out: scores differ by .* from those of .*source; output discarded')
   convert.convert(context_of(small.path, tmp_path / 'ours'))
   (tmp_path / 'ours/assets/config.json').unlink()  # which would be kept, were it there
   monkeypatch.setattr(config_json, 'to_json', lambda model, *args, **more: to_json(dataclasses.replace(model, **setting), *args, **more))
-  refused(context_of(tmp_path / 'ours', tmp_path / 'out'), r'out: scores differ by .* from those of .*ours; not kept')
+  refused(context_of(tmp_path / 'ours', tmp_path / 'out'), r'out: scores differ by .* from those of .*ours; output discarded')
 
 
 @pytest.mark.needs('torch')

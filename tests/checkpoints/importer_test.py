@@ -121,5 +121,5 @@ def test_a_tied_head_may_be_stored_in_a_language_model_only():
 def test_what_is_no_number_is_refused_on_any_device(name, value):
   tensors = random_bits(BF16)
   tensors[name].reshape(-1)[-1] = value
-  with pytest.raises(CheckpointFileError, match=rf"^folder/a.safetensors: tensor '{name}' holds NaN or infinity"):
+  with pytest.raises(CheckpointFileError, match=rf"^folder/a.safetensors: tensor '{name}' contains NaN or infinity"):
     importer.load(InMemory(tensors), STORED, abstract_on(mesh_of(2, 4, 1, 1)))

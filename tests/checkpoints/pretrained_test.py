@@ -230,7 +230,7 @@ def test_what_is_no_checkpoint(tmp_path):
   with pytest.raises(ConfigError, match=r'm.safetensors: a file must be a .gguf or a llama2.c .bin; for a Hugging Face .* the folder'):
     open_pretrained(tmp_path / 'm.safetensors')
   (tmp_path / 'pytorch_model.bin').write_bytes(b'PK\x03\x04' + bytes(100))
-  with pytest.raises(CheckpointFileError, match=r'pytorch_model.bin: is no llama2.c file'):
+  with pytest.raises(CheckpointFileError, match=r'pytorch_model.bin: is not a llama2.c file'):
     open_pretrained(tmp_path / 'pytorch_model.bin')
   for name in ('m.gguf', 'empty.gguf'):
     (tmp_path / name).write_bytes(b'GGUF' if name == 'm.gguf' else b'')

@@ -201,13 +201,13 @@ def test_gguf_ids_that_no_token_has_mean_none(tmp_path, none):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'pre': 'deepseek-coder'}, r"tokenizer\.ggml\.pre is 'deepseek-coder'; we read gpt-2, smollm, llama-bpe, qwen2"),
+    ({'pre': 'deepseek-coder'}, r"tokenizer\.ggml\.pre is 'deepseek-coder'; supported: gpt-2, smollm, llama-bpe, qwen2"),
     ({'pre': None}, r'tokenizer\.ggml\.pre is None'),
     ({'model': 'bert'}, r"tokenizer\.ggml\.model is 'bert'"),
     ({'token_type': [1]}, r'token_type has 1 entries for 264 tokens'),
     ({'tokens': None}, r'tokens is missing'),
     ({'tokens': ['a', 'a']}, 'names a token twice'),
-    ({'merges': ['a']}, "has 'a', which is not a pair"),
+    ({'merges': ['a']}, "has 'a', which is not a pair of tokens"),
     ({'model': 'llama', 'scores': [0.0] * 264}, 'one unknown token, not 0'),
   ],
 )
@@ -487,9 +487,9 @@ def test_merges_go_by_score_not_by_id(tmp_path):
 @pytest.mark.parametrize(
   ('model', 'message'),
   [
-    (small_model(LETTERS, remove_extra_whitespaces=True), 'changes characters or spaces'),
-    (small_model([*LETTERS, ('[U]', 0, 4)], add_dummy_prefix=True), 'user-defined pieces and puts a space'),
-    (small_model([*LETTERS, ('▁▁', 0, 4)]), "'▁▁' holds a space"),
+    (small_model(LETTERS, remove_extra_whitespaces=True), 'normalizes characters or spaces'),
+    (small_model([*LETTERS, ('[U]', 0, 4)], add_dummy_prefix=True), 'user-defined pieces and adds a space'),
+    (small_model([*LETTERS, ('▁▁', 0, 4)]), "'▁▁' contains a space"),
     (small_model([*LETTERS, ('ab', 0, 5)]), 'unused pieces'),
   ],
 )
@@ -505,7 +505,7 @@ def test_models_that_cannot_be_translated_exactly(tmp_path, model, message):
 
 
 def test_tokens_that_cannot_be_added(trained, tmp_path):
-  with pytest.raises(TokenizerError, match="has '<s>' as its token 1; it cannot be 7 too"):
+  with pytest.raises(TokenizerError, match="has '<s>' with id 1; it cannot have id 7 too"):
     tokenizer_files.write_for_transformers(trained, tmp_path, 'llama', {'<s>': 7})
   with pytest.raises(TokenizerError, match="the id 261 of '<new>' is that of the ordinary token"):
     tokenizer_files.write_for_transformers(trained, tmp_path, 'llama', {'<new>': 261})

@@ -63,7 +63,7 @@ def test_messages_are_refused_by_row_and_field(tmp_path):
 
 
 def test_missing_and_existing_folders_are_named(tmp_path, folder):
-  with pytest.raises(FileNotFoundError, match='found: none'):
+  with pytest.raises(types.UserError, match='found: none; name the folder'):
     tfds.open_triplets(tmp_path)
   with pytest.raises(ValueError, match='already contains'):
     tfds.write_triplets(folder, 'my_rows', {'train': make_rows(1)}, '', {})

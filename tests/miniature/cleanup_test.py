@@ -9,7 +9,7 @@ BOUNDS = cleanup.boundaries(PIECES)
 
 
 def slow_loop_length(row):
-  """The shortest prefix that ends one token into a fourth copy of some passage of up to eight tokens, less that token."""
+  """Return the length of the shortest prefix that is followed by a token of a fourth copy of some passage of up to eight tokens."""
   for end in range(1, len(row) + 1):
     for period in range(1, cleanup.MAX_PERIOD + 1):
       span = cleanup.LOOP_PERIODS * period + 1
@@ -19,7 +19,7 @@ def slow_loop_length(row):
   return len(row)
 
 
-def test_loops_against_the_slow_rule():
+def test_cut_loops_against_slow_rule():
   rng = np.random.default_rng(0)
   ids = rng.integers(1, 3, (300, 20))
   lengths = rng.integers(4, 21, 300)
@@ -30,7 +30,7 @@ def test_loops_against_the_slow_rule():
   assert (got < lengths).mean() > 0.3
 
 
-def test_padding_is_no_loop():
+def test_cut_loops_ignores_padding():
   ids = np.array([[1, 2, 3, 7, 4, 0, 0, 0, 0, 0, 0, 0]])
   assert cleanup.cut_loops(ids, np.array([5])).tolist() == [5]
 
@@ -39,20 +39,20 @@ def check_trim(row, expected):
   assert cleanup.trim_endings(np.array([row]), np.array([len(row)]), BOUNDS).tolist() == [expected]
 
 
-def test_the_last_sentence_wins_over_line_and_word():
+def test_trim_endings_prefers_sentence():
   check_trim([1, 2, 2, 1, 4, 3, 5, 6, 7], 5)
 
 
-def test_line_then_word():
+def test_trim_endings_line_then_word():
   check_trim([1, 2, 2, 1, 3, 5, 6, 7], 5)
   check_trim([1, 2, 2, 1, 3, 7, 7], 4)
 
 
-def test_no_cut_below_half():
+def test_trim_endings_keeps_at_least_half():
   check_trim([1, 4, 3, 1, 1, 1, 1, 1, 1, 1], 10)
 
 
-def test_a_finished_or_looping_trajectory_keeps_its_end():
+def test_clean_keeps_the_end_of_a_finished_trajectory():
   ids = np.array([[1, 2, 1, 7, 4, 3, 7], [1, 2, 1, 7, 4, 3, 7]])
   ended = np.array([True, False])
   assert cleanup.clean(ids, np.array([7, 7]), ended, BOUNDS).tolist() == [7, 5]

@@ -7,7 +7,7 @@ import pytest
 from polar_jax.miniature import corpora
 
 
-def test_four_ascii_corpora_within_their_cap(library):
+def test_load_corpora_four_of_ascii_within_their_limit(library):
   assert [c.name for c in library] == list(corpora.CORPUS_NAMES)
   for corpus in library:
     assert 200_000 < sum(map(len, corpus.documents)) <= corpora.MAX_CHARACTERS
@@ -15,7 +15,7 @@ def test_four_ascii_corpora_within_their_cap(library):
     assert len(set(corpus.documents)) == len(corpus.documents)
 
 
-def test_parts_are_disjoint_and_sized(library):
+def test_part_of_parts_are_disjoint_and_sized(library):
   for corpus in library:
     parts = {p: corpus.part(p) for p in corpora.PARTS}
     assert sum(map(len, parts.values())) == len(corpus.documents)
@@ -25,22 +25,22 @@ def test_parts_are_disjoint_and_sized(library):
   assert not everywhere['train'] & everywhere['prompts'] and not everywhere['train'] & everywhere['unseen']
 
 
-def test_source_is_parted_from_its_words():
+def test_split_source_separates_docstrings_comments_and_code():
   text = '"""Module words."""\n# a note\n# goes on\ndef f(x):\n  """What f\n  does."""\n  return "# not a note"  # aside\n'
-  found = corpora._split_source(text)
-  assert found['docstrings'] == ['Module words.', 'What f\ndoes.']
-  assert found['comments'] == ['a note\ngoes on', 'aside']
-  assert found['source'] == ['def f(x):\n\n  return "# not a note"']
+  pieces = corpora._split_source(text)
+  assert pieces['docstrings'] == ['Module words.', 'What f\ndoes.']
+  assert pieces['comments'] == ['a note\ngoes on', 'aside']
+  assert pieces['source'] == ['def f(x):\n\n  return "# not a note"']
 
 
-def test_no_package_dominates():
+def test_balanced_no_package_dominates():
   packages = {'big': ['x' * 90 + str(i) for i in range(100)], 'a': ['y' * 90], 'b': ['z' * 90 + str(i) for i in range(100)]}
   kept = corpora._balanced(packages, 2_000, 40)
   big, other = (sum(len(d) for d in kept if d[0] == letter) for letter in 'xz')
   assert sum(map(len, kept)) <= 2_000 and abs(big - other) < 100 and big > 500
 
 
-def test_a_stripped_python_is_named(monkeypatch):
+def test_load_corpora_names_what_this_python_lacks(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(corpora.CorpusError, match=r'pydoc_data\.topics'):
     corpora.load_corpora()

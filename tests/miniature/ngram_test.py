@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from polar_jax.miniature import ngram, ngram_index, policy, pool, vocabulary
+from polar_jax.miniature import ngram, ngram_index, pool, vocabulary
 
 VOCAB = 24
 
@@ -23,25 +23,37 @@ def make(index, order=3, **changes):
   return ngram.NgramPolicy(ngram.NgramParams(**values), index)
 
 
-def slow_law(p, history):
-  """The module's formula, by dictionaries and dense vectors."""
+def logprob(p, prefixes, trajectories):
+  """Return the natural-log probability of trajectory i after prefix i."""
+  return p.score(p.index.queries(prefixes, trajectories))
+
+
+def sample(p, prefix, count, *, temperature=1.0, top_p=1.0, top_k=None, max_tokens):
+  """Return `count` samples after a prefix."""
+  uniforms = np.random.default_rng(0).random((count, max_tokens))
+  ids, lengths, _ = p.sample_ids([prefix] * count, uniforms, temperature, min(top_p, p.params.top_p), top_k)
+  return [row[:n] for row, n in zip(ids, lengths, strict=True)]
+
+
+def slow_distribution(p, history):
+  """Evaluate the module's formula with dictionaries and dense vectors."""
   q, total = p.params, len(p.index.stream)
   begin = int(q.start * total)
   window = p.index.stream[begin : begin + round(q.fraction * total)].tolist()
-  law = np.full(VOCAB, 1 / VOCAB)
+  probs = np.full(VOCAB, 1 / VOCAB)
   for k in range(1, min(q.order, len(history) + 1) + 1):
     context = tuple(history[len(history) - k + 1 :])
     counts = collections.Counter(window[i] for i in range(k - 1, len(window)) if tuple(window[i - k + 1 : i]) == context)
     if counts:
       n = sum(counts.values())
       share = q.weights[k - 1] * n / (n + q.strength * len(counts))
-      law = (1 - share) * law + share * np.array([counts[v] / n for v in range(VOCAB)])
-  law = law ** (1 / q.temperature)
-  return law / law.sum()
+      probs = (1 - share) * probs + share * np.array([counts[v] / n for v in range(VOCAB)])
+  probs = probs ** (1 / q.temperature)
+  return probs / probs.sum()
 
 
 @pytest.mark.parametrize('order', [1, 2, 3, 4])
-def test_logprob_against_the_slow_law(index, order):
+def test_score_against_slow_distribution(index, order):
   p, rng = make(index, order), np.random.default_rng(order)
   prefixes = [index.stream[i : i + n] for i, n in ((30, 1), (100, 4), (300, 6))] + [np.zeros(0, int), np.array([23, 23, 23])]
   trajectories = [rng.integers(0, VOCAB, 9) for _ in prefixes]
@@ -49,51 +61,50 @@ def test_logprob_against_the_slow_law(index, order):
   for prefix, trajectory in zip(prefixes, trajectories, strict=True):
     history, total = list(prefix), 0.0
     for token in trajectory:
-      total += np.log(slow_law(p, history)[token])
+      total += np.log(slow_distribution(p, history)[token])
       history.append(token)
     expected.append(total)
-  got = p.logprob(prefixes, trajectories)
+  got = logprob(p, prefixes, trajectories)
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 1.3])
-def test_next_token_law_sums_to_one_and_is_finite(index, temperature):
+def test_token_logprobs_sum_to_one_and_are_finite(index, temperature):
   p = make(index, 4, temperature=temperature)
   for prefix in (index.stream[200:204], index.stream[580:583], np.array([0, 1, 3])):
-    logs = p.logprob([prefix] * VOCAB, [np.array([v]) for v in range(VOCAB)])
+    logs = logprob(p, [prefix] * VOCAB, [np.array([v]) for v in range(VOCAB)])
     assert np.isfinite(logs).all()
     assert np.exp(logs).sum() == pytest.approx(1, abs=1e-12)
 
 
-def first_token_law(p, prefix, samples, **options):
-  drawn = p.sample([prefix], samples, np.random.default_rng(0), max_tokens=4, **options)[0]
-  return np.bincount([t[0] for t in drawn], minlength=VOCAB) / samples
+def first_token_frequencies(p, prefix, count, **options):
+  return np.bincount([t[0] for t in sample(p, prefix, count, max_tokens=4, **options)], minlength=VOCAB) / count
 
 
 @pytest.mark.parametrize('order', [1, 2, 4])
 @pytest.mark.parametrize('options', [{}, {'top_p': 0.6}, {'top_k': 3}, {'temperature': 1.8, 'top_p': 0.8}])
-def test_samples_follow_the_truncated_law(index, order, options):
+def test_sample_ids_follow_the_truncated_distribution(index, order, options):
   p, prefix = make(index, order), index.stream[200:206]
-  law = slow_law(make(index, order, temperature=0.7 * options.get('temperature', 1.0)), list(prefix))
-  law[[0, 1, 2, 3, 4]] = 0  # special tokens are never sampled, and a document does not end at once
+  probs = slow_distribution(make(index, order, temperature=0.7 * options.get('temperature', 1.0)), list(prefix))
+  probs[[0, 1, 2, 3, 4]] = 0  # special tokens are never sampled, and a document does not end immediately
   if 'top_k' in options:
-    law[law < np.sort(law)[-options['top_k']]] = 0
-  above = np.array([law[law > x].sum() for x in law])
-  law[above >= options.get('top_p', 1.1) * law.sum()] = 0
-  got = first_token_law(p, prefix, 20_000, **options)
-  assert set(np.flatnonzero(got)) <= set(np.flatnonzero(law))
-  np.testing.assert_allclose(got, law / law.sum(), atol=0.017)
+    probs[probs < np.sort(probs)[-options['top_k']]] = 0
+  above = np.array([probs[probs > x].sum() for x in probs])
+  probs[above >= options.get('top_p', 1.1) * probs.sum()] = 0
+  got = first_token_frequencies(p, prefix, 20_000, **options)
+  assert set(np.flatnonzero(got)) <= set(np.flatnonzero(probs))
+  np.testing.assert_allclose(got, probs / probs.sum(), atol=0.017)
 
 
-def test_documents_end_but_not_early(index):
-  drawn = make(index, 2, temperature=1.3).sample([index.stream[:5]], 500, np.random.default_rng(0), max_tokens=30)[0]
+def test_sample_ids_end_documents_but_not_early(index):
+  drawn = sample(make(index, 2, temperature=1.3), index.stream[:5], 500, max_tokens=30)
   lengths = np.array([len(t) for t in drawn])
   assert lengths.min() >= 4 and lengths.max() == 30 and (lengths < 30).mean() > 0.3
   assert all(t.dtype == np.int32 and t.min() >= vocabulary.NUM_SPECIAL for t in drawn)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(index):
+def test_sample_ids_is_independent_of_other_prefixes(index):
   p, rng = make(index, 4), np.random.default_rng(5)
   prefixes = [index.stream[i : i + 5] for i in rng.integers(0, 500, 700)]
   uniforms = rng.random((700, 12))
@@ -103,25 +114,21 @@ def test_a_row_does_not_depend_on_its_neighbours(index):
   assert np.array_equal(ids[some], ids_some) and np.array_equal(lengths[some], lengths_some)
 
 
-def test_policies_satisfy_the_protocols(index):
-  assert isinstance(make(index), policy.ExactPolicy)
-
-
 @pytest.mark.parametrize(
   'changes, message', [({'weights': (0.9, 1.0, 0.7)}, 'strictly'), ({'order': 5}, 'order 5'), ({'corpus': 'y'}, "'y'")]
 )
-def test_bad_parameters_are_named(index, changes, message):
+def test_policy_refuses_bad_parameters(index, changes, message):
   with pytest.raises(ValueError, match=message):
     make(index, **changes)
 
 
-def test_too_cold_sampling_is_refused(index):
+def test_sample_ids_refuses_low_temperature(index):
   with pytest.raises(ValueError, match=r'temperature 0\.07'):
-    make(index).sample([index.stream[:5]], 1, np.random.default_rng(0), temperature=0.1)
+    sample(make(index), index.stream[:5], 1, temperature=0.1, max_tokens=4)
 
 
-def test_pool_logprobs_is_each_policys_own(index):
+def test_pool_logprobs_equal_those_of_each_policy(index):
   members = [make(index, k) for k in (1, 3, 4)]
   prefixes, trajectories = [index.stream[9:14], index.stream[40:42]], [index.stream[14:20], index.stream[50:59]]
   got = pool.pool_logprobs(members, prefixes, trajectories, workers=2)
-  np.testing.assert_allclose(got, [p.logprob(prefixes, trajectories) for p in members], rtol=0, atol=0)
+  np.testing.assert_allclose(got, [logprob(p, prefixes, trajectories) for p in members], rtol=0, atol=0)

@@ -13,20 +13,24 @@ def vocab(tmp_path_factory):
   return vocabulary.Vocabulary(path)
 
 
-def test_special_tokens_come_first(vocab):
+def decode(vocab, ids):
+  return ''.join(vocab.pieces[ids])
+
+
+def test_train_tokenizer_special_tokens_come_first(vocab):
   assert [vocab.tokenizer.token_to_id(t) for t in vocabulary.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
 
 
-def test_all_printable_ascii_survives_and_marks_are_text(vocab):
+def test_encode_documents_round_trip_of_ascii_and_quoted_special_tokens(vocab):
   for text in (vocabulary._ASCII, 'quoting <s>, </s> and <|reward|>', '  two  spaces\n\n'):
     ids = vocab.encode_documents([text])[0]
-    assert ids.min() >= vocabulary.NUM_SPECIAL and vocab.decode(ids) == text == vocab.tokenizer.decode(ids)
+    assert ids.min() >= vocabulary.NUM_SPECIAL and decode(vocab, ids) == text == vocab.tokenizer.decode(ids)
 
 
-def test_any_ids_decode_to_ascii(vocab):
+def test_pieces_of_any_ids_are_ascii(vocab):
   ids = np.random.default_rng(0).integers(0, vocab.size, 2_000)
-  assert vocab.decode(ids).isascii() and vocab.decode(ids) == vocab.tokenizer.decode(ids, skip_special_tokens=True)
+  assert decode(vocab, ids).isascii() and decode(vocab, ids) == vocab.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_stream_closes_every_document():
+def test_token_stream_ends_every_document():
   assert vocabulary.token_stream([np.array([7, 8]), np.array([9])]).tolist() == [7, 8, 2, 9, 2]

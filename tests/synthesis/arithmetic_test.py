@@ -34,8 +34,8 @@ def numbers(text):
   return [int(n) for n in re.findall(r'[0-9]+', text)]
 
 
-def test_python_works_out_the_same(problems):
-  """Every equation holds, each uses the question's numbers or the result before it, and the last gives the answer."""
+def test_make_problem_equations_hold(problems):
+  """Every equation is true, uses the question's numbers or earlier results, and the last one gives the answer."""
   for problem in problems['train']:
     known = set(problem.numbers)
     for equation in problem.equations:
@@ -48,7 +48,7 @@ def test_python_works_out_the_same(problems):
     assert problem.result not in problem.numbers  # copying a number from the question is never right
 
 
-def test_every_template_is_filled_in_and_asks_for_all_its_numbers(problems):
+def test_make_problem_fills_every_template_and_uses_all_numbers(problems):
   seen = set()
   for rows in problems.values():
     for problem in rows:
@@ -60,16 +60,16 @@ def test_every_template_is_filled_in_and_asks_for_all_its_numbers(problems):
   assert len({t.question for t in arithmetic.TEMPLATES}) == len(arithmetic.TEMPLATES)
 
 
-def test_no_split_holds_a_problem_of_another(problems):
+def test_split_of_splits_share_no_problem(problems):
   pairs = {s: {(p.template, p.numbers) for p in rows} for s, rows in problems.items()}
   texts = {s: {p.question for p in rows} for s, rows in problems.items()}
   for one, other in (('train', 'validation'), ('train', 'test'), ('validation', 'test')):
     assert not pairs[one] & pairs[other] and not texts[one] & texts[other]
   others = {(p.template, p.numbers) for p in (arithmetic.make_problem(6, 'preferences', 'train', i, 40, 0.4) for i in range(300))}
-  assert not others & pairs['test']  # nor do those that the reward model learns from, whatever the seed
+  assert not others & pairs['test']  # including those that the reward model learns from, whatever the seed
 
 
-def test_every_template_has_problems_in_every_split():
+def test_split_of_shares_of_every_template():
   pairs = [(a, b) for a in range(2, 60) for b in range(2, 60)]
   for template in range(len(arithmetic.TEMPLATES)):
     splits = [arithmetic.split_of(template, pair) for pair in pairs]
@@ -77,22 +77,22 @@ def test_every_template_has_problems_in_every_split():
     assert np.abs(np.array(shares) - [0.8, 0.1, 0.1]).max() < 0.04, template
 
 
-def test_a_problem_is_a_function_of_seed_stream_split_and_index(problems):
+def test_make_problem_is_a_function_of_seed_stream_split_and_index(problems):
   make = arithmetic.make_problem
   assert make(5, 'prompts', 'test', 7, 40, 0.4) == problems['test'][7]
   for other in (make(6, 'prompts', 'test', 7, 40, 0.4), make(5, 'preferences', 'test', 7, 40, 0.4), problems['train'][7]):
     assert other.question != problems['test'][7].question
 
 
-def test_difficulty(problems):
+def test_make_problem_difficulty(problems):
   share = np.mean([len(p.equations) == 2 for p in problems['train']])
   assert abs(share - 0.4) < 0.1
   assert {len(arithmetic.make_problem(0, 'x', 'train', i, 40, 0.0).equations) for i in range(40)} == {1}
-  small = [arithmetic.make_problem(0, 'x', s, i, 6, 0.5) for s in arithmetic.SPLITS for i in range(20)]  # the least that a config allows
+  small = [arithmetic.make_problem(0, 'x', s, i, 6, 0.5) for s in arithmetic.SPLITS for i in range(20)]  # the minimum that a config allows
   assert max(max(*p.numbers, p.result) for p in small) <= 6 < max(p.result for p in problems['train'])
 
 
-def test_chosen_is_right_and_rejected_wrong(preferences):
+def test_make_preferences_chosen_is_right_and_rejected_wrong(preferences):
   for row in preferences:
     assert rules.same_last_number(row['chosen'], row['reference']), row
     assert not rules.same_last_number(row['rejected'], row['reference']), row
@@ -100,7 +100,7 @@ def test_chosen_is_right_and_rejected_wrong(preferences):
   assert min(kinds.count(kind) for kind in set(kinds)) > 0.1 * len(kinds)
 
 
-def test_neither_length_nor_wording_tells_right_from_wrong(preferences):
+def test_make_preferences_length_and_wording_carry_no_information(preferences):
   lengths = np.array([(len(row['chosen']), len(row['rejected'])) for row in preferences], float)
   assert abs(np.mean(lengths[:, 0] > lengths[:, 1]) - np.mean(lengths[:, 0] < lengths[:, 1])) < 0.1
   shape = lambda text: re.sub('[0-9]+', '#', text.split('"')[0]).split()[:2]
@@ -110,15 +110,15 @@ def test_neither_length_nor_wording_tells_right_from_wrong(preferences):
     assert abs(ours - theirs) < 0.06, start
 
 
-def test_rules_that_learn_nothing_are_often_wrong(preferences):
-  """Right answers share their number with the reference, so counting shared words is better than chance: by this much, no more."""
+def test_make_preferences_limits_heuristic_baselines(preferences):
+  """Right answers share their number with the reference, so counting shared words beats chance, but only to this extent."""
   rows = [Triplet(**row) for row in preferences]
   accuracy = {name: float(correct.mean()) for name, correct in baselines.heuristic_correct(rows).items()}
   assert abs(accuracy['length'] - 0.5) < 0.06
   assert 0.6 < accuracy['words'] < 0.72 and accuracy['overlap_3'] < 0.82
 
 
-def test_files_are_read_as_rows_and_reused_only_for_the_same_settings(tmp_path):
+def test_synthesize_files_are_readable_and_reused_for_the_same_settings(tmp_path):
   lines: list[str] = []
   first = arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append)
   assert first['rows'] == {'prompts/train': 40, 'prompts/test': 12, 'preferences/train': 24, 'preferences/validation': 8}
@@ -130,10 +130,27 @@ def test_files_are_read_as_rows_and_reused_only_for_the_same_settings(tmp_path):
 
   assert arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append) == first and 'reusing' in lines[-1]
   marker = tmp_path / 'data' / 'arithmetic.json'
-  marker.unlink()  # as after a kill: made again, and the same
+  marker.unlink()  # as after a kill: the same files are written again
   arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append)
   assert 'reusing' not in lines[-1] and json.loads(marker.read_text())['result']['rows'] == first['rows']
   assert {name: (tmp_path / 'data' / f'{name}.jsonl').read_text() for name in read} == read
   more = dataclasses.replace(CONFIG, evaluation_examples=15)
   assert arithmetic.synthesize(more, 3, tmp_path, lines.append)['rows']['prompts/test'] == 15
-  assert (tmp_path / 'data' / 'prompts' / 'test.jsonl').read_text().startswith(read['prompts/test'])  # rows do not depend on their number
+  assert (
+    (tmp_path / 'data' / 'prompts' / 'test.jsonl').read_text().startswith(read['prompts/test'])
+  )  # examples do not depend on their number
+
+
+def test_synthesize_reuses_data_of_earlier_versions(tmp_path):
+  """Their marker has the earlier names of the options."""
+  first = arithmetic.synthesize(CONFIG, 3, tmp_path, lambda line: None)
+  marker = tmp_path / 'data' / 'arithmetic.json'
+  stored = json.loads(marker.read_text())
+  for old, new in (('largest', 'max_number'), ('train_rows', 'train_examples'), ('preference_rows', 'preference_examples')):
+    stored['settings'][old] = stored['settings'].pop(new)
+  marker.write_text(json.dumps(stored))
+  lines: list[str] = []
+  assert arithmetic.synthesize(CONFIG, 3, tmp_path, lines.append) == first and 'reusing' in lines[0]
+  lines.clear()
+  arithmetic.synthesize(dataclasses.replace(CONFIG, max_number=13), 3, tmp_path, lines.append)
+  assert 'reusing' not in lines[0]

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture, read with the `gguf` package: its header reader and its dequantisation."""
+"""GGUF files of the Llama architecture, read with the `gguf` package: its header reader and its dequantization."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ROPE_FACTORS = 'rope_freqs.weight'
 _PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 _FLOAT32 = np.dtype(np.float32)
 
-# Each of these, unless 0, means another computation than our decoder's.
+# Keys that, unless 0, ask for something our decoder does not compute.
 _REFUSED = (
   'split.count',
   'llama.expert_count',
@@ -58,16 +58,16 @@ _REFUSED = (
   'llama.residual_scale',
   'llama.embedding_scale',
 )
-_CHUNK = 2**22  # values dequantised at a time: the package's temporaries are several times the result
+_CHUNK = 2**22  # values dequantized at a time: the package's temporaries are several times the result
 
-# What llama.cpp's converter assumes of Llama 3, and all of Meta's releases have. It writes the factors that follow from them.
+# Constants that llama.cpp's converter assumes for Llama 3, as in all of Meta's releases. It writes the factors computed from them.
 _LLAMA3: dict[str, Any] = {'rope_low_freq_factor': 1.0, 'rope_high_freq_factor': 4.0, 'rope_original_length': 8_192}
 
 
 class GgufSource(LazyTensors):
-  """A TensorSource under Hugging Face's llama names, with the shape of its model and the file's metadata.
+  """A TensorSource with Hugging Face's llama names, the shape of its model and the file's metadata.
 
-  Quantised tensors come as float32; float32, float16 and bfloat16 ones as they are.
+  Quantized tensors are read as float32; float32, float16 and bfloat16 ones unchanged.
   """
 
   def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry], model: ModelConfig, metadata: Mapping[str, Any]):
@@ -76,20 +76,20 @@ class GgufSource(LazyTensors):
     self._metadata = dict(metadata)
 
   def metadata(self) -> dict[str, Any]:
-    """All fields by their GGUF name, lists of the tokenizer included, as plain Python values."""
+    """Return all fields by GGUF name, including the lists of the tokenizer, as plain Python values."""
     return dict(self._metadata)
 
 
 def open_gguf(path: str | pathlib.Path) -> GgufSource:
-  """Opens a GGUF file. Query and key rows come in our order of rotary dimensions.
+  """Open a GGUF file. Query and key projections are reordered to our order of rotary dimensions.
 
   Raises:
-    CheckpointFileError: damaged, not of the Llama architecture, or with something that our decoder does not compute.
+    CheckpointFileError: the file is damaged, has another architecture, or needs something our decoder does not compute.
     UserError: the package gguf is not installed.
   """
   file = pathlib.Path(path)
   header = _read_header(file)
-  # Whole-file views live in the reader: nothing but plain values goes on from here.
+  # The reader maps the whole file, so only plain values are kept from here on.
   metadata = {name: _plain(file, name, field) for name, field in header.fields.items()}
   if header.byte_order != 'I':
     raise CheckpointFileError(f'{file}: is a big-endian GGUF; convert it to this machine with gguf-convert-endian')
@@ -121,7 +121,7 @@ def _read_header(file: pathlib.Path) -> Any:
     raise damaged(file, f'begins with {magic!r}, not GGUF')
   try:
     return gguf.GGUFReader(file)
-  except (ValueError, LookupError, OverflowError, MemoryError) as error:  # its views of a cut file are shorter than they should be
+  except (ValueError, LookupError, OverflowError, MemoryError) as error:  # its views of a truncated file are too short
     raise damaged(file, error) from error
 
 
@@ -137,33 +137,33 @@ def _hugging_face_name(file: pathlib.Path, name: str) -> str:
     return _OUTER[name]
   part = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
   if part is None or part[2] not in _OF_LAYER:
-    raise CheckpointFileError(f'{file}: tensor {name!r} is no part of the Llama decoder that is supported (no biases, no experts)')
+    raise CheckpointFileError(f'{file}: tensor {name!r} does not belong to the supported Llama decoder (no biases, no experts)')
   return f'model.layers.{int(part[1])}.{_OF_LAYER[part[2]]}.weight'
 
 
 def _entry(file: pathlib.Path, tensor: Any, shape: tuple[int, ...], heads: int = 0, head_dim: int = 0) -> Entry:
-  """A tensor to be read; with `heads`, rows to be reordered."""
+  """Return the entry of a tensor; with `heads` > 0, a query or key projection to be reordered."""
   kind = tensor.tensor_type
   dtype = _PLAIN.get(kind.name, _FLOAT32)
   if kind.name not in _PLAIN:
     gguf = _package()
-    try:  # the package does not tell what it can dequantise, so it is tried on one block
+    try:  # the package has no list of what it can dequantize, so try one block
       gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError as error:
       raise CheckpointFileError(f'{file}: tensor {tensor.name!r} is stored as {kind.name}, which the package gguf cannot read') from error
   if heads and (len(shape) != 2 or shape[0] != heads * head_dim):
-    raise CheckpointFileError(f'{file}: tensor {tensor.name!r} has shape {shape}; {heads} heads of {head_dim} were expected')
+    raise CheckpointFileError(f'{file}: tensor {tensor.name!r} has shape {shape}, expected {heads} heads of {head_dim}')
   return Entry(TensorInfo(shape, dtype, file), functools.partial(_read, file, int(tensor.data_offset), kind, shape, heads))
 
 
 def _read(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...], heads: int) -> np.ndarray:
   dtype = _PLAIN.get(kind.name)
-  array = read_array(file, offset, dtype, shape) if dtype else _dequantise(file, offset, kind, shape)
+  array = read_array(file, offset, dtype, shape) if dtype else _dequantize(file, offset, kind, shape)
   return halves_from_pairs(array, heads) if heads else array
 
 
-def _dequantise(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
-  """Whole rows at a time; quantisation blocks lie within rows."""
+def _dequantize(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+  """Read and dequantize a tensor, some matrix rows at a time; quantization blocks do not cross rows."""
   gguf = _package()
   block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
   row_bytes = shape[-1] // block_values * block_bytes
@@ -181,10 +181,10 @@ def _dequantise(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ..
 
 
 def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-  """The model that the metadata describes, without what the tensor of rope factors adds."""
+  """Return the model that the metadata describes, without the scaling in the tensor of rope factors."""
   architecture = metadata.get('general.architecture')
   if architecture != 'llama':
-    raise CheckpointFileError(f'{file}: is of the architecture {architecture!r}; only llama can be read from GGUF')
+    raise CheckpointFileError(f'{file}: has architecture {architecture!r}; only llama can be read from GGUF')
   for key in _REFUSED:
     if metadata.get(key):
       raise CheckpointFileError(f'{file}: {key} is {metadata[key]}, which is not supported')
@@ -196,7 +196,7 @@ def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str,
   head_dim = number('attention.key_length', width // heads)
   for key in ('rope.dimension_count', 'attention.value_length'):
     if number(key, head_dim) != head_dim:
-      raise CheckpointFileError(f'{file}: llama.{key} is {number(key)}, and the head dimension {head_dim}; they must be the same')
+      raise CheckpointFileError(f'{file}: llama.{key} is {number(key)}, but the head dimension is {head_dim}; they must be equal')
   kv_heads = number('attention.head_count_kv', heads)
   if heads % kv_heads or head_dim % 2:
     raise CheckpointFileError(f'{file}: {heads} heads of dimension {head_dim} with {kv_heads} key/value heads are not possible')
@@ -220,20 +220,20 @@ def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str,
 
 
 def _number(file: pathlib.Path, metadata: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
-  """A positive number of the metadata."""
+  """Return a positive number from the metadata."""
   value = metadata.get(f'llama.{key}', default)
   if type(value) not in (int, kind) or not 0 < value < math.inf:
-    raise CheckpointFileError(f'{file}: llama.{key} is {value!r}; one positive {kind.__name__} was expected')
+    raise CheckpointFileError(f'{file}: llama.{key} is {value!r}, expected one positive {kind.__name__}')
   return value
 
 
 def _shortest(value: float) -> float:
-  """The shortest decimal that is the same float32: GGUF stores 1e-5 as float32, which Python reads as 9.999999747378752e-06."""
+  """Return the shortest decimal that is the same float32: GGUF stores 1e-5 as float32, which Python reads as 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
 def _linear_scaling(file: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-  """Settings of rope scaling by keys, of which `scale_linear` is the old one."""
+  """Return our settings for linear rope scaling; `scale_linear` is an older key."""
   factor = metadata.get('llama.rope.scaling.factor', metadata.get('llama.rope.scale_linear', 1.0))
   kind = metadata.get('llama.rope.scaling.type', 'linear')
   if kind == 'none' or (kind == 'linear' and factor in (0, 1)):
@@ -244,22 +244,24 @@ def _linear_scaling(file: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str
 
 
 def _with_rope_factors(file: pathlib.Path, model: ModelConfig, factors_h: np.ndarray) -> ModelConfig:
-  """Llama 3's scaling from the divisors of the frequencies.
+  """Return the model with Llama 3's scaling, inferred from the divisors of the frequencies.
 
-  The file does not say what they were made from: the largest is the factor, the rest are Llama 3's constants, and the divisors
-  that these give must be the stored ones.
+  The file does not store the parameters: the largest divisor is the factor, the others are assumed to be Llama 3's constants, and the
+  divisors computed from them must equal the stored ones.
   """
   factor = float(factors_h.max())
   wanted_h = _llama3_divisors(model, factor)
   if model.rope_scaling != 'none' or factors_h.shape != wanted_h.shape or not np.allclose(factors_h, wanted_h, rtol=1e-4, atol=0):
-    raise CheckpointFileError(f'{file}: {_ROPE_FACTORS!r} scales rotary embeddings in another way than Llama 3, which is not supported')
+    raise CheckpointFileError(
+      f'{file}: {_ROPE_FACTORS!r} does not scale rotary embeddings as Llama 3 does; other scalings are not supported'
+    )
   if factor == 1:
     return model
   return dataclasses.replace(model, rope_scaling='llama3', rope_factor=_shortest(factor), **_LLAMA3)
 
 
 def _llama3_divisors(model: ModelConfig, factor: float) -> np.ndarray:
-  """(H / 2,): 1 for short wave lengths, `factor` for long ones, and between them the inverse of a blend of 1 and 1 / factor."""
+  """Return (H / 2,): 1 for short wavelengths, `factor` for long ones, and between them the inverse of a blend of 1 and 1 / factor."""
   wave_length_h = 2 * math.pi * model.rope_theta ** (np.arange(0, model.head_dim, 2) / model.head_dim)
   turns_h = _LLAMA3['rope_original_length'] / wave_length_h
   low, high = _LLAMA3['rope_low_freq_factor'], _LLAMA3['rope_high_freq_factor']

@@ -1,4 +1,4 @@
-"""Flat files of llama2.c (github.com/karpathy/llama2.c, `legacy` export): seven int32, then float32 weights in a fixed order."""
+"""Weight files of llama2.c (github.com/karpathy/llama2.c, `legacy` export): seven int32, then float32 weights in a fixed order."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from polar_jax.config import ModelConfig
 
 _HEADER = struct.Struct('<7i')
 _FLOAT32 = np.dtype(np.float32)
-_MAGIC = int.from_bytes(b'24ka', 'little')  # 'ak42' of later versions, which have another header
+_MAGIC = int.from_bytes(b'24ka', 'little')  # 'ak42', the magic number of later versions, which have another header
 
 
 class Llama2cSource(LazyTensors):
-  """A TensorSource under Hugging Face's llama names, with the shape of its model."""
+  """A TensorSource with Hugging Face's llama names, and the shape of its model."""
 
   def __init__(self, path: pathlib.Path, entries: dict[str, Entry], model: ModelConfig):
     super().__init__(path, entries)
@@ -34,10 +34,10 @@ class Llama2cSource(LazyTensors):
 
 
 def open_llama2c(path: str | pathlib.Path) -> Llama2cSource:
-  """Opens a llama2.c .bin file. Query and key rows come in our order of rotary dimensions.
+  """Open a llama2.c .bin file. Query and key projections are reordered to our order of rotary dimensions.
 
   Raises:
-    CheckpointFileError: the header is no such header, or the file does not have the size that it implies.
+    CheckpointFileError: the header is invalid, or the file does not have the size that it implies.
   """
   file = pathlib.Path(path)
   model = _model(file, first_bytes(file, _HEADER.size))
@@ -50,18 +50,20 @@ def open_llama2c(path: str | pathlib.Path) -> Llama2cSource:
     offset += math.prod(shape) * _FLOAT32.itemsize
   size = file.stat().st_size
   if size != offset:
-    raise CheckpointFileError(f'{file}: has {size} bytes, but its header means {offset} bytes; it is cut short or no llama2.c file')
+    raise CheckpointFileError(f'{file}: has {size} bytes, but its header implies {offset}; it is truncated or not a llama2.c file')
   return Llama2cSource(file, entries, model)
 
 
 def _model(file: pathlib.Path, header: bytes) -> ModelConfig:
   if len(header) < _HEADER.size:
-    raise CheckpointFileError(f'{file}: has {len(header)} bytes, fewer than the {_HEADER.size} of a llama2.c header')
+    raise CheckpointFileError(f'{file}: has {len(header)} bytes, fewer than the {_HEADER.size} of a llama2.c header; name a llama2.c file')
   width, d_ff, layers, heads, kv_heads, vocab, length = fields = _HEADER.unpack(header)
   if width == _MAGIC:
     raise CheckpointFileError(f"{file}: is a llama2.c file of version 1 or later; export it with llama2.c's `--version 0`")
   if min(width, d_ff, layers, heads, kv_heads, abs(vocab), length) < 1 or width % (2 * heads) or heads % kv_heads:
-    raise CheckpointFileError(f'{file}: is no llama2.c file: its header (dim, hidden, layers, heads, kv heads, vocab, seq) reads {fields}')
+    raise CheckpointFileError(
+      f'{file}: is not a llama2.c file: its header (dim, hidden, layers, heads, kv heads, vocab, seq) reads {fields}'
+    )
   return ModelConfig(
     family='llama',
     vocab_size=abs(vocab),
@@ -74,12 +76,12 @@ def _model(file: pathlib.Path, header: bytes) -> ModelConfig:
     rope_theta=10_000.0,  # this and the epsilon are constants of llama2.c
     norm_eps=1e-5,
     max_position=length,
-    tie_embeddings=vocab > 0,  # a negative vocabulary means an output matrix of its own
+    tie_embeddings=vocab > 0,  # a negative vocabulary size means a separate output matrix
   )
 
 
 def _tensors(m: ModelConfig) -> list[tuple[str, tuple[int, ...], int]]:
-  """(name, shape, heads of rows to reorder or 0) in the order of the file; an empty name is skipped."""
+  """Return (name, shape, number of heads to reorder or 0) in the order of the file; tensors without a name are skipped."""
   assert m.vocab_size is not None
   q_rows, kv_rows = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
   tensors: list[tuple[str, tuple[int, ...], int]] = [('model.embed_tokens.weight', (m.vocab_size, m.d_model), 0)]
@@ -97,7 +99,7 @@ def _tensors(m: ModelConfig) -> list[tuple[str, tuple[int, ...], int]]:
   for part, shape, heads in per_layer:
     tensors += [(f'model.layers.{layer}.{part}.weight', shape, heads) for layer in range(m.num_layers)]
   tensors.append(('model.norm.weight', (m.d_model,), 0))
-  tensors.append(('', (2, m.max_position, m.head_dim // 2), 0))  # cosines and sines, which we compute
+  tensors.append(('', (2, m.max_position, m.head_dim // 2), 0))  # cosines and sines, which we compute ourselves
   if not m.tie_embeddings:
     tensors.append(('lm_head.weight', (m.vocab_size, m.d_model), 0))
   return tensors

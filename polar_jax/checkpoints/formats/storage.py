@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint on disk, read and written one at a time, so that a model larger than the host's memory can pass through."""
+"""Tensors of a checkpoint on disk, read and written one at a time, so that a model may be larger than host memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CheckpointFileError(UserError):
 
 
 class TensorInfo(NamedTuple):
-  """What a header says of a tensor."""
+  """A tensor as described by the header of its file."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -33,46 +33,48 @@ class TensorInfo(NamedTuple):
 
 
 class TensorSource(Protocol):
-  """A checkpoint on disk. Headers are read when it is opened, a tensor's bytes when it is asked for."""
+  """A checkpoint on disk. Headers are read when it is opened, the bytes of a tensor on request."""
 
   path: pathlib.Path
 
   def tensors(self) -> Mapping[str, TensorInfo]:
-    """By Hugging Face name."""
+    """Return all tensors by Hugging Face name."""
 
   def read(self, name: str) -> np.ndarray:
-    """One tensor in its stored dtype. The array owns its memory, and nothing of it is kept."""
+    """Return one tensor in its stored dtype. The array owns its memory; the source keeps no reference."""
 
 
 class Entry(NamedTuple):
-  """A tensor that is not read yet."""
+  """A tensor that has not been read yet."""
 
   info: TensorInfo
   read: Callable[[], np.ndarray]
 
 
 class LazyTensors:
-  """The `TensorSource` of every file format: a name leads to a function that reads the tensor."""
+  """The `TensorSource` of every file format: it maps a name to a function that reads the tensor."""
 
   def __init__(self, path: pathlib.Path, entries: Mapping[str, Entry]):
     self.path = path
     self._entries = dict(entries)
 
   def tensors(self) -> Mapping[str, TensorInfo]:
+    """Return all tensors by Hugging Face name."""
     return {name: entry.info for name, entry in self._entries.items()}
 
   def read(self, name: str) -> np.ndarray:
-    """
+    """Return one tensor in its stored dtype.
+
     Raises:
-      CheckpointFileError: there is no such tensor, or its file changed since it was opened.
+      CheckpointFileError: there is no such tensor, or its file changed after it was opened.
     """
     if name not in self._entries:
-      raise CheckpointFileError(f'{self.path}: holds no tensor {name!r}')
+      raise CheckpointFileError(f'{self.path}: has no tensor {name!r}')
     return self._entries[name].read()
 
 
 def first_bytes(file: pathlib.Path, count: int) -> bytes:
-  """At most `count` bytes from the start of a file.
+  """Return at most `count` bytes from the start of a file.
 
   Raises:
     CheckpointFileError: the file cannot be opened.
@@ -85,7 +87,7 @@ def first_bytes(file: pathlib.Path, count: int) -> bytes:
 
 
 def damaged(file: pathlib.Path, error: Exception | str) -> CheckpointFileError:
-  """The error for a file that its format's reader refuses: cut short, most often, or no weights at all."""
+  """Return the error for a file that the reader of its format rejects, usually because it is truncated or contains no weights."""
   start = first_bytes(file, 64)
   if not start:
     return CheckpointFileError(f'{file}: is empty; download it again')
@@ -93,11 +95,17 @@ def damaged(file: pathlib.Path, error: Exception | str) -> CheckpointFileError:
     return CheckpointFileError(f'{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder')
   reason = (str(error) or type(error).__name__).splitlines()[0]
   size = file.stat().st_size
-  return CheckpointFileError(f'{file}: is damaged, cut short or of another format ({size} bytes; {reason}); download it again')
+  return CheckpointFileError(f'{file}: is damaged, truncated or in another format ({size} bytes; {reason}); download it again')
 
 
 def read_array(file: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-  """The array whose bytes begin at `offset`, read into memory of its own.
+  """Read the array whose bytes begin at `offset`.
+
+  Args:
+    file: the file.
+    offset: in bytes.
+    dtype: of the array.
+    shape: of the array.
 
   Raises:
     CheckpointFileError: the file ends before the array does.
@@ -110,15 +118,15 @@ def read_array(file: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[in
   except OSError as error:
     raise CheckpointFileError(f'{file}: cannot be read ({error.strerror})') from error
   if got != array.nbytes:
-    raise damaged(file, f'{array.nbytes} bytes expected at {offset}, {got} found')
+    raise damaged(file, f'expected {array.nbytes} bytes at {offset}, got {got}')
   return array
 
 
 def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of a query or key projection, (heads * H, D), from llama.cpp's and llama2.c's order of rotary dimensions to ours.
+  """Reorder a query or key projection, (heads * H, D), from llama.cpp's and llama2.c's order of rotary dimensions to ours.
 
-  They rotate dimension 2i against 2i + 1, we rotate i against i + H / 2. The same permutation of queries and keys leaves
-  attention scores as they are.
+  They rotate dimension 2i against 2i + 1, we rotate i against i + H / 2. The same permutation of queries and keys leaves attention
+  scores unchanged.
   """
   rows, width = weight.shape
   return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
@@ -128,7 +136,7 @@ def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 class Layout(NamedTuple):
-  """How weights of a format lie in a folder, and what reads a file's header."""
+  """File names of a format's weights in a folder, and the function that reads the header of a file."""
 
   single_name: str
   index_name: str
@@ -137,19 +145,19 @@ class Layout(NamedTuple):
 
 
 def open_folder(path: str | pathlib.Path) -> TensorSource:
-  """The weights of a Hugging Face folder: safetensors where there are any, otherwise pytorch_model*.bin (extra `torch`).
+  """Open the weights of a Hugging Face folder: safetensors if there are any, otherwise pytorch_model*.bin (extra `torch`).
 
   Raises:
-    CheckpointFileError: there are no weights, files or tensors are missing, double, damaged or of another dtype than float32,
+    CheckpointFileError: there are no weights; or files or tensors are missing, duplicated, damaged, or have a dtype other than float32,
       float16 and bfloat16.
-    UserError: .bin files without torch installed.
+    UserError: there are only .bin files and torch is not installed.
   """
   from polar_jax.checkpoints.formats import torch_files
 
   folder = pathlib.Path(path)
   if not folder.is_dir():
     what = 'is a file' if folder.exists() else 'does not exist'
-    raise CheckpointFileError(f'{folder}: {what}; give the folder of a Hugging Face checkpoint')
+    raise CheckpointFileError(f'{folder}: {what}; name the folder of a Hugging Face checkpoint')
   for layout in (
     Layout('model.safetensors', 'model.safetensors.index.json', '*.safetensors', safetensors_entries),
     Layout('pytorch_model.bin', 'pytorch_model.bin.index.json', 'pytorch_model*.bin', torch_files.TorchFiles().entries),
@@ -157,22 +165,22 @@ def open_folder(path: str | pathlib.Path) -> TensorSource:
     files, tensor_files = _find_files(folder, layout)
     if files:
       return LazyTensors(folder, _gather(files, layout, tensor_files, folder / layout.index_name))
-  held = sorted(p.name for p in folder.iterdir())
-  listed = ', '.join(held[:10]) + (f' and {len(held) - 10} more' if len(held) > 10 else '')
-  raise CheckpointFileError(f'{folder}: holds no weights (*.safetensors or pytorch_model*.bin), only: {listed or "nothing"}')
+  content = sorted(p.name for p in folder.iterdir())
+  listed = ', '.join(content[:10]) + (f' and {len(content) - 10} more' if len(content) > 10 else '')
+  raise CheckpointFileError(f'{folder}: contains no weights (*.safetensors or pytorch_model*.bin), only: {listed or "nothing"}')
 
 
 def _find_files(folder: pathlib.Path, layout: Layout) -> tuple[list[pathlib.Path], dict[str, str]]:
-  """(files with weights, the index's file name of each tensor); both are empty if the folder has none of this layout."""
+  """Return (files with weights, {tensor: file name} from the index); both are empty if the folder has no weights of this format."""
   single, index = folder / layout.single_name, folder / layout.index_name
   if index.is_symlink() or index.exists():
     tensor_files = _read_index(index)
     if single.exists() and layout.single_name not in tensor_files.values():
-      raise CheckpointFileError(f'{folder}: holds both {single.name} and {index.name}, which does not name it; remove one of them')
+      raise CheckpointFileError(f'{folder}: contains both {single.name} and {index.name}, which does not name it; remove one of them')
     names = sorted(set(tensor_files.values()))
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
-      raise CheckpointFileError(f'{index}: names files that are not there: {", ".join(absent)}; download them')
+      raise CheckpointFileError(f'{index}: names missing files: {", ".join(absent)}; download them')
     return [folder / name for name in names], tensor_files
   if single.is_symlink() or single.exists():
     return [single], {}
@@ -180,11 +188,12 @@ def _find_files(folder: pathlib.Path, layout: Layout) -> tuple[list[pathlib.Path
   for file in files:
     part = re.fullmatch(r'(.*)-(\d+)-of-(\d+)(\.\w+)', file.name)
     if part and int(part[3]) != sum(f.name.startswith(f'{part[1]}-') and f.name.endswith(f'-of-{part[3]}{part[4]}') for f in files):
-      raise CheckpointFileError(f'{file}: is one of {int(part[3])} files, and not all of them are there; download the others')
+      raise CheckpointFileError(f'{file}: is one of {int(part[3])} files, and some of them are missing; download the others')
   return files, {}
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
+  """Return {tensor: file name} of an index file."""
   try:
     content = json.loads(index.read_text(encoding='utf-8'))
     tensor_files = content['weight_map']
@@ -192,27 +201,31 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   except OSError as error:
     raise CheckpointFileError(f'{index}: cannot be read ({error.strerror})') from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise CheckpointFileError(f'{index}: is no index: a JSON object whose `weight_map` gives the file of each tensor') from error
+    raise CheckpointFileError(
+      f'{index}: is not an index (a JSON object whose `weight_map` maps each tensor to its file); download it again'
+    ) from error
   if not tensor_files or not plain:  # a path could lead out of the folder
-    raise CheckpointFileError(f'{index}: `weight_map` must give for each tensor the name of a file of this folder')
+    raise CheckpointFileError(f'{index}: `weight_map` must map each tensor to the name of a file in this folder')
   return tensor_files
 
 
 def _gather(files: list[pathlib.Path], layout: Layout, tensor_files: dict[str, str], index: pathlib.Path) -> dict[str, Entry]:
-  """The tensors of all files.
+  """Return the tensors of all files.
 
-  An index must be right about what it names. Tensors that it leaves out count too: they are weights of the same checkpoint.
+  Tensors in the index must exist. Tensors that it does not list are included, because they belong to the same checkpoint.
   """
   gathered: dict[str, Entry] = {}
   for file in files:
     entries = layout.entries(file)
     for name, entry in entries.items():
       if name in gathered:
-        raise CheckpointFileError(f'{file}: holds tensor {name!r}, and so does {gathered[name].info.file.name}; remove one of them')
+        raise CheckpointFileError(f'{file}: contains tensor {name!r}, and so does {gathered[name].info.file.name}; remove one of them')
       gathered[name] = entry
     lacking = [name for name, holder in tensor_files.items() if holder == file.name and name not in entries]
     if lacking:
-      raise CheckpointFileError(f'{file}: lacks tensor {lacking[0]!r}, which {index.name} places there ({len(lacking)} such)')
+      raise CheckpointFileError(
+        f'{file}: has no tensor {lacking[0]!r}, but {index.name} lists it there ({len(lacking)} missing in all); download both again'
+      )
   return gathered
 
 
@@ -220,11 +233,11 @@ def _gather(files: list[pathlib.Path], layout: Layout, tensor_files: dict[str, s
 
 
 def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:
-  """The tensors of a safetensors file.
+  """Return the tensors of a safetensors file.
 
-  The library reads and checks the header. It proves that tensors cover the file without gaps, so their order and sizes give
-  their offsets. The bytes are read here: the library's default maps the file, which after many tensors counts as the whole file
-  in memory, and its `pread` reader is four times slower than `readinto` (1.4 against 6 GB/s from the page cache).
+  The library reads and checks the header. It ensures that tensors cover the file without gaps, so their order and sizes give their
+  offsets. The bytes are read here: the library's default maps the file, which after many tensors counts as the whole file in memory,
+  and its `pread` reader is four times slower than `readinto` (1.4 against 6 GB/s from the page cache).
   """
   offset = 8 + int.from_bytes(first_bytes(file, 8), 'little')
   entries = {}
@@ -244,27 +257,27 @@ def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:
 
 
 class SafetensorsWriter:
-  """Writes tensors to safetensors files as they come, in any order, holding none of them.
+  """Writes tensors to safetensors files one by one, in any order, without keeping them in memory.
 
-  The library's own writer wants all tensors of a file at once. A file is 8 bytes with the header's length, the header (JSON,
-  padded with spaces) and the tensors' bytes without gaps. Sizes alone fix every offset; a file's header comes last, when all
-  shapes are known, so that a file cut off by a crash is refused by every reader.
+  The library's own writer needs all tensors of a file at once. A file is 8 bytes with the length of the header, the header (JSON, padded
+  with spaces) and the tensors' bytes without gaps. Sizes alone determine every offset. The header is written last, when all shapes are
+  known, so that every reader rejects a file left incomplete by a crash.
 
   Args:
-    folder: made if absent; it must hold no weights yet.
+    folder: created if needed; it must not contain weights.
     sizes: bytes of each tensor, in the order in which files are filled.
-    max_bytes: of the tensors of a file; a larger tensor has a file of its own.
+    max_bytes: size limit of the tensors of a file; a larger tensor gets its own file.
 
   Raises:
-    CheckpointFileError: the folder holds weights.
+    CheckpointFileError: the folder contains weights.
   """
 
   def __init__(self, folder: str | pathlib.Path, sizes: Mapping[str, int], max_bytes: int):
     self._folder = pathlib.Path(folder)
     self._folder.mkdir(parents=True, exist_ok=True)
-    held = sorted(p.name for pattern in ('*.safetensors', '*.safetensors.index.json') for p in self._folder.glob(pattern))
-    if held:
-      raise CheckpointFileError(f'{self._folder / held[0]}: is there already; write to an empty folder')
+    existing = sorted(p.name for pattern in ('*.safetensors', '*.safetensors.index.json') for p in self._folder.glob(pattern))
+    if existing:
+      raise CheckpointFileError(f'{self._folder / existing[0]}: exists already; write to an empty folder')
     groups: list[dict[str, int]] = [{}]
     for name, size in sizes.items():
       if groups[-1] and sum(groups[-1].values()) + size > max_bytes:
@@ -274,16 +287,17 @@ class SafetensorsWriter:
     self._file_of = {name: file for file in self._files for name in file.spans}
 
   def add(self, name: str, array: np.ndarray) -> None:
-    """
+    """Write a tensor.
+
     Raises:
-      ValueError: the tensor is not in the plan, is of another size than planned, or has been written.
+      ValueError: the tensor was not planned, does not have the planned size, or has been written already.
     """
     if name not in self._file_of:
       raise ValueError(f'tensor {name!r} was not planned')
     self._file_of[name].write(name, array)
 
   def close(self) -> None:
-    """Writes the index, if there are several files.
+    """Write the index, if there are several files.
 
     Raises:
       ValueError: tensors are missing.
@@ -301,7 +315,7 @@ def _file_name(number: int, count: int) -> str:
   return f'model-{number + 1:05}-of-{count:05}.safetensors' if count > 1 else 'model.safetensors'
 
 
-# No shape is longer as text: numpy has at most 64 dimensions, and the product of those that are not 0 has at most 19 digits.
+# The longest shape as text: numpy has at most 64 dimensions, and the product of those that are not 0 has at most 19 digits.
 _LONGEST_SHAPE = 'x' * 160
 
 
@@ -310,10 +324,10 @@ class _PlannedFile:
 
   def __init__(self, path: pathlib.Path, sizes: Mapping[str, int]):
     self.path = path
-    self.header: dict[str, Any] = {}  # of the tensors written
+    self.header: dict[str, Any] = {}  # entries of the tensors written so far
     self.spans: dict[str, tuple[int, int]] = {}
     end = 0
-    # Tensors of 4-byte types have sizes that 4 divides. In front of all others they are aligned, as torch's reader wants them.
+    # Tensors of 4-byte dtypes have sizes divisible by 4. Before all others they are aligned, which torch's reader requires.
     for name in sorted(sizes, key=lambda name: sizes[name] % 4 != 0):
       self.spans[name] = (end, end + sizes[name])
       end += sizes[name]
@@ -327,10 +341,11 @@ class _PlannedFile:
     return {'dtype': code, 'shape': shape, 'data_offsets': self.spans[name]}
 
   def _header_text(self, tensors: Mapping[str, Any]) -> bytes:
-    # Transformers refuses a file without this metadata.
+    # transformers rejects a file without this metadata.
     return json.dumps({'__metadata__': {'format': 'pt'}, **tensors}, separators=(',', ':')).encode()
 
   def write(self, name: str, array: np.ndarray) -> None:
+    """Write a tensor to its place, and the header after the last one."""
     start, end = self.spans[name]
     if name in self.header or array.dtype not in _CODES or array.nbytes != end - start:
       raise ValueError(

@@ -88,7 +88,7 @@ def test_sizes_that_do_not_fit(tmp_path):
   content = file.read_bytes()
   for wrong in (content[:-4], content + b'abc', content[:28]):
     file.write_bytes(wrong)
-    with pytest.raises(CheckpointFileError, match=f'm.bin: has {len(wrong)} bytes, but its header means {len(content)} bytes'):
+    with pytest.raises(CheckpointFileError, match=f'm.bin: has {len(wrong)} bytes, but its header implies {len(content)}; '):
       open_llama2c(file)
 
 
@@ -99,9 +99,9 @@ def test_sizes_that_do_not_fit(tmp_path):
     (struct.pack('<2i', 24, 10), 'has 8 bytes, fewer than the 28'),
     (struct.pack('<Ii', 0x616B3432, 1) + bytes(248), 'version 1 or later; export it with .*--version 0'),
     (struct.pack('<7i', 24, 10, 0, 4, 2, 7, 5), r'its header .* reads \(24, 10, 0, 4, 2, 7, 5\)'),
-    (struct.pack('<7i', 20, 10, 3, 4, 2, 7, 5), 'is no llama2.c file'),  # an odd head dimension
-    (struct.pack('<7i', 24, 10, 3, 4, 3, 7, 5), 'is no llama2.c file'),  # heads that key/value heads do not divide
-    (b'PK\x03\x04' + bytes(100), 'is no llama2.c file'),
+    (struct.pack('<7i', 20, 10, 3, 4, 2, 7, 5), 'is not a llama2.c file'),  # an odd head dimension
+    (struct.pack('<7i', 24, 10, 3, 4, 3, 7, 5), 'is not a llama2.c file'),  # heads that key/value heads do not divide
+    (b'PK\x03\x04' + bytes(100), 'is not a llama2.c file'),
   ],
 )
 def test_bad_headers(tmp_path, content, message):
