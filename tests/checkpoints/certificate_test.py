@@ -1,4 +1,4 @@
-"""What a certificate accepts, says and keeps. (That its facts are true: convert_test.py.)"""
+"""Tests of checking, printing and writing a certificate. (convert_test.py tests its content.)"""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def changed(**changes):
   ],
 )
 @pytest.mark.filterwarnings('ignore:invalid value')
-def test_what_is_not_the_same_is_refused(certificate, message):
+def test_check_refuses_differences(certificate, message):
   with pytest.raises(UserError, match=message):
     certificate.check()
 
 
-def test_what_is_the_same_passes():
+def test_check_accepts_equal():
   GOOD.check()
   cast = changed(scores=([1.0, -2.5], [1.0, -2.25]), exact=False)
   cast.check()
   assert (GOOD.max_difference, cast.max_difference) == (0, 0.25)
 
 
-def test_it_is_shown_and_kept_whole(tmp_path):
+def test_lines_and_write(tmp_path):
   assert GOOD.lines() == [
     'certificate: tensor, SHA-256 (first 16 digits)',
     '  a          0000000000000000',
@@ -74,7 +74,7 @@ def test_it_is_shown_and_kept_whole(tmp_path):
   assert kept == json.loads(json.dumps(dataclasses.asdict(GOOD))) | {'max_difference': 0.0}
 
 
-def test_rows_and_precision_do_not_depend_on_devices_or_settings(random_params):
+def test_fixed_rows_scores_are_independent_of_devices_and_settings(random_params):
   model = ModelConfig(vocab_size=50, num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8)
   params = random_params(RewardModel, model)
   scores = []

@@ -21,7 +21,7 @@ from polar_jax.train.optimizer import make_optimizer
 
 MODEL = ModelConfig(vocab_size=64, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=4)
 FINGERPRINT = {'objective': 'ranking', 'seed': 0, 'learning_rate': 1e-3}
-# data, fsdp, tensor, context
+# Sizes of data, fsdp, tensor, context.
 MESHES = [(4, 2, 1, 1), (2, 4, 1, 1), (1, 2, 2, 1), (1, 1, 1, 1)]
 
 
@@ -31,7 +31,7 @@ def abstract_state(sizes):
 
 
 def random_state(abstract, seed=0):
-  """Every leaf differs in every element, so that no two could be swapped unseen."""
+  """Return a state whose elements all differ, so that swapped arrays are noticed."""
   rng = np.random.default_rng(seed)
   draw = lambda a: rng.integers(0, 2**30, a.shape) if a.dtype == jnp.int32 else rng.normal(size=a.shape)
   return jax.tree.map(lambda a: jax.device_put(draw(a).astype(a.dtype), a.sharding), abstract)
@@ -63,7 +63,7 @@ def open_checkpoints(tmp_path):
     checkpointer.close()
 
 
-def test_restores_bit_equal_on_every_mesh(open_checkpoints):
+def test_restore_bit_identical_on_every_mesh(open_checkpoints):
   state = random_state(abstract_state(MESHES[0]))
   kept = jax.device_get(state)
   for step, sizes in enumerate(MESHES[1:] + MESHES[:1], start=1):  # from each mesh to the next, and back to the first
@@ -81,7 +81,7 @@ def test_restores_bit_equal_on_every_mesh(open_checkpoints):
     )
 
 
-def test_asynchronous_save_keeps_the_state_it_was_given(open_checkpoints):
+def test_save_asynchronous_keeps_the_given_state(open_checkpoints):
   abstract = abstract_state(MESHES[0])
   state = random_state(abstract)
   kept = jax.tree.map(lambda x: np.array(x, copy=True), jax.device_get(state))
@@ -89,14 +89,14 @@ def test_asynchronous_save_keeps_the_state_it_was_given(open_checkpoints):
   checkpointer = open_checkpoints(asynchronous=True)
   checkpointer.save(1, state, {}, FINGERPRINT, {})
   for _ in range(5):
-    state = overwrite(state)  # the buffers that are being saved are given away at once
+    state = overwrite(state)  # donates the buffers that are being saved
   jax.block_until_ready(state)
   checkpointer.wait()
   assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], kept)
 
 
-def test_runs_side_by_side_save_at_once(tmp_path):
-  """Sweeps and PPO's seeds train in threads of one process, and much of Orbax's state is the process's."""
+def test_save_concurrently_in_threads(tmp_path):
+  """Sweeps and the seeds of the study train in threads of one process, and much of Orbax's state is per process."""
   state = {'x': jnp.arange(4.0)}
   saves, runs = 40, 3
 
@@ -116,7 +116,7 @@ def test_runs_side_by_side_save_at_once(tmp_path):
       checkpointer.close()
 
 
-def test_iterator_goes_on_where_it_stood(open_checkpoints):
+def test_restore_iterator_continues(open_checkpoints):
   def iterator():
     return pipeline.iterate(grain.MapDataset.range(100).map(lambda i: i * i), threads=2, prefetch=4)
 
@@ -145,7 +145,7 @@ def empty_settings(step):
 @pytest.mark.parametrize(
   'tear', [truncate, empty_settings, lambda step: shutil.rmtree(step / 'state'), lambda step: shutil.rmtree(step / 'data')]
 )
-def test_a_torn_checkpoint_gives_way_to_the_one_before(open_checkpoints, tmp_path, tear):
+def test_restore_falls_back_from_torn_checkpoint(open_checkpoints, tmp_path, tear):
   abstract = abstract_state((1, 2, 1, 1))
   states = {step: random_state(abstract, seed=step) for step in (3, 5, 7)}
   checkpointer = open_checkpoints(keep=3)
@@ -159,13 +159,13 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(open_checkpoints, tmp_pat
     state, data = checkpointer.restore(abstract, FINGERPRINT)
   assert len(warned) == 2 and data == {'step': 3} and checkpointer.latest == 3
   assert_bit_equal(state, states[3])
-  assert len(list(tmp_path.glob('torn_[57]_*'))) == 2  # nothing is lost
-  checkpointer.save(5, states[5], {'step': 5}, FINGERPRINT, {})  # and the run can save these steps again
+  assert len(list(tmp_path.glob('torn_[57]_*'))) == 2  # nothing is deleted
+  checkpointer.save(5, states[5], {'step': 5}, FINGERPRINT, {})  # the run can save these steps again
   checkpointer.wait()
   assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], states[5])
 
 
-def test_where_every_checkpoint_is_torn_nothing_is_moved(open_checkpoints, tmp_path):
+def test_restore_moves_nothing_if_every_checkpoint_is_torn(open_checkpoints, tmp_path):
   abstract = abstract_state((1, 1, 1, 1))
   checkpointer = open_checkpoints()
   for step in (1, 2):
@@ -178,7 +178,7 @@ def test_where_every_checkpoint_is_torn_nothing_is_moved(open_checkpoints, tmp_p
 
 
 @pytest.mark.parametrize('name', ['7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1700000000'])
-def test_save_that_was_killed_is_ignored_and_removed(open_checkpoints, tmp_path, name):
+def test_killed_save_is_ignored_and_removed(open_checkpoints, tmp_path, name):
   abstract = abstract_state((1, 1, 1, 1))
   state = random_state(abstract)
   checkpointer = open_checkpoints()
@@ -198,7 +198,7 @@ def test_save_that_was_killed_is_ignored_and_removed(open_checkpoints, tmp_path,
 
 @pytest.mark.parametrize(('lower', 'left'), [(False, [2, 5, 6]), (True, [3, 5, 6])])
 @pytest.mark.parametrize('restarts', [False, True])
-def test_newest_and_best_are_kept(open_checkpoints, tmp_path, lower, left, restarts):
+def test_save_keeps_newest_and_best(open_checkpoints, tmp_path, lower, left, restarts):
   state = random_state(abstract_state((1, 1, 1, 1)))
   metrics = {1: {}, 2: {'m': 0.9}, 3: {'m': 0.1}, 4: {'m': 0.5}, 5: {}, 6: {'m': 0.6}}
   settings = {'best_metric': 'm', 'best_is_lower': lower, 'keep': 2, 'keep_best': 1}
@@ -212,7 +212,7 @@ def test_newest_and_best_are_kept(open_checkpoints, tmp_path, lower, left, resta
   assert saved_steps(tmp_path) == left
 
 
-def test_no_best_is_kept_when_none_is_asked_for(open_checkpoints, tmp_path):
+def test_save_keeps_no_best_with_keep_best_0(open_checkpoints, tmp_path):
   state = random_state(abstract_state((1, 1, 1, 1)))
   checkpointer = open_checkpoints(best_metric='m', keep=1, keep_best=0)
   for step in (1, 2, 3):
@@ -221,7 +221,7 @@ def test_no_best_is_kept_when_none_is_asked_for(open_checkpoints, tmp_path):
   assert saved_steps(tmp_path) == [3]
 
 
-def test_step_that_is_saved_already_is_not_saved_again(open_checkpoints):
+def test_save_skips_a_step_already_saved(open_checkpoints):
   abstract = abstract_state((1, 1, 1, 1))
   checkpointer = open_checkpoints()
   checkpointer.save(1, random_state(abstract), {'which': 'first'}, FINGERPRINT, {})
@@ -230,7 +230,7 @@ def test_step_that_is_saved_already_is_not_saved_again(open_checkpoints):
   assert checkpointer.restore(abstract, FINGERPRINT)[1] == {'which': 'first'}
 
 
-def test_other_settings_are_refused_by_name(open_checkpoints):
+def test_restore_names_changed_settings(open_checkpoints):
   abstract = abstract_state((1, 1, 1, 1))
   checkpointer = open_checkpoints()
   checkpointer.save(4, random_state(abstract), {}, FINGERPRINT, {})
@@ -240,7 +240,7 @@ def test_other_settings_are_refused_by_name(open_checkpoints):
   assert 'seed' not in str(error.value) and '\n' not in str(error.value)
 
 
-def test_parameters_for_another_run(open_checkpoints, tmp_path):
+def test_load_params_whole_and_decoder(open_checkpoints, tmp_path):
   mesh = sharding.make_mesh(MeshConfig(2, 4, 1, 1))
   saved = random_state(abstract_state((1, 1, 1, 1)))
   checkpointer = open_checkpoints()
@@ -255,11 +255,11 @@ def test_parameters_for_another_run(open_checkpoints, tmp_path):
   assert_bit_equal(decoder['decoder'], saved.params['decoder'])
 
 
-def test_parameters_that_do_not_fit_are_named(open_checkpoints, tmp_path):
+def test_load_params_names_what_does_not_fit(open_checkpoints, tmp_path):
   checkpointer = open_checkpoints()
   with pytest.raises(ConfigError, match='no checkpoint to start from'):
     load_params(tmp_path / 'nowhere', {})
-  with pytest.raises(ConfigError, match='no checkpoint to start from'):  # a folder, and nothing in it
+  with pytest.raises(ConfigError, match='no checkpoint to start from'):  # an empty folder
     load_params(tmp_path, {})
   saved = random_state(abstract_state((1, 1, 1, 1)))
   checkpointer.save(4, saved, {}, FINGERPRINT, {})

@@ -1,4 +1,4 @@
-"""Tests of reading and writing config.json, with transformers as the judge of what is written."""
+"""Tests of reading and writing config.json, compared with transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polar_jax.config import ModelConfig
 from polar_jax.model.presets import PRESETS
 from polar_jax.types import UserError
 
-# Fields that a checkpoint says nothing of.
+# Fields that are not part of a config.json.
 OURS_ALONE = ('init_std', 'scan_unroll')
 FULL = {name: ModelConfig(**({'vocab_size': 512} | fields)) for name, fields in PRESETS.items()}
 
@@ -117,7 +117,7 @@ def _without(config, *keys):
     (INTERNLM3, 'internlm3_8b', 'lm', None),
   ],
 )
-def test_published_files(config, preset, head, token):
+def test_from_json_published_files(config, preset, head, token):
   read = from_json(config, 'config.json')
   assert read.model == FULL[preset]
   assert (read.head, read.architecture, read.reward_token_id) == (head, config['architectures'][0], token)
@@ -125,13 +125,13 @@ def test_published_files(config, preset, head, token):
 
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('preset', PRESETS)
-def test_round_trip(preset, head):
+def test_to_json_round_trip(preset, head):
   model = FULL[preset]
   written = json.loads(json.dumps(to_json(model, head, dtype='bfloat16', reward_token_id=7)))
   read = from_json(written, 'config.json')
   default = ModelConfig()
   assert read.model == dataclasses.replace(model, **{f: getattr(default, f) for f in OURS_ALONE})
-  # InternLM2's reward model is its value model too.
+  # InternLM2 has one class for reward and value models.
   assert read.head == ('reward' if (model.family, head) == ('internlm2', 'value') else head)
   assert read.reward_token_id == 7
   assert to_json(read.model, read.head, dtype='bfloat16', architecture=read.architecture)['architectures'] == [read.architecture]
@@ -157,7 +157,7 @@ ROPES = {
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('rope', ROPES)
 @pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3'])
-def test_transformers_reads_what_is_written(family, rope, head, tmp_path):
+def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
   m = dataclasses.replace(ROPES[rope], family=family, qkv_bias=family == 'qwen2', tie_embeddings=rope == 'linear')
   ids = {'pad_token_id': 3, 'bos_token_id': None, 'eos_token_id': 5}
   written = to_json(m, head, dtype='float16', special_ids=ids, reward_token_id=17)
@@ -202,7 +202,7 @@ def test_transformers_reads_what_is_written(family, rope, head, tmp_path):
     assert theirs.sliding_window is None and set(theirs.layer_types) == {'full_attention'}
   else:
     assert theirs.attention_bias is False and theirs.mlp_bias is False
-  # And back through the keys of transformers 5, which knows no rope_scaling and no rope_theta.
+  # And back through the keys of transformers 5, which has no rope_scaling and no rope_theta.
   theirs.architectures = written['architectures']
   theirs.save_pretrained(tmp_path)
   saved = json.loads((tmp_path / 'config.json').read_text())
@@ -211,7 +211,7 @@ def test_transformers_reads_what_is_written(family, rope, head, tmp_path):
 
 
 @pytest.mark.needs('torch', 'transformers')
-def test_a_model_of_transformers_is_built_from_what_is_written():
+def test_to_json_builds_a_transformers_model():
   m = dataclasses.replace(ROPES['llama3'], family='qwen2', qkv_bias=True)
   written = _without(to_json(m, 'reward', dtype='float32'), 'architectures', 'model_type')
   model = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**written))
@@ -219,7 +219,7 @@ def test_a_model_of_transformers_is_built_from_what_is_written():
   assert model.model.layers[0].self_attn.q_proj.bias.shape == (60,)
 
 
-def test_internlm2_names_its_own_code():
+def test_to_json_internlm2_names_its_own_code():
   written = to_json(FULL['polar_7b'], 'reward', dtype='float16', reward_token_id=92_527, special_ids=dict.fromkeys(['pad_token_id'], 2))
   assert written['auto_map'] == {
     'AutoConfig': 'configuration_internlm2.InternLM2Config',
@@ -235,7 +235,7 @@ def test_internlm2_names_its_own_code():
 
 
 @pytest.mark.needs('torch', 'transformers')
-def test_defaults_of_absent_keys():
+def test_from_json_defaults_of_absent_keys():
   bare = _without(LLAMA, 'tie_word_embeddings', 'rms_norm_eps', 'num_key_value_heads', 'rope_theta', 'rope_scaling', 'hidden_act')
   model = from_json(bare, 'f').model
   expected = {'num_kv_heads': 32, 'head_dim': 128, 'rope_theta': 1e4, 'rope_scaling': 'none', 'norm_eps': 1e-6, 'tie_embeddings': False}
@@ -257,13 +257,13 @@ def test_defaults_of_absent_keys():
     'max_position_embeddings',
   ],
 )
-def test_missing_keys(key):
+def test_from_json_missing_keys(key):
   with pytest.raises(UserError, match=rf'^x/config\.json: {key} is missing; '):
     from_json(_without(LLAMA, key), 'x/config.json')
 
 
 @pytest.mark.parametrize('key', ['num_key_value_heads', 'rms_norm_eps'])
-def test_internlm3_has_two_defaults_and_so_none(key):
+def test_from_json_internlm3_has_no_unique_default(key):
   with pytest.raises(UserError, match=f'^f: {key} is missing; '):
     from_json(_without(INTERNLM3, key), 'f')
 
@@ -323,14 +323,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(('config', 'changes', 'message'), REFUSED, ids=[f'{i}-{next(reversed(c))}' for i, (_, c, _) in enumerate(REFUSED)])
-def test_what_is_refused(config, changes, message):
+def test_from_json_refuses(config, changes, message):
   with pytest.raises(UserError) as caught:
     from_json(config | changes, 'x/config.json')
   assert str(caught.value).startswith(f'x/config.json: {message}')
   assert '\n' not in str(caught.value)
 
 
-def test_what_looks_odd_and_is_fine():
+def test_from_json_accepts_unusual_files():
   labels = {'architectures': ['LlamaForSequenceClassification'], 'num_labels': 1}
   assert from_json(LLAMA | labels, 'f').head == 'reward'
   assert from_json(LLAMA | {'architectures': ['LlamaForTokenClassification'], 'id2label': {'0': 'x'}}, 'f').head == 'value'
@@ -339,7 +339,7 @@ def test_what_looks_odd_and_is_fine():
   assert from_json(INTERNLM3 | {'architectures': ['LlamaForCausalLM']}, 'f') == (FULL['internlm3_8b'], 'lm', 'LlamaForCausalLM', None)
   assert from_json(INTERNLM3 | {'qkv_bias': True}, 'f').model.qkv_bias
   assert from_json(LLAMA | {'head_dim': 64}, 'f').model.head_dim == 64
-  # Theta within the section comes before theta beside it, as in transformers.
+  # A theta inside the section takes precedence over one at the top level, as in transformers.
   both = LLAMA | {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
   assert from_json(both, 'f').model.rope_theta == 7.0
 
@@ -354,12 +354,12 @@ def test_what_looks_odd_and_is_fine():
     ({'vocab_size': None}, r'model\.vocab_size must be set'),
   ],
 )
-def test_what_cannot_be_written(fields, message):
+def test_to_json_refuses_inexpressible_models(fields, message):
   with pytest.raises(UserError, match=message):
     to_json(ModelConfig(**({'vocab_size': 9} | fields)), 'lm', dtype='float32')
 
 
-def test_dtypes_and_architectures_that_cannot_be_written():
+def test_to_json_refuses_dtypes_and_architectures():
   with pytest.raises(UserError, match=r"cannot be stored as 'int8', only as: float32, bfloat16, float16"):
     to_json(FULL['polar_7b'], 'lm', dtype='int8')
   with pytest.raises(UserError, match=r"cannot be stored as 'InternLM2ForRewardModel'"):

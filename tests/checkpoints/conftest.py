@@ -1,4 +1,4 @@
-"""Random models of ours, and a slow mapping of their parameters to Hugging Face tensors that shares nothing with the package's."""
+"""Random models, and a slow mapping of their parameters to Hugging Face tensors that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import sys
 import types
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may reach for a network
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may access the network
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 import jax
@@ -38,7 +38,7 @@ def torch_on_one_thread():
 
 @pytest.fixture(scope='session')
 def remote_code():
-  """`modeling_internlm2` imported as the package that transformers would make of an exported folder."""
+  """Import `modeling_internlm2` as the package that transformers creates from an exported folder."""
   package = types.ModuleType('exported_internlm2')
   package.__path__ = [str(REMOTE_CODE)]
   sys.modules[package.__name__] = package
@@ -48,7 +48,7 @@ def remote_code():
 
 
 def _random_params(model: type[nnx.Module], config: ModelConfig, seed: int = 0) -> dict:
-  """Parameters of such a size that logits are of order one, attention is far from uniform, and no norm or bias could be left out."""
+  """Return parameters that give logits of order one and non-uniform attention, and make every norm and bias matter."""
   rng = np.random.default_rng(seed)
   fan_in = {'wo': config.num_heads * config.head_dim, 'w_down': config.d_ff}
   fan_in['embedding'] = config.d_model if config.tie_embeddings else 1
@@ -72,13 +72,13 @@ def random_params():
 
 
 def _heads_as_rows(weight_DNH: np.ndarray) -> dict[int, np.ndarray]:
-  """The rows (H, D) of a stored projection that belong to each head."""
+  """Return {head: matrix (H, D)} of a stored projection."""
   _, heads, dim = weight_DNH.shape
   return {n: np.stack([weight_DNH[:, n, h] for h in range(dim)]) for n in range(heads)}
 
 
 def _as_stored(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
-  """Tensors by their Hugging Face names, one row at a time (section 4.1 of the paper's code, and transformers' Llama)."""
+  """Return tensors by Hugging Face name, built one matrix row at a time (section 4.1 of the paper's code, and transformers' Llama)."""
   fused = config.family == 'internlm2'
   p, layers, out = params['decoder'], params['decoder']['layers'], {}
   out['model.tok_embeddings.weight' if fused else 'model.embed_tokens.weight'] = p['embedding']

@@ -1,4 +1,4 @@
-"""Parameters become tensors, and config.json stays what it was where it still holds."""
+"""Tests of exported tensors, and of keeping a config.json that still describes the model."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixture
 
 MODEL = ModelConfig(vocab_size=19, num_layers=2, d_model=24, d_ff=28, num_heads=6, num_kv_heads=2, head_dim=4, tie_embeddings=True)
 QWEN = dataclasses.replace(MODEL, family='qwen2', qkv_bias=True)
-BYTES = dataclasses.replace(MODEL, vocab_size=263, rope_theta=500.0, norm_eps=0.01)  # has room for a tokenizer of bytes
+BYTES = dataclasses.replace(MODEL, vocab_size=263, rope_theta=500.0, norm_eps=0.01)  # large enough for the byte tokenizer
 
 
 @pytest.mark.parametrize(('model', 'head', 'kind'), [(QWEN, 'lm', LanguageModel), (MODEL, 'value', ValueModel)])
-def test_tensors_are_those_of_the_independent_mapping(random_params, as_stored, tmp_path, model, head, kind):
+def test_stored_arrays_against_independent_mapping(random_params, as_stored, tmp_path, model, head, kind):
   params = random_params(kind, model)
   expected, stored = as_stored(model, params), families.stored_tensors(model, head)
   on_device = jax.tree.map(jnp.asarray, params)
@@ -50,8 +50,8 @@ def test_tensors_are_those_of_the_independent_mapping(random_params, as_stored, 
     np.testing.assert_array_equal(found[name], array)
 
 
-def test_a_constant_is_stored_like_its_head(random_params, tmp_path):
-  """As in every linear layer of torch, whose weight and bias have one dtype."""
+def test_stored_arrays_constant_has_the_dtype_of_its_head(random_params, tmp_path):
+  """As in every linear layer of torch, where weight and bias have the same dtype."""
   llama = dataclasses.replace(MODEL, family='llama')
   params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(ValueModel, llama))
   params['v_head'] = params['v_head'].astype(jnp.float32)
@@ -61,7 +61,7 @@ def test_a_constant_is_stored_like_its_head(random_params, tmp_path):
   assert {a.dtype.name for _, a in exporter.stored_arrays(params, families.stored_tensors(llama, 'value'), 'float16')} == {'float16'}
 
 
-def test_numbers_too_large_and_numbers_that_are_none(random_params):
+def test_stored_arrays_overflow_and_nan(random_params):
   stored, params = families.stored_tensors(MODEL, 'value'), random_params(ValueModel, MODEL)
   params['decoder']['layers']['w_up'][1, 3, 4] = -70_000
   with pytest.raises(UserError, match=r"^tensor 'model.layers.1.feed_forward.w3.weight' reaches 7e\+04, which float16 cannot hold"):
@@ -76,19 +76,19 @@ def write(folder, model=QWEN, head='lm', **settings):
 
 
 def kept(folder, **changes):
-  """A config.json that came with QWEN's weights."""
+  """Return a config.json that came with QWEN's weights."""
   config = config_json.to_json(QWEN, 'lm', dtype='float32') | {'eos_token_id': [1, 2], 'unknown': 'é'} | changes
   (folder / 'config.json').write_text(json.dumps(config))
   return config
 
 
-def test_without_a_config_json_one_is_made(tmp_path):
+def test_write_config_creates_a_config(tmp_path):
   said = write(tmp_path)
   assert config_json.from_json(said, 'it').model == QWEN and said['torch_dtype'] == 'bfloat16'
   assert said['eos_token_id'] == 7 and said['pad_token_id'] is None and 'auto_map' not in said
 
 
-def test_a_config_json_that_still_holds_is_kept(tmp_path):
+def test_write_config_keeps_a_matching_config(tmp_path):
   config = kept(tmp_path, dtype='float32')
   said = write(tmp_path)
   del config['dtype']
@@ -99,7 +99,7 @@ def test_a_config_json_that_still_holds_is_kept(tmp_path):
 @pytest.mark.parametrize(
   ('model', 'head'), [(QWEN, 'reward'), (dataclasses.replace(QWEN, num_layers=3), 'lm'), (dataclasses.replace(QWEN, norm_eps=0.1), 'lm')]
 )
-def test_a_config_json_of_another_model_is_not_kept(tmp_path, model, head):
+def test_write_config_replaces_the_config_of_another_model(tmp_path, model, head):
   kept(tmp_path)
   said = write(tmp_path, model, head, reward_token_id=5 if head == 'reward' else None)
   read = config_json.from_json(said, 'it')
@@ -121,7 +121,7 @@ OWN = {'AutoConfig': 'configuration_own.OwnConfig', 'AutoModel': 'modeling_own.O
     ({}, [], False),
   ],
 )
-def test_code_of_internlm2_stays_or_is_added(tmp_path, auto_map, files, stays):
+def test_write_config_keeps_or_adds_internlm2_code(tmp_path, auto_map, files, stays):
   config = config_json.to_json(MODEL, 'reward', dtype='float32') | {'auto_map': auto_map, 'unknown': 1}
   (tmp_path / 'config.json').write_text(json.dumps(config))
   for name in files:
@@ -135,7 +135,7 @@ def test_code_of_internlm2_stays_or_is_added(tmp_path, auto_map, files, stays):
   assert all((tmp_path / name).read_text() == 'raise SystemExit' for name in files)
 
 
-def test_code_of_another_family_that_did_not_come_is_not_named(tmp_path):
+def test_write_config_drops_reference_to_missing_code(tmp_path):
   for files in ([], ['configuration_own.py', 'modeling_own.py']):
     kept(tmp_path, auto_map=OWN)
     for name in files:
@@ -148,7 +148,7 @@ def test_code_of_another_family_that_did_not_come_is_not_named(tmp_path):
 
 
 def exported_from(params, model: ModelConfig, head: str, root: pathlib.Path) -> pathlib.Path:
-  """A run with these parameters, exported."""
+  """Export a run with these parameters and return the folder."""
   fields = {f'model.{name}': value for name, value in dataclasses.asdict(model).items()}
   checkpoint.save_params(root / 'run', params, {'objective': HEADS[head].objective, 'tokenizer': 'byte', **fields})
   config = Config(stage='convert', checkpoint=str(root / 'run'), output=str(root / 'exported'))
@@ -158,7 +158,7 @@ def exported_from(params, model: ModelConfig, head: str, root: pathlib.Path) -> 
 
 
 def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.ndarray:
-  """Of one row."""
+  """Return our logits of one sequence."""
   graphdef, _ = nnx.split(nnx.eval_shape(lambda: kind(model, rngs=nnx.Rngs(0))))
   positions = np.arange(len(ids), dtype=np.int32)[None]
   inputs = (ids[None], positions, [(np.zeros_like(positions), positions + 1)])
@@ -175,8 +175,8 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
     ('AutoModel', 'internlm2', 'reward', False),
   ],
 )
-def test_transformers_loads_what_is_exported(random_params, tmp_path, auto, family, head, tied):
-  """A run with a byte tokenizer: the folder is made from nothing, not copied."""
+def test_convert_result_loads_in_transformers(random_params, tmp_path, auto, family, head, tied):
+  """The run has a byte tokenizer, so that all files are created, none copied."""
   model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, qkv_bias=family == 'qwen2')
   kind = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}[head]
   params = random_params(kind, model)
@@ -200,7 +200,7 @@ def test_transformers_loads_what_is_exported(random_params, tmp_path, auto, fami
 
 
 def imported_class(folder: pathlib.Path, auto: str) -> type:
-  """What transformers would import for `trust_remote_code`: the exported files as a package."""
+  """Import the exported files as a package, as transformers does for `trust_remote_code`."""
   name = f'exported_{auto}'
   package = types.ModuleType(name)
   package.__path__ = [str(folder)]

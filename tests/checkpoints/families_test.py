@@ -1,4 +1,4 @@
-"""Tests of the tensors of each family, against transformers' own models and against loops over rows."""
+"""Tests of the tensors of each family, against transformers' own models and against loops over matrix rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.types import UserError
 
-# No two sizes are equal, nor is heads * head_dim the width: a swapped axis cannot pass for another.
+# All sizes differ, and heads * head_dim is not the width, so that a swapped axis is noticed.
 SHAPE = {'vocab_size': 37, 'num_layers': 2, 'd_model': 24, 'd_ff': 44, 'num_heads': 6, 'num_kv_heads': 2, 'head_dim': 10}
 MODELS = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}
 FAMILY_BIASES = [('internlm2', False), ('internlm3', False), ('internlm3', True), ('llama', False), ('qwen2', True)]
@@ -32,7 +32,7 @@ def _model(family, **changes):
 
 
 def _random(shape, dtype, seed=0):
-  """Every bit pattern but those that are not numbers, so that a detour through another dtype shows."""
+  """Return random bit patterns except NaN and infinity, so that a cast through another dtype is noticed."""
   bits = np.random.default_rng(seed).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
   values = bits.view(dtype)[..., 0]
   with np.errstate(invalid='ignore'):
@@ -43,7 +43,7 @@ def _random(shape, dtype, seed=0):
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('family', ['llama', 'qwen2'])
-def test_names_shapes_and_order_are_those_of_transformers(family, head, tied):
+def test_stored_tensors_against_transformers(family, head, tied):
   model = _model(family, qkv_bias=family == 'qwen2', tie_embeddings=tied)
   kind = {'lm': 'ForCausalLM', 'reward': 'ForSequenceClassification', 'value': 'ForTokenClassification'}[head]
   name = {'llama': 'Llama', 'qwen2': 'Qwen2'}[family]
@@ -61,11 +61,11 @@ def test_names_shapes_and_order_are_those_of_transformers(family, head, tied):
   )
   theirs = {n: tuple(t.shape) for n, t in getattr(transformers, name + kind)(config).state_dict().items()}
   if tied:
-    theirs.pop('lm_head.weight', None)  # listed, but never saved: it is the embedding
+    theirs.pop('lm_head.weight', None)  # listed but never saved, because it is the embedding
   assert [(s.name, s.shape) for s in stored_tensors(model, head)] == list(theirs.items())
 
 
-def test_names_of_internlm2():
+def test_stored_tensors_internlm2_names():
   layer = {
     'attention.wqkv.weight': (100, 24),
     'attention.wo.weight': (24, 60),
@@ -81,7 +81,7 @@ def test_names_of_internlm2():
     assert {s.name: s.shape for s in stored_tensors(_model('internlm2'), head)} == decoder | last
 
 
-def test_wqkv_row_by_row():
+def test_stored_tensors_wqkv_row_by_row():
   """For key/value head g: its three query heads, its key, its value; query head g * 3 + j of ours."""
   model = _model('internlm2')
   fused = next(s for s in stored_tensors(model, 'lm') if 'layers.1.attention.wqkv' in s.name)
@@ -98,7 +98,7 @@ def test_wqkv_row_by_row():
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_linear_layers_element_by_element():
+def test_stored_tensors_linear_layers_element_by_element():
   tensors = {s.name: s for s in stored_tensors(_model('qwen2', qkv_bias=True), 'reward')}
   q = _random((60, 24), np.float32)
   (ours,) = tensors['model.layers.0.self_attn.q_proj.weight'].split(q)
@@ -120,7 +120,7 @@ def test_linear_layers_element_by_element():
 @pytest.mark.parametrize('head', MODELS)
 @pytest.mark.parametrize(('family', 'bias'), FAMILY_BIASES)
 @pytest.mark.parametrize('tied', [False, True])
-def test_parts_are_the_whole_tree_once(family, bias, head, tied):
+def test_stored_tensors_parts_cover_the_tree_once(family, bias, head, tied):
   model = _model(family, qkv_bias=bias, tie_embeddings=tied)
   tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: MODELS[head](model, rngs=nnx.Rngs(0))), nnx.Param))
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -140,7 +140,7 @@ def test_parts_are_the_whole_tree_once(family, bias, head, tied):
 @pytest.mark.parametrize('head', MODELS)
 @pytest.mark.parametrize(('family', 'bias'), FAMILY_BIASES)
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_join_is_the_inverse_of_split_bit_for_bit(family, bias, head, dtype):
+def test_join_is_the_exact_inverse_of_split(family, bias, head, dtype):
   for stored in stored_tensors(_model(family, qkv_bias=bias), head):
     if not stored.parts:
       continue
@@ -155,7 +155,7 @@ def test_join_is_the_inverse_of_split_bit_for_bit(family, bias, head, dtype):
     assert np.asarray(on_device).tobytes() == value.tobytes()
 
 
-def test_the_bias_of_a_token_classifier_is_zero():
+def test_stored_tensors_token_classifier_bias_must_be_zero():
   bias = stored_tensors(_model('llama'), 'value')[-1]
   assert bias.name == 'score.bias' and bias.shape == (1,) and bias.parts == ()
   assert bias.split(np.zeros(1, np.float16)) == ()
@@ -164,10 +164,10 @@ def test_the_bias_of_a_token_classifier_is_zero():
     bias.split(np.full(1, 0.5, np.float32))
 
 
-def test_an_architecture_other_than_the_heads_own():
+def test_architecture_of_given_architecture():
   names = [s.name for s in stored_tensors(_model('llama'), 'reward', 'LlamaForTokenClassification')]
   assert names[-2:] == ['score.weight', 'score.bias']
-  # transformers 5 runs internlm3 as a Llama, and names it so.
+  # transformers 5 runs internlm3 as a Llama and names it so.
   assert families.architecture_of('internlm3', 'lm', 'LlamaForCausalLM') == 'LlamaForCausalLM'
   assert families.architecture_of('internlm3', 'lm') == 'InternLM3ForCausalLM'
   assert families.architectures('internlm2') == {'InternLM2ForCausalLM': 'lm', 'InternLM2ForRewardModel': 'reward'}
@@ -177,7 +177,7 @@ def test_an_architecture_other_than_the_heads_own():
     stored_tensors(_model('llama'), 'lm', 'Qwen2ForCausalLM')
 
 
-def test_what_a_family_cannot_hold():
+def test_stored_tensors_refuses_what_a_family_cannot_store():
   with pytest.raises(UserError, match=r'internlm2 have no biases; model\.qkv_bias'):
     stored_tensors(_model('internlm2', qkv_bias=True), 'lm')
   with pytest.raises(UserError, match=r'model\.vocab_size must be set'):

@@ -1,4 +1,4 @@
-"""Tensors become sharded parameters: every bit pattern, every dtype, and nothing read that is not wanted."""
+"""Tests of reading tensors into sharded parameters: all bit patterns and dtypes, and nothing read unnecessarily."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STORED = families.stored_tensors(MODEL, 'reward')
 
 
 class InMemory:
-  """A TensorSource that notes what is read."""
+  """A TensorSource that records what is read."""
 
   def __init__(self, tensors):
     self.path, self.held, self.reads = pathlib.Path('folder'), tensors, []
@@ -38,7 +38,7 @@ class InMemory:
 
 
 def random_bits(dtype, seed=0):
-  """Finite numbers of every exponent: zeros of both signs, subnormal numbers, and the largest."""
+  """Return finite numbers of every exponent, including zeros of both signs, subnormal numbers, and the largest."""
   rng = np.random.default_rng(seed)
 
   def draw(shape):
@@ -70,10 +70,10 @@ def abstract_on(mesh, model=MODEL, head='reward'):
   ],
   ids=str,
 )
-def test_every_bit_pattern_arrives(sizes, stored, wanted):
+def test_load_is_exact(sizes, stored, wanted):
   held, mesh = random_bits(stored), mesh_of(*sizes)
   for name, array in held.items():
-    held[name] = np.where(np.abs(array.astype(F32)) > 3e38, stored.type(1), array).astype(stored)  # that bfloat16 can hold all
+    held[name] = np.where(np.abs(array.astype(F32)) > 3e38, stored.type(1), array).astype(stored)  # representable in bfloat16
   assert (np.abs(held['model.embed_tokens.weight'].astype(F32)) < (1e-5 if stored == F16 else 1e-37)).any()
   params = importer.load(InMemory(held), STORED, abstract_on(mesh), wanted and wanted.name)
   jax.tree.map(lambda x, a: x.sharding == a.sharding or pytest.fail(f'{x.sharding}, not {a.sharding}'), params, abstract_on(mesh))
@@ -82,7 +82,7 @@ def test_every_bit_pattern_arrives(sizes, stored, wanted):
     assert array.tobytes() == held[name].astype(array.dtype).tobytes(), name
 
 
-def test_only_the_decoder_is_read_where_only_it_is_wanted():
+def test_load_reads_only_the_requested_parameters():
   source, seen, abstract = InMemory(random_bits(F32)), {}, abstract_on(mesh_of(1, 1, 1, 1))
   params = importer.load(
     source, STORED, {'decoder': abstract['decoder']}, on_tensor=lambda name, a: seen.update({name: importer.checksum(a)})
@@ -93,7 +93,7 @@ def test_only_the_decoder_is_read_where_only_it_is_wanted():
   assert source.held['score.weight'].size == 20
 
 
-def test_buffers_of_older_checkpoints_are_passed_over():
+def test_load_ignores_buffers_of_older_checkpoints():
   tensors = random_bits(F32)
   source = InMemory(tensors | {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(5, F32)})
   assert importer.check(source, STORED).keys() == tensors.keys()
@@ -101,7 +101,7 @@ def test_buffers_of_older_checkpoints_are_passed_over():
     importer.check(InMemory(tensors | {'model.inv_freq': np.ones(5, F32)}), STORED)
 
 
-def test_a_tied_head_may_be_stored_in_a_language_model_only():
+def test_check_tied_head_only_in_language_models():
   tied = dataclasses.replace(MODEL, tie_embeddings=True)
   tensors = random_bits(F32)
   twice = tensors | {'lm_head.weight': tensors['model.embed_tokens.weight'].copy()}
@@ -118,7 +118,7 @@ def test_a_tied_head_may_be_stored_in_a_language_model_only():
 @pytest.mark.parametrize(
   ('name', 'value'), [('model.layers.2.mlp.gate_proj.weight', np.nan), ('model.norm.weight', np.inf), ('score.weight', -np.inf)]
 )
-def test_what_is_no_number_is_refused_on_any_device(name, value):
+def test_load_refuses_nan_and_infinity_on_any_device(name, value):
   tensors = random_bits(BF16)
   tensors[name].reshape(-1)[-1] = value
   with pytest.raises(CheckpointFileError, match=rf"^folder/a.safetensors: tensor '{name}' contains NaN or infinity"):

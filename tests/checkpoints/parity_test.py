@@ -21,7 +21,7 @@ from polar_jax.model.value_model import ValueModel
 
 pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixtures('torch_on_one_thread')]
 
-# A large eps, few channels and a small base of the rotary frequencies: each would show if it were wrong.
+# A large eps, few channels and a small rotary base, so that a mistake in any of them is noticed.
 LLAMA = ModelConfig(
   family='llama',
   vocab_size=97,
@@ -48,12 +48,12 @@ CASES = {
 }
 LENGTHS = (300, 64, 7, 1)
 TOTAL = 384
-PAD = 96  # a token that no sequence has: transformers' classifiers look for it
+PAD = 96  # a token that no sequence contains: transformers' classifiers search for it
 TOLERANCE = 1e-4
 
 
 class Models(NamedTuple):
-  """The same weights twice."""
+  """The same weights in both implementations."""
 
   config: ModelConfig
   params: dict
@@ -87,7 +87,7 @@ def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
 
 
 def _as_llama(config: ModelConfig, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """InternLM2 rewritten as the Llama that computes the same: the fused matrix cut apart, everything else renamed."""
+  """Rewrite InternLM2 as the Llama that computes the same: split the fused matrix, rename everything else."""
   group, dim = config.num_heads // config.num_kv_heads, config.head_dim
   names = {
     'tok_embeddings': 'embed_tokens',
@@ -119,7 +119,7 @@ def _torch_model(kind: type, config: ModelConfig, stored: dict[str, np.ndarray],
   missing, unexpected = model.load_state_dict({name: torch.from_numpy(a) for name, a in stored.items()}, strict=False)
   assert not unexpected
   tied = config.tie_embeddings and 'lm_head.weight' in model.state_dict()
-  assert missing == (['lm_head.weight'] if tied else [])  # which is the embedding
+  assert missing == (['lm_head.weight'] if tied else [])  # it is the embedding
   return model
 
 
@@ -141,7 +141,7 @@ def _sequences(lengths: tuple[int, ...] = LENGTHS) -> list[np.ndarray]:
 
 
 def _rows(placed: list[list[tuple[int, np.ndarray]]], total: int) -> tuple[np.ndarray, ...]:
-  """(tokens, positions, intervals) of rows that hold sequences at the given places."""
+  """Return (tokens, positions, intervals) of rows with sequences at the given offsets."""
   tokens, positions, start, end = np.zeros((4, len(placed), total), np.int32)
   for b, members in enumerate(placed):
     for at, ids in members:
@@ -155,7 +155,7 @@ def _apply(kind: type, config: ModelConfig, params: dict, *inputs) -> np.ndarray
   return np.asarray(jax.jit(lambda p, inputs: nnx.merge(graphdef, p)(*inputs))(params, inputs))
 
 
-# (row, place) of each sequence: padded on the right, padded on the left, and packed into one row.
+# (row, offset) of each sequence: padded on the right, padded on the left, and packed into one row.
 PLACES = {
   'right': [(b, 0) for b in range(4)],
   'left': [(4 + b, TOTAL - n) for b, n in enumerate(LENGTHS)],
@@ -165,7 +165,7 @@ PLACES = {
 
 @pytest.fixture(scope='module')
 def ours(models):
-  """Our logits of every sequence, in each of its places."""
+  """Our logits of every sequence, for each arrangement."""
   placed: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(9)]
   for places in PLACES.values():
     for (row, at), ids in zip(places, _sequences(), strict=True):
@@ -181,17 +181,20 @@ def _logits(model, ids: np.ndarray, **inputs) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def alone(models):
-  """Their logits of every sequence alone."""
+  """Their logits of every sequence, one at a time."""
   return [_logits(models.torch_model, ids[None])[0] for ids in _sequences()]
 
 
 def _keeps_its_frequencies(config: ModelConfig, length: int) -> bool:
-  """Dynamic scaling gives every sequence of a row (of a batch, in transformers) the frequencies of the longest."""
+  """Return whether dynamic scaling leaves the frequencies unchanged.
+
+  It gives all sequences of a row (in transformers, of a batch) the frequencies of the longest.
+  """
   return config.rope_scaling != 'dynamic' or length == max(LENGTHS)
 
 
 @pytest.mark.parametrize('place', PLACES)
-def test_logits_are_those_of_the_sequence_alone_in_transformers(models, ours, alone, place):
+def test_logits_equal_transformers_one_sequence_at_a_time(models, ours, alone, place):
   assert 0.5 < np.std(alone[0]) < 5
   for got, expected in zip(ours[place], alone, strict=True):
     if place != 'packed' or _keeps_its_frequencies(models.config, len(expected)):
@@ -199,7 +202,7 @@ def test_logits_are_those_of_the_sequence_alone_in_transformers(models, ours, al
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_logits_are_those_of_a_padded_batch_in_transformers(models, ours, side):
+def test_logits_equal_transformers_padded_batch(models, ours, side):
   ids, mask = np.full((len(LENGTHS), max(LENGTHS)), PAD), np.zeros((len(LENGTHS), max(LENGTHS)), np.int64)
   for b, sequence in enumerate(_sequences()):
     at = slice(None, len(sequence)) if side == 'right' else slice(max(LENGTHS) - len(sequence), None)
@@ -210,9 +213,9 @@ def test_logits_are_those_of_a_padded_batch_in_transformers(models, ours, side):
       np.testing.assert_allclose(got, theirs[b][mask[b] == 1], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize('models', [case for case in CASES if case != 'internlm2'], indirect=True)  # that one: remote_code_test.py
-def test_a_config_json_that_we_write_makes_the_same_model(models, alone):
-  """To the bit: torch computes both."""
+@pytest.mark.parametrize('models', [case for case in CASES if case != 'internlm2'], indirect=True)  # internlm2: see remote_code_test.py
+def test_to_json_gives_the_same_transformers_model(models, alone):
+  """Bit-identical, because torch computes both."""
   written = config_json.to_json(models.config, 'lm', dtype='float32')
   model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written)).eval()
   model.load_state_dict(models.torch_model.state_dict())
@@ -223,7 +226,7 @@ def test_a_config_json_that_we_write_makes_the_same_model(models, alone):
 
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize(('head', 'model'), [('lm', LanguageModel), ('reward', RewardModel), ('value', ValueModel)])
-def test_the_stored_tensors_of_a_family_are_those_of_the_independent_mapping(random_params, as_stored, case, head, model):
+def test_stored_tensors_against_independent_mapping(random_params, as_stored, case, head, model):
   config = CASES[case]
   params = random_params(model, config)
   expected = as_stored(config, params)
@@ -249,7 +252,7 @@ def _at(params: dict, part: families.Part) -> np.ndarray:
 
 
 @pytest.mark.parametrize('length', [1, 7, 64])
-def test_hidden_states_of_rows_without_padding(random_params, as_stored, length):
+def test_hidden_states_without_padding(random_params, as_stored, length):
   config = dataclasses.replace(CASES['llama'], num_layers=1)
   params = random_params(LanguageModel, config)
   model = _torch_model(transformers.LlamaForCausalLM, config, as_stored(config, params), attn_implementation='eager')
@@ -259,11 +262,11 @@ def test_hidden_states_of_rows_without_padding(random_params, as_stored, length)
   with torch.no_grad():
     out = model.model(torch.from_numpy(ids.astype(np.int64)), output_attentions=True)
   np.testing.assert_allclose(got, out.last_hidden_state, atol=TOLERANCE, rtol=0)
-  # Attention that differed little from a plain mean would hide mistakes.
+  # Nearly uniform attention would hide mistakes.
   assert length < 64 or (out.attentions[0][..., -1, :].max(-1).values > 4 / length).all()
 
 
-# (shared prefix, tail of the chosen sequence, tail of the rejected one)
+# Lengths of (shared prefix, rest of the chosen sequence, rest of the rejected one).
 TRIPLETS = [(20, 9, 14), (0, 30, 5), (33, 0, 6), (11, 8, 8)]
 
 
@@ -276,7 +279,7 @@ def _triplets() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _torch_rewards(model, sequences: list[np.ndarray]) -> np.ndarray:
-  """Each sequence alone, and all as one padded batch: they must agree."""
+  """Return the rewards of sequences one at a time, after checking that one padded batch gives the same."""
   lengths = np.array([len(ids) for ids in sequences])
   ids = np.stack([np.pad(ids, (0, lengths.max() - len(ids)), constant_values=PAD) for ids in sequences])
   mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
@@ -287,8 +290,8 @@ def _torch_rewards(model, sequences: list[np.ndarray]) -> np.ndarray:
 
 
 @pytest.mark.parametrize('case', ['llama', 'qwen2', 'internlm2'])
-def test_rewards_of_triplet_rows_are_those_of_two_rows_each(random_params, as_stored, remote_code, case):
-  config = dataclasses.replace(CASES[case], attention='reference')  # which compiles faster
+def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as_stored, remote_code, case):
+  config = dataclasses.replace(CASES[case], attention='reference')  # compiles faster
   params = random_params(RewardModel, config)
   stored = as_stored(config, params)
   if case == 'internlm2':
@@ -308,7 +311,7 @@ def test_rewards_of_triplet_rows_are_those_of_two_rows_each(random_params, as_st
   np.testing.assert_allclose(got.reshape(4, 2), expected[[0, 2, 1, 3]], atol=TOLERANCE, rtol=0)
 
 
-def test_values_are_those_of_a_token_classifier(random_params, as_stored):
+def test_values_equal_token_classifier(random_params, as_stored):
   config = CASES['internlm3']
   params = random_params(ValueModel, config)
   stored = as_stored(config, params) | {'score.bias': np.zeros(1, np.float32)}

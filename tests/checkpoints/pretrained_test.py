@@ -1,4 +1,4 @@
-"""Every kind of checkpoint behind one function: what it says of itself, its parameters, its tokenizer and its template."""
+"""Tests of opening every kind of checkpoint: description, parameters, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mesh_of(sizes=ONE):
 
 
 def random_params(model: ModelConfig, head: str, dtype=jnp.bfloat16):
-  """With a head in float32, as reward models are stored."""
+  """Return parameters with a float32 head, as reward models are stored."""
   make = lambda: nnx.to_pure_dict(nnx.state(KINDS[head](model, rngs=nnx.Rngs(params=3)), nnx.Param))
   params = jax.tree.map(lambda x: x.astype(dtype), jax.jit(make)())
   return params | ({'v_head': params['v_head'].astype(jnp.float32)} if 'v_head' in params else {})
@@ -50,14 +50,14 @@ def save_run(folder: pathlib.Path, params, model: ModelConfig, head: str, **sett
 
 
 def save_hugging_face(folder: pathlib.Path, params, model: ModelConfig, head: str, reward_token_id=None) -> pathlib.Path:
-  """Through our exporter, which tests/hf compares with an independent one."""
+  """Write a folder with our exporter, which exporter_test.py compares with an independent one."""
   exporter.write_weights(params, families.stored_tensors(model, head), folder, None, 10**9)
   exporter.write_config(folder, model, head, dtype='bfloat16', reward_token_id=reward_token_id, special_ids={})
   return folder
 
 
 def save_gguf(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """A GGUF file of LLAMA's shape, tied, with a tokenizer of bytes. Returns its tensors."""
+  """Write a GGUF file of LLAMA's shape, tied, with a byte tokenizer. Returns its tensors."""
   m, rng = LLAMA, np.random.default_rng(0)
   q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
   shapes = {'token_embd': (m.vocab_size, m.d_model), 'output_norm': (m.d_model,)}
@@ -77,7 +77,7 @@ def save_gguf(file: pathlib.Path) -> dict[str, np.ndarray]:
   writer.add_layer_norm_rms_eps(m.norm_eps)
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre('gpt-2')
-  writer.add_token_list([*byte_symbols()[:255], 'zz', *SPECIAL_TOKENS])  # UTF-8 has no byte 255
+  writer.add_token_list([*byte_symbols()[:255], 'zz', *SPECIAL_TOKENS])  # byte 255 does not occur in UTF-8
   writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS))
   writer.add_token_merges(['z z'])
   writer.add_bos_token_id(257)
@@ -92,7 +92,7 @@ def save_gguf(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def save_llama2c(file: pathlib.Path) -> np.ndarray:
-  """A file of LLAMA's shape, tied. Returns its embedding table."""
+  """Write a file of LLAMA's shape, tied. Returns its embedding table."""
   m, rng = LLAMA, np.random.default_rng(0)
   kv = m.num_kv_heads * m.head_dim
   layer = m.d_model * (2 + 2 * m.d_model + 2 * kv + 3 * m.d_ff)
@@ -119,7 +119,7 @@ def in_float32(params):
   ('save', 'head', 'model'),
   [(save_run, 'reward', MODEL), (save_run, 'lm', LLAMA), (save_hugging_face, 'reward', MODEL), (save_hugging_face, 'value', LLAMA)],
 )
-def test_folders_say_what_they_are_and_give_their_parameters(tmp_path, save, head, model):
+def test_open_pretrained_folders(tmp_path, save, head, model):
   params = random_params(model, head)
   opened = open_pretrained(str(save(tmp_path, params, model, head)))
   assert (opened.kind, opened.head, opened.path) == ('run' if save is save_run else 'hugging_face', head, tmp_path)
@@ -138,7 +138,7 @@ def test_folders_say_what_they_are_and_give_their_parameters(tmp_path, save, hea
 
 
 @pytest.mark.needs('gguf')
-def test_a_gguf_file(tmp_path):
+def test_open_pretrained_gguf(tmp_path):
   tensors = save_gguf(tmp_path / 'model.gguf')
   opened = open_pretrained(tmp_path / 'model.gguf')
   assert (opened.kind, opened.head, opened.reward_token_id) == ('gguf', 'lm', None)
@@ -154,7 +154,7 @@ def test_a_gguf_file(tmp_path):
   assert opened.assets is opened.assets and (opened.assets / 'tokenizer.json').is_file() and tmp_path not in opened.assets.parents
 
 
-def test_a_llama2c_file(tmp_path):
+def test_open_pretrained_llama2c(tmp_path):
   embedding = save_llama2c(tmp_path / 'stories.bin')
   opened = open_pretrained(tmp_path / 'stories.bin')
   wanted = dataclasses.replace(LLAMA, tie_embeddings=True, rope_theta=10_000.0, max_position=16)
@@ -168,7 +168,7 @@ def test_a_llama2c_file(tmp_path):
   assert opened.tokenizer().encode('ab', add_bos=True) == [1, 259, 260]
 
 
-def test_tokenizers_of_folders(tmp_path):
+def test_tokenizer_of_folders(tmp_path):
   tokenizer_files.write_for_transformers(ByteTokenizer(), tmp_path / 'run/assets', 'llama')
   run = save_run(tmp_path / 'run', random_params(MODEL, 'reward'), MODEL, 'reward', tokenizer='0123456789abcdef')
   assert open_pretrained(run).tokenizer().encode('a<|reward|>') == [97, 259]
@@ -180,7 +180,7 @@ def test_tokenizers_of_folders(tmp_path):
   assert open_pretrained(folder).tokenizer().path == folder / 'tokenizer.json'
 
 
-def test_tokenizers_of_runs_without_files(tmp_path):
+def test_tokenizer_of_runs_without_files(tmp_path):
   params = random_params(MODEL, 'reward')
   byte = save_run(tmp_path / 'byte', params, MODEL, 'reward', tokenizer='byte')
   assert isinstance(open_pretrained(byte).tokenizer(), ByteTokenizer)
@@ -189,7 +189,7 @@ def test_tokenizers_of_runs_without_files(tmp_path):
     open_pretrained(lost).tokenizer()
 
 
-def test_the_template_is_the_checkpoints_unless_the_config_says_another(tmp_path):
+def test_template_from_checkpoint_and_config(tmp_path):
   trained = TemplateConfig(max_length=500, rule='client', separator='|', separator_id=9, reward_token_id=7)
   settings = {f'template.{name}': value for name, value in dataclasses.asdict(trained).items()}
   run = open_pretrained(save_run(tmp_path / 'run', random_params(MODEL, 'reward'), MODEL, 'reward', use_reference=True, **settings))
@@ -198,28 +198,28 @@ def test_the_template_is_the_checkpoints_unless_the_config_says_another(tmp_path
   assert run.template(asked) == dataclasses.replace(asked, rule='client', separator='|', separator_id=9)
 
 
-def test_the_arm_without_a_reference_is_read_without_one(tmp_path):
-  """Its run has the config's template, and says beside it that it left the reference out."""
+def test_template_of_run_without_reference(tmp_path):
+  """Earlier versions stored the config's template, and separately that the run left the reference out."""
   settings = {'template.use_reference': True, 'use_reference': False}
   run = open_pretrained(save_run(tmp_path, random_params(MODEL, 'reward'), MODEL, 'reward', **settings))
   assert run.template(TemplateConfig()) == TemplateConfig(use_reference=False)
 
 
-def test_the_reward_token_of_a_hugging_face_folder(tmp_path):
+def test_template_reward_token_of_hugging_face_folder(tmp_path):
   opened = open_pretrained(save_hugging_face(tmp_path, random_params(MODEL, 'reward'), MODEL, 'reward', reward_token_id=77))
   assert opened.reward_token_id == 77
   assert opened.template(TemplateConfig()) == TemplateConfig(reward_token_id=77)
   assert opened.template(TemplateConfig(reward_token_id=5)).reward_token_id == 5
 
 
-def test_how_a_model_is_computed_is_the_configs(tmp_path):
+def test_compute_like_takes_compute_settings_from_the_config(tmp_path):
   opened = open_pretrained(save_hugging_face(tmp_path, random_params(LLAMA, 'lm'), LLAMA, 'lm'))
   how = {'compute_dtype': 'bfloat16', 'remat': 'full', 'scan_unroll': 2, 'attention': 'chunked'}
   config = ModelConfig(vocab_size=5, num_layers=9, rope_theta=1.0, v_head_init='normal', **how)
   assert opened.compute_like(config) == dataclasses.replace(LLAMA, **how)
 
 
-def test_what_is_no_checkpoint(tmp_path):
+def test_open_pretrained_refuses_other_files(tmp_path):
   (tmp_path / 'notes.txt').touch()
   with pytest.raises(ConfigError, match=r'neither a run of polar_jax \(a folder with checkpoints/\) nor .*; it contains: notes.txt$'):
     open_pretrained(tmp_path)
@@ -239,7 +239,7 @@ def test_what_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.needs('gguf')
-def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
+def test_open_pretrained_reads_no_tensor(tmp_path, monkeypatch):
   folder = save_hugging_face(tmp_path / 'hf', random_params(LLAMA, 'lm'), LLAMA, 'lm')
   save_gguf(tmp_path / 'm.gguf')
   monkeypatch.setattr('polar_jax.checkpoints.formats.storage.read_array', lambda *_: pytest.fail('a tensor was read'))
@@ -248,7 +248,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
     assert open_pretrained(path).model.family == 'llama'
 
 
-def test_config_json_of_what_is_exported_reads_as_the_model(tmp_path):
+def test_exported_value_model_reads_as_reward(tmp_path):
   folder = save_hugging_face(tmp_path, random_params(MODEL, 'value'), MODEL, 'value')
-  said = json.loads((folder / 'config.json').read_text())
-  assert config_json.from_json(said, '').head == open_pretrained(folder).head == 'reward'  # internlm2 has one class for both
+  config = json.loads((folder / 'config.json').read_text())
+  assert config_json.from_json(config, '').head == open_pretrained(folder).head == 'reward'  # internlm2 has one class for both

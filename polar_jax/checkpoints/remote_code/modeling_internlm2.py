@@ -1,8 +1,8 @@
-"""InternLM2 in PyTorch, for `transformers`: language model and reward model. Copied into exported folders; imports nothing of ours.
+"""InternLM2 in PyTorch, for `transformers`: language model and reward model. Copied to exported folders; does not import polar_jax.
 
-Parameter names are those of published InternLM2 checkpoints. Query, key and value projections are one matrix whose output is
-grouped by key head: the queries that read it, then the key, then the value. There is no cache of keys: generation works, but reads
-the whole text again for each token. For speed serve the checkpoint with an inference engine, all of which know InternLM2.
+Parameter names are those of published InternLM2 checkpoints. Query, key and value projections are one matrix whose output is grouped by
+key head: its queries, then the key, then the value. There is no KV cache: generation works, but processes the whole text again for each
+token. For speed, serve the checkpoint with an inference engine; the common ones support InternLM2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_internlm2 import InternLM2Config
 
-# Arguments that other models of transformers take and that change no result here.
+# Arguments of other transformers models that do not change a result here.
 _IGNORED = ('use_cache', 'return_dict', 'token_type_ids')
 
 
@@ -26,9 +26,9 @@ def _refuse(arguments: dict) -> None:
 
 
 def _rotary_tables(config: InternLM2Config, mask: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-  """(cos, sin), each (batch, 1, tokens, head_dim / 2), from the attention mask (batch, tokens).
+  """Return (cos, sin), each (batch, 1, tokens, head_dim / 2), from the attention mask (batch, tokens).
 
-  Positions count attended tokens, and so does the length that dynamic scaling depends on: padding changes no result.
+  Positions and the length that dynamic scaling depends on count attended tokens only, so padding changes no result.
   """
   rope, dim = config.rope_parameters, config.head_dim
   length = mask.sum(-1, dtype=torch.float32)
@@ -50,12 +50,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _seen(mask: torch.Tensor) -> torch.Tensor | None:
-  """Which keys each query sees (batch, 1, queries, keys); None: all up to itself, which needs no array of that size."""
+  """Return which keys each query sees (batch, 1, queries, keys); None if that is all up to itself, which needs no array."""
   if mask.all():
     return None
   length = mask.shape[-1]
   causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-  # Padding sees itself: a query without any key would become NaN.
+  # Padding sees itself, because a query without keys would become NaN.
   return (causal & mask[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
@@ -128,7 +128,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
 
 
 class InternLM2Model(InternLM2PreTrainedModel):
-  """The decoder: normed hidden states."""
+  """The decoder, up to the final norm."""
 
   def __init__(self, config: InternLM2Config):
     super().__init__(config)
@@ -138,7 +138,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
     self.post_init()
 
   def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPast:
-    """Hidden states (batch, tokens, hidden_size). `attention_mask` (batch, tokens) may pad on either side; None: no padding."""
+    """Return hidden states (batch, tokens, hidden_size). `attention_mask` (batch, tokens) may pad on either side; None: no padding."""
     _refuse(kwargs)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     x = self.tok_embeddings(input_ids)
@@ -167,16 +167,16 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
     self.output = value
 
   def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_) -> dict:
-    """The whole text at every step: there is no cache."""
+    """Pass the whole text at every step, because there is no cache."""
     return {'input_ids': input_ids, 'attention_mask': attention_mask}
 
   def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> CausalLMOutputWithPast:
-    """Next-token logits (batch, tokens, vocab_size)."""
+    """Return next-token logits (batch, tokens, vocab_size)."""
     return CausalLMOutputWithPast(logits=self.output(self.model(input_ids, attention_mask, **kwargs).last_hidden_state))
 
 
 class InternLM2ForRewardModel(InternLM2PreTrainedModel):
-  """The decoder with one score, read at the last attended token: the reward token, whichever side is padded."""
+  """The decoder with a scalar head, read at the last attended token (the reward token), whichever side is padded."""
 
   def __init__(self, config: InternLM2Config):
     super().__init__(config)
@@ -185,9 +185,9 @@ class InternLM2ForRewardModel(InternLM2PreTrainedModel):
     self.post_init()
 
   def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> SequenceClassifierOutputWithPast:
-    """Rewards as logits (batch, 1)."""
+    """Return rewards as logits (batch, 1)."""
     if attention_mask is None:
-      raise ValueError('attention_mask is needed: it says which token is the last one (the tokenizer returns it)')
+      raise ValueError('attention_mask is required to find the last token; pass the one that the tokenizer returns')
     hidden = self.model(input_ids, attention_mask, **kwargs).last_hidden_state
     last = attention_mask.cumsum(-1).argmax(-1)
     return SequenceClassifierOutputWithPast(logits=self.v_head(hidden[torch.arange(len(last), device=hidden.device), last]))

