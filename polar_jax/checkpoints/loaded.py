@@ -41,6 +41,7 @@ class Loaded(Pretrained):
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
+    """The folder of the tokenizer files; it does not exist if the model has no tokenizer files."""
     path = getattr(self.text, 'path', None)
     return pathlib.Path('/nonexistent') if path is None else path.parent
 
@@ -49,11 +50,17 @@ class Loaded(Pretrained):
     return self.text is not None
 
   def tokenizer(self) -> Tokenizer:
+    """Return the model's tokenizer.
+
+    Raises:
+      UserError: it has none.
+    """
     if self.text is None:
       raise UserError('the model has no tokenizer: give one to `load` or to the training function')
     return self.text
 
   def template(self, given: TemplateConfig) -> TemplateConfig:
+    """Return the model's template, with every field that `given` sets to something other than its default."""
     default = TemplateConfig()
     chosen = {f.name: v for f in dataclasses.fields(default) if (v := getattr(given, f.name)) != getattr(default, f.name)}
     return dataclasses.replace(self.reward_template, **chosen)

@@ -1,4 +1,4 @@
-"""What a run keeps next to its checkpoints: the settings that it may not be resumed without, and its tokenizer."""
+"""Contents of a run's folder apart from the weights: the settings that must not change on resume, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def training_settings(
     template: how examples become token sequences.
     tokenizer: identified by a digest of its file.
     seed: of initialization and data order.
-    data: what identifies the training data.
+    data: settings that identify the training data.
   """
   settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _TRAIN_REPORTING}
   return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **data}
@@ -67,7 +67,7 @@ def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, se
 
 
 def model_settings(head: str, model: ModelConfig, template: TemplateConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-  """Return what a checkpoint of parameters alone says of its model: enough to open and score it.
+  """Return the settings stored with a checkpoint that has only parameters: those needed to open it and score with it.
 
   Args:
     head: 'reward', 'lm' or 'value'.
@@ -90,7 +90,7 @@ def _dotted(prefix: str, section: Any) -> dict[str, Any]:
 
 
 def examples_digest(examples: Sequence[Triplet]) -> str:
-  """Return what identifies a sequence of examples; see `texts_digest`."""
+  """Return a digest that identifies a sequence of examples; see `texts_digest`."""
   return texts_digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected))
 
 

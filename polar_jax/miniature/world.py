@@ -26,7 +26,7 @@ if TYPE_CHECKING:
   from polar_jax.stages.context import Context
 
 # Files and folders in workdir/data.
-TOKENIZER, TEXT, POOL, TRIPLETS, PREFERENCES = 'tokenizer.json', 'text.npz', 'pool.json', 'triplets', 'preferences'
+TOKENIZER, TEXT, POOL, TRIPLETS, PREFERENCES = 'tokenizer.json', text_lib.STREAMS, 'pool.json', 'triplets', 'preferences'
 _MARKER = 'synthesis.json'  # written last: its presence means that the folder is complete
 
 _FORMAT = 1  # bumped whenever the same settings give other examples
