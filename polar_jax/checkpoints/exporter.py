@@ -88,12 +88,12 @@ def write_folder(
     model: its shape.
     head: 'reward', 'lm' or 'value'.
     architecture: name of the transformers class; None: the family's usual one.
-    template: names the reward token, whose id config.json holds.
-    tokenizer: written in the form that transformers reads; None: none.
-    assets: folder of small files that came with an imported model and are copied as they are.
-    dtype: of the tensors; None: that of the parameters, exact to the bit.
-    shard_bytes: most bytes of a safetensors file.
-    log: takes a line if the tokenizer cannot be written.
+    template: its reward token is stored by id in config.json.
+    tokenizer: written in the form that transformers reads; None: not written.
+    assets: folder of small files that came with an imported model, copied unchanged.
+    dtype: dtype of the tensors; None: that of the parameters, which makes the export exact.
+    shard_bytes: size limit of a safetensors file.
+    log: called with a message if the tokenizer cannot be written.
   """
   stored = families.stored_tensors(model, head, architecture)
   write_weights(params, stored, folder, dtype, shard_bytes)

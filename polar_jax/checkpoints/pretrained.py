@@ -125,12 +125,12 @@ class Pretrained:
     return with_compute_of(self.model, config)
 
   def head_params(self, mesh: Mesh, dtype: str | None, head: str) -> dict[str, Any]:
-    """Return the parameters of a model with `head`, which may be another one than the checkpoint's.
+    """Return the parameters of a model with `head`, which may differ from the checkpoint's.
 
-    A reward or value model made of a language model gets a head of zeros. Reward and value heads have the same parameters.
+    A reward or value model created from a language model gets a head of zeros. Reward and value heads have the same parameters.
 
     Raises:
-      UserError: a language model is wanted, and the checkpoint has no vocabulary projection.
+      UserError: `head` is 'lm', but the checkpoint has no vocabulary projection.
     """
     if head == self.head or (head != 'lm' and self.head != 'lm'):
       return self.params(mesh, dtype)
@@ -143,7 +143,7 @@ class Pretrained:
 
 
 def with_compute_of(model: ModelConfig, config: ModelConfig) -> ModelConfig:
-  """Return `model` computed as `config` says: precision, attention backend, rematerialization, initialization."""
+  """Return `model` with the compute settings of `config`: precision, attention backend, rematerialization, initialization."""
   return dataclasses.replace(model, **{name: getattr(config, name) for name in _COMPUTE})
 
 
