@@ -347,7 +347,7 @@ def test_from_json_accepts_unusual_files():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True; choose another'),
+    ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True; change it or choose another'),
     ({'family': 'qwen2'}, r'family qwen2 cannot have model\.qkv_bias False'),
     ({'family': 'internlm2', 'head_dim': 64}, r'have a head_dim of d_model / num_heads \(128 / 4\), not 64'),
     ({'family': 'internlm2', 'rope_scaling': 'llama3'}, r"model\.rope_scaling 'llama3', only: none, linear, dynamic$"),

@@ -448,7 +448,7 @@ ODD = {
   'no_json': (lambda source: (source.path / 'config.json').write_text('{"a": '), r'config.json: not JSON'),
   'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must contain a JSON object'),
   'not_utf8': (lambda source: (source.path / 'config.json').write_bytes(b'\xff{}'), r'config.json: not JSON'),
-  'no_weights': (lambda source: (source.path / 'pytorch_model.bin').unlink(), r'source: holds no weights'),
+  'no_weights': (lambda source: (source.path / 'pytorch_model.bin').unlink(), r'source: contains no weights'),
 }
 
 

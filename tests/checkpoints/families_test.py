@@ -160,7 +160,7 @@ def test_stored_tensors_token_classifier_bias_must_be_zero():
   assert bias.name == 'score.bias' and bias.shape == (1,) and bias.parts == ()
   assert bias.split(np.zeros(1, np.float16)) == ()
   np.testing.assert_array_equal(bias.join(), [0.0])
-  with pytest.raises(UserError, match=r'score\.bias is \[0\.5\]'):
+  with pytest.raises(UserError, match=r"'score\.bias' is \[0\.5\]"):
     bias.split(np.full(1, 0.5, np.float32))
 
 
@@ -178,7 +178,7 @@ def test_architecture_of_given_architecture():
 
 
 def test_stored_tensors_refuses_what_a_family_cannot_store():
-  with pytest.raises(UserError, match=r'internlm2 have no biases; model\.qkv_bias'):
+  with pytest.raises(UserError, match=r'internlm2 have no biases; set model\.qkv_bias'):
     stored_tensors(_model('internlm2', qkv_bias=True), 'lm')
   with pytest.raises(UserError, match=r'model\.vocab_size must be set'):
     stored_tensors(_model('llama', vocab_size=None), 'lm')

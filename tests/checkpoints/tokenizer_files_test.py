@@ -500,7 +500,7 @@ def test_translate_refuses_inexact_models(tmp_path, model, message):
   model.normalizer_spec.Clear()
   model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
   (tmp_path / 'tokenizer.model').write_bytes(model.SerializeToString())
-  with pytest.raises(TokenizerError, match='no BPE'):
+  with pytest.raises(TokenizerError, match='not a BPE'):
     tokenizer_files.write_for_transformers(open_tokenizer(tmp_path), tmp_path, 'llama')
 
 
