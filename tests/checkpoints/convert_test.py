@@ -413,8 +413,14 @@ ODD = {
     edit_tensors(lambda t: t.pop('model.layers.1.mlp.up_proj.weight')),
     r"source: tensor 'model.layers.1.mlp.up_proj.weight' is missing; is",
   ),
-  'extra': (only('model.layers.2.mlp.up_proj.weight', np.zeros((40, 36), F32)), r"tensor 'model.layers.2.mlp.up_proj.weight' is no part"),
-  'a_bias': (only('model.layers.0.self_attn.q_proj.bias', np.zeros(36, F32)), r"tensor 'model.layers.0.self_attn.q_proj.bias' is no part"),
+  'extra': (
+    only('model.layers.2.mlp.up_proj.weight', np.zeros((40, 36), F32)),
+    r"tensor 'model.layers.2.mlp.up_proj.weight' does not belong to the model",
+  ),
+  'a_bias': (
+    only('model.layers.0.self_attn.q_proj.bias', np.zeros(36, F32)),
+    r"tensor 'model.layers.0.self_attn.q_proj.bias' does not belong to the model",
+  ),
   'a_head_more': (only('lm_head.weight', np.zeros((263, 36), F32)), r"tensor 'lm_head.weight' does not belong to the model"),
   'shape': (
     only('model.norm.weight', np.ones(35, F32)),
