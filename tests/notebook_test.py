@@ -8,8 +8,7 @@ import re
 import nbformat
 from nbclient import NotebookClient
 
-from polar_jax.scaling import results
-from polar_jax.stages import fit as stage
+from polar_jax.scaling import analysis, results
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'notebooks'
 
@@ -23,7 +22,7 @@ def test_scaling_laws(tmp_path):
   notebook = nbformat.read(FOLDER / 'scaling_laws.ipynb', as_version=4)
   shown = text_of(notebook)
   NotebookClient(notebook, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(FOLDER)}}).execute()
-  said, found = text_of(notebook), stage.study(results.read(FOLDER / 'results.csv'))
+  said, found = text_of(notebook), analysis.analyze(results.read(FOLDER / 'results.csv'))
   for name in 'NC':
     law = found[name]
     assert f'{law["beta"]:.4g} {name}^{law["alpha"]:.4f}, 95% interval [{law["low"]:.4f}, {law["high"]:.4f}]' in said

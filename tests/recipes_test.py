@@ -13,7 +13,7 @@ from polar_jax import runner
 from polar_jax.config import parse
 from polar_jax.model import flops
 from polar_jax.recipes import word_problems
-from polar_jax.scaling import sweep
+from polar_jax.scaling import grid
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -92,7 +92,7 @@ def test_every_stage_of_all_knows_which_it_is(tmp_path, monkeypatch):
 def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
   config = parse(load('sweep'))
   sizes = [
-    flops.reward_model_parameters(dataclasses.replace(sweep.model_of(config, size), vocab_size=config.synthesize.vocab_size))
+    flops.reward_model_parameters(dataclasses.replace(grid.model_of(config, size), vocab_size=config.synthesize.vocab_size))
     for size in config.sweep.sizes
   ]
   assert len(sizes) >= 5 and sizes == sorted(sizes) and sizes[-1].total > 30 * sizes[0].total

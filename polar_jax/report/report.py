@@ -10,7 +10,7 @@ accuracies with {difference, low, high, clusters, clustered_by}; margins over th
                (`pretrained_finetuned` minus the arm); runs[RUN], numbers of the training
   pretrain_lm, pretrain  loss, steps, tokens, accuracy and other numbers of the training
   rft          see `polar_jax.report.rft`
-  scaling      see `polar_jax.stages.fit`
+  scaling      see `polar_jax.scaling.analysis`
   timing       seconds by stage, and `total`
   environment  see `environment`
 """

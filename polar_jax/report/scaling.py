@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from polar_jax.report import markdown
+from polar_jax.scaling.analysis import FEW_SIZES
 
 FIGURE = 'figures/scaling.png'
-FEW = 5  # model sizes; a law through fewer is only a demonstration
 _LAWS = {'N': 'parameters, the longest run of each size', 'C': 'training FLOPs, the lower envelope of all runs'}
 
 
@@ -43,7 +43,7 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
       'resample the validation examples that each loss is a mean over.'
     )
   out += [sentence for name in _LAWS if (sentence := _held_out(results.get(name, {}), name))]
-  if results.get('sizes', FEW) < FEW:
+  if results.get('sizes', FEW_SIZES) < FEW_SIZES:
     out.append(f'**{results["sizes"]} sizes prove nothing**: this demonstrates the machinery and is not a scaling law.')
   return out
 

@@ -1,4 +1,4 @@
-"""What a budget of FLOPs should be spent on, by the laws that a sweep found."""
+"""Advice on how to spend a budget of FLOPs, by the scaling laws of a sweep."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ class Advice:
   """A run that spends `flops`.
 
   Attributes:
-    tokens: of triplets.
-    loss, low, high: expected loss on validation, and the 95% interval for one run.
-    decades: by how many powers of ten `flops` lies beyond the swept ones; 0 within them.
-    split_by: where the division into parameters and tokens comes from.
-    learning_rate, batch: by the laws of their optima; None where none could be found.
-    paper_batch, paper_learning_rate: by the paper's laws; the second needs `lm_tokens`.
-    chips, chip_hours, hours: on `topology` at `mfu`.
+    flops: the budget.
+    parameters: of the model.
+    tokens: of triplets to train on.
+    loss, low, high: expected validation loss, and the 95% interval for one run.
+    decades: orders of magnitude by which `flops` is outside the swept range; 0 inside.
+    split_by: the law by which the budget is divided into parameters and tokens.
+    learning_rate, batch: by the laws fitted to their optima; None without such a law.
+    paper_learning_rate, paper_batch: by the paper's laws; the former needs `fit.lm_tokens`.
+    topology, mfu: where and how efficiently the run would train.
+    chips, chip_hours, hours: of `topology` at that `mfu`.
   """
 
   flops: float
@@ -50,19 +53,22 @@ class Advice:
   hours: float
 
 
-def advise(rows: Results, found: Mapping[str, Any], config: FitConfig, seed: int = 0) -> Advice:
-  """
+def advise(rows: Results, analysis: Mapping[str, Any], config: FitConfig, seed: int = 0) -> Advice:
+  """Return the run that should spend `fit.flops`.
+
   Args:
-    rows: of results.csv.
-    found: what `polar_jax.stages.fit.study` made of them.
+    rows: the runs of a sweep.
+    analysis: result of `polar_jax.scaling.analysis.analyze` for them.
+    config: budget, topology and MFU.
+    seed: of the bootstrap.
 
   Raises:
-    FitError: the rows do not tell how to divide FLOPs into parameters and tokens.
-    ConfigError: `fit.topology` names no chip or slice that is known.
+    FitError: the runs do not determine how to divide FLOPs into parameters and tokens.
+    ConfigError: `fit.topology` is not a known chip with a number of chips.
   """
   assert config.flops is not None
   budget, envelope = config.flops, rows.envelope()
-  parameters, split_by = _split(rows, found, budget)
+  parameters, split_by = _split(rows, analysis, budget)
   tokens = budget / (flops_per_parameter_and_token(rows) * parameters)
   loss, low, high = fit.fit_power_law(envelope.flops, envelope.loss, seed).predict(budget)
   chips, peak = _slice(config.topology)
@@ -77,8 +83,8 @@ def advise(rows: Results, found: Mapping[str, Any], config: FitConfig, seed: int
     high=high,
     decades=max(math.log10(budget / rows.flops.max()), math.log10(rows.flops.min() / budget), 0.0),
     split_by=split_by,
-    learning_rate=_optimum(found.get('learning_rate'), at),
-    batch=_optimum(found.get('batch'), at),
+    learning_rate=_optimum(analysis.get('learning_rate'), at),
+    batch=_optimum(analysis.get('batch'), at),
     paper_learning_rate=laws.learning_rate(parameters, config.lm_tokens, tokens) if config.lm_tokens else None,
     paper_batch=laws.batch_size(parameters, tokens),
     topology=config.topology,
@@ -90,23 +96,26 @@ def advise(rows: Results, found: Mapping[str, Any], config: FitConfig, seed: int
 
 
 def flops_per_parameter_and_token(rows: Results) -> float:
-  """k of C = k N D, the median over the rows of largest size: 6 but for what attention adds, and embeddings and the last layer save."""
+  """Return k of C = k N D, the median over the runs of the largest size.
+
+  It is 6, plus the share of attention, minus that of the embedding table and of the last layer.
+  """
   largest = rows.rows(np.flatnonzero(rows.parameters == rows.parameters.max()))
   return float(np.median(largest.flops / (largest.parameters * largest.tokens)))
 
 
-def _split(rows: Results, found: Mapping[str, Any], budget: float) -> tuple[float, str]:
-  """(parameters, by what) of the least loss for `budget`."""
-  joint = found.get('joint')
+def _split(rows: Results, analysis: Mapping[str, Any], budget: float) -> tuple[float, str]:
+  """Return the number of parameters with the lowest loss for `budget`, and the name of the law that determines it."""
+  joint = analysis.get('joint')
   k = flops_per_parameter_and_token(rows)
   if joint and min(joint[name] for name in ('a', 'b', 'alpha', 'beta')) > 0:
-    # The least a N^-alpha + b (C / (k N))^-beta.
+    # The minimum of a N^-alpha + b (C / (k N))^-beta over N.
     both = joint['alpha'] + joint['beta']
     ratio = joint['alpha'] * joint['a'] / (joint['beta'] * joint['b'])
     return ratio ** (1 / both) * (budget / k) ** (joint['beta'] / both), 'the joint law'
   envelope = rows.envelope()
   if len(np.unique(envelope.parameters)) < 3:
-    raise FitError('fit.flops: three sizes on the lower envelope, or a joint law, are needed to divide FLOPs into parameters and tokens')
+    raise FitError('fit.flops: needs three sizes on the lower envelope, or a joint law, to divide FLOPs; sweep more sizes')
   line = stats.linregress(np.log(envelope.flops), np.log(envelope.parameters))
   return float(np.exp(line.intercept + line.slope * math.log(budget))), 'the sizes on the lower envelope'
 
@@ -117,26 +126,26 @@ def _optimum(tuned: Mapping[str, Any] | None, at: Mapping[str, float]) -> float 
 
 
 def _slice(topology: str) -> tuple[int, float]:
-  """(chips, peak FLOP/s of one) of a name such as v5p:4x4x4 or h100:8."""
+  """Return (number of chips, peak FLOP/s of one) of a topology such as v5p:4x4x4 or h100:8."""
   chip, _, shape = topology.partition(':')
   sizes = shape.split('x')
   if chip not in flops.CHIPS or not all(size.isdigit() and int(size) for size in sizes):
     known = ', '.join(flops.CHIPS)
-    raise ConfigError(f'fit.topology is {topology!r}; it must be a chip ({known}) and how many, as in v5p:4x4x4 or h100:8')
+    raise ConfigError(f'fit.topology is {topology!r}; it must be a chip ({known}) and their number, as in v5p:4x4x4 or h100:8')
   return math.prod(map(int, sizes)), flops.CHIPS[chip]
 
 
 def describe(advice: Advice) -> list[str]:
-  """The advice in sentences."""
+  """Return the advice as lines of text."""
   a = advice
   lines = [
     f'advice: {a.flops:.3g} FLOPs: {a.parameters:.3g} parameters, {a.tokens:.3g} tokens (by {a.split_by})',
     f'advice: expected loss {a.loss:.4f}, 95% interval for one run [{a.low:.4f}, {a.high:.4f}]'
-    + (f'; {a.decades:.1f} decades beyond what was swept' if a.decades else ''),
+    + (f'; {a.decades:.1f} decades outside the swept range' if a.decades else ''),
   ]
-  rate = 'not known: sweep it' if a.learning_rate is None else f'{a.learning_rate:.3g}'
-  batch = 'not known: sweep it' if a.batch is None else f'{a.batch:.0f} triplets'
+  rate = 'unknown: sweep it' if a.learning_rate is None else f'{a.learning_rate:.3g}'
+  batch = 'unknown: sweep it' if a.batch is None else f'{a.batch:.0f} triplets'
   paper = f'batch {a.paper_batch:.0f}' + ('' if a.paper_learning_rate is None else f', learning rate {a.paper_learning_rate:.3g}')
-  lines.append(f"advice: learning rate {rate}, batch {batch}; by the paper's laws, of models from 50M parameters: {paper}")
-  lines.append(f'advice: {a.chip_hours:.3g} chip-hours, {a.hours:.3g} hours on {a.topology} ({a.chips} chips) at {a.mfu:.0%} of their peak')
+  lines.append(f"advice: learning rate {rate}, batch {batch}; by the paper's laws (of models from 50M parameters): {paper}")
+  lines.append(f'advice: {a.chip_hours:.3g} chip-hours, {a.hours:.3g} hours on {a.topology} ({a.chips} chips) at {a.mfu:.0%} MFU')
   return lines

@@ -1,13 +1,12 @@
-"""Power laws of loss: robust fits in logarithms, with intervals that hold for a handful of runs.
+"""Power laws of the loss: robust fits in log space, with intervals that are valid for a handful of runs.
 
   pure        L = beta * X^alpha           (equations 9 and 10 of the paper; X is parameters or FLOPs)
   floored     L = E + beta * X^alpha
   joint       L = E + A * N^-a + B * D^-b
 
-All are fitted with Huber's loss on residuals of log L, so that one bad run does not carry the line. The interval of an exponent is
-what two hold together: Student's t about the least-squares line, exact for normal noise, and a studentised bootstrap of the robust
-one. Percentiles of a bootstrap, the usual choice, hold the truth in 80 to 90 of 100 cases with five runs, not in 95
-(`benchmarks/intervals.py`).
+All are fitted with Huber's loss on residuals of log L, so that a single bad run has little influence. The interval of an exponent is
+the union of two: Student's t about the least-squares line, exact for normal noise, and a studentized bootstrap of the robust line.
+The usual percentile bootstrap covers the true value in 80 to 90% of cases with five runs, not in 95% (`benchmarks/intervals.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from scipy import optimize, stats
 from polar_jax.types import UserError
 
 LEVEL = 0.95
-_HUBER = 1.345  # standard deviations beyond which a residual counts linearly: 95% as efficient as least squares on normal residuals
-_NOISE_FLOOR = 1e-12  # of log L: what rounding leaves of data without noise
+_HUBER = 1.345  # standard deviations beyond which the loss is linear: 95% as efficient as least squares on normal residuals
+_NOISE_FLOOR = 1e-12  # of log L: rounding error of data without noise
 _RESAMPLES = 2_000
 _STARTS = 6
 
 
 class FitError(UserError):
-  """Rows through which no law can be drawn."""
+  """The runs do not determine the requested law."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,13 @@ class PowerFit:
   """L = beta * X^alpha.
 
   Attributes:
+    alpha, beta: of the formula.
     low, high: 95% interval of alpha.
-    r2: of log L.
+    r2: coefficient of determination of log L.
+    n: number of runs.
     noise: standard deviation of log L about the line.
-    residuals: log L minus the line, a row each.
-    log_x: the rows' log X.
+    residuals: log L minus the line, for each run.
+    log_x: log X of each run.
   """
 
   alpha: float
@@ -55,22 +56,22 @@ class PowerFit:
   log_x: tuple[float, ...]
 
   def __call__(self, x: np.ndarray | float) -> np.ndarray:
-    """The law's loss at `x`."""
+    """Return the loss at `x`."""
     return np.exp(np.log(self.beta) + self.alpha * np.log(x))
 
   def predict(self, x: float) -> tuple[float, float, float]:
-    """(loss, low, high) of one more run at `x`: its own noise and the line's uncertainty, by Student's t."""
+    """Return (loss, low, high) of one more run at `x`, whose interval covers its own noise and the line's uncertainty (Student's t)."""
     log_x = np.asarray(self.log_x)
-    centre, spread = log_x.mean(), np.sum((log_x - log_x.mean()) ** 2)
-    error = self.noise * np.sqrt(1 + 1 / self.n + (np.log(x) - centre) ** 2 / spread)
-    reach = np.exp(stats.t.ppf((1 + LEVEL) / 2, self.n - 2) * error)
+    center, spread = log_x.mean(), np.sum((log_x - log_x.mean()) ** 2)
+    error = self.noise * np.sqrt(1 + 1 / self.n + (np.log(x) - center) ** 2 / spread)
+    factor = np.exp(stats.t.ppf((1 + LEVEL) / 2, self.n - 2) * error)
     loss = float(self(x))
-    return loss, float(loss / reach), float(loss * reach)
+    return loss, float(loss / factor), float(loss * factor)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlooredFit:
-  """L = irreducible + beta * X^alpha. It has one parameter more than `PowerFit`, and needs far more runs to be worth anything."""
+  """L = irreducible + beta * X^alpha. It has one parameter more than `PowerFit` and needs far more runs to be meaningful."""
 
   alpha: float
   beta: float
@@ -92,31 +93,32 @@ class JointFit:
   n: int
 
   def __call__(self, parameters: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
-    """The law's loss."""
+    """Return the loss of a model with so many parameters after so many tokens."""
     return self.irreducible + self.a * np.power(parameters, -self.alpha) + self.b * np.power(tokens, -self.beta)
 
 
 def fit_power_law(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray, seed: int = 0) -> PowerFit:
-  """The pure law through (x, loss), with its interval.
+  """Fit the pure law, with an interval of its exponent.
 
   Args:
     x: positive, at least three different values.
     loss: positive, in nats.
+    seed: of the bootstrap.
 
   Raises:
-    FitError: no law can be drawn through the rows, with the reason.
+    FitError: the runs do not determine the law.
   """
-  log_x, log_loss = _checked(x, loss, least=3)
+  log_x, log_loss = _log_columns(x, loss, min_distinct=3)
   n = len(log_x)
-  alpha, level, error, residuals = (a[0] for a in _lines(log_x, log_loss[None]))
+  alpha, height, error, residuals = (a[0] for a in _robust_lines(log_x, log_loss[None]))
   plain = stats.linregress(log_x, log_loss)
-  reach = stats.t.ppf((1 + LEVEL) / 2, n - 2) * max(plain.stderr, _NOISE_FLOOR)
+  margin = stats.t.ppf((1 + LEVEL) / 2, n - 2) * max(plain.stderr, _NOISE_FLOOR)
   low, high = _bootstrap_t(log_x, residuals, alpha, error, seed)
   return PowerFit(
     alpha=float(alpha),
-    beta=float(np.exp(level - alpha * log_x.mean())),
-    low=float(min(low, plain.slope - reach)),
-    high=float(max(high, plain.slope + reach)),
+    beta=float(np.exp(height - alpha * log_x.mean())),
+    low=float(min(low, plain.slope - margin)),
+    high=float(max(high, plain.slope + margin)),
     r2=_r2(log_loss, residuals),
     n=n,
     noise=float(error * np.sqrt(np.sum((log_x - log_x.mean()) ** 2))),
@@ -126,17 +128,17 @@ def fit_power_law(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.nd
 
 
 def fit_floored(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray) -> FlooredFit:
-  """The law with an irreducible loss.
+  """Fit the law with an irreducible loss.
 
   Raises:
-    FitError: as `fit_power_law`, and below four different values of `x`.
+    FitError: as `fit_power_law`, and with fewer than four different values of `x`.
   """
-  log_x, log_loss = _checked(x, loss, least=4)
-  centre = log_x.mean()
-  p, residuals = _sum_of_powers((log_x - centre)[:, None], log_loss)
+  log_x, log_loss = _log_columns(x, loss, min_distinct=4)
+  center = log_x.mean()
+  p, residuals = _fit_sum_of_powers((log_x - center)[:, None], log_loss)
   return FlooredFit(
     alpha=float(-p[2]),
-    beta=float(np.exp(p[1] + p[2] * centre)),
+    beta=float(np.exp(p[1] + p[2] * center)),
     irreducible=float(np.exp(p[0])),
     r2=_r2(log_loss, residuals),
     n=len(log_x),
@@ -146,16 +148,16 @@ def fit_floored(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndar
 def fit_joint(
   parameters: Sequence[float] | np.ndarray, tokens: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray
 ) -> JointFit:
-  """The law in parameters and tokens (the form of Hoffmann et al. 2022, approach 3).
+  """Fit the law in parameters and tokens (the form of Hoffmann et al. 2022, approach 3).
 
   Raises:
-    FitError: as `fit_power_law`; fewer than three sizes or token counts, or fewer than six rows.
+    FitError: as `fit_power_law`, and with fewer than three sizes, three numbers of tokens or six runs.
   """
-  log_n, log_loss = _checked(parameters, loss, least=3, what='parameters')
-  log_d, _ = _checked(tokens, loss, least=3, what='tokens')
+  log_n, log_loss = _log_columns(parameters, loss, min_distinct=3, name='parameters')
+  log_d, _ = _log_columns(tokens, loss, min_distinct=3, name='tokens')
   if len(log_loss) < 6:
-    raise FitError(f'{len(log_loss)} rows: a law in parameters and tokens has five numbers, and needs at least six rows')
-  p, residuals = _sum_of_powers(np.stack([log_n - log_n.mean(), log_d - log_d.mean()], axis=1), log_loss)
+    raise FitError(f'needs at least 6 runs for its five parameters, got {len(log_loss)}')
+  p, residuals = _fit_sum_of_powers(np.stack([log_n - log_n.mean(), log_d - log_d.mean()], axis=1), log_loss)
   floor, level_n, alpha, level_d, beta = p
   return JointFit(
     irreducible=float(np.exp(floor)),
@@ -168,118 +170,146 @@ def fit_joint(
   )
 
 
-def _sum_of_powers(centred_nK: np.ndarray, log_loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """L = E + sum over k of A_k * X_k^-a_k: (log E, log A_0, a_0, log A_1, a_1, ...), and the residuals of log L.
+def _fit_sum_of_powers(centered_nK: np.ndarray, log_loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Fit L = E + sum over k of A_k * X_k^-a_k.
 
-  Once the exponents are chosen the law is linear in the rest. So the starts are the best of a grid of exponents, each with the best
-  non-negative rest, and Huber's loss is minimised from there.
+  Given the exponents the law is linear in E and A. Huber's loss is therefore minimized from the best points of a grid of exponents,
+  each with its best non-negative E and A.
 
   Args:
-    centred_nK: log X minus its mean, a column each.
+    centered_nK: log X minus its mean, one column for each k.
+    log_loss: (n,).
+
+  Returns:
+    ((log E, log A_0, a_0, log A_1, a_1, ...), residuals of log L).
   """
-  n, powers = centred_nK.shape
-  ones, scale = np.ones(n), np.exp(-log_loss)  # relative errors count
+  n, powers = centered_nK.shape
+  ones, scale = np.ones(n), np.exp(-log_loss)  # errors are relative
 
   def start(exponents: tuple[float, ...]) -> tuple[float, np.ndarray]:
-    columns = np.column_stack([ones, np.exp(-centred_nK * exponents)])
-    rest, error = optimize.nnls(columns * scale[:, None], ones)
-    logs = np.log(np.maximum(rest, 1e-8 / scale.mean()))
-    return error, np.concatenate([logs[:1], *([level, a] for level, a in zip(logs[1:], exponents, strict=True))])
+    columns = np.column_stack([ones, np.exp(-centered_nK * exponents)])
+    coefficients, error = optimize.nnls(columns * scale[:, None], ones)
+    logs = np.log(np.maximum(coefficients, 1e-8 / scale.mean()))
+    return error, np.concatenate([logs[:1], *([log_a, a] for log_a, a in zip(logs[1:], exponents, strict=True))])
 
-  def parts(p: np.ndarray) -> np.ndarray:
-    return np.column_stack([np.full(n, p[0]), p[1::2] - p[2::2] * centred_nK])
+  def log_terms(p: np.ndarray) -> np.ndarray:
+    return np.column_stack([np.full(n, p[0]), p[1::2] - p[2::2] * centered_nK])
 
   def residuals(p: np.ndarray) -> np.ndarray:
-    return np.logaddexp.reduce(parts(p), axis=1) - log_loss
+    return np.logaddexp.reduce(log_terms(p), axis=1) - log_loss
 
   def jacobian(p: np.ndarray) -> np.ndarray:
-    each = parts(p)
-    share = np.exp(each - np.logaddexp.reduce(each, axis=1, keepdims=True))
-    by_power = np.stack([share[:, 1:], -share[:, 1:] * centred_nK], axis=2).reshape(n, 2 * powers)
+    terms = log_terms(p)
+    share = np.exp(terms - np.logaddexp.reduce(terms, axis=1, keepdims=True))
+    by_power = np.stack([share[:, 1:], -share[:, 1:] * centered_nK], axis=2).reshape(n, 2 * powers)
     return np.column_stack([share[:, 0], by_power])
 
   grid = itertools.product(np.geomspace(0.01, 2.0, 30 if powers == 1 else 12), repeat=powers)
   starts = sorted((start(exponents) for exponents in grid), key=lambda s: s[0])[:_STARTS]
   spread = float(np.median(np.abs(residuals(starts[0][1]))))
   cut = max(_HUBER * spread / float(stats.norm.ppf(0.75)), 1e-9)
-  found = [optimize.least_squares(residuals, p, jacobian, loss='huber', f_scale=cut, x_scale='jac', max_nfev=500) for _, p in starts]
-  best = min(found, key=lambda f: float(f.cost)).x
+  fits = [optimize.least_squares(residuals, p, jacobian, loss='huber', f_scale=cut, x_scale='jac', max_nfev=500) for _, p in starts]
+  best = min(fits, key=lambda f: float(f.cost)).x
   return best, -residuals(best)
 
 
 def lower_envelope(curve: Sequence[float] | np.ndarray, x: np.ndarray, loss: np.ndarray) -> np.ndarray:
-  """Which rows no other curve undercuts at the same `x`: bool (rows,).
+  """Return which rows no other curve undercuts at the same `x`: bool (rows,).
 
-  A curve is the rows of one size. Between its rows it is a line in logarithms; after the last it keeps its loss, since whoever has
-  more to spend can stop there; before the first it says nothing. A single row is no curve.
+  A curve has the rows of one size. It is piecewise linear in log space between its rows, constant after the last one (a larger budget
+  can be left unspent) and undefined before the first one. A size with a single row has no curve.
+
+  Args:
+    curve: the size of each row.
+    x: FLOPs of each row.
+    loss: of each row.
   """
   curve, log_x, log_loss = np.asarray(curve), np.log(np.asarray(x, np.float64)), np.log(np.asarray(loss, np.float64))
   keep = np.ones(len(curve), bool)
   for name in np.unique(curve):
     own, others = curve == name, curve != name
     order = np.argsort(log_x[own], kind='stable')
-    at, height = log_x[own][order], log_loss[own][order]
-    inside = others & (log_x >= at[0]) & (len(at) > 1)
-    keep[inside] &= log_loss[inside] <= np.interp(log_x[inside], at, height)
+    curve_x, curve_loss = log_x[own][order], log_loss[own][order]
+    covered = others & (log_x >= curve_x[0]) & (len(curve_x) > 1)
+    keep[covered] &= log_loss[covered] <= np.interp(log_x[covered], curve_x, curve_loss)
   return keep
 
 
-def _checked(
-  x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray, least: int, what: str = 'x'
+def _log_columns(
+  x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray, min_distinct: int, name: str = 'x'
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Logarithms of both, once they are known to have any."""
+  """Return the logarithms of two columns after checking them.
+
+  Args:
+    x: positive.
+    loss: positive.
+    min_distinct: how many different values `x` must have.
+    name: of `x`, for messages.
+  """
   x, loss = np.asarray(x, np.float64), np.asarray(loss, np.float64)
   if x.shape != loss.shape or x.ndim != 1:
-    raise FitError(f'{what} {x.shape} and loss {loss.shape} must be two lists of one length')
-  for name, values in ((what, x), ('loss', loss)):
+    raise FitError(f'{name} {x.shape} and loss {loss.shape} must be lists of the same length')
+  for column, values in ((name, x), ('loss', loss)):
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if len(bad):
-      raise FitError(f'{name} must be positive and finite: row {bad[0]} has {values[bad[0]]} ({len(bad)} such rows)')
+      raise FitError(f'{column} must be positive and finite: row {bad[0]} has {values[bad[0]]} ({len(bad)} such rows)')
   distinct = len(np.unique(x))
-  if distinct < least:
-    raise FitError(f'{distinct} different values of {what}: this law needs at least {least}')
+  if distinct < min_distinct:
+    raise FitError(f'needs at least {min_distinct} different values of {name}, got {distinct}')
   return np.log(x), np.log(loss)
 
 
-def _lines(log_x: np.ndarray, y_Bn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Huber's line through each row of `y_Bn`: (slope, height at the mean of log_x, standard error of the slope, residuals (B, n)).
+def _robust_lines(log_x: np.ndarray, y_Bn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Fit a line to each row of `y_Bn` with Huber's loss.
 
-  By reweighting, from the least-squares line; the scale that tells outliers from the rest is the median residual's, anew every time.
+  Iteratively reweighted least squares, starting from the least-squares line. The scale beyond which a residual counts as an outlier is
+  that of the median residual, updated in every iteration.
+
+  Returns:
+    (slope (B,), height at the mean of log_x (B,), standard error of the slope (B,), residuals (B, n)).
   """
-  n, centred = len(log_x), log_x - log_x.mean()
+  n, centered = len(log_x), log_x - log_x.mean()
 
   def solve(w_Bn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     total = w_Bn.sum(axis=1)
-    mx, my = (w_Bn * centred).sum(axis=1) / total, (w_Bn * y_Bn).sum(axis=1) / total
-    dx_Bn = centred - mx[:, None]
+    mx, my = (w_Bn * centered).sum(axis=1) / total, (w_Bn * y_Bn).sum(axis=1) / total
+    dx_Bn = centered - mx[:, None]
     slope = (w_Bn * dx_Bn * (y_Bn - my[:, None])).sum(axis=1) / (w_Bn * dx_Bn**2).sum(axis=1)
     return slope, my - slope * mx
 
-  def residuals_of(slope: np.ndarray, level: np.ndarray) -> np.ndarray:
-    return y_Bn - level[:, None] - slope[:, None] * centred
+  def residuals_of(slope: np.ndarray, height: np.ndarray) -> np.ndarray:
+    return y_Bn - height[:, None] - slope[:, None] * centered
 
-  slope, level = solve(np.ones(y_Bn.shape))
-  r_Bn = residuals_of(slope, level)
+  slope, height = solve(np.ones(y_Bn.shape))
+  r_Bn = residuals_of(slope, height)
   to_cut = _HUBER / stats.norm.ppf(0.75) * np.sqrt(n / (n - 2))
   for _ in range(20):
     cut = np.maximum(to_cut * np.median(np.abs(r_Bn), axis=1, keepdims=True), _NOISE_FLOOR)
-    slope, level = solve(np.minimum(1.0, cut / np.maximum(np.abs(r_Bn), 1e-300)))
-    r_Bn = residuals_of(slope, level)
+    slope, height = solve(np.minimum(1.0, cut / np.maximum(np.abs(r_Bn), 1e-300)))
+    r_Bn = residuals_of(slope, height)
   inside = np.maximum((np.abs(r_Bn) <= cut).sum(axis=1), 1)
   variance = (np.clip(r_Bn, -cut, cut) ** 2).sum(axis=1) * n**2 / (n - 2) / inside**2
-  error = np.sqrt(np.maximum(variance, _NOISE_FLOOR**2) / (centred**2).sum())
-  return slope, level, error, r_Bn
+  error = np.sqrt(np.maximum(variance, _NOISE_FLOOR**2) / (centered**2).sum())
+  return slope, height, error, r_Bn
 
 
 def _bootstrap_t(log_x: np.ndarray, residuals: np.ndarray, alpha: float, error: float, seed: int) -> tuple[float, float]:
-  """Interval of the slope: lines through resampled residuals, each judged by its own standard error."""
-  n, centred = len(log_x), log_x - log_x.mean()
-  leverage = 1 / n + centred**2 / (centred**2).sum()
-  whole = residuals / np.sqrt(np.maximum(1 - leverage, 0.05))  # a row with a lever hides part of its noise
-  drawn_Bn = (whole - whole.mean())[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))]
-  slope, _, own, _ = _lines(log_x, alpha * centred + drawn_Bn)
-  real = own > error * 1e-3  # the same residual n times is a line without error
-  t = (slope[real] - alpha) / own[real]
+  """Return the studentized bootstrap interval of the slope.
+
+  Args:
+    log_x: (n,).
+    residuals: of the fitted line, (n,).
+    alpha: slope of the fitted line.
+    error: standard error of `alpha`.
+    seed: of the resampling.
+  """
+  n, centered = len(log_x), log_x - log_x.mean()
+  leverage = 1 / n + centered**2 / (centered**2).sum()
+  scaled = residuals / np.sqrt(np.maximum(1 - leverage, 0.05))  # residuals of high-leverage points are too small
+  noise_Bn = (scaled - scaled.mean())[np.random.default_rng(seed).integers(n, size=(_RESAMPLES, n))]
+  slope, _, errors, _ = _robust_lines(log_x, alpha * centered + noise_Bn)
+  valid = errors > error * 1e-3  # n copies of one residual give a line without error
+  t = (slope[valid] - alpha) / errors[valid]
   if len(t) < _RESAMPLES // 10:
     return alpha, alpha
   low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -1,24 +1,31 @@
-"""results.csv: a row per trained cell of a sweep, and what the fits take from it."""
+"""Results of a sweep: `result.json` of each job, and results.csv, with one row per run, which the fits read."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import io
+import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from polar_jax.config import ConfigError
+from polar_jax.runtime.paths import write_atomically
 from polar_jax.scaling.fit import FitError, lower_envelope
 
+TABLE = 'results.csv'  # of a sweep, in the workdir
+RESULT = 'result.json'  # of a job, in its folder
 NEEDED = ('parameters', 'tokens', 'flops', 'loss')
 OPTIONAL = ('learning_rate', 'batch')
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """Columns of numbers, a row per run: float64 (rows,). The optional ones are None where the file has none."""
+  """Columns of numbers with one row per run: float64 (rows,). An optional column is None if the file does not have it."""
 
   parameters: np.ndarray
   tokens: np.ndarray
@@ -31,38 +38,38 @@ class Results:
     return len(self.loss)
 
   def rows(self, which: Sequence[int] | np.ndarray) -> Results:
-    """Some of the rows."""
-    at = np.asarray(which)
+    """Return the rows with these indices."""
+    indices = np.asarray(which)
     columns = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    return dataclasses.replace(self, **{name: values[at] for name, values in columns.items() if values is not None})
+    return dataclasses.replace(self, **{name: values[indices] for name, values in columns.items() if values is not None})
 
   def best(self) -> Results:
-    """Of the runs of one size and one number of tokens that with the lowest loss: what remains once learning rate and batch are tuned."""
+    """Return the run with the lowest loss for each size and number of tokens, as if learning rate and batch size had been tuned."""
     order = np.argsort(self.loss, kind='stable')
     first = {(self.parameters[i], self.tokens[i]): i for i in order[::-1]}
     return self.rows(np.array(sorted(first.values())))
 
   def longest(self) -> Results:
-    """Of each size the run on the most tokens: the law in parameters is one of runs with enough data."""
+    """Return the run with the most tokens for each size (L(N) assumes enough data)."""
     best = self.best()
     last = {best.parameters[i]: i for i in np.argsort(best.tokens, kind='stable')}
     return best.rows(np.array([last[size] for size in sorted(last)]))
 
   def envelope(self) -> Results:
-    """The runs that no other size undercuts at the same FLOPs."""
+    """Return the runs that no other size undercuts at the same FLOPs."""
     best = self.best()
     return best.rows(np.flatnonzero(lower_envelope(best.parameters, best.flops, best.loss)))
 
 
 def read(path: str | pathlib.Path) -> Results:
-  """Reads a CSV file with a header. Columns that are not known are left alone.
+  """Read a CSV file with a header. Unknown columns are ignored.
 
   Raises:
-    FitError: no file, no such column, or a field that is no positive finite number, by row and column.
+    FitError: the file or a column is missing, or a field is not a positive finite number (named by line and column).
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FitError(f'{path}: no such file; a sweep writes one, or give a CSV file with the columns {", ".join(NEEDED)}')
+    raise FitError(f'{path}: no such file; run the sweep stage to write one, or give a CSV file with the columns {", ".join(NEEDED)}')
   with path.open(newline='', encoding='utf-8-sig') as file:
     reader = csv.DictReader(file, skipinitialspace=True)
     names = [(name or '').strip() for name in reader.fieldnames or []]
@@ -73,7 +80,7 @@ def read(path: str | pathlib.Path) -> Results:
     kept = [name for name in (*NEEDED, *OPTIONAL) if name in names]
     table = [[_number(path, reader.line_num, name, row[name]) for name in kept] for row in reader]
   if not table:
-    raise FitError(f'{path}: a header and no rows')
+    raise FitError(f'{path}: the file has a header but no rows')
   return Results(**dict(zip(kept, np.array(table, np.float64).T, strict=True)))
 
 
@@ -83,5 +90,48 @@ def _number(path: pathlib.Path, line: int, name: str, text: str | None) -> float
   except ValueError:
     raise FitError(f'{path}: line {line}, column {name}: {text!r} is not a number') from None
   if not (math.isfinite(value) and value > 0):
-    raise FitError(f'{path}: line {line}, column {name}: {text!r}; every number here must be positive and finite')
+    raise FitError(f'{path}: line {line}, column {name}: {text!r} is not a positive finite number')
   return value
+
+
+def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Return the result of the job with this folder, or None if the job is not done."""
+  path = folder / RESULT
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_result(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
+  """Write the result of the job with this folder, which marks it as done."""
+  write_atomically(folder / RESULT, json.dumps(result, indent=2, allow_nan=False) + '\n')
+
+
+def read_table(path: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Return the rows of a results.csv by the name of their run; an empty dict if there is no file.
+
+  Raises:
+    ConfigError: the file is not the table of a sweep.
+  """
+  if not path.exists():
+    return {}
+  with path.open(newline='', encoding='utf-8') as file:
+    rows = list(csv.DictReader(file))
+  if any(row.get('run') in (None, '') or None in row.values() for row in rows):
+    raise ConfigError(f'{path}: not the table of a sweep (it needs a column `run` and a value in every field); move the file away')
+  return {row['run']: row for row in rows}
+
+
+def write_table(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> None:
+  """Write a results.csv.
+
+  Args:
+    path: of the file.
+    rows: by the name of their run.
+    order: names of the grid's runs. Rows of other sweeps come before them.
+  """
+  out = io.StringIO()
+  others = [name for name in rows if name not in set(order)]
+  columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+  writer = csv.DictWriter(out, columns, restval='', lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows[name] for name in [*others, *order] if name in rows)
+  write_atomically(path, out.getvalue())

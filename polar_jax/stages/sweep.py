@@ -1,8 +1,9 @@
-"""The sweep stage: runs the grid and gathers results.csv."""
+"""The sweep stage: trains the cells of a grid and collects their results in results.csv."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
@@ -12,12 +13,12 @@ from typing import Any
 
 import jax
 
-from polar_jax.config import Config, ConfigError
-from polar_jax.model import flops
-from polar_jax.scaling import fanout, sweep
+from polar_jax.config import ConfigError
+from polar_jax.runtime.paths import write_atomically
+from polar_jax.scaling import fanout, grid, results
+from polar_jax.scaling.grid import Cell, Job
 from polar_jax.scaling.progress import LiveTable
-from polar_jax.scaling.sweep import Job
-from polar_jax.stages import sweep_worker as worker
+from polar_jax.stages import sweep_jobs, sweep_worker
 from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
@@ -29,82 +30,83 @@ class SweepError(UserError):
 
 
 def run(context: Context) -> dict[str, Any] | None:
-  """Trains every cell that `results.csv` does not hold yet. Returns the section `sweep` of the report.
+  """Train every cell that is not in `results.csv` yet.
 
-  With `sweep.jobs_only` it writes the commands of the jobs instead, and gathers what jobs elsewhere have finished.
+  With `sweep.jobs_only`, write the jobs as commands instead, and collect the results of those that have finished elsewhere.
+
+  Returns:
+    The section `sweep` of the report.
 
   Raises:
-    ConfigError: the workdir holds a sweep with other settings, or the grid asks for what cannot be.
-    SweepError: runs failed, naming them and why.
+    ConfigError: the workdir holds a sweep with other settings, or a size of the grid is impossible.
+    SweepError: runs failed; the message has their names and reasons.
   """
   if jax.process_count() > 1:
-    raise ConfigError('the sweep stage is one process that starts others: run it on one host, or queue its jobs (sweep.jobs_only)')
+    raise ConfigError('the sweep stage is one process that starts others; run it on one host, or queue its jobs (sweep.jobs_only)')
   config, workdir = context.config, context.workdir
-  cells = sweep.grid(config)
+  cells = grid.cells_of(config)
   for size in config.sweep.sizes:
-    sweep.model_of(config, size)
-  context.triplets('train')  # an error here is better than one in every run
-  sweep.check_settings(context)
-  _write_config(context)
-  table = sweep.read_table(workdir / sweep.RESULTS)
+    grid.model_of(config, size)
+  context.triplets('train')  # a bad file should fail here, not in every run
+  sweep_jobs.check_settings(context)
+  write_atomically(workdir / sweep_worker.CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+  table = results.read_table(workdir / results.TABLE)
   missing = [Job(cell.size, cell) for cell in cells if cell.name not in table]
-  models = sweep.language_models(context, [cell for cell in cells if cell.name not in table])
-  context.log(f'sweep: {len(cells)} runs, {len(cells) - len(missing)} of them in {sweep.RESULTS} already')
-  sweep.store_tokens(context, [job.cell for job in missing if job.cell])
+  models = sweep_jobs.language_models(context, [cell for cell in cells if cell.name not in table])
+  context.log(f'sweep: {len(cells)} runs, {len(cells) - len(missing)} of them in {results.TABLE} already')
+  sweep_jobs.store_tokens(context, [job.cell for job in missing if job.cell])
   if config.sweep.jobs_only:
-    _write_jobs(context, models, missing)
+    _write_commands(context, models, missing)
   else:
-    # The longest first: a long run that starts last would be waited for alone.
-    failed = _run(context, models) or _run(context, sorted(missing, key=lambda job: _cost(config, job), reverse=True))
+    # The longest run first: started last, it would run alone while the other workers idle.
+    failed = _run(context, models) or _run(context, sorted(missing, key=functools.partial(grid.cost, config), reverse=True))
     if failed:
       named = '; '.join(f'{name}: {error}' for name, error in list(failed.items())[:5])
-      raise SweepError(f'{len(failed)} runs of the sweep failed, the others are done; the same command tries them again. {named}')
-  _gather(context, cells)
-  return {'sweep': {'runs': len(cells), 'done': len(sweep.read_table(workdir / sweep.RESULTS)), 'sizes': list(config.sweep.sizes)}}
+      raise SweepError(f'{len(failed)} runs of the sweep failed, the others are done; the same command retries them. {named}')
+  _collect(context, cells)
+  return {'sweep': {'runs': len(cells), 'done': len(results.read_table(workdir / results.TABLE)), 'sizes': list(config.sweep.sizes)}}
 
 
 def _run(context: Context, jobs: Sequence[Job]) -> dict[str, str]:
-  """Runs jobs, gathering their rows as they end. Returns errors by the job's name."""
-  waiting = [job for job in jobs if sweep.read_result(job.folder(context.workdir)) is None]
+  """Run jobs and collect their results as they end. Returns error messages by the job's name."""
+  settings, workdir = context.config.sweep, context.workdir
+  waiting = [job for job in jobs if results.read_result(job.folder(workdir)) is None]
   if not waiting:
     return {}
-  table, failed = LiveTable(waiting, context.workdir, live=context.config.sweep.backend != 'inline'), dict[str, str]()
-  for job, error in fanout.run_jobs(context, waiting, table.watch):
+  table, failed = LiveTable(waiting, workdir, live=settings.backend != 'inline'), dict[str, str]()
+  runner = fanout.JobRunner(
+    call=lambda job: sweep_jobs.try_job(context, job),
+    command=lambda job, cores: sweep_worker.command(workdir, job.name, sys.executable, cores),
+    task=sweep_worker.run_task,
+  )
+  # On one device several runs may train side by side, because small models leave it half idle. On several devices threads that
+  # start collectives in different orders would wait for each other.
+  threads = settings.workers if context.mesh.size == 1 else 1
+  for job, error in fanout.run_jobs(runner, settings, workdir, waiting, table.watch, threads):
     table.ended(job, error)
     if error:
       failed[job.name] = error
     elif job.cell:
-      _gather(context, sweep.grid(context.config))
+      _collect(context, grid.cells_of(context.config))
   return failed
 
 
-def _gather(context: Context, cells: Sequence[sweep.Cell]) -> None:
-  """Brings finished runs into results.csv. Rows that are there stay as they are."""
-  path = context.workdir / sweep.RESULTS
-  rows: dict[str, dict[str, Any]] = dict(sweep.read_table(path))
+def _collect(context: Context, cells: Sequence[Cell]) -> None:
+  """Add the results of finished runs to results.csv. Existing rows stay as they are."""
+  path = context.workdir / results.TABLE
+  rows: dict[str, dict[str, Any]] = dict(results.read_table(path))
   for cell in cells:
-    if cell.name not in rows and (found := sweep.read_result(Job(cell.size, cell).folder(context.workdir))):
-      rows[cell.name] = found
+    if cell.name not in rows and (result := results.read_result(Job(cell.size, cell).folder(context.workdir))):
+      rows[cell.name] = result
   if rows:
-    sweep.write_table(path, rows, [cell.name for cell in cells])
+    results.write_table(path, rows, [cell.name for cell in cells])
 
 
-def _cost(config: Config, job: Job) -> float:
-  assert job.cell is not None
-  return flops.reward_model_parameters(sweep.model_of(config, job.size)).without_embedding * job.cell.tokens
-
-
-def _write_config(context: Context) -> None:
-  path = context.workdir / worker.CONFIG
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(dataclasses.asdict(context.config), indent=2) + '\n')
-
-
-def _write_jobs(context: Context, *parts: Sequence[Job]) -> None:
-  """A command per line, for the queue of a cluster (launch/sweep_slurm.sh)."""
-  for name, jobs in zip(JOBS, parts, strict=True):
-    todo = [job for job in jobs if sweep.read_result(job.folder(context.workdir)) is None]
-    command = [pathlib.Path(sys.executable).name, '-m', 'polar_jax.stages.sweep_worker', str(context.workdir)]
-    path = context.workdir / sweep.FOLDER / name
-    path.write_text(''.join(shlex.join([*command, job.name]) + '\n' for job in todo))
+def _write_commands(context: Context, *groups: Sequence[Job]) -> None:
+  """Write one command per line, for the queue of a cluster (launch/sweep_slurm.sh)."""
+  for name, jobs in zip(JOBS, groups, strict=True):
+    todo = [job for job in jobs if results.read_result(job.folder(context.workdir)) is None]
+    path = context.workdir / grid.FOLDER / name
+    python = pathlib.Path(sys.executable).name
+    write_atomically(path, ''.join(shlex.join(sweep_worker.command(context.workdir, job.name, python)) + '\n' for job in todo))
     context.log(f'sweep: {len(todo)} commands in {path}')

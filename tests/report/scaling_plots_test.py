@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from polar_jax.report import scaling_plots
-from polar_jax.scaling import results
-from polar_jax.stages import fit as stage
+from polar_jax.scaling import analysis, results
 
 SHIPPED = pathlib.Path(__file__).parents[2] / 'notebooks/results.csv'
 
@@ -17,7 +16,7 @@ SHIPPED = pathlib.Path(__file__).parents[2] / 'notebooks/results.csv'
 @pytest.fixture(scope='module')
 def drawn():
   runs = results.read(SHIPPED)
-  fitted = stage.study(runs)
+  fitted = analysis.analyze(runs)
   figure = scaling_plots.laws(runs, fitted)
   return runs, fitted, dict(zip('NC', figure.axes, strict=True)), figure
 

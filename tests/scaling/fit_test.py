@@ -1,4 +1,4 @@
-"""Power laws: exact data, noise, outliers, intervals that hold what they say, and rows that no law can be drawn through."""
+"""Power laws: exact data, noise, outliers, coverage of the intervals, and runs that do not determine a law."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from polar_jax.scaling import fit
 from polar_jax.scaling.fit import FitError
@@ -20,7 +21,7 @@ def runs(n: int, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize('n', [3, 5, 12])
-def test_data_without_noise_gives_the_law_back(n):
+def test_power_law_is_exact_without_noise(n):
   found = fit.fit_power_law(*runs(n))
   assert found.alpha == pytest.approx(ALPHA, abs=1e-9)
   assert found.beta == pytest.approx(BETA, rel=1e-7)
@@ -29,7 +30,7 @@ def test_data_without_noise_gives_the_law_back(n):
   assert found(2e8) == pytest.approx(BETA * 2e8**ALPHA)
 
 
-def test_without_outliers_it_is_near_least_squares():
+def test_power_law_is_close_to_least_squares_without_outliers():
   x, loss = runs(30, 0.01, seed=3)
   slope, level = np.polyfit(np.log(x), np.log(loss), 1)
   found = fit.fit_power_law(x, loss)
@@ -39,7 +40,7 @@ def test_without_outliers_it_is_near_least_squares():
   assert found.r2 == pytest.approx(r2, abs=0.01)
 
 
-def test_it_minimises_hubers_loss():
+def test_power_law_minimizes_hubers_loss():
   x, loss = runs(12, 0.01, seed=5)
   loss[3] *= 1.2
   found = fit.fit_power_law(x, loss)
@@ -51,12 +52,12 @@ def test_it_minimises_hubers_loss():
     return float(np.where(r <= cut, r**2 / 2, cut * (r - cut / 2)).sum())
 
   level = np.log(found.beta) + found.alpha * np.log(x).mean()
-  least = huber(found.alpha, level)
+  minimum = huber(found.alpha, level)
   for a, b in ((1e-4, 0), (-1e-4, 0), (0, 1e-4), (0, -1e-4), (1e-4, 1e-4), (-1e-4, 1e-4)):
-    assert least < huber(found.alpha + a, level + b)
+    assert minimum < huber(found.alpha + a, level + b)
 
 
-def test_one_bad_run_does_not_carry_the_line():
+def test_one_outlier_has_little_influence():
   x, loss = runs(10, 0.002, seed=1)
   loss[-1] *= 1.3
   plain = np.polyfit(np.log(x), np.log(loss), 1)[0]
@@ -64,35 +65,81 @@ def test_one_bad_run_does_not_carry_the_line():
 
 
 @pytest.mark.parametrize(('n', 'outliers'), [(5, False), (12, True)])
-def test_the_interval_holds_the_exponent_in_95_of_100_trials(n, outliers):
-  held, widths = 0, []
+def test_interval_covers_the_exponent_in_95_of_100_trials(n, outliers):
+  covered, widths = 0, []
   for trial in range(100):
     rng = np.random.default_rng([7, n, trial])
     x = np.geomspace(5e7, 1e9, n)
     noise = rng.normal(0, 0.005, n) * np.where(rng.random(n) < 0.1, 8, 1) if outliers else rng.normal(0, 0.005, n)
     found = fit.fit_power_law(x, BETA * x**ALPHA * np.exp(noise), seed=trial)
-    held += found.low <= ALPHA <= found.high
+    covered += found.low <= ALPHA <= found.high
     widths.append(found.high - found.low)
-  assert held >= 95
-  assert np.median(widths) < 0.02  # an interval that holds anything says nothing
+  assert covered >= 95
+  assert np.median(widths) < 0.02  # so wide an interval that it covers anything would be useless
 
 
-def test_a_further_run_falls_within_its_interval():
-  held = 0
+def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]:
+  """Return (slope, its standard error, residuals) of one line by Huber's loss: formulas of the docstrings, one line at a time."""
+  n, centered, weight = len(x), x - x.mean(), np.ones(len(x))
+  for _ in range(21):
+    design = np.stack([centered, np.ones(n)], axis=1)
+    slope, height = np.linalg.solve(design.T @ (weight[:, None] * design), design.T @ (weight * y))
+    residuals = y - height - slope * centered
+    if _ < 20:  # the variance uses the cut of the last weights
+      cut = max(1.345 * np.median(np.abs(residuals)) / stats.norm.ppf(0.75) * np.sqrt(n / (n - 2)), 1e-12)
+      weight = np.minimum(1, cut / np.maximum(np.abs(residuals), 1e-300))
+  inside = max(np.sum(np.abs(residuals) <= cut), 1)
+  # Huber's variance: n^2 / (n - 2) sum psi^2 / (sum psi')^2 / Sxx.
+  variance = n**2 / (n - 2) * np.sum(np.clip(residuals, -cut, cut) ** 2) / inside**2 / np.sum(centered**2)
+  return slope, np.sqrt(variance), residuals
+
+
+def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
+  """Return the studentized bootstrap interval of the slope, one resample at a time."""
+  n, centered = len(x), x - x.mean()
+  slope, error, residuals = robust_line(x, y)
+  scaled = residuals / np.sqrt(1 - 1 / n - centered**2 / np.sum(centered**2))  # residuals of high leverage are too small
+  scaled -= scaled.mean()
+  t = []
+  for draw in np.random.default_rng(seed).integers(n, size=(2_000, n)):
+    resampled, own_error, _ = robust_line(x, slope * centered + scaled[draw])
+    if own_error > 1e-3 * error:
+      t.append((resampled - slope) / own_error)
+  low, high = np.quantile(t, [0.025, 0.975])
+  return slope - high * error, slope - low * error
+
+
+@pytest.mark.parametrize(('n', 'seed', 'wider'), [(4, 0, 'tt'), (5, 1, 'bt'), (6, 0, 'tb'), (6, 2, 'bb')])
+def test_interval_is_the_union_of_students_t_and_a_studentized_bootstrap(n, seed, wider):
+  x, loss = runs(n, 0.01, seed)
+  loss[1] *= 1.03  # noise is skewed: the two sides of the interval differ
+  found = fit.fit_power_law(x, loss, seed=seed)
+  plain = stats.linregress(np.log(x), np.log(loss))
+  margin = stats.t.ppf(0.975, n - 2) * plain.stderr
+  by_t = plain.slope - margin, plain.slope + margin
+  by_bootstrap = slow_bootstrap_t(np.log(x), np.log(loss), seed)
+  assert found.low == pytest.approx(min(by_t[0], by_bootstrap[0]), rel=1e-6)
+  assert found.high == pytest.approx(max(by_t[1], by_bootstrap[1]), rel=1e-6)
+  # The cases are such that each of the two methods determines each side at least once.
+  assert ('t' if by_t[0] < by_bootstrap[0] else 'b') + ('t' if by_t[1] > by_bootstrap[1] else 'b') == wider
+
+
+def test_prediction_interval_covers_one_more_run():
+  covered = 0
   for trial in range(100):
     x, loss = runs(6, 0.005, seed=1000 + trial)
     predicted, low, high = fit.fit_power_law(x[:-1], loss[:-1]).predict(x[-1])
     assert low < predicted < high
-    held += low <= loss[-1] <= high
-  assert held >= 90
+    covered += low <= loss[-1] <= high
+  assert covered >= 90
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_interval_depends_only_on_the_seed():
   x, loss = runs(6, 0.01)
   assert fit.fit_power_law(x, loss, seed=4) == fit.fit_power_law(x, loss, seed=4)
 
 
-def test_a_floor_is_found():
+def test_floored_law_recovers_the_floor():
   x = np.geomspace(1e6, 1e12, 14)
   found = fit.fit_floored(x, 0.35 + 12.0 * x**-0.25)
   assert (found.irreducible, found.beta, found.alpha) == (
@@ -103,13 +150,13 @@ def test_a_floor_is_found():
   assert found.r2 > fit.fit_power_law(x, 0.35 + 12.0 * x**-0.25).r2
 
 
-def test_no_floor_is_found_where_there_is_none():
+def test_floored_law_fits_a_pure_law():
   x, loss = runs(10)
   found = fit.fit_floored(x, loss)
   assert found.beta * x**found.alpha + found.irreducible == pytest.approx(loss, rel=1e-4)
 
 
-def test_the_joint_law_is_found():
+def test_joint_law_is_recovered():
   n, d = (a.ravel() for a in np.meshgrid(np.geomspace(5e7, 2e9, 6), np.geomspace(1e9, 1e11, 6)))
   truth = fit.JointFit(irreducible=0.2, a=60.0, alpha=0.3, b=300.0, beta=0.33, r2=1.0, n=36)
   found = fit.fit_joint(n, d, truth(n, d))
@@ -120,7 +167,7 @@ def test_the_joint_law_is_found():
 
 
 def slow_envelope(curve: np.ndarray, x: np.ndarray, loss: np.ndarray) -> list[bool]:
-  """Row by row, segment by segment."""
+  """Return the envelope row by row and segment by segment."""
   out = []
   for i in range(len(x)):
     beaten = False
@@ -136,7 +183,7 @@ def slow_envelope(curve: np.ndarray, x: np.ndarray, loss: np.ndarray) -> list[bo
   return out
 
 
-def test_the_envelope_is_that_of_the_slow_rule():
+def test_envelope_matches_a_slow_implementation():
   rng = np.random.default_rng(0)
   curve = np.repeat([1.0, 2.0, 4.0, 8.0], 7)
   x = np.concatenate([np.sort(c * 10 ** rng.uniform(0, 2, 7)) for c in (1, 2, 4, 8)])
@@ -147,41 +194,47 @@ def test_the_envelope_is_that_of_the_slow_rule():
   assert 4 < kept.sum() < 28
 
 
-def test_a_run_that_costs_more_and_learns_less_is_not_on_the_envelope():
+def test_envelope_drops_runs_that_cost_more_and_learn_less():
   size, x, loss = np.array([1.0, 1, 2, 2]), np.array([1.0, 2, 4, 8]), np.array([0.6, 0.5, 0.52, 0.4])
   assert fit.lower_envelope(size, x, loss).tolist() == [True, True, False, True]
-  assert fit.lower_envelope(np.arange(4), x, loss).all()  # four sizes of one run each are no curves
+  assert fit.lower_envelope(np.arange(4), x, loss).all()  # sizes of one run each have no curve
 
 
-def test_one_curve_is_its_own_envelope():
+def test_envelope_keeps_ties_and_compares_from_the_first_run_of_a_curve():
+  size, x = np.array([1.0, 1, 2, 2]), np.array([1.0, 4, 1, 4])
+  # Two sizes cost the same: the higher loss goes, an equal one stays.
+  assert fit.lower_envelope(size, x, np.array([0.5, 0.4, 0.6, 0.4])).tolist() == [True, True, False, True]
+
+
+def test_envelope_of_one_curve_is_the_curve():
   assert fit.lower_envelope(np.ones(4), np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 4])).all()
 
 
 @pytest.mark.parametrize(
   ('x', 'loss', 'message'),
   [
-    ([1e6, 1e6, 1e6], [0.6, 0.5, 0.4], '1 different values'),
-    ([1e6, 2e6], [0.6, 0.5], '2 different values'),
+    ([1e6, 1e6, 1e6], [0.6, 0.5, 0.4], 'needs at least 3 different values of x, got 1'),
+    ([1e6, 2e6], [0.6, 0.5], 'needs at least 3 different values of x, got 2'),
     ([1e6, 2e6, 4e6], [0.6, float('nan'), 0.4], 'loss must be positive and finite: row 1 has nan'),
     ([1e6, 2e6, 4e6], [0.6, 0.5, -0.4], 'row 2 has -0.4'),
     ([0.0, 2e6, 4e6], [0.6, 0.5, 0.4], 'x must be positive and finite: row 0 has 0.0'),
-    ([1e6, 2e6, 4e6], [0.6, 0.5], 'one length'),
+    ([1e6, 2e6, 4e6], [0.6, 0.5], 'the same length'),
   ],
 )
-def test_rows_without_a_law_are_refused(x, loss, message):
+def test_runs_that_determine_no_law_are_refused(x, loss, message):
   with pytest.raises(FitError, match=message):
     fit.fit_power_law(x, loss)
 
 
-def test_laws_with_more_numbers_need_more_rows():
+def test_laws_with_more_parameters_need_more_runs():
   with pytest.raises(FitError, match='at least 4'):
     fit.fit_floored([1e6, 2e6, 4e6], [0.6, 0.5, 0.4])
-  with pytest.raises(FitError, match='six rows'):
+  with pytest.raises(FitError, match='at least 6 runs'):
     fit.fit_joint([1e6, 2e6, 4e6, 1e6], [1e6, 2e6, 4e6, 2e6], [0.6, 0.5, 0.4, 0.5])
   with pytest.raises(FitError, match='tokens'):
     fit.fit_joint([1e6, 2e6, 4e6] * 2, [1e6] * 6, [0.6, 0.5, 0.4] * 2)
 
 
-def test_a_fit_can_be_written_down():
+def test_power_fit_converts_to_a_dict():
   written = dataclasses.asdict(fit.fit_power_law(*runs(5, 0.01)))
   assert {'alpha', 'beta', 'low', 'high', 'r2', 'n'} <= written.keys()

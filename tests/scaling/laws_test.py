@@ -1,4 +1,4 @@
-"""Laws of learning rate and batch size: the paper's settings, and sweeps whose optima are known."""
+"""Laws of learning rate and batch size, against the settings of the paper and sweeps whose optima are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polar_jax.scaling.fit import FitError
   ('parameters', 'lm_tokens', 'rm_tokens', 'rate', 'batch'),
   [(1.8e9, 2.5e12, 0.94e12, 1.43e-5, 1939.7), (7e9, 4.0e12, 3.6e12, 1.674e-5, 4342.8)],
 )
-def test_the_papers_settings(parameters, lm_tokens, rm_tokens, rate, batch):
+def test_paper_laws_give_the_settings_of_the_paper(parameters, lm_tokens, rm_tokens, rate, batch):
   assert laws.learning_rate(parameters, lm_tokens, rm_tokens) == pytest.approx(rate, rel=1e-3)
   assert laws.batch_size(parameters, rm_tokens) == pytest.approx(batch, abs=0.06)
 
@@ -25,13 +25,13 @@ def bowl(values: np.ndarray, best: float, curvature: float = 0.02) -> np.ndarray
 
 
 @pytest.mark.parametrize('degree', [2, 4])
-def test_the_bottom_of_a_bowl(degree):
+def test_optimum_of_a_parabola(degree):
   values = np.geomspace(5e-6, 1e-4, 7)
   found = laws.optimum(values, bowl(values, 2.3e-5), degree)
   assert (found.value, found.loss, found.at_edge) == (pytest.approx(2.3e-5, rel=1e-3), pytest.approx(0.5, abs=1e-6), False)
 
 
-def test_of_two_bottoms_the_deeper_one():
+def test_optimum_is_the_lower_of_two_minima():
   values = np.geomspace(1, 100, 41)
   u = np.log(values) / np.log(100)
   loss = 20 * (u - 0.2) ** 2 * (u - 0.8) ** 2 - 0.05 * u + 1
@@ -41,13 +41,13 @@ def test_of_two_bottoms_the_deeper_one():
 
 
 @pytest.mark.parametrize('best', [1e-7, 1e-2])
-def test_an_optimum_at_the_edge_is_named_so(best):
+def test_optimum_at_the_edge_is_flagged(best):
   values = np.geomspace(5e-6, 1e-4, 7)
   found = laws.optimum(values, bowl(values, best), 2)
   assert found.at_edge and found.value == pytest.approx(5e-6 if best < 1e-5 else 1e-4)
 
 
-def test_the_papers_laws_come_out_of_sweeps_that_follow_them():
+def test_fit_product_law_recovers_the_laws_of_the_paper():
   settings = list(itertools.product([115.52e6, 389.87e6, 924.09e6], [131.84e9, 219.73e9], [23.9e9, 103.72e9]))
   rates, batches = np.geomspace(1e-6, 1e-3, 9), np.geomspace(16, 4096, 8)
   best_rates = [laws.optimum(rates, bowl(rates, laws.learning_rate(*s)), 4).value for s in settings]
@@ -63,27 +63,27 @@ def test_the_papers_laws_come_out_of_sweeps_that_follow_them():
   assert found(n=1.8e9 / mebi, rm=0.94e12 / gibi) == pytest.approx(1939.7, rel=1e-2)
 
 
-def test_intervals_hold_exponents():
-  held = 0
+def test_intervals_cover_the_exponents():
+  covered = 0
   for trial in range(100):
     rng = np.random.default_rng([2, trial])
     n, d = 10 ** rng.uniform(7, 9, 10), 10 ** rng.uniform(9, 11, 10)
     law = laws.fit_product_law({'n': n, 'd': d}, 3.0 * n**0.1 * d**-0.4 * np.exp(rng.normal(0, 0.1, 10)))
-    held += law.low['n'] <= 0.1 <= law.high['n']
-  assert 90 <= held <= 99
+    covered += law.low['n'] <= 0.1 <= law.high['n']
+  assert 90 <= covered <= 99
 
 
-def test_what_cannot_be_told_apart_is_refused():
+def test_undetermined_laws_are_refused():
   with pytest.raises(FitError, match='needs at least 5'):
     laws.optimum([1, 2, 3, 4], [1, 2, 3, 4], 4)
   with pytest.raises(FitError, match='positive'):
     laws.optimum([0.0, 2, 3], [1, 2, 3], 2)
-  with pytest.raises(FitError, match='do not tell n, d apart'):
+  with pytest.raises(FitError, match='do not separate the effects of n, d'):
     laws.fit_product_law({'n': [1, 2, 3, 4], 'd': [1, 2, 3, 4]}, [1, 2, 3, 4])
   n = np.array([1.6e4, 2.7e4, 4.9e4])
-  with pytest.raises(FitError, match='do not tell n, d apart'):  # the one follows the other, but for rounding
+  with pytest.raises(FitError, match='do not separate the effects of n, d'):  # one follows from the other, except for rounding
     laws.fit_product_law({'n': n, 'd': np.round(40 * np.sqrt(n))}, [1, 2, 3])
-  with pytest.raises(FitError, match='do not tell n, d apart'):
+  with pytest.raises(FitError, match='do not separate the effects of n, d'):
     laws.fit_product_law({'n': n, 'd': [7, 7, 7]}, [1, 2, 3])
-  with pytest.raises(FitError, match='one positive number for each of 3'):
+  with pytest.raises(FitError, match='needs one positive number for each of 3'):
     laws.fit_product_law({'n': [1, 2]}, [1, 2, 3])

@@ -1,0 +1,69 @@
+"""The laws that the results of a sweep determine, and their description."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scaling_runs import SIZES, sweep
+
+from polar_jax.scaling import analysis, results
+from polar_jax.scaling.analysis import analyze
+from polar_jax.scaling.results import Results
+
+
+def test_the_largest_size_is_predicted_from_the_others():
+  held_out = analyze(sweep())['N']['held_out']
+  longest = sweep().longest()
+  slope, intercept = np.polyfit(np.log(longest.parameters[:-1]), np.log(longest.loss[:-1]), 1)
+  assert held_out['predicted'] == pytest.approx(np.exp(intercept) * longest.parameters[-1] ** slope, rel=1e-4)
+  assert held_out['loss'] == longest.loss[-1]
+  # A run that breaks the law is distinguished from one that follows it.
+  rows = sweep(0.0005)
+  assert analyze(rows)['N']['held_out']['within']
+  rows.loss[rows.parameters == SIZES[-1]] *= 1.1
+  assert not analyze(rows)['N']['held_out']['within']
+
+
+def test_describe_warns_of_few_sizes():
+  few = sweep().rows(np.flatnonzero(sweep().parameters < SIZES[3]))
+  found = analyze(few)
+  assert found['N']['held_out'] is None and any('3 sizes prove nothing' in line for line in analysis.describe(found))
+  assert not any('prove nothing' in line for line in analysis.describe(analyze(sweep())))
+
+
+def test_describe_gives_the_reason_for_each_skipped_law():
+  lines = analysis.describe(analyze(sweep().rows(np.flatnonzero(sweep().parameters < SIZES[3]))))
+  assert 'fit: skipped L = E + beta N^alpha: needs at least 4 different values of x, got 3' in lines
+  assert 'fit: skipped the optimal learning rate: the file has no column learning_rate' in lines
+
+
+def test_runs_that_differ_in_learning_rate_count_once():
+  rows = sweep()
+  rates = np.geomspace(1e-5, 1e-3, 6)
+  tuned = 1e-4 * (rows.parameters / 1e8) ** -0.2
+  repeated = [np.repeat(getattr(rows, name), 6) for name in results.NEEDED]
+  rate = np.tile(rates, len(rows))
+  excess = 0.01 * np.log(rate / np.repeat(tuned, 6)) ** 2
+  swept = Results(*repeated[:3], repeated[3] + excess, learning_rate=rate)
+  assert len(swept.best()) == len(rows) and len(swept.longest()) == 5
+  lowest = {
+    (n, t): min(swept.loss[(swept.parameters == n) & (swept.tokens == t)]) for n, t in zip(rows.parameters, rows.tokens, strict=True)
+  }
+  best = swept.best()
+  assert best.loss.tolist() == [lowest[key] for key in zip(best.parameters, best.tokens, strict=True)]
+  found = analyze(swept)['learning_rate']
+  assert found['law']['exponents']['parameters'] == pytest.approx(-0.2, abs=1e-3)
+  assert 'batch' in analyze(swept)['left_out']
+
+
+def test_batch_sizes_are_compared_at_the_same_learning_rate():
+  """Only batch 32 was run with several rates: that it is lowest over all of them does not make it the best batch size."""
+  rate, batch, loss = zip(
+    *((1e-3, 16, 0.50), (1e-3, 32, 0.52), (1e-3, 64, 0.60), (5e-4, 32, 0.56), (2e-3, 32, 0.45), (4e-3, 32, 0.51), (8e-3, 32, 0.70)),
+    strict=True,
+  )
+  column = lambda values: np.array(values, np.float64)
+  rows = Results(*(np.full(7, value) for value in (1e4, 1e6, 1e12)), column(loss), column(rate), column(batch))
+  batches, rates = (analysis._tuned(rows, name, degree)['optima'][0] for name, degree in (('batch', 2), ('learning_rate', 4)))
+  assert (batches['swept'], batches['losses']) == ([16, 32, 64], [0.50, 0.52, 0.60]) and batches['value'] < 24
+  assert rates['swept'] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3] and rates['losses'] == [0.56, 0.52, 0.45, 0.51, 0.70]

@@ -1,0 +1,68 @@
+"""Backends of a sweep, with jobs that do next to nothing."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import threading
+
+import pytest
+
+from polar_jax.config import SweepConfig
+from polar_jax.scaling import fanout
+from polar_jax.scaling.fanout import JobRunner
+from polar_jax.scaling.grid import Job
+
+JOBS = [Job(size, None) for size in ('1x1', '2x2', '3x3')]
+
+
+def unused(*_):
+  raise AssertionError('this backend was not asked for')
+
+
+def run(runner: JobRunner, folder: pathlib.Path, threads: int = 1, **settings) -> dict[str, str | None]:
+  ended = fanout.run_jobs(runner, SweepConfig(**settings), folder, JOBS, lambda: None, threads)
+  return {job.name: error for job, error in ended}
+
+
+def test_inline_yields_the_message_of_a_failed_job_and_goes_on(tmp_path):
+  order = []
+
+  def call(job):
+    order.append(job.name)
+    return 'no luck' if job.size == '2x2' else None
+
+  assert run(JobRunner(call, unused, unused), tmp_path) == {'1x1_lm': None, '2x2_lm': 'no luck', '3x3_lm': None}
+  assert order == ['1x1_lm', '2x2_lm', '3x3_lm']
+
+
+def test_inline_runs_as_many_jobs_at_a_time_as_threads(tmp_path):
+  together = threading.Barrier(3, timeout=30)  # passes only once three jobs wait for each other
+
+  def call(job):
+    together.wait()
+
+  assert set(run(JobRunner(call, unused, unused), tmp_path, threads=3).values()) == {None}
+
+
+def test_inline_raises_what_a_job_does_not_explain(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    run(JobRunner(lambda job: 1 / 0, unused, unused), tmp_path)
+
+
+def test_processes_report_the_last_line_of_a_failed_job(tmp_path):
+  def command(job, cores):
+    script = f'import sys; print("on cores {cores}"); print("polar_jax: no luck", file=sys.stderr); sys.exit({3 * (job.size == "2x2")})'
+    return [sys.executable, '-c', script]
+
+  ended = run(JobRunner(unused, command, unused), tmp_path, backend='processes', workers=2)
+  log = tmp_path / 'sweep/2x2_lm/log.txt'
+  assert ended == {'1x1_lm': None, '2x2_lm': f'no luck (exit status 3, log: {log})', '3x3_lm': None}
+  assert 'on cores ' in log.read_text()
+
+
+def test_core_shares_divide_the_cores_among_workers(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 5, 7})
+  assert fanout._core_shares(2) == ['0,2,7', '1,5']
+  assert fanout._core_shares(6) == ['0', '1', '2', '5', '7', '0']
