@@ -19,9 +19,9 @@ from polar_jax.model import flops
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.scaling import grid, results
 from polar_jax.scaling.grid import Job
-from polar_jax.stages import sweep as stage
 from polar_jax.stages import context as context_lib
 from polar_jax.stages import pretrain_lm, sweep_jobs, sweep_worker
+from polar_jax.stages import sweep as stage
 from polar_jax.train.metrics import read_metrics
 from polar_jax.types import UserError
 
