@@ -1,6 +1,6 @@
-"""How the processes of one run find each other, and what is said when one of them is lost.
+"""Discovery of the processes of a run, and clear errors when one of them is lost.
 
-The same command is started on every host. Which cluster it is, the environment tells; JAX does the rest.
+The same command is started on every host. The cluster type is read from environment variables; JAX does the rest.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from polar_jax.types import UserError
 
 
 class Cluster(NamedTuple):
-  """Where a run was started. None: JAX finds it out by itself."""
+  """The cluster of a run. JAX detects the fields that are None."""
 
-  how: str
+  how: str  # how it was detected, for messages
   coordinator: str | None = None  # host:port of process 0
   processes: int | None = None
   process: int | None = None
-  method: str | None = None  # JAX's name of the way to find out
+  method: str | None = None  # JAX's name of its detection method
 
 
 def detect(settings: DistributedConfig, environ: Mapping[str, str]) -> Cluster | None:
-  """The cluster that settings or environment speak of, None for a run of one process.
+  """Return the cluster named by the settings or the environment, or None for a run of one process.
 
-  Settings come first, then JAX's own variables, a SLURM step of several tasks, a TPU slice of several hosts.
+  The order of precedence is: settings, JAX's own variables, a SLURM step of several tasks, a TPU slice of several hosts.
 
   Raises:
-    ConfigError: only some of coordinator, processes and process are set, or they contradict each other.
+    ConfigError: only some of coordinator, processes and process are set, or they are inconsistent.
+    UserError: the environment variables are incomplete or not numbers.
   """
   given = (settings.coordinator, settings.processes, settings.process)
   if any(value is not None for value in given):
@@ -72,12 +73,12 @@ def _integer(name: str, environ: Mapping[str, str], default: int | None = None) 
   try:
     return int(text or '')
   except ValueError:
-    raise UserError(f'the environment variable {name} is {text!r}; it must be a whole number') from None
+    raise UserError(f'the environment variable {name} is {text!r}; it must be an integer') from None
 
 
 def _checked(how: str, coordinator: str | None, processes: int | None, process: int | None, error: type[UserError]) -> Cluster:
   if coordinator is None or processes is None or process is None:
-    raise error('distributed.coordinator, processes and process belong together: set all three, or none')
+    raise error('distributed.coordinator, processes and process belong together; set all three or none')
   if ':' not in coordinator:
     raise error(f'distributed.coordinator is {coordinator!r}; it must be the address of process 0 as host:port')
   if not 0 <= process < processes:
@@ -86,38 +87,42 @@ def _checked(how: str, coordinator: str | None, processes: int | None, process: 
 
 
 def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
-  """A Cloud TPU VM, whose metadata JAX asks for the other hosts."""
+  """Return whether this is a Cloud TPU VM, whose metadata server tells JAX the other hosts."""
   chips = list(pathlib.Path('/dev').glob('accel*')) + list(pathlib.Path('/dev').glob('vfio/[0-9]*'))
   return bool(chips) and 'TPU_SKIP_MDS_QUERY' not in environ
 
 
 def start(settings: DistributedConfig, environ: Mapping[str, str] = os.environ) -> Cluster | None:
-  """Joins the other processes, before JAX starts its backend. Returns what was detected.
+  """Join the other processes, before JAX starts its backend.
+
+  Returns:
+    The detected cluster, or None for a run of one process.
 
   Raises:
-    ConfigError, UserError: as `detect`; or the others did not come in time.
+    ConfigError: as `detect`.
+    UserError: as `detect`, or the processes did not connect in time.
   """
-  found = detect(settings, environ)
-  if found is None:
+  cluster = detect(settings, environ)
+  if cluster is None:
     return None
-  if found.coordinator and found.process:
-    _await(found.coordinator, settings.timeout, found.how)
+  if cluster.coordinator and cluster.process:
+    _wait_for_coordinator(cluster.coordinator, settings.timeout, cluster.how)
   try:
     jax.distributed.initialize(
-      coordinator_address=found.coordinator,
-      num_processes=found.processes,
-      process_id=found.process,
-      cluster_detection_method=found.method,
+      coordinator_address=cluster.coordinator,
+      num_processes=cluster.processes,
+      process_id=cluster.process,
+      cluster_detection_method=cluster.method,
       initialization_timeout=settings.timeout,
       heartbeat_timeout_seconds=settings.heartbeat,
     )
   except (RuntimeError, ValueError) as error:
-    raise _not_found(found.how, settings.timeout, ' '.join(str(error).split())[:300]) from error
-  return found
+    raise _connection_error(cluster.how, settings.timeout, ' '.join(str(error).split())[:300]) from error
+  return cluster
 
 
-def _await(coordinator: str, timeout: float, how: str) -> None:
-  """Returns once process 0 listens. JAX, left to find out that nobody does, ends the process without a word for the user."""
+def _wait_for_coordinator(coordinator: str, timeout: float, how: str) -> None:
+  """Wait until process 0 listens. If it never does, JAX alone would end this process without a clear message."""
   host, _, port = coordinator.rpartition(':')
   deadline = time.monotonic() + timeout
   while True:
@@ -126,101 +131,106 @@ def _await(coordinator: str, timeout: float, how: str) -> None:
       return
     except (OSError, ValueError) as error:
       if time.monotonic() > deadline:
-        raise _not_found(how, timeout, f'{coordinator}: {error}') from error
+        raise _connection_error(how, timeout, f'{coordinator}: {error}') from error
       time.sleep(0.5)
 
 
-def _not_found(how: str, timeout: float, said: str) -> UserError:
+def _connection_error(how: str, timeout: float, reason: str) -> UserError:
   return UserError(
-    f'the processes of this run ({how}) did not find each other within {timeout} s: start the same command on every host, '
-    f'and see that process 0 can be reached ({said})'
+    f'the processes of this run ({how}) did not connect within {timeout} s; start the same command on every host, '
+    f'and check that process 0 is reachable ({reason})'
   )
 
 
-_questions = itertools.count()
+_sync_points = itertools.count()
 
 
 def preempted() -> bool:
-  """Whether SIGTERM has come to some process, and all are at the question at which they agreed to stop. True once.
+  """Return True, once, when any process has received SIGTERM and all have reached the agreed sync point.
 
-  All processes of the run must ask equally often.
+  Call it equally often on every process.
   """
-  return multihost_utils.reached_preemption_sync_point(next(_questions))
+  return multihost_utils.reached_preemption_sync_point(next(_sync_points))
 
 
-def agree(what: str, facts: Mapping[str, Any]) -> None:
-  """Compares `facts` between all processes. Every one must call it, with the same names.
+def agree(where: str, facts: Mapping[str, Any]) -> None:
+  """Compare `facts` between all processes. Every process must call this.
+
+  Args:
+    where: the point of the run, for messages.
+    facts: values that must be equal on all processes, by name.
 
   Raises:
-    UserError: on every process: which fact differs, and on which hosts.
+    UserError: a fact differs (on every process; the message has the fact and the hosts).
   """
   if jax.process_count() == 1:
     return
   names = sorted(facts)
-  shown = [json.dumps(facts[name], default=str) for name in names]
-  whole = hashlib.sha256('\n'.join(names).encode()).hexdigest()  # comes first: the tables below have a row for each name
-  rows = _gather([socket.gethostname(), whole])
+  texts = [json.dumps(facts[name], default=str) for name in names]
+  names_digest = hashlib.sha256('\n'.join(names).encode()).hexdigest()  # compared first: the tables below must have the same shape
+  rows = _gather([socket.gethostname(), names_digest])
   hosts = [f'process {p} ({host})' for p, (host, _) in enumerate(rows)]
-  _same(what, 'what is compared', [row[1] for row in rows], hosts)
-  tables = _gather([hashlib.sha256(text.encode()).hexdigest()[:16] + text[: _SHOWN - 16] for text in shown])
+  _check_same(where, 'the set of compared values', [row[1] for row in rows], hosts)
+  tables = _gather([hashlib.sha256(text.encode()).hexdigest()[:16] + text[: _TEXT_BYTES - 16] for text in texts])
   for row, name in enumerate(names):
-    _same(what, name, [table[row] for table in tables], hosts)
+    _check_same(where, name, [table[row] for table in tables], hosts)
 
 
-_SHOWN = 96  # bytes of each fact that other processes are told: a digest of 16, and the beginning of what it is
+_TEXT_BYTES = 96  # of each fact that other processes receive: a digest of 16 bytes, then the beginning of its text
 
 
 def _gather(texts: list[str]) -> list[list[str]]:
-  """The texts of every process, each cut to `_SHOWN` bytes."""
-  mine = np.zeros((len(texts), _SHOWN), np.uint8)
+  """Return the texts of every process, each truncated to `_TEXT_BYTES` bytes."""
+  own = np.zeros((len(texts), _TEXT_BYTES), np.uint8)
   for row, text in enumerate(texts):
-    data = text.encode()[:_SHOWN]
-    mine[row, : len(data)] = np.frombuffer(data, np.uint8)
-  every = multihost_utils.process_allgather(mine)
-  return [[bytes(row).rstrip(b'\0').decode(errors='replace') for row in table] for table in np.asarray(every)]
+    data = text.encode()[:_TEXT_BYTES]
+    own[row, : len(data)] = np.frombuffer(data, np.uint8)
+  gathered = multihost_utils.process_allgather(own)
+  return [[bytes(row).rstrip(b'\0').decode(errors='replace') for row in table] for table in np.asarray(gathered)]
 
 
-def _same(what: str, name: str, values: list[str], hosts: list[str]) -> None:
+def _check_same(where: str, name: str, values: list[str], hosts: list[str]) -> None:
   (usual, _), *others = collections.Counter(values).most_common()
   if not others:
     return
   odd = '; '.join(f'{host} has {value[16:]}' for host, value in zip(hosts, values, strict=True) if value != usual)
-  raise UserError(f'{what}: {name} is not the same on every host: {odd}; the others have {usual[16:]}. Start the same command everywhere')
+  raise UserError(f'{where}: {name} differs between hosts: {odd}; the others have {usual[16:]}. Start the same command on every host')
 
 
-# How JAX and XLA say that what processes do together has failed. Where a result is awaited the error is a JaxRuntimeError, where work is
-# started a ValueError, which TensorStore raises too, of a disk or a bucket.
-_FAILED_TOGETHER = re.compile(
+# Errors of JAX and XLA when a collective fails. It is a JaxRuntimeError where a result is awaited, and a ValueError where work is
+# dispatched; TensorStore raises ValueErrors too, for errors of a disk or bucket.
+_COLLECTIVE_FAILED = re.compile(
   r'(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): |(UNKNOWN|INTERNAL): .*(gloo|nccl|barrier|heartbeat|connection|socket)', re.I | re.S
 )
-_FAILED_TOGETHER_AT_START = re.compile(r'[A-Z_]+: .*(gloo|nccl)', re.I | re.S)
+_DISPATCH_FAILED = re.compile(r'[A-Z_]+: .*(gloo|nccl)', re.I | re.S)
 
 
 def lost(error: BaseException) -> bool:
-  """Whether an error, or what it came of, says that another process of the run is gone or cannot be reached."""
+  """Return whether an error, or one of its causes, means that another process of the run is gone or unreachable."""
   if jax.process_count() == 1:
     return False
   cause: BaseException | None = error
   while cause is not None:
-    if isinstance(cause, jax.errors.JaxRuntimeError) and _FAILED_TOGETHER.match(str(cause)):
+    if isinstance(cause, jax.errors.JaxRuntimeError) and _COLLECTIVE_FAILED.match(str(cause)):
       return True
-    if isinstance(cause, ValueError) and _FAILED_TOGETHER_AT_START.match(str(cause)):
+    if isinstance(cause, ValueError) and _DISPATCH_FAILED.match(str(cause)):
       return True
     cause = cause.__cause__ or cause.__context__
   return False
 
 
 def leave(error: Exception) -> NoReturn:
-  """Ends this process, of several, by an error: with one line if others are gone, else with its traceback.
+  """Exit this process of a multi-process run after an error: with one line if a peer is lost, else with the traceback.
 
-  Without the orderly end, which waits for all processes, as they wait for this one. Theirs ends when its connections break.
+  The regular shutdown is skipped, because it would wait for all processes while they wait for this one. They stop when the connections
+  to this process break.
   """
   who = f'polar_jax: process {jax.process_index()} of {jax.process_count()}'
   if lost(error):
-    what = 'another process of the run is gone, or cannot be reached. Start all of them again: they resume from the newest checkpoint.'
+    what = 'another process of the run is gone or unreachable. Start all of them again; they resume from the newest checkpoint.'
     print(f'{who}: {what} ({" ".join(str(error).split())[:300]})', file=sys.stderr)
   else:
-    print(f'{who} ends by an error:\n{"".join(traceback.format_exception(error))}', file=sys.stderr)
+    print(f'{who} failed:\n{"".join(traceback.format_exception(error))}', file=sys.stderr)
   sys.stderr.flush()
   sys.stdout.flush()
   os._exit(1)
@@ -228,7 +238,7 @@ def leave(error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def leaving_when_lost() -> Iterator[None]:
-  """Leaves at once when another process is lost: what is closed around it may wait for that one's part of a checkpoint."""
+  """Exit immediately when a peer is lost, because closing the checkpoint manager would wait for the peer's shards."""
   try:
     yield
   except Exception as error:

@@ -1,7 +1,7 @@
-"""Signs of life of the processes of a run, and a report of who lags behind when nothing moves any more.
+"""Per-process heartbeats, and a report of which processes are behind when a run stalls.
 
-Each process writes heartbeats/<process>.json in the workdir now and then: where it is, and since when. One that has been at the same
-place for too long writes down its stacks as well; the first process then reads what all have written, and says who is behind.
+Each process regularly writes its position in the run, and the time it got there, to heartbeats/<process>.json in the workdir. A process
+whose position has not changed for too long also writes its stacks; process 0 then reads the files of all and reports who is behind.
 """
 
 from __future__ import annotations
@@ -18,41 +18,46 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from polar_jax.runtime.paths import write_atomically
+
 FOLDER = 'heartbeats'
-_STACK_LINES = 12  # of a report, for each process that lags
+_STACK_LINES = 12  # of a report, for each process that is behind
 
 
-class Place(NamedTuple):
-  """Where a process is in its run."""
+class Position(NamedTuple):
+  """The position of a process in its run."""
 
   phase: str
   step: int
   since: float  # time.time()
 
 
-_place = Place('start', 0, time.time())
+_position = Position('start', 0, time.time())
 
 
 def at(phase: str, step: int = 0) -> None:
-  """Notes that this process has come to `step` of `phase`. Costs nothing: the next beat tells it."""
-  global _place
-  _place = Place(phase, step, time.time())
+  """Record that this process has reached `step` of `phase`. It costs nothing: the next heartbeat writes it."""
+  global _position
+  _position = Position(phase, step, time.time())
 
 
 @contextlib.contextmanager
 def beating(workdir: pathlib.Path, process: int, processes: int, every: float, stall: float) -> Iterator[None]:
-  """Beats while in scope; a run of one process does not need it.
+  """Write heartbeats while in scope, if the run has several processes.
 
   Args:
-    every: seconds between beats.
-    stall: seconds at one place after which a process is said to lag.
+    workdir: of the run.
+    process: index of this process.
+    processes: their number.
+    every: seconds between heartbeats.
+    stall: seconds at one position after which a report is made.
   """
   if processes == 1:
     yield
     return
   ended = threading.Event()
-  heart = _Heart(workdir / FOLDER, process, processes, stall)
-  thread = threading.Thread(target=heart.beat_until, args=(ended, every), name='heartbeat', daemon=True)
+  writer = _HeartbeatWriter(workdir / FOLDER, process, processes, stall)
+  thread = threading.Thread(target=writer.write_until, args=(ended, every), name='heartbeat', daemon=True)
   thread.start()
   try:
     yield
@@ -61,35 +66,33 @@ def beating(workdir: pathlib.Path, process: int, processes: int, every: float, s
     thread.join(timeout=5)
 
 
-class _Heart:
+class _HeartbeatWriter:
   def __init__(self, folder: pathlib.Path, process: int, processes: int, stall: float):
     self._folder, self._process, self._processes, self._stall = folder, process, processes, stall
-    self._told: Place | None = None  # the place for which stacks were written and the report was made
+    self._reported: Position | None = None  # for which stacks were written and the report was made
     self._started = time.time()
-    for kind in ('json', 'stack'):  # of an earlier start
+    for kind in ('json', 'stack'):  # of an earlier run
       (folder / f'{process}.{kind}').unlink(missing_ok=True)
 
-  def beat_until(self, ended: threading.Event, every: float) -> None:
+  def write_until(self, ended: threading.Event, every: float) -> None:
     while True:
       with contextlib.suppress(OSError):  # a full disk must not end a run that could go on
-        self._beat()
+        self._write()
       if ended.wait(every):
         return
 
-  def _beat(self) -> None:
-    place, now = _place, time.time()
+  def _write(self) -> None:
+    position, now = _position, time.time()
     self._folder.mkdir(parents=True, exist_ok=True)
-    stalled = now - max(place.since, self._started) > self._stall
-    if stalled and self._told != place:
+    stalled = now - max(position.since, self._started) > self._stall
+    if stalled and self._reported != position:
       self._write_stacks()
-    beat = {'host': socket.gethostname(), 'pid': os.getpid(), **place._asdict(), 'time': now}
-    temporary = self._folder / f'{self._process}.json.tmp'
-    temporary.write_text(json.dumps(beat) + '\n')
-    os.replace(temporary, self._folder / f'{self._process}.json')
-    if stalled and self._told != place:
-      self._told = place
+    beat = {'host': socket.gethostname(), 'pid': os.getpid(), **position._asdict(), 'time': now}
+    write_atomically(self._folder / f'{self._process}.json', json.dumps(beat) + '\n')
+    if stalled and self._reported != position:
+      self._reported = position
       if self._process == 0:
-        time.sleep(min(self._stall, 2.0))  # the others, which stand as long, write theirs
+        time.sleep(min(self._stall, 2.0))  # the others have stalled too and are writing theirs
         print('\n'.join(report(self._folder, self._processes, self._stall)), file=sys.stderr, flush=True)
 
   def _write_stacks(self) -> None:
@@ -98,44 +101,50 @@ class _Heart:
 
 
 def report(folder: pathlib.Path, processes: int, stall: float) -> list[str]:
-  """Who is where, those behind first named, with the stacks that they wrote."""
+  """Return the position of each process, and the stacks of those that are behind.
+
+  Args:
+    folder: of the heartbeats.
+    processes: their number.
+    stall: seconds after which a process counts as silent.
+  """
   now = time.time()
   beats: dict[int, dict[str, Any]] = {}
   for process in range(processes):
     with contextlib.suppress(OSError, ValueError):
       beats[process] = json.loads((folder / f'{process}.json').read_text())
-  lines = [f'polar_jax: nothing has moved for {stall:g} s. {processes} processes:']
+  lines = [f'polar_jax: no progress for {stall:g} s. {processes} processes:']
   behind = _behind(beats, processes, now, stall)
   for process in range(processes):
     beat = beats.get(process)
     if beat is None:
-      lines.append(f'  process {process}: has never been heard of')
+      lines.append(f'  process {process}: no heartbeat received')
       continue
     silent = now - beat['time']
-    said = f'{beat["phase"]}, step {beat["step"]}, for {now - beat["since"]:.0f} s'
+    position = f'{beat["phase"]}, step {beat["step"]}, for {now - beat["since"]:.0f} s'
     late = f'; SILENT for {silent:.0f} s' if silent > stall else ''
-    lines.append(f'  process {process} on {beat["host"]} (pid {beat["pid"]}): {said}{late}{" <- behind" if process in behind else ""}')
+    lines.append(f'  process {process} on {beat["host"]} (pid {beat["pid"]}): {position}{late}{" <- behind" if process in behind else ""}')
   for process in behind:
     lines += _stack(folder / f'{process}.stack', process)
   return lines
 
 
 def _behind(beats: dict[int, dict[str, Any]], processes: int, now: float, stall: float) -> list[int]:
-  """Processes that are silent or were never heard of; where all are alive, those that came to their place first."""
+  """Return the processes that are silent or never sent a heartbeat; if all are alive, those that are not at the newest position."""
   gone = [p for p in range(processes) if p not in beats or now - beats[p]['time'] > stall]
   if gone:
     return gone
-  # Of processes that wait for each other, all but those that are late stand at the place that came last.
-  places = {p: (beat['phase'], beat['step']) for p, beat in beats.items()}
-  newest = places[max(beats, key=lambda p: beats[p]['since'])]
-  return [p for p in beats if places[p] != newest]
+  # Of processes that wait for each other, all but the late ones are at the position that was reached last.
+  positions = {p: (beat['phase'], beat['step']) for p, beat in beats.items()}
+  newest = positions[max(beats, key=lambda p: beats[p]['since'])]
+  return [p for p in beats if positions[p] != newest]
 
 
 def _stack(path: pathlib.Path, process: int) -> list[str]:
-  """The stack of a process's main thread, which faulthandler writes last, innermost call first."""
+  """Return the stack of a process's main thread, which faulthandler writes last, innermost call first."""
   try:
     text = path.read_text()
   except OSError:
-    return [f'  process {process} has written no stack']
+    return [f'  process {process} wrote no stack']
   main = text.split('\n\n')[-1].strip().splitlines()
   return [f'  process {process} is at (innermost call first):', *(f'    {line.strip()}' for line in main[1 : 1 + _STACK_LINES])]

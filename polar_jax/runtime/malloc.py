@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, for runs on CPUs."""
+"""Settings of the C library's allocator for runs on CPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
 def runs_on_cpu() -> bool:
-  """Whether JAX will run on CPUs, told without starting it: asked to, or the system shows no accelerator."""
-  asked = os.environ.get('JAX_PLATFORMS', '')
-  if asked:
-    return asked.split(',')[0] == 'cpu'
+  """Return whether JAX will run on CPUs, without starting it: JAX_PLATFORMS names them, or there is no accelerator."""
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  if platforms:
+    return platforms.split(',')[0] == 'cpu'
   accelerators = ('nvidia[0-9]*', 'kfd', 'accel*', 'vfio/[0-9]*')
   return not any(True for pattern in accelerators for _ in pathlib.Path('/dev').glob(pattern))
 
@@ -28,23 +28,23 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def give_back() -> None:
-  """Returns what is free to the system, once: after work that needed much more than what follows."""
+  """Return free memory to the system, once, after work that needed much more than what follows."""
   if libc := _glibc():
     libc.malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
-  """Tells glibc to keep freed memory for the next allocation. Returns whether it did (elsewhere there is nothing to tell).
+  """Make glibc keep freed memory for the next allocation. Returns whether it did; without glibc there is nothing to set.
 
-  XLA allocates the temporaries of a step anew each time, and glibc by default maps such blocks from the system and unmaps them:
-  a page fault per 4 KiB per step, a tenth of a CPU step's time. Call it before JAX starts its threads. Memory once used stays
-  with the process.
+  XLA allocates the temporaries of a step anew each time. By default glibc maps such blocks from the system and unmaps them, which
+  costs a page fault per 4 KiB and step, a tenth of the time of a CPU step. Call this before JAX starts its threads. Memory once used
+  stays with the process.
   """
   libc = _glibc()
   if libc is None:
     return False
-  # Blocks of any size from the one arena that grows at its top: other arenas map and unmap large blocks. The top is never given
-  # back (-1; a number would have to be less than 2 GiB, and a step's temporaries can be more).
+  # Blocks of any size come from the one arena that grows at its top; other arenas map and unmap large blocks. The top is never
+  # returned (-1: a number would have to be less than 2 GiB, and a step's temporaries can be larger).
   settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
-  taken = [libc.mallopt(name, value) for name, value in settings]
-  return all(taken)
+  accepted = [libc.mallopt(name, value) for name, value in settings]
+  return all(accepted)

@@ -1,4 +1,4 @@
-"""Files on this machine and in buckets, behind what pathlib offers."""
+"""Local files and files in buckets, through the interface of pathlib."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from etils import epath
 
 from polar_jax.types import UserError
 
-_SCHEMES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # to what reads it, and the extra that installs that
+_SCHEMES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # -> the package that reads it, and the extra that installs it
 
 
 def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
-  """A path; of gs://... and s3://... one with the same methods, whose files are the bucket's.
+  """Return the path of a local file, or of gs://... and s3://... one with the same methods.
 
   Raises:
-    UserError: an address of another kind, or what reads it is not installed.
+    UserError: the scheme is unknown, or the package that reads it is not installed.
   """
   if not in_bucket(text):
     return pathlib.Path(text)
   scheme = str(text).partition('://')[0]
   if scheme not in _SCHEMES:
-    raise UserError(f'{text}: files are read from this machine, gs:// and s3://, not from {scheme}://')
+    raise UserError(f'{text}: {scheme}:// is not supported; use a local path, gs:// or s3://')
   module, extra = _SCHEMES[scheme]
   if importlib.util.find_spec(module) is None:
-    raise UserError(f"{text}: reading {scheme}:// needs {module}: pip install 'polar_jax[{extra}]'")
-  return cast(pathlib.Path, epath.Path(text))  # a PurePosixPath with pathlib's methods, though not its subclass
+    raise UserError(f"{text}: reading {scheme}:// needs {module}; run: pip install 'polar_jax[{extra}]'")
+  return cast(pathlib.Path, epath.Path(text))  # a PurePosixPath with the methods of pathlib.Path, but not a subclass
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-  """Whether a path is the address of something elsewhere."""
+  """Return whether a path is the address of a bucket."""
   return '://' in os.fspath(path)
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-  """From the root; an address is that already."""
+  """Return the absolute path; the address of a bucket is returned as it is."""
   return path if in_bucket(path) else path.absolute()
 
 
 def files_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """All files of a folder and of the folders in it, sorted."""
+  """Return all files below a folder, sorted."""
   if not in_bucket(folder):
     return sorted(file for file in folder.rglob('*') if file.is_file())
   scheme = str(folder).partition('://')[0]
   # fsspec names folders without the scheme.
-  found = [f'{parent}/{name}'.removeprefix(f'{scheme}://') for parent, _, names in cast(epath.Path, folder).walk() for name in names]
-  return sorted(path_of(f'{scheme}://{name}') for name in found)
+  files = [f'{parent}/{name}'.removeprefix(f'{scheme}://') for parent, _, names in cast(epath.Path, folder).walk() for name in names]
+  return sorted(path_of(f'{scheme}://{name}') for name in files)
 
 
 def size_and_time(file: pathlib.Path) -> tuple[int, int]:
-  """Bytes of a file, and when it changed, in nanoseconds; of a bucket in seconds."""
+  """Return the size of a file in bytes and its modification time (in nanoseconds; in a bucket, in seconds)."""
   if in_bucket(file):
-    found = cast(epath.Path, file).stat()
-    return found.length, int(found.mtime)
+    bucket_stat = cast(epath.Path, file).stat()
+    return bucket_stat.length, int(bucket_stat.mtime)
   stat = file.stat()
   return stat.st_size, stat.st_mtime_ns
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes a file so that no reader ever sees it half written: to a temporary file, synced to disk, then renamed.
+  """Write a file so that no reader ever sees it half written: to a temporary file, synced to disk, then renamed.
 
   Args:
     path: local or in a bucket; its folder is created if needed.
@@ -85,5 +85,5 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a file atomically (see `write_atomically`)."""
+  """Copy a file atomically (see `write_atomically`)."""
   write_atomically(target, source.read_bytes())

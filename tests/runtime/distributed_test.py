@@ -1,4 +1,4 @@
-"""Which cluster the environment speaks of, and real processes on loopback: the same losses as one, and no hanging when one is killed."""
+"""Detection of the cluster, and real processes on loopback: the same losses as one process, and no hang when one is killed."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from polar_jax.train import trainer as train_loop
 from polar_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 24  # so many that a signal sent behind the second arrives before the last, on a fast machine too
+STEPS = 24  # enough for a signal sent after the second to arrive before the last, on a fast machine too
 NONE = DistributedConfig()
 
 
-def test_one_process_is_no_cluster():
+def test_detect_returns_none_for_one_process():
   assert detect(NONE, {}) is None
   assert detect(NONE, {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}) is None
   assert detect(NONE, {'JAX_PLATFORMS': 'cpu', 'TPU_WORKER_HOSTNAMES': 'a,b'}) is None
 
 
-def test_settings_come_before_the_environment():
+def test_detect_prefers_settings_to_the_environment():
   environ = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'SLURM_JOB_ID': '7'}
   assert detect(NONE, environ) == Cluster('SLURM job 7', method='slurm')
   assert detect(DistributedConfig('a:1', 2, 1), environ) == Cluster('settings', 'a:1', 2, 1)
   jax_own = {'JAX_COORDINATOR_ADDRESS': 'b:2', 'JAX_NUM_PROCESSES': '3', 'JAX_PROCESS_ID': '2'}
   assert detect(NONE, environ | jax_own) == Cluster('JAX_COORDINATOR_ADDRESS', 'b:2', 3, 2)
   assert detect(NONE, {'TPU_WORKER_HOSTNAMES': 'a,b'}) == Cluster('TPU slice (TPU_WORKER_HOSTNAMES)')
-  # A shell inside a job is one process, whatever the job has.
+  # A shell inside a job is one process, however many tasks the job has.
   assert detect(NONE, environ | {'SLURM_JOB_NAME': 'interactive'}) is None
 
 
@@ -59,12 +59,12 @@ def test_settings_come_before_the_environment():
     (DistributedConfig('a:1', 2, 2), 'one of 0 to 1'),
   ],
 )
-def test_settings_that_contradict_each_other(settings, message):
+def test_detect_refuses_inconsistent_settings(settings, message):
   with pytest.raises(ConfigError, match=message):
     detect(settings, {})
 
 
-def test_an_environment_that_is_no_number_is_named():
+def test_detect_names_variables_that_are_not_numbers():
   with pytest.raises(UserError, match=r"SLURM_NTASKS is 'two'"):
     detect(NONE, {'SLURM_NTASKS': 'two'})
   with pytest.raises(UserError, match='JAX_PROCESS_ID'):
@@ -104,14 +104,14 @@ def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, o
       process.wait()
 
 
-def said(world: pathlib.Path, workdir: str, process: int) -> str:
+def output_of(world: pathlib.Path, workdir: str, process: int) -> str:
   return (world / f'{workdir}_{process}.txt').read_text()
 
 
 def wait_for(path: pathlib.Path, running: list[subprocess.Popen], world: pathlib.Path, workdir: str) -> None:
   deadline = time.monotonic() + 200
   while not (path.exists() and path.stat().st_size):
-    assert all(process.poll() is None for process in running) and time.monotonic() < deadline, said(world, workdir, 0)
+    assert all(process.poll() is None for process in running) and time.monotonic() < deadline, output_of(world, workdir, 0)
     time.sleep(0.02)
 
 
@@ -127,48 +127,48 @@ def losses(world: pathlib.Path, workdir: str) -> dict[str, list[float]]:
 @pytest.fixture(scope='module')
 def alone(world):
   with started(world, 'alone', 1) as (process,):
-    assert process.wait(300) == 0, said(world, 'alone', 0)
+    assert process.wait(300) == 0, output_of(world, 'alone', 0)
   return losses(world, 'alone')
 
 
 @pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_learn_what_one_learns(world, alone, processes):
+def test_several_processes_train_as_one_does(world, alone, processes):
   name = f'together{processes}'
   with started(world, name, processes, '--config.mesh.data=2', '--config.mesh.fsdp=-1') as running:
     codes = [process.wait(300) for process in running]
-  assert codes == [0] * processes, '\n'.join(said(world, name, p) for p in range(processes))
-  assert f'distributed: {processes} processes, found by settings' in said(world, name, 0)
-  theirs = [line for line in said(world, name, 1).splitlines() if not line.startswith('[Gloo]')]
-  assert theirs == []  # one speaks for all
-  found = losses(world, name)
-  assert len(found['loss']) == STEPS and len(found['validation_loss']) == 2
-  for figure, values in found.items():
-    np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
+  assert codes == [0] * processes, '\n'.join(output_of(world, name, p) for p in range(processes))
+  assert f'distributed: {processes} processes, found by settings' in output_of(world, name, 0)
+  theirs = [line for line in output_of(world, name, 1).splitlines() if not line.startswith('[Gloo]')]
+  assert theirs == []  # only process 0 prints
+  metrics = losses(world, name)
+  assert len(metrics['loss']) == STEPS and len(metrics['validation_loss']) == 2
+  for metric, values in metrics.items():
+    np.testing.assert_allclose(values, alone[metric], rtol=2e-5, err_msg=metric)
 
 
-def test_the_same_samples_whoever_reads_them(world, alone):
-  """Real tokens of every step, summed over processes: a sample read twice or left out would change them."""
+def test_several_processes_read_the_same_examples(world, alone):
+  """Real tokens of every step, summed over processes: an example that is read twice or left out would change them."""
   assert rows_of(world, 'together2')['tokens'] == rows_of(world, 'alone')['tokens']
 
 
-def test_sigterm_to_one_process_saves_on_all_and_the_run_goes_on_as_if_it_had_not(world, alone):
+def test_sigterm_to_one_process_saves_on_all_and_the_run_resumes(world, alone):
   settings = ('--config.mesh.data=2', '--config.mesh.fsdp=-1')
   with started(world, 'stopped', 2, *settings) as running:
     wait_for(world / 'stopped/pretrain/checkpoints/2', running, world, 'stopped')
     running[1].send_signal(signal.SIGTERM)
     codes = [process.wait(120) for process in running]
-  assert codes == [0, 0], said(world, 'stopped', 0) + said(world, 'stopped', 1)
-  at = re.search(r'stopped by SIGTERM, saved at step (\d+)', said(world, 'stopped', 0))
+  assert codes == [0, 0], output_of(world, 'stopped', 0) + output_of(world, 'stopped', 1)
+  at = re.search(r'stopped by SIGTERM, saved at step (\d+)', output_of(world, 'stopped', 0))
   assert at and 2 <= int(at[1]) < STEPS and (world / 'stopped/pretrain/checkpoints' / at[1]).exists()
   with started(world, 'stopped', 2, *settings) as running:
     assert [process.wait(300) for process in running] == [0, 0]
-  assert f'resumed from step {at[1]} of {STEPS}' in said(world, 'stopped', 0)
-  # The same mesh: bit for bit.
+  assert f'resumed from step {at[1]} of {STEPS}' in output_of(world, 'stopped', 0)
+  # On the same mesh the results are equal bit for bit.
   assert losses(world, 'stopped') == losses(world, 'together2')
 
 
-def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(world, alone):
-  """The newest checkpoint is torn as well: the one before it is taken, and what follows is what would have followed."""
+def test_a_run_of_two_processes_resumes_in_one_on_another_mesh(world, alone):
+  """The newest checkpoint is also incomplete: the run resumes from the one before it, with the same results."""
   with started(world, 'elastic', 2, '--config.mesh.data=2', '--config.mesh.fsdp=-1') as running:
     wait_for(world / 'elastic/pretrain/checkpoints/6', running, world, 'elastic')
     for process in running:
@@ -177,73 +177,73 @@ def test_a_run_of_two_processes_goes_on_in_one_on_another_mesh(world, alone):
   newest = max(int(path.name) for path in (world / 'elastic/pretrain/checkpoints').iterdir() if path.name.isdigit())
   shutil.rmtree(world / f'elastic/pretrain/checkpoints/{newest}/state')
   with started(world, 'elastic', 1) as (process,):
-    assert process.wait(300) == 0, said(world, 'elastic', 0)
-  assert f'step {newest} is torn' in said(world, 'elastic', 0) and f'resumed from step {newest - 2} of' in said(world, 'elastic', 0)
-  for figure, values in losses(world, 'elastic').items():
-    np.testing.assert_allclose(values, alone[figure], rtol=2e-5, err_msg=figure)
+    assert process.wait(300) == 0, output_of(world, 'elastic', 0)
+  assert f'step {newest} is torn' in output_of(world, 'elastic', 0) and f'resumed from step {newest - 2} of' in output_of(world, 'elastic', 0)
+  for metric, values in losses(world, 'elastic').items():
+    np.testing.assert_allclose(values, alone[metric], rtol=2e-5, err_msg=metric)
   assert rows_of(world, 'elastic')['tokens'] == rows_of(world, 'alone')['tokens']
 
 
-def test_hosts_that_differ_are_named(world):
+def test_hosts_with_different_settings_are_named(world):
   with started(world, 'odd', 3, of_last=('--config.pretrain.learning_rate=1e-2',)) as running:
     assert all(process.wait(120) not in (0, None) for process in running)
   for process in range(3):
-    text = said(world, 'odd', process)
-    assert 'config.pretrain.learning_rate is not the same on every host: process 2' in text and 'has 0.01; the others have 0.003' in text, (
+    text = output_of(world, 'odd', process)
+    assert 'config.pretrain.learning_rate differs between hosts: process 2' in text and 'has 0.01; the others have 0.003' in text, (
       text
     )
   assert not (world / 'odd/config.json').exists()
 
 
-@pytest.mark.slow  # its report: tests/heartbeat_test.py
-def test_a_process_that_stands_still_is_named(world):
-  """Stopped, not killed: it keeps its connections, and the other waits for it. Its own file says where it was."""
+@pytest.mark.slow  # its report: heartbeat_test.py
+def test_a_stopped_process_is_named(world):
+  """A stopped process keeps its connections, and the other waits for it. Its own file has its last position."""
   quick = ('--config.pretrain.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')
   with started(world, 'still', 2, *quick) as running:
     wait_for(world / 'still/pretrain/checkpoints/2', running, world, 'still')
     running[1].send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + 60
-    while 'SILENT' not in said(world, 'still', 0):  # compiling too takes longer than that
-      assert running[0].poll() is None and time.monotonic() < deadline, said(world, 'still', 0)
+    while 'SILENT' not in output_of(world, 'still', 0):  # compiling takes longer than that too
+      assert running[0].poll() is None and time.monotonic() < deadline, output_of(world, 'still', 0)
       time.sleep(0.1)
     time.sleep(0.5)  # the report is one write
-  text = said(world, 'still', 0)
-  text = text[text.rindex('nothing has moved for 4 s') :]
+  text = output_of(world, 'still', 0)
+  text = text[text.rindex('no progress for 4 s') :]
   assert re.search(r'process 1 on .*pretrain, step \d+, .*SILENT for .*<- behind', text), text
   assert not re.search(r'process 0 on .*behind', text)
 
 
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
-  """At once: a process that is silent would be waited for longer than this test waits."""
+  """Immediately: the time limit for a silent process is longer than this test waits."""
   settings = ('--config.pretrain.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')
   with started(world, 'lost', 2, *settings) as (first, second):
     wait_for(world / 'lost/pretrain/metrics.jsonl', [first, second], world, 'lost')
     second.send_signal(signal.SIGKILL)
-    assert first.wait(60) == 1, said(world, 'lost', 0)
-  text = said(world, 'lost', 0)
+    assert first.wait(60) == 1, output_of(world, 'lost', 0)
+  text = output_of(world, 'lost', 0)
   assert 'process 0 of 2: another process of the run is gone' in text and 'Traceback' not in text, text
 
 
-def test_a_silent_process_is_given_up(world):
-  """Its connections are open: nothing breaks, and it is JAX that ends the others once it has not been heard of for so long."""
+def test_a_silent_process_ends_the_run(world):
+  """Its connections stay open, so nothing fails; JAX ends the others after a time without heartbeats."""
   with started(world, 'silent', 2, '--config.pretrain.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
     wait_for(world / 'silent/pretrain/metrics.jsonl', [first, second], world, 'silent')
     second.send_signal(signal.SIGSTOP)
     assert first.wait(60) not in (0, None)
-  assert re.search('another (task died|process of the run is gone)', said(world, 'silent', 0)), said(world, 'silent', 0)
+  assert re.search('another (task died|process of the run is gone)', output_of(world, 'silent', 0)), output_of(world, 'silent', 0)
 
 
 def test_an_error_of_one_process_ends_all(world):
-  """It leaves without waiting for the others, which wait for it. With its traceback: the error is its own."""
+  """It exits without waiting for the others, which wait for it, and prints the traceback, because the error is its own."""
   (world / 'broken/pretrain/metrics.jsonl').mkdir(parents=True)
   with started(world, 'broken', 2, '--config.distributed.heartbeat=1000') as running:
     codes = [process.wait(100) for process in running]
-  text = said(world, 'broken', 0)
+  text = output_of(world, 'broken', 0)
   assert codes[0] == 1 and codes[1] not in (0, None), (codes, text)
-  assert 'process 0 of 2 ends by an error:\nTraceback' in text and 'IsADirectoryError' in text, text
+  assert 'process 0 of 2 failed:\nTraceback' in text and 'IsADirectoryError' in text, text
 
 
-def test_processes_that_never_come_are_an_error(world):
+def test_processes_that_never_connect_are_an_error(world):
   with started(
     world,
     'absent',
@@ -254,12 +254,12 @@ def test_processes_that_never_come_are_an_error(world):
     '--config.distributed.timeout=3',
   ) as (process,):
     assert process.wait(120) not in (0, None)
-  assert 'polar_jax: the processes of this run (settings) did not find each other within 3 s' in said(world, 'absent', 0)
+  assert 'polar_jax: the processes of this run (settings) did not connect within 3 s' in output_of(world, 'absent', 0)
 
 
 @pytest.fixture
 def one_of_two(monkeypatch):
-  """This process is one of two; where it would be ended without more ado, it raises SystemExit."""
+  """Makes this process one of two; where it would exit immediately, it raises SystemExit."""
 
   def leave(status):
     print('left')
@@ -273,27 +273,27 @@ AWAITED = jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed:\nconnecti
 STARTED = ValueError('UNKNOWN: Gloo AllGather failed: Read error: Connection reset by peer')
 
 
-def test_which_errors_tell_of_others(one_of_two):
+def test_lost_recognizes_errors_of_collectives(one_of_two):
   assert distributed.lost(AWAITED) and distributed.lost(STARTED)
   assert distributed.lost(jax.errors.JaxRuntimeError('UNAVAILABLE: failed to connect to all addresses'))
-  of_barrier = TimeoutError('Timed out while waiting for async_write_complete barrier.')
-  assert not distributed.lost(of_barrier)
-  of_barrier.__cause__ = jax.errors.JaxRuntimeError('INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout.')
-  assert distributed.lost(of_barrier)
-  # Of this process alone:
+  barrier_error = TimeoutError('Timed out while waiting for async_write_complete barrier.')
+  assert not distributed.lost(barrier_error)
+  barrier_error.__cause__ = jax.errors.JaxRuntimeError('INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout.')
+  assert distributed.lost(barrier_error)
+  # Errors of this process alone:
   assert not distributed.lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.'))
   assert not distributed.lost(jax.errors.JaxRuntimeError('INTERNAL: the compiler does not know what to do'))
   assert not distributed.lost(ValueError('UNAVAILABLE: Error writing "gs://bucket/state/manifest": connection refused'))
 
 
-def test_alone_nothing_is_lost():
+def test_lost_is_false_for_one_process():
   assert not distributed.lost(AWAITED)
 
 
 @pytest.mark.parametrize(('loop', 'name'), [(train_loop, '_Trainer'), (ppo_loop, 'Trainer')])
 @pytest.mark.parametrize('error', [AWAITED, STARTED, KeyError('own')])
 def test_a_trainer_is_not_closed_once_others_are_lost(one_of_two, monkeypatch, capsys, loop, name, error):
-  """Closing waits for the last checkpoint, and that for all processes."""
+  """Closing would wait for the last checkpoint, which waits for all processes."""
 
   class Trainer:
     def __init__(self, run):
@@ -315,4 +315,4 @@ def test_a_trainer_is_not_closed_once_others_are_lost(one_of_two, monkeypatch, c
     assert (out, err) == ('closed\n', '')
   else:
     assert 'process 0 of 2: another process of the run is gone' in err.splitlines()[0] and 'Gloo' in err
-    assert out == 'left\nclosed\n'  # closed only as this test's way to leave goes on
+    assert out == 'left\nclosed\n'  # closed only because SystemExit unwinds here

@@ -1,3 +1,5 @@
+"""Freed memory is reused, and runs on CPUs are recognized."""
+
 from __future__ import annotations
 
 import subprocess
@@ -17,7 +19,7 @@ if sys.argv[1] == 'keep':
   assert malloc.keep_freed_memory()
 def churn():
   for _ in range(5):
-    block = ctypes.c_void_p(libc.malloc(40 << 20))  # glibc always maps blocks of more than 32 MiB, unless told otherwise
+    block = ctypes.c_void_p(libc.malloc(40 << 20))  # by default glibc maps all blocks of more than 32 MiB
     libc.memset(block, 1, 40 << 20)
     libc.free(block)
 def run():
@@ -37,17 +39,17 @@ def _faults(how: str) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='glibc only')
-def test_freed_memory_is_used_again():
-  # Absolute counts depend on the size of a page, and on who else has memory to give back.
-  assert _faults('keep') < _faults('as it is') / 100
+def test_keep_freed_memory_avoids_page_faults():
+  # Absolute counts depend on the page size and on what else the process frees.
+  assert _faults('keep') < _faults('default') / 100
 
 
-@pytest.mark.parametrize(('asked', 'expected'), [('cpu', True), ('cpu,cuda', True), ('cuda', False), ('tpu,cpu', False)])
-def test_what_was_asked_for_decides(asked, expected, monkeypatch):
-  monkeypatch.setenv('JAX_PLATFORMS', asked)
+@pytest.mark.parametrize(('platforms', 'expected'), [('cpu', True), ('cpu,cuda', True), ('cuda', False), ('tpu,cpu', False)])
+def test_runs_on_cpu_follows_jax_platforms(platforms, expected, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
   assert malloc.runs_on_cpu() is expected
 
 
-def test_elsewhere_nothing_happens(monkeypatch):
+def test_keep_freed_memory_does_nothing_without_glibc(monkeypatch):
   monkeypatch.setattr(sys, 'platform', 'darwin')
   assert not malloc.keep_freed_memory()
