@@ -15,13 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax.config import ModelConfig
+from polar_jax.runtime.chips import CHIPS
 
 MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
-
-# Dense bfloat16 peak of each chip in FLOP/s, from the vendors' data sheets.
-CHIPS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12, 'a100': 312e12, 'h100': 989e12, 'h200': 989e12}
-# The same peaks by a substring of jax.Device.device_kind.
-_PEAKS = {{'v5e': 'v5 lite', 'v6e': 'v6 lite'}.get(chip, chip): peak for chip, peak in CHIPS.items()}
 
 
 class Parameters(NamedTuple):
@@ -106,9 +102,9 @@ def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
 def peak_flops(device: jax.Device) -> tuple[float, str]:
   """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls."""
   kind = device.device_kind.lower()
-  for name, peak in _PEAKS.items():
-    if name in kind:
-      return peak, f'{device.device_kind} data sheet, dense bfloat16'
+  for chip in CHIPS.values():
+    if chip.device_kind in kind:
+      return chip.peak_flops, f'{device.device_kind} data sheet, dense bfloat16'
   n = 1024
   a = jnp.ones((n, n), jnp.float32)
   matmul = jax.jit(lambda x: x @ x)

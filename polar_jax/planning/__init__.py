@@ -1,1 +1,1 @@
-"""What a run would need of a machine that is not there: its steps, compiled ahead and read."""
+"""Planning: memory, FLOPs and time of a run's steps, from compiling them ahead of time for hardware that is not present."""

@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its text: collectives by kind, and bytes of HBM. Loops count by their trip counts."""
+"""Collectives and HBM traffic of a compiled program, read from its text. Loops count by their trip counts."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ _GROUPS = re.compile(r'replica_groups=(\[[\d,]+\]<=\S+|\{\{[\d,]*\}|mesh\[[^\]]*
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r'%([\w.\-]+)')
 _BITS = re.compile(r'[a-z]+(\d+)')
-# They move nothing, or what others count.
+# Instructions that move nothing, or whose traffic is counted elsewhere.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all', 'partition-id'}
 
 
 class Instruction(NamedTuple):
+  """One instruction of a computation."""
+
   name: str
   type: str
   opcode: str
   arguments: str  # between its parentheses
-  attributes: str  # behind them
+  attributes: str  # after them
 
   @property
   def operands(self) -> list[str]:
+    """Names of the operands."""
     return _NAME.findall(self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """Of one device, in one call of the program.
+  """Traffic of one device in one call of the program.
 
   Attributes:
-    count, size: collectives of a kind, and the bytes of their larger side.
-    sent: bytes that a device sends for a kind, as rings do it: (g - 1) / g of the larger side in a group of g; twice that to reduce all.
-    hbm: bytes read and written outside the chip's own memory. What a fusion slices counts as the slice.
+    count: number of collectives of each kind.
+    size: bytes of their larger side (input or output).
+    sent: bytes that a device sends with ring algorithms: (g - 1) / g of the larger side in a group of g, twice that for an all-reduce.
+    hbm: bytes read from and written to HBM. An array that a fusion slices counts as the slice.
   """
 
   count: dict[str, float]
@@ -51,7 +55,11 @@ class Traffic:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """(instructions by computation, the name of the one that runs)."""
+  """Return (instructions of each computation, name of the entry computation).
+
+  Raises:
+    ValueError: `text` is not compiled HLO.
+  """
   computations: dict[str, list[Instruction]] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -64,7 +72,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     elif current is not None and ' = ' in line:
       current.append(_instruction(line))
   if not entry:
-    raise ValueError('this is not the text of a compiled program: it has no ENTRY')
+    raise ValueError('the text is not a compiled program: it has no ENTRY')
   return computations, entry
 
 
@@ -83,40 +91,49 @@ def _closing(text: str, start: int) -> int:
     depth += (text[i] == '(') - (text[i] == ')')
     if depth == 0:
       return i
-  raise ValueError(f'unbalanced: {text[:80]}')
+  raise ValueError(f'unbalanced parentheses: {text[:80]}')
 
 
 def _sizes(kind: str, hbm_only: bool = False) -> list[int]:
-  """Bytes of each array of a type. A layout with S(1) lies on the chip."""
-  found = []
+  """Return the bytes of each array of a type. With `hbm_only`, arrays in on-chip memory (a layout with S(1)) count 0."""
+  sizes = []
   for dtype, shape, layout in _ARRAY.findall(kind):
     bits = 8 if dtype == 'pred' else int(_BITS.match(dtype)[1]) if _BITS.match(dtype) else 0  # type: ignore[index]
     size = math.prod(int(n) for n in shape.split(',') if n) * bits // 8
-    found.append(0 if hbm_only and 'S(' in layout else size)
-  return found
+    sizes.append(0 if hbm_only and 'S(' in layout else size)
+  return sizes
 
 
 def traffic(text: str) -> Traffic:
-  """
+  """Return the traffic of a compiled program.
+
   Args:
-    text: of a compiled program (`jax.stages.Compiled.as_text`).
+    text: of the program (`jax.stages.Compiled.as_text`).
 
   Raises:
-    ValueError: for text that is none.
+    ValueError: `text` is not compiled HLO.
   """
   computations, entry = parse(text)
-  found = Traffic(collections.defaultdict(float), collections.defaultdict(float), collections.defaultdict(float), 0.0)
-  hbm = _Walk(computations, found).computation(entry, 1.0)
-  return Traffic(dict(found.count), dict(found.size), dict(found.sent), hbm)
+  totals = Traffic(collections.defaultdict(float), collections.defaultdict(float), collections.defaultdict(float), 0.0)
+  hbm = _Walk(computations, totals).computation(entry, 1.0)
+  return Traffic(dict(totals.count), dict(totals.size), dict(totals.sent), hbm)
 
 
 class _Walk:
+  """A walk through the computations of a program that adds up their traffic."""
+
   def __init__(self, computations: dict[str, list[Instruction]], into: Traffic):
     self._computations, self._into = computations, into
     self._seen = set[tuple[str, str]]()  # (computation, channel) of collectives
 
   def computation(self, name: str, times: float, fused_in: str | None = None) -> float:
-    """Adds what `name` communicates, and returns the bytes of HBM, both `times` over. `fused_in`: the computation whose fusion it is."""
+    """Add the collectives of a computation to the totals and return its HBM bytes.
+
+    Args:
+      name: of the computation.
+      times: how often it runs.
+      fused_in: the computation that it is fused into, if any; its HBM traffic is that of the fusion.
+    """
     hbm: float = 0.0
     instructions = self._computations[name]
     by_name = {i.name: i for i in instructions}
@@ -150,34 +167,34 @@ class _Walk:
     limits = [name for i in compared for name in i.operands if name in constants]
     if len(compared) == 1 and len(limits) == 1:
       return float(constants[limits[0]].arguments)
-    return 1.0  # a loop that ends by what it finds: nothing says how often it runs
+    return 1.0  # the trip count depends on data: counted once
 
   def _collective(self, i: Instruction, kind: str, computation: str, by_name: dict[str, Instruction], times: float, runs_in: str) -> None:
     channel = re.search(r'channel_id=(\d+)', i.attributes)
     if channel:
-      # TPUs spread a collective over the fusions that it overlaps with: its start, its end and each part in between name it again.
+      # On TPUs a collective is spread over the fusions that it overlaps with: its start, its end and each part repeat the channel.
       if (runs_in, channel[1]) in self._seen:
         return
       self._seen.add((runs_in, channel[1]))
     result = _sizes(i.type)
-    given = [size for name in i.operands if name in by_name for size in _sizes(by_name[name].type)]
-    size = max(max(result), max(given, default=0)) if i.opcode.endswith('-start') else max(sum(result), sum(given))
+    inputs = [size for name in i.operands if name in by_name for size in _sizes(by_name[name].type)]
+    size = max(max(result), max(inputs, default=0)) if i.opcode.endswith('-start') else max(sum(result), sum(inputs))
     group = _group(i.attributes)
-    if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):  # so TPUs write it
+    if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):  # the form that the TPU compiler emits
       kind = 'reduce-scatter'
     share = 1.0 if kind == 'collective-permute' else (group - 1) / group * (2 if kind == 'all-reduce' else 1)
     for totals, value in ((self._into.count, 1), (self._into.size, size), (self._into.sent, size * share)):
       totals[kind] += times * value
 
   def _moved(self, i: Instruction, by_name: dict[str, Instruction]) -> float:
-    """Bytes of HBM that an instruction reads and writes."""
+    """Return the bytes of HBM that an instruction reads and writes."""
     if i.opcode in _FREE or i.opcode.endswith('-done'):
       return 0.0
     if i.opcode in ('dynamic-slice', 'slice', 'gather'):
       return 2.0 * sum(_sizes(i.type, True))
     if i.opcode == 'dynamic-update-slice':
       return 2.0 * sum(_sizes(by_name[i.operands[1]].type, True)) if i.operands[1] in by_name else 0.0
-    if i.opcode.endswith('-start'):  # results hold the operands too
+    if i.opcode.endswith('-start'):  # its results include the operands
       return float(sum(_sizes(i.type, True)))
     operands = [by_name[name] for name in i.operands if name in by_name]
     if i.opcode == 'fusion':
@@ -185,7 +202,7 @@ class _Walk:
     return float(sum(_sizes(i.type, True)) + sum(size for o in operands for size in _sizes(o.type, True)))
 
   def _fusion(self, i: Instruction, operands: list[Instruction]) -> float:
-    """Of arrays that it slices or updates a fusion touches a part."""
+    """Return the HBM bytes of a fusion, which touches only a part of the arrays that it slices or updates."""
     inside = self._computations[self._called(i)[0]]
     parameters = sorted((p for p in inside if p.opcode == 'parameter'), key=lambda p: int(p.arguments))
     moved: float = 0.0
@@ -205,11 +222,11 @@ class _Walk:
 
 
 def _group(attributes: str) -> int:
-  """Devices that take part in one collective together."""
-  found = _GROUPS.search(attributes)
-  if not found:
-    return 2  # a permutation names pairs
-  text = found[1]
+  """Return the number of devices in a group of a collective."""
+  groups = _GROUPS.search(attributes)
+  if not groups:
+    return 2  # a permutation lists pairs
+  text = groups[1]
   if text.startswith('{{'):
     return text.count(',') + 1
   if text.startswith('['):

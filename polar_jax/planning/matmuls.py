@@ -1,6 +1,6 @@
-"""FLOPs of matrix multiplications in what JAX traced: loops by their trip counts, kernels by what they are known to do.
+"""FLOPs of the matrix multiplications in a jaxpr. Loops count by their trip counts, kernels by given numbers.
 
-XLA's own count has the body of a loop once, and nothing of a kernel.
+XLA's own count includes the body of a loop once, and kernels not at all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ KernelFlops = Callable[[str, list[tuple[int, ...]]], float]
 
 
 def matmul_flops(jaxpr: Any, kernel: KernelFlops) -> float:
-  """FLOPs of all devices together. A branch counts as its dearest; a loop of unknown length is an error.
+  """Return the FLOPs of all devices together. A conditional counts as its most expensive branch.
 
   Args:
     jaxpr: closed or not.
+    kernel: FLOPs of a Pallas kernel.
+
+  Raises:
+    ValueError: a loop of unknown length multiplies matrices.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   return sum(_equation(eqn, kernel) for eqn in jaxpr.eqns)
@@ -40,7 +44,7 @@ def _equation(eqn: Any, kernel: KernelFlops) -> float:
     return 0.0
   if name == 'cond':
     return max(matmul_flops(branch, kernel) for branch in p['branches'])
-  # In a shard_map shapes are those of one device.
+  # Inside a shard_map the shapes are those of one device.
   devices = p['mesh'].size if name == 'shard_map' else 1
   return devices * sum(matmul_flops(inner, kernel) for value in p.values() for inner in _jaxprs(value))
 

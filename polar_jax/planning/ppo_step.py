@@ -1,7 +1,7 @@
-"""What reinforcement fine-tuning needs of each chip, found by compiling its steps for a TPU slice that is not there.
+"""Memory per chip of reinforcement fine-tuning, from compiling its functions for a TPU slice.
 
-The functions are those of the loop, compiled for shapes alone: nothing is allocated, and no TPU runtime starts. A compiled function
-says what its arguments, results and temporaries take; beside them lies what the loop holds at that time, which is counted here.
+The functions are those of the trainer, compiled for shapes alone: nothing is allocated, and no TPU runtime starts. The compiler reports
+arguments, results and temporaries of each function; the memory that the trainer holds in addition at that time is added here.
 """
 
 from __future__ import annotations
@@ -20,44 +20,53 @@ from polar_jax.model.attention import for_platform
 from polar_jax.model.heads import abstract_model
 from polar_jax.model.reward_model import group_rewards
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
-from polar_jax.planning.topology import GIB, open_slice
+from polar_jax.planning.topology import open_slice
 from polar_jax.ppo import experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, ModelFunctions, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
+from polar_jax.runtime.chips import GIB
 from polar_jax.scoring.scorer import jit_rewards
 from polar_jax.train.step import TrainState
 from polar_jax.types import GroupBatch, PolicyBatch
 
-_CANDIDATES = 64  # of a scored row, as `Scorer` has it
-_UPDATES = 1_000  # of a run, which only the learning rate's schedule depends on
+_CANDIDATES = 64  # per scored row, as in `Scorer`
+_UPDATES = 1_000  # of a run; only the learning rate schedule depends on it
 
 
 class Call(NamedTuple):
-  """One function of the loop, when the loop calls it."""
+  """One call of a function in a step of PPO."""
 
   phase: str
   name: str
   function: Any  # jitted
   args: tuple[Any, ...]
-  reads: tuple[str, ...]  # what of the held things are its arguments
+  reads: tuple[str, ...]  # names of held arrays that are its arguments
 
 
 class Measured(NamedTuple):
-  """A call with its memory."""
+  """A call and its memory."""
 
   phase: str
   name: str
   memory: Memory
-  beside: int  # bytes of a chip that the loop holds and that are no argument
+  beside: int  # bytes per chip that the trainer holds in addition to the arguments
 
   @property
   def peak(self) -> int:
-    """All that is in memory while the function runs."""
+    """Memory in use while the function runs."""
     return self.memory.peak + self.beside
 
 
 class Plan(NamedTuple):
-  """`held`: bytes of a chip by name. Those of `PHASE_HOLDS` are there in some phases only, all others always."""
+  """The plan of a step.
+
+  Attributes:
+    topology: chip and slice.
+    mesh: devices along each axis.
+    hbm: bytes per chip.
+    held: bytes per chip that the trainer holds, by name; those in `PHASE_HOLDS` in some phases only.
+    calls: all functions of a step.
+  """
 
   topology: str
   mesh: dict[str, int]
@@ -67,59 +76,62 @@ class Plan(NamedTuple):
 
   @property
   def phases(self) -> dict[str, int]:
-    """The most that is in memory in each phase."""
+    """Peak memory of each phase, bytes per chip."""
     names = dict.fromkeys(call.phase for call in self.calls)
     return {name: max(call.peak for call in self.calls if call.phase == name) for name in names}
 
   @property
   def peak(self) -> int:
+    """Peak memory of the step, bytes per chip."""
     return max(self.phases.values())
 
   @property
   def fits(self) -> bool:
+    """Whether every function compiles and fits."""
     return self.peak <= self.hbm and not any(call.memory.refused or call.memory.failure for call in self.calls)
 
 
-# What is held in one phase only.
+# Arrays that are held in one phase only.
 PHASE_HOLDS = {
   'rollout': ('sampling weights', 'keys and values'),
   'update actor': ('actor gradients',),
   'update critic': ('critic gradients',),
 }
-# Call -> what is held of its results until the phase ends.
+# Call -> the held array that it creates, which is released when the phase ends.
 _MAKES = {'prepare': 'sampling weights', 'init_state': 'keys and values'}
 _PASSING = {name for names in PHASE_HOLDS.values() for name in names}
 
 
 def plan(config: Config, topology: str, reward: ModelConfig, log: Callable[[str], None] = lambda _: None) -> Plan:
-  """Compiles every step of PPO for a slice and adds up its memory.
+  """Compile every function of a PPO step for a slice and add up the memory.
 
   Args:
-    config: of a run; shapes of policy and critic are those of `model`.
+    config: of the run; policy and critic have the shape of `model`.
     topology: chip and slice, such as v5p:4x4x4.
-    reward: shape of the reward model; how it is computed follows `config.model`, as in a run.
+    reward: shape of the reward model; its compute options are those of `config.model`, as in a run.
+    log: takes one line of progress.
 
   Raises:
-    ConfigError: the chip is not known, the slice does not exist, or the mesh does not fit it.
+    ConfigError: the chip is unknown, the slice does not exist, or the mesh does not fit it.
   """
   _, chip, devices = open_slice(topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  maker = _Maker(config, reward, mesh)
+  builder = _CallBuilder(config, reward, mesh)
   calls = []
   with jax.set_mesh(mesh), for_platform('tpu'):
-    for call in maker.calls():
-      there = {name: size for name, size in maker.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
-      beside = sum(size for name, size in there.items() if name not in call.reads)
-      memory, _ = compile_call(call.function.lower(*call.args), sum(there.values()) - beside)
+    for call in builder.calls():
+      present = {name: size for name, size in builder.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
+      beside = sum(size for name, size in present.items() if name not in call.reads)
+      memory, _ = compile_call(call.function.lower(*call.args), sum(present.values()) - beside)
       if call.name in _MAKES:
-        maker.held[_MAKES[call.name]] = memory.output or bytes_of_a_device(jax.eval_shape(call.function, *call.args))
+        builder.held[_MAKES[call.name]] = memory.output or bytes_of_a_device(jax.eval_shape(call.function, *call.args))
       calls.append(Measured(call.phase, call.name, memory, beside))
       log(f'{call.phase}: {call.name}: {calls[-1].peak / GIB:.1f} GiB, compiled in {memory.seconds:.0f} s')
-  return Plan(topology, dict(mesh.shape), chip.hbm, maker.held, calls)
+  return Plan(topology, dict(mesh.shape), chip.hbm, builder.held, calls)
 
 
-class _Maker:
-  """The calls of a step in their order, and what the loop holds, in bytes of a chip."""
+class _CallBuilder:
+  """The calls of a step in order, and the bytes per chip that the trainer holds (`held`)."""
 
   def __init__(self, config: Config, reward: ModelConfig, mesh: Mesh):
     self._c, self._model, self._mesh = config.rft, config.model, mesh
@@ -145,6 +157,7 @@ class _Maker:
         self.held[name] = bytes_of_a_device(params)
 
   def calls(self) -> Iterator[Call]:
+    """Yield the calls of a step."""
     if self._c.method == 'ppo':
       yield from self._rollout()
     if self._reward is not None:
@@ -163,7 +176,7 @@ class _Maker:
   def _scoring(self) -> Call:
     c = self._c
     shards = sharding.batch_shards(self._mesh)
-    rows, length = -(-c.reward.rows_per_batch // shards) * shards, scored_row_length(c)
+    rows, length = sharding.round_up(c.reward.rows_per_batch, shards), scored_row_length(c)
     tokens, ends = (self._array((rows, width), jnp.int32) for width in (length, _CANDIDATES))
     batch = GroupBatch(**{name: ends if name.endswith('_BQ') else tokens for name in GroupBatch._fields})
     score = jit_rewards(group_rewards, self._reward_model, self._mesh)
@@ -184,13 +197,13 @@ class _Maker:
     _, sums = jax.eval_shape(learner.zeros, state.params)
     phase, scalar = f'update {name}', jax.ShapeDtypeStruct((), jnp.float32)
     params, grads = f'{name} parameters', f'{name} gradients'
-    # Gradients have the layout and type of the parameters.
+    # Gradients have the shardings and dtype of the parameters.
     yield Call(phase, 'accumulate', learner.accumulate, (state.params, sums, state.params, batch, known, scalar), (params, grads))
     yield Call(phase, 'apply', learner.apply, (state, state.params), (params, grads, f'{name} moments'))
 
   def _tokens(self, dtype: Any) -> jax.ShapeDtypeStruct:
     c = self._c
-    length = c.row_length or -(-(c.rollout.max_prompt + c.rollout.max_new) // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
+    length = c.row_length or sharding.round_up(c.rollout.max_prompt + c.rollout.max_new, packing.LENGTH_MULTIPLE)
     return self._array((experience.micro_batch_rows(c, self._mesh), length), dtype)
 
   def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -198,15 +211,15 @@ class _Maker:
 
 
 def scored_row_length(config: RftConfig) -> int:
-  """Tokens of a scored row. A run measures its prompts; here a prompt has the most tokens, and a reference as many as an answer."""
-  prompt, answer = config.rollout.max_prompt, config.rollout.max_new
-  # The prompt stands there twice, before the reference and before the answer, which may become longer in another tokenizer.
-  return config.reward.row_length or -(-(2 * prompt + answer + 2 * answer) // 128) * 128
+  """Return the tokens of a scored row. A run measures its prompts; here prompts have the maximum length, references that of a response."""
+  prompt, response = config.rollout.max_prompt, config.rollout.max_new
+  # The prompt appears twice, before the reference and before the response, which may be longer in another tokenizer.
+  return config.reward.row_length or sharding.round_up(2 * prompt + response + 2 * response, 128)
 
 
-# Phase -> what makes it smaller and changes no result.
+# Phase -> the option that reduces its memory without changing results.
 _SMALLER = {
-  'rollout': 'rft.rollout.max_concurrent: fewer answers decoded at a time',
+  'rollout': 'rft.rollout.max_concurrent: fewer responses decoded at a time',
   'reward': 'rft.reward.rows_per_batch: fewer rows scored at a time',
   'logprobs': 'rft.micro_batch_rows: smaller micro-batches',
   'update actor': 'rft.micro_batch_rows: smaller micro-batches',
@@ -214,54 +227,54 @@ _SMALLER = {
 }
 
 
-def changes(found: Plan) -> list[str]:
-  """What to change when a step does not fit, the cheapest first."""
-  if found.fits:
+def changes(plan: Plan) -> list[str]:
+  """Return what to change if a step does not fit, cheapest first."""
+  if plan.fits:
     return []
-  always = sum(size for name, size in found.held.items() if name not in _PASSING)
-  large = [phase for phase, peak in found.phases.items() if peak > found.hbm]
-  smaller = [_SMALLER[phase] for phase in large] if always < found.hbm else []
-  failed = [f'{call.phase}: {call.name} did not compile: {call.memory.failure}' for call in found.calls if call.memory.failure]
-  chips = f'more chips, or larger ones: {always / GIB:.1f} of {found.hbm // GIB} GiB are held in every phase'
+  always = sum(size for name, size in plan.held.items() if name not in _PASSING)
+  large = [phase for phase, peak in plan.phases.items() if peak > plan.hbm]
+  smaller = [_SMALLER[phase] for phase in large] if always < plan.hbm else []
+  failed = [f'{call.phase}: {call.name} did not compile: {call.memory.failure}' for call in plan.calls if call.memory.failure]
+  chips = f'more chips, or larger ones: {always / GIB:.1f} of {plan.hbm // GIB} GiB are held in every phase'
   return [*dict.fromkeys(smaller), *failed, *([chips] if large else [])]
 
 
-def table(found: Plan) -> list[str]:
-  """Lines for people, in Markdown. GiB of a chip."""
+def table(plan: Plan) -> list[str]:
+  """Return the plan as Markdown lines, in GiB per chip."""
   show = lambda size: f'{size / GIB:.2f}'
-  mesh = ', '.join(f'{axis} {size}' for axis, size in found.mesh.items() if size > 1)
-  lines = [f'{found.topology}: mesh {mesh or "of one chip"}; {found.hbm // GIB} GiB a chip', '']
+  mesh = ', '.join(f'{axis} {size}' for axis, size in plan.mesh.items() if size > 1)
+  lines = [f'{plan.topology}: mesh {mesh or "of one chip"}; {plan.hbm // GIB} GiB a chip', '']
   lines += ['| held | GiB | when |', '|---|---|---|']
   when = {name: phase for phase, names in PHASE_HOLDS.items() for name in names}
-  lines += [f'| {name} | {show(size)} | {when.get(name, "always")} |' for name, size in found.held.items()]
+  lines += [f'| {name} | {show(size)} | {when.get(name, "always")} |' for name, size in plan.held.items()]
   columns = ('phase', 'function', 'arguments', 'temporary', 'new results', 'code', 'held beside', 'in all', 'seconds to compile')
   lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
-  for call in found.calls:
+  for call in plan.calls:
     m = call.memory
     parts = [show(x) for x in (m.argument, m.temporary, m.output - m.alias, m.code)] if not m.refused else ['refused'] * 4
     parts = [parts[0], *['not compiled'] * 3] if m.failure else parts
     lines.append(f'| {call.phase} | {call.name} | {" | ".join(parts)} | {show(call.beside)} | {show(call.peak)} | {m.seconds:.0f} |')
-  most = max(found.phases, key=lambda phase: found.phases[phase])
-  failed = any(call.memory.failure for call in found.calls)
-  verdict = 'fits' if found.fits else 'not known to fit' if failed and found.peak <= found.hbm else 'does not fit'
-  lines += [f'not compiled: {call.phase}: {call.name}: {call.memory.failure}' for call in found.calls if call.memory.failure]
-  lines += ['', f'peak {show(found.peak)} of {found.hbm // GIB} GiB, in phase {most}: {verdict}']
-  return lines + [f'to make it fit: {line}' for line in changes(found)]
+  most = max(plan.phases, key=lambda phase: plan.phases[phase])
+  failed = any(call.memory.failure for call in plan.calls)
+  verdict = 'fits' if plan.fits else 'not known to fit' if failed and plan.peak <= plan.hbm else 'does not fit'
+  lines += [f'not compiled: {call.phase}: {call.name}: {call.memory.failure}' for call in plan.calls if call.memory.failure]
+  lines += ['', f'peak {show(plan.peak)} of {plan.hbm // GIB} GiB, in phase {most}: {verdict}']
+  return lines + [f'to make it fit: {line}' for line in changes(plan)]
 
 
-def as_json(found: Plan) -> dict[str, Any]:
-  """The same for programs: sizes in bytes of a chip."""
+def as_json(plan: Plan) -> dict[str, Any]:
+  """Return the plan as JSON values, in bytes per chip."""
   return {
-    'topology': found.topology,
-    'mesh': found.mesh,
-    'hbm': found.hbm,
-    'held': found.held,
+    'topology': plan.topology,
+    'mesh': plan.mesh,
+    'hbm': plan.hbm,
+    'held': plan.held,
     'calls': [
-      {'phase': call.phase, 'name': call.name, **call.memory._asdict(), 'beside': call.beside, 'peak': call.peak} for call in found.calls
+      {'phase': call.phase, 'name': call.name, **call.memory._asdict(), 'beside': call.beside, 'peak': call.peak} for call in plan.calls
     ],
-    'phases': found.phases,
-    'peak': found.peak,
-    'fits': found.fits,
-    'change': changes(found),
-    'compile_seconds': round(sum(call.memory.seconds for call in found.calls), 1),
+    'phases': plan.phases,
+    'peak': plan.peak,
+    'fits': plan.fits,
+    'change': changes(plan),
+    'compile_seconds': round(sum(call.memory.seconds for call in plan.calls), 1),
   }

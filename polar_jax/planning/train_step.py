@@ -1,6 +1,6 @@
-"""What a training step needs of each chip of a slice that is not there: memory, FLOPs, collectives, and by a roofline its time.
+"""Memory, FLOPs, collectives and roofline time of a training step, from compiling it for a TPU slice.
 
-The step is the trainer's own, compiled for shapes alone: nothing is allocated, and no TPU runtime starts.
+The step is that of the trainer, compiled for shapes alone: nothing is allocated, and no TPU runtime starts.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from polar_jax.model.attention import for_platform
 from polar_jax.planning import hlo
 from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.matmuls import matmul_flops
-from polar_jax.planning.topology import GIB, Chip, open_slice
+from polar_jax.planning.topology import open_slice
+from polar_jax.runtime.chips import GIB, Chip
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.optimizer import make_optimizer
 from polar_jax.types import PairBatch, TextBatch
 
-# A triplet's shape, where only its length is known: at the paper's greatest lengths each candidate is 4,096 of 14,336 tokens.
+# Share of a candidate in a triplet of known length: at the paper's maximum lengths it is 4,096 of 14,336 tokens.
 _CANDIDATE_SHARE = 2 / 7
-_STEPS = 1_000  # of a run, which only the learning rate's schedule depends on
-# Matrix multiplications over the seen pairs: logits and values; then logits, d_logits and dq; then logits, dv, d_logits and dk.
+_STEPS = 1_000  # of a run; only the learning rate schedule depends on it
+# Matrix multiplications over the seen query-key pairs: logits and values; then logits, d_logits and dq; then logits, dv, d_logits and dk.
 _KERNEL_MATMULS = {'attention_forward': 2, 'attention_dq': 3, 'attention_dkv': 4}
 
 
 class Roofline(NamedTuple):
-  """Seconds of a step: matrix units at their peak, HBM and links at theirs. What overlaps perfectly takes the longest of the three,
-  what does not overlap at all their sum."""
+  """Lower bounds of a step's time, in seconds: matrix units, HBM and links, each at its peak rate."""
 
   compute: float
   memory: float
@@ -45,61 +45,74 @@ class Roofline(NamedTuple):
 
   @property
   def overlapped(self) -> float:
+    """Time with perfect overlap of the three."""
     return max(self)
 
   @property
   def serial(self) -> float:
+    """Time without any overlap."""
     return sum(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """`flops_model` follows the rule of MFU; `flops_hardware` is what is computed for it: padding and recomputation too. Of all chips."""
+  """The plan of a step.
+
+  `flops_model` follows the rule of MFU; `flops_hardware` also counts padding and recomputation. Both are those of all chips.
+  """
 
   topology: str
   mesh: dict[str, int]
   chip: Chip
-  peak_flops: float  # of a chip
+  peak_flops: float  # per chip
   parameters: int
-  rows: int  # of a step
+  rows: int  # in a step
   row_length: int
   accumulation: int
-  tokens_per_step: float  # real ones
-  total_tokens: float | None  # of the configured run
-  state: int  # parameters and moments, bytes of a chip
+  tokens_per_step: float  # without padding
+  total_tokens: float | None  # of the run, if it is configured
+  state: int  # parameters and moments, bytes per chip
   memory: Memory
   flops_model: float
   flops_hardware: float
-  flops_xla: float | None  # of all chips, as the compiler counts: a loop's body once, kernels not at all
-  traffic: hlo.Traffic | None  # None: nothing was compiled
+  flops_xla: float | None  # of all chips, as XLA counts them: a loop's body once, kernels not at all
+  traffic: hlo.Traffic | None  # None: the step did not compile
 
   @property
   def chips(self) -> int:
+    """Number of chips."""
     return math.prod(self.mesh.values())
 
   @property
   def fits(self) -> bool:
+    """Whether the step compiles and fits."""
     return not (self.memory.refused or self.memory.failure) and self.memory.peak <= self.chip.hbm
 
   @property
   def rows_per_chip(self) -> int:
-    """Of a micro-batch."""
+    """Rows of a micro-batch per chip."""
     return self.rows // (self.mesh['data'] * self.mesh['fsdp'] * self.accumulation)
 
   @property
   def roofline(self) -> Roofline | None:
+    """The roofline of the step, or None if it did not compile."""
     if self.traffic is None:
       return None
-    # A link carries half of its figure in each direction.
+    # The interconnect number counts both directions; one carries half of it.
     sent = sum(self.traffic.sent.values()) / (self.chip.interconnect / 2)
     return Roofline(self.flops_hardware / self.chips / self.peak_flops, self.traffic.hbm / self.chip.bandwidth, sent)
 
 
 def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan:
-  """Compiles the step of `config.plan.step` for `config.plan.topology`.
+  """Compile the step of `config.plan.step` for `config.plan.topology`.
+
+  Args:
+    config: of the run.
+    model: its shape, with a vocabulary.
+    log: takes one line of progress.
 
   Raises:
-    ConfigError: the slice is not known, the mesh does not fit it, or a shape is left open that data would decide.
+    ConfigError: the slice is unknown, the mesh does not fit it, or a shape is not set that a run would take from its data.
   """
   settings: TrainConfig = getattr(config, config.plan.step)
   name, chip, devices = open_slice(config.plan.topology)
@@ -108,7 +121,7 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
   shape = _ranking_shape if objective is RANKING else _text_shape
   batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
   functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.gradient_accumulation_steps)
-  log(f'plan: compiles a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
+  log(f'plan: compiling a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
   with jax.set_mesh(mesh), for_platform('tpu'):
     traced = cast(Any, functions.train).trace(functions.abstract, batch)
     arguments = bytes_of_a_device((functions.abstract, batch))
@@ -117,7 +130,7 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
     topology=config.plan.topology,
     mesh=dict(mesh.shape),
     chip=chip,
-    peak_flops=flops.CHIPS[name],
+    peak_flops=chip.peak_flops,
     parameters=_parameters(objective, model),
     rows=batch.tokens_BT.shape[0],
     row_length=batch.tokens_BT.shape[1],
@@ -139,13 +152,13 @@ def _parameters(objective: Objective, model: ModelConfig) -> int:
 
 
 def _attention(pairs_per_row: float) -> Callable[[str, list[tuple[int, ...]]], float]:
-  """FLOPs of a call of an attention kernel whose rows hold `pairs_per_row` seen pairs of query and key."""
+  """Return a function with the FLOPs of an attention kernel whose rows have `pairs_per_row` seen query-key pairs."""
 
   def count(name: str, shapes: list[tuple[int, ...]]) -> float:
     if name not in _KERNEL_MATMULS:
-      raise ValueError(f'kernel {name} is not known to the plan')
+      raise ValueError(f'the plan has no FLOPs of the kernel {name}')
     (batch, heads, queries, dim), (_, _, keys, _) = [shape for shape in shapes if len(shape) == 4][:2]
-    # In the last layer only the reward tokens ask, and they see about half of their row.
+    # In the last layer only the reward tokens are queries, and they see about half of their row.
     pairs = pairs_per_row if queries == keys else queries * keys / 2
     return 2.0 * _KERNEL_MATMULS[name] * batch * heads * dim * pairs
 
@@ -158,10 +171,10 @@ def _rows(batch_size: int, per_row: float, mesh: jax.sharding.Mesh, accumulation
 
 
 def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
-  """(batch, its real tokens, pairs of query and key that are seen, model FLOPs of a step)."""
+  """Return (batch, its real tokens, seen query-key pairs, model FLOPs of a step)."""
   length = config.data.row_length
   if length is None:
-    raise ConfigError('data.row_length is None: a run measures its data for it, a plan needs the tokens of a row')
+    raise ConfigError('data.row_length is None, which a run measures from its data; set it for a plan')
   tokens = min(config.plan.triplet_tokens or length, length)
   rows = _rows(settings.batch_size, length / tokens, mesh, settings.gradient_accumulation_steps)
   pairs_per_row = max(2 * length // tokens, 1)
@@ -174,14 +187,14 @@ def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, me
 
 
 def _one_triplet(tokens: int) -> PairBatch:
-  """A row of one triplet with candidates of equal length."""
+  """Return a row of one triplet with candidates of equal length."""
   tail = max(int(tokens * _CANDIDATE_SHARE), 1)
   shared = [0] * (tokens - 2 * tail)
   return pair_batch([pair_segment(shared + [1] * tail, shared + [2] * tail)], [0], [[0]], tokens, 1)
 
 
 def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
-  """As `_ranking_shape`."""
+  """Return the same as `_ranking_shape` for language modeling."""
   length, rows = settings.sequence_length, _rows(settings.batch_size, 1, mesh, settings.gradient_accumulation_steps)
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
   text = array((rows, length), jnp.int32)
@@ -192,32 +205,32 @@ def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh:
   return batch, float(length * settings.batch_size), seen, model_flops
 
 
-def changes(found: Plan, model: ModelConfig) -> list[str]:
-  """What to change when a step does not fit, the cheapest first."""
-  if found.fits:
+def changes(plan: Plan, model: ModelConfig) -> list[str]:
+  """Return what to change if a step does not fit, cheapest first."""
+  if plan.fits:
     return []
-  if found.memory.failure:
-    return [f'the compiler failed for another reason than memory: {found.memory.failure}']
-  hbm, peak = found.chip.hbm, found.memory.peak
+  if plan.memory.failure:
+    return [f'the compiler failed for a reason other than memory: {plan.memory.failure}']
+  hbm, peak = plan.chip.hbm, plan.memory.peak
   out = []
-  if found.state < 0.9 * hbm:
-    need = math.ceil((peak - found.state) / (0.95 * hbm - found.state))
-    if found.rows_per_chip > 1:
-      more = min(need, found.rows_per_chip)
+  if plan.state < 0.9 * hbm:
+    need = math.ceil((peak - plan.state) / (0.95 * hbm - plan.state))
+    if plan.rows_per_chip > 1:
+      more = min(need, plan.rows_per_chip)
       out.append(
-        f'accumulation {found.accumulation * more} (now {found.accumulation}): {math.ceil(found.rows_per_chip / more)} rows a chip '
-        f'at a time instead of {found.rows_per_chip}'
+        f'gradient_accumulation_steps {plan.accumulation * more} (now {plan.accumulation}): '
+        f'{math.ceil(plan.rows_per_chip / more)} rows per chip at a time instead of {plan.rows_per_chip}'
       )
     if model.remat != 'full':
-      out.append(f"model.remat='full' (now {model.remat!r}): keeps one activation of each layer")
-    if need > found.rows_per_chip:
-      split = 2 ** math.ceil(math.log2(need / found.rows_per_chip))
-      out.append(f'mesh.tensor={found.mesh["tensor"] * split}: divides what is computed of a row among chips')
-      out.append(f'shorter rows than data.row_length={found.row_length}, if the longest triplet allows them')
-  total = found.state * found.chips
-  least = math.ceil(total / (0.6 * hbm))
+      out.append(f"model.remat='full' (now {model.remat!r}): stores one activation per layer")
+    if need > plan.rows_per_chip:
+      split = 2 ** math.ceil(math.log2(need / plan.rows_per_chip))
+      out.append(f'mesh.tensor={plan.mesh["tensor"] * split}: splits the computation of a row among chips')
+      out.append(f'rows shorter than data.row_length={plan.row_length}, if the longest triplet allows it')
+  total = plan.state * plan.chips
+  min_chips = math.ceil(total / (0.6 * hbm))
   out.append(
-    f'more chips, or larger ones: parameters and moments take {found.state / GIB:.1f} of {hbm / GIB:.0f} GiB on {found.chips} chips'
-    + (f', and 60% of {least} chips' if least > found.chips else '')
+    f'more chips, or larger ones: parameters and moments take {plan.state / GIB:.1f} of {hbm / GIB:.0f} GiB on {plan.chips} chips'
+    + (f', and 60% of {min_chips} chips' if min_chips > plan.chips else '')
   )
   return out

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from polar_jax.config import ConfigError, FitConfig
-from polar_jax.model import flops
+from polar_jax.runtime.chips import CHIPS
 from polar_jax.scaling import fit, laws
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
@@ -129,10 +129,10 @@ def _slice(topology: str) -> tuple[int, float]:
   """Return (number of chips, peak FLOP/s of one) of a topology such as v5p:4x4x4 or h100:8."""
   chip, _, shape = topology.partition(':')
   sizes = shape.split('x')
-  if chip not in flops.CHIPS or not all(size.isdigit() and int(size) for size in sizes):
-    known = ', '.join(flops.CHIPS)
+  if chip not in CHIPS or not all(size.isdigit() and int(size) for size in sizes):
+    known = ', '.join(CHIPS)
     raise ConfigError(f'fit.topology is {topology!r}; it must be a chip ({known}) and their number, as in v5p:4x4x4 or h100:8')
-  return math.prod(map(int, sizes)), flops.CHIPS[chip]
+  return math.prod(map(int, sizes)), CHIPS[chip].peak_flops
 
 
 def describe(advice: Advice) -> list[str]:

@@ -147,8 +147,8 @@ def _tokenizer(context: Context) -> Tokenizer:
   return context.tokenizer(context.config.pretrain.start_from)
 
 
-def _tokens(context: Context) -> pipeline.PairTokens:
-  return pipeline.PairTokens(context.triplets('train'), context.template(_tokenizer(context)))
+def _segments(context: Context) -> pipeline.TripletSegments:
+  return pipeline.TripletSegments(context.triplets('train'), context.template(_tokenizer(context)))
 
 
 def _steps(cell: Cell, triplet_tokens: float) -> int:
@@ -157,8 +157,8 @@ def _steps(cell: Cell, triplet_tokens: float) -> int:
 
 def tokens_per_triplet(context: Context) -> float:
   """Return the mean number of tokens of a triplet with a shared prefix, over the first training triplets."""
-  tokens = _tokens(context)
-  return float(np.mean([len(triplet.tokens) for triplet in tokens.many(range(min(len(tokens), _SAMPLED_TRIPLETS)))]))
+  segments = _segments(context)
+  return float(np.mean([len(segment.tokens) for segment in segments.take(range(min(len(segments), _SAMPLED_TRIPLETS)))]))
 
 
 def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
@@ -173,10 +173,10 @@ def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
   if token_store.is_stored(folder, key, indices):
     return
   context.log(f'sweep: tokenizing the {len(indices):,} triplets that the runs read')
-  token_store.store(_tokens(context), indices, folder, key, context.config.data.read_threads or 1)
+  token_store.store(_segments(context), indices, folder, key, context.config.data.read_threads or 1)
 
 
-def _stored_tokens(context: Context) -> pipeline.PairTokens:
+def _stored_tokens(context: Context) -> pipeline.TripletSegments:
   """Return the training triplets with the tokens of `store_tokens`, if it has stored them."""
   template = context.template(_tokenizer(context))
   return token_store.open_store(context.triplets('train'), template, context.workdir / TOKENS, _tokens_key(context))

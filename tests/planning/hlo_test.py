@@ -1,4 +1,4 @@
-"""Reading of compiled programs: by hand, and against what a program is known to communicate."""
+"""Traffic of compiled programs, against counts by hand and a program with known collectives."""
 
 from __future__ import annotations
 
@@ -72,26 +72,26 @@ ENTRY %main (p: f32[8,128]) -> f32[8,128] {
 """
 
 
-def test_loops_groups_and_fused_collectives_by_hand():
-  found = hlo.traffic(PROGRAM)
-  assert found.count == {'all-gather': 7 + 7, 'reduce-scatter': 7, 'all-reduce': 1}
-  assert found.size == {'all-gather': 7 * (16 + 32) * 128 * 4, 'reduce-scatter': 7 * 8 * 128 * 4, 'all-reduce': 96 * 2}
-  assert found.sent == {
+def test_traffic_by_hand():
+  traffic = hlo.traffic(PROGRAM)
+  assert traffic.count == {'all-gather': 7 + 7, 'reduce-scatter': 7, 'all-reduce': 1}
+  assert traffic.size == {'all-gather': 7 * (16 + 32) * 128 * 4, 'reduce-scatter': 7 * 8 * 128 * 4, 'all-reduce': 96 * 2}
+  assert traffic.sent == {
     'all-gather': 7 * (16 / 2 + 32 * 3 / 4) * 128 * 4,
     'reduce-scatter': 7 * 8 * 128 * 4 * 3 / 4,
     'all-reduce': 96 * 2 * 2 * 7 / 8,
   }
   value = 8 * 128 * 4
-  # Of the hundred rows one is read. In the loop: the gather's both sides, the value and what is left of it, and the copy's source.
-  assert found.hbm == 2 * 512 + 7 * (3 * value + (value + value / 4) + value) + 96 * 2
+  # One of the hundred rows is read. In the loop: both sides of the gather, the value and what is left of it, and the source of the copy.
+  assert traffic.hbm == 2 * 512 + 7 * (3 * value + (value + value / 4) + value) + 96 * 2
 
 
-def test_text_that_is_no_program():
+def test_traffic_refuses_other_text():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.traffic('module @jit_f {\n}\n')
 
 
-def test_a_compiled_loop_communicates_what_it_says():
+def test_traffic_of_a_compiled_loop():
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
   place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -104,8 +104,8 @@ def test_a_compiled_loop_communicates_what_it_says():
   a = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=place(None, 'x'))
   weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=place(None, None, 'x'))
   text = jax.jit(chain, out_shardings=place(None, 'x')).lower(a, weights).compile().as_text()
-  found = hlo.traffic(text)
-  # Each of five layers gathers the activations over x once.
-  assert found.count == {'all-gather': 5} and found.size == {'all-gather': 5 * 16 * 64 * 4}
-  assert found.sent == {'all-gather': 5 * 16 * 64 * 4 * 3 / 4}
-  assert found.hbm >= 5 * (64 * 16 + 16 * 16) * 4  # at least the weights are read and the results written
+  traffic = hlo.traffic(text)
+  # Each of the five layers gathers the activations over x once.
+  assert traffic.count == {'all-gather': 5} and traffic.size == {'all-gather': 5 * 16 * 64 * 4}
+  assert traffic.sent == {'all-gather': 5 * 16 * 64 * 4 * 3 / 4}
+  assert traffic.hbm >= 5 * (64 * 16 + 16 * 16) * 4  # at least the weights are read and the results are written

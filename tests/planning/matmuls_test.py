@@ -1,4 +1,4 @@
-"""FLOPs of traced functions, against counts by hand and against XLA's where nothing loops."""
+"""FLOPs of traced functions, against counts by hand and, without loops, those of XLA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_batched_products_by_hand():
   assert count(lambda a: a + 1, (3, 4)) == 0
 
 
-def test_loops_count_as_often_as_they_run():
+def test_loops_count_by_their_trip_counts():
   def layers(x, weights):
     return jax.lax.scan(lambda x, w: (jax.lax.scan(lambda y, _: (y @ w, None), x, None, length=3)[0], None), x, weights)[0]
 
@@ -40,14 +40,14 @@ def test_gradients_and_recomputation():
   assert count(jax.grad(again, argnums=(0, 1)), (4, 8), (5, 8, 8)) == 4 * one
 
 
-def test_a_branch_counts_as_the_dearest_one():
+def test_a_conditional_counts_as_its_most_expensive_branch():
   def either(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)
 
   assert count(either, (4, 8), (8, 8)) == 2 * 2 * 4 * 8 * 8
 
 
-def test_an_unbounded_loop_of_products_is_refused():
+def test_a_while_loop_with_products_is_refused():
   def until(x, w):
     return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ w, x)
 
@@ -55,7 +55,7 @@ def test_an_unbounded_loop_of_products_is_refused():
     count(until, (8, 8), (8, 8))
 
 
-def test_agrees_with_xla_where_nothing_loops():
+def test_agrees_with_xla_without_loops():
   def mlp(x, a, b):
     return jnp.sum(jnp.tanh((x @ a) @ b))
 

@@ -1,4 +1,4 @@
-"""The plan of a run for a slice: a tiny model's steps, compiled for chips that are not there."""
+"""The plan of a PPO step: the functions of a tiny model, compiled for a TPU slice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def get_config():
 
 
 def plan_of(folder: pathlib.Path, *settings: str) -> dict:
-  """In a process of its own: libtpu reads its environment once."""
+  """Run the stage in its own process: libtpu reads its environment once."""
   (folder / 'tiny.py').write_text(CONFIG)
   files = [f'--config={folder / "tiny.py"}', f'--workdir={folder / "run"}']
   command = [sys.executable, '-m', 'polar_jax.main', *files, '--config.stage=plan']
@@ -49,9 +49,9 @@ def plan_of(folder: pathlib.Path, *settings: str) -> dict:
   return json.loads((folder / 'run' / 'plan.json').read_text())
 
 
-@pytest.mark.slow  # a minute and more of compiling
+@pytest.mark.slow  # compiles for more than a minute
 @pytest.mark.needs('libtpu')
-def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
+def test_plan_of_a_compiled_step(tmp_path):
   small = plan_of(tmp_path)
   names = [(call['phase'], call['name']) for call in small['calls']]
   learned = [(f'update {model}', name) for model in ('actor', 'critic') for name in ('accumulate', 'apply')]
@@ -59,30 +59,30 @@ def test_says_what_a_step_takes_and_whether_it_fits(tmp_path):
   assert names == [*(('rollout', name) for name in ('prepare', 'init_state', 'prefill', 'decode')), ('reward', 'score'), *read, *learned]
   assert all(call['peak'] > call['beside'] > 0 for call in small['calls'])
   assert all(size > 0 for size in small['held'].values())
-  # Two moments of Adam; frozen weights in half the bytes of the trained ones.
+  # Adam has two moments; frozen weights take half the bytes of trained ones.
   assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=64)  # and a few scalars
   assert small['held']['frozen start'] == small['held']['actor parameters'] / 2
   assert small['parameters'] == 2 * 512 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 256
   assert small['fits'] and small['peak'] == max(small['phases'].values()) < small['hbm'] == 16 << 30
 
-  # Imitation, which compiles less: no rollouts and no critic.
+  # Imitation compiles less: no rollouts and no critic.
   large = plan_of(tmp_path, '--config.rft.method=sft', '--config.rft.reward.source=http', '--config.rft.micro_batch_rows=262144')
   assert [call['phase'] for call in large['calls']] == ['logprobs', 'logprobs', 'update actor', 'update actor']
   assert not large['fits'] and large['peak'] > large['hbm']
 
 
-def test_what_to_change_follows_the_phases_that_do_not_fit():
+def test_changes_follow_the_phases_that_do_not_fit():
   gib = 1 << 30
 
-  def made(held, **peaks):
+  def planned(held, **peaks):
     calls = [Measured(phase.replace('_', ' '), 'call', Memory(temporary=peak * gib), 0) for phase, peak in peaks.items()]
     return Plan('v5e:2x2', {'fsdp': 4}, 16 * gib, {'actor parameters': held * gib, 'keys and values': 9 * gib}, calls)
 
-  assert changes(made(2, rollout=10, reward=16)) == []
-  said = changes(made(2, rollout=20, logprobs=17, update_actor=18, reward=3))
-  assert [line.split(':')[0] for line in said] == [
+  assert changes(planned(2, rollout=10, reward=16)) == []
+  lines = changes(planned(2, rollout=20, logprobs=17, update_actor=18, reward=3))
+  assert [line.split(':')[0] for line in lines] == [
     'rft.rollout.max_concurrent',
     'rft.micro_batch_rows',
     'more chips, or larger ones',
-  ] and '2.0 of 16 GiB' in said[-1]
-  assert [line.split(':')[0] for line in changes(made(17, rollout=20))] == ['more chips, or larger ones']
+  ] and '2.0 of 16 GiB' in lines[-1]
+  assert [line.split(':')[0] for line in changes(planned(17, rollout=20))] == ['more chips, or larger ones']

@@ -1,4 +1,4 @@
-"""The plan of a training step: its shapes and FLOPs here, a compiled one in a process of its own."""
+"""The plan of a training step: shapes and FLOPs in this process, a compiled step in its own process."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from polar_jax.planning import topology, train_step
 from polar_jax.planning.compiled import Memory
 from polar_jax.planning.hlo import Traffic
 from polar_jax.planning.train_step import Plan
+from polar_jax.runtime import chips
 from polar_jax.stages import plan as stage
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,55 +49,55 @@ def get_config():
 
 
 def plan_of(folder: pathlib.Path, *settings: str) -> dict:
-  """In a process of its own: libtpu reads its environment once. Flags for CPUs must not reach what is compiled."""
+  """Run the stage in its own process: libtpu reads its environment once, and flags for CPUs must not reach the compiled step."""
   (folder / 'small.py').write_text(CONFIG)
   files = [f'--config={folder / "small.py"}', f'--workdir={folder / "run"}']
   command = [sys.executable, '-m', 'polar_jax.main', *files, '--config.stage=plan']
   environment = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads((folder / 'run' / 'plan.json').read_text()) | {'said': done.stdout}
+  return json.loads((folder / 'run' / 'plan.json').read_text()) | {'output': done.stdout}
 
 
 @needs_libtpu
-def test_a_step_is_compiled_for_chips_that_are_not_there(tmp_path):
-  found = plan_of(tmp_path)
+def test_plan_of_a_compiled_step(tmp_path):
+  plan = plan_of(tmp_path)
   model = dataclasses.replace(MODEL, head_dim=128)
-  assert found['fits'] is True and found['parameters'] == flops.reward_model_parameters(model).total
-  assert found['chips'] == 4 and found['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2, 'context': 1}
+  assert plan['fits'] is True and plan['parameters'] == flops.reward_model_parameters(model).total
+  assert plan['chips'] == 4 and plan['mesh'] == {'data': 1, 'fsdp': 2, 'tensor': 2, 'context': 1}
   # 24 triplets of 200 tokens, in rows of 512 that divide among 2 x 4.
-  assert found['batch'] == {'rows': 16, 'row_length': 512, 'accumulation': 4, 'rows_per_chip': 2, 'tokens': 4_800}
-  memory = found['memory']
+  assert plan['batch'] == {'rows': 16, 'row_length': 512, 'accumulation': 4, 'rows_per_chip': 2, 'tokens': 4_800}
+  memory = plan['memory']
   assert memory['hbm'] == 16 << 30 and memory['peak'] < memory['hbm'] and memory['refused'] == 0
-  # Weights and two moments in float32, on four chips all but the norms' vectors.
-  assert memory['state'] == pytest.approx(3 * 4 * found['parameters'] / 4, rel=0.03)
+  # Weights and two moments in float32, split over four chips except for the norms.
+  assert memory['state'] == pytest.approx(3 * 4 * plan['parameters'] / 4, rel=0.03)
   assert memory['state'] < memory['argument'] < memory['peak']
-  # One call of each of three loops is what the compiler counts: three layers, four micro-batches.
-  assert found['flops']['model'] < found['flops']['hardware'] and found['flops']['hardware'] > 4 * found['flops']['xla']
-  # Both axes of the mesh are used: sums of activations over tensor, of gradients over fsdp, at least once a layer and micro-batch.
-  assert found['collectives']['all-reduce']['count'] >= 2 * 4 * 3
-  assert all(kind['sent'] > 0 and kind['bytes'] > 0 for kind in found['collectives'].values())
-  seconds, run = found['step_seconds'], found['run']
+  # XLA counts the bodies of the loops (three layers, four micro-batches) once.
+  assert plan['flops']['model'] < plan['flops']['hardware'] and plan['flops']['hardware'] > 4 * plan['flops']['xla']
+  # Both mesh axes are used: activations are summed over tensor and gradients over fsdp, at least once per layer and micro-batch.
+  assert plan['collectives']['all-reduce']['count'] >= 2 * 4 * 3
+  assert all(kind['sent'] > 0 and kind['bytes'] > 0 for kind in plan['collectives'].values())
+  seconds, run = plan['step_seconds'], plan['run']
   assert seconds['overlapped'] == max(seconds[name] for name in ('compute', 'memory', 'network'))
-  assert seconds['compute'] == pytest.approx(found['flops']['hardware'] / 4 / 197e12)
+  assert seconds['compute'] == pytest.approx(plan['flops']['hardware'] / 4 / 197e12)
   assert run['tokens'] == 100 * 4_800 and run['tokens_per_second']['serial'] == pytest.approx(4_800 / seconds['serial'])
   assert run['chip_hours']['serial'] == pytest.approx(4 * 100 * seconds['serial'] / 3600)
-  assert found['change'] == [] and 'fits' in found['said'] and 'all-reduce' in found['said']
+  assert plan['change'] == [] and 'fits' in plan['output'] and 'all-reduce' in plan['output']
 
 
 @pytest.mark.slow  # the same code as above, and `changes` below
 @needs_libtpu
-def test_what_does_not_fit_says_what_to_change(tmp_path):
-  found = plan_of(
+def test_plan_of_a_step_that_does_not_fit(tmp_path):
+  plan = plan_of(
     tmp_path, '--config.pretrain.batch_size=400_000', '--config.pretrain.gradient_accumulation_steps=1', '--config.model.remat=none'
   )
-  assert found['fits'] is False and found['memory']['peak'] > found['memory']['hbm']
-  assert any('accumulation' in line for line in found['change']) and any('remat' in line for line in found['change'])
-  assert 'does not fit' in found['said'] and 'to make it fit: accumulation' in found['said']
+  assert plan['fits'] is False and plan['memory']['peak'] > plan['memory']['hbm']
+  assert any('accumulation' in line for line in plan['change']) and any('remat' in line for line in plan['change'])
+  assert 'does not fit' in plan['output'] and 'to make it fit: gradient_accumulation_steps' in plan['output']
 
 
 @needs_libtpu
-def test_unknown_slices_are_named():
+def test_open_slice_refuses_unknown_slices():
   for name in ('v2:2x2', 'v5p', 'v5p:banana', 'v5p:3x5x7'):
     with pytest.raises(ConfigError, match=name):
       topology.open_slice(name)
@@ -110,8 +111,8 @@ def config(**changes):
   return Config(data=DataConfig(row_length=600), pretrain=TrainConfig(batch_size=50), plan=PlanConfig(triplet_tokens=140), **changes)
 
 
-def test_flops_and_pairs_are_those_of_packed_rows():
-  """Fifty triplets of 140 tokens, really packed, cost what the plan says of them."""
+def test_ranking_shape_counts_what_packed_rows_cost():
+  """Fifty triplets of 140 tokens, packed into real rows, have the FLOPs and pairs of the plan."""
   c = config()
   batch, tokens, seen, model_flops = train_step._ranking_shape(c, c.pretrain, MODEL, mesh())
   shared, tail = [0] * 60, 40
@@ -121,10 +122,10 @@ def test_flops_and_pairs_are_those_of_packed_rows():
   assert tokens == 50 * 140 == (real.end_BT > real.start_BT).sum()
   assert seen == (real.end_BT - real.start_BT).sum()
   assert model_flops == pytest.approx(3 * flops.reward_model_flops(MODEL, real))
-  assert batch.tokens_BT.shape == (16, 600)  # thirteen rows and more, a multiple of eight
+  assert batch.tokens_BT.shape == (16, 600)  # more than twelve rows, rounded up to a multiple of eight
 
 
-def test_rows_divide_among_chips_and_micro_batches():
+def test_rows_are_a_multiple_of_chips_and_micro_batches():
   c = config()
   settings = dataclasses.replace(c.pretrain, gradient_accumulation_steps=3)
   assert train_step._ranking_shape(c, settings, MODEL, mesh(fsdp=4, tensor=2))[0].tokens_BT.shape[0] == 12
@@ -132,16 +133,16 @@ def test_rows_divide_among_chips_and_micro_batches():
   assert train_step._ranking_shape(whole, settings, MODEL, mesh(fsdp=4, tensor=2))[0].tokens_BT.shape[0] == 60
 
 
-def test_a_row_length_that_data_would_decide_is_asked_for():
+def test_row_length_must_be_set():
   c = dataclasses.replace(config(), data=DataConfig())
   with pytest.raises(ConfigError, match=r'data\.row_length'):
     train_step._ranking_shape(c, c.pretrain, MODEL, mesh())
 
 
-def test_kernels_count_what_their_pairs_cost():
+def test_attention_flops_follow_the_seen_pairs():
   count = train_step._attention(1_000.0)
   ints, q, kv = (2, 8), (2, 4, 512, 64), (2, 2, 512, 64)
-  # Two multiplications forward, seven back, each of 2 x 64 FLOPs a pair, for two rows of four heads.
+  # Two multiplications forward, seven backward, each of 2 x 64 FLOPs per pair, for two rows of four heads.
   assert sum(count(f'attention_{name}', [ints, q, kv, kv]) for name in ('forward', 'dq', 'dkv')) == 9 * 2 * 64 * 1_000 * 2 * 4
   assert count('attention_forward', [ints, (2, 4, 128, 64), kv, kv]) == 2 * 2 * 64 * (128 * 512 / 2) * 2 * 4
   with pytest.raises(ValueError, match='sorting'):
@@ -149,12 +150,12 @@ def test_kernels_count_what_their_pairs_cost():
 
 
 def planned(**changes) -> Plan:
-  """A step of a gigabyte of state and twenty of everything else on 4 v5e."""
-  gib = topology.GIB
+  """A step with 1 GiB of state and 20 GiB of temporaries on four v5e chips."""
+  gib = chips.GIB
   plan = Plan(
     topology='v5e:2x2',
     mesh={'data': 1, 'fsdp': 4, 'tensor': 1, 'context': 1},
-    chip=topology.CHIPS['v5e'],
+    chip=chips.CHIPS['v5e'],
     peak_flops=197e12,
     parameters=10**9,
     rows=32,
@@ -172,26 +173,27 @@ def planned(**changes) -> Plan:
   return dataclasses.replace(plan, **changes)
 
 
-def test_the_roofline_by_hand():
+def test_roofline_by_hand():
   roof = planned().roofline
   assert roof == pytest.approx((2e15 / 4 / 197e12, 0.01, 0.03))
   assert roof.overlapped == roof.compute and roof.serial == pytest.approx(sum(roof))
 
 
-def test_changes_make_it_fit():
+def test_changes_are_ordered_by_cost():
   deep = dataclasses.replace(MODEL, remat='dots')
-  said = train_step.changes(planned(), deep)
+  lines = train_step.changes(planned(), deep)
   # 20 GiB for four rows at a time; 14 are left: two rows at a time.
-  assert said[0].startswith('accumulation 4 (now 2): 2 rows a chip') and 'remat' in said[1] and 'more chips' in said[-1] and len(said) == 3
+  assert lines[0].startswith('gradient_accumulation_steps 4 (now 2): 2 rows per chip')
+  assert 'remat' in lines[1] and 'more chips' in lines[-1] and len(lines) == 3
   one = train_step.changes(planned(rows=8), dataclasses.replace(MODEL, remat='full'))
   assert one[0].startswith('mesh.tensor=2') and 'data.row_length=1024' in one[1]
-  full = train_step.changes(planned(state=20 * topology.GIB), dataclasses.replace(MODEL, remat='full'))
+  full = train_step.changes(planned(state=20 * chips.GIB), dataclasses.replace(MODEL, remat='full'))
   assert len(full) == 1 and '20.0 of 16 GiB on 4 chips, and 60% of 9 chips' in full[0]
   assert train_step.changes(planned(memory=Memory(argument=1)), deep) == []
 
 
-def test_a_plan_that_was_refused_is_json_and_a_table():
-  refused = planned(memory=Memory(refused=20 * topology.GIB), traffic=None, flops_xla=None)
+def test_a_refused_plan_converts_to_json_and_a_table():
+  refused = planned(memory=Memory(refused=20 * chips.GIB), traffic=None, flops_xla=None)
   facts = json.loads(json.dumps(stage.as_json(refused, ['x'])))
   assert facts['fits'] is False and facts['collectives'] is None and facts['step_seconds'] is None and facts['run'] is None
   text = '\n'.join(stage.table(refused, ['x']))

@@ -178,7 +178,8 @@ def test_a_run_of_two_processes_resumes_in_one_on_another_mesh(world, alone):
   shutil.rmtree(world / f'elastic/pretrain/checkpoints/{newest}/state')
   with started(world, 'elastic', 1) as (process,):
     assert process.wait(300) == 0, output_of(world, 'elastic', 0)
-  assert f'step {newest} is torn' in output_of(world, 'elastic', 0) and f'resumed from step {newest - 2} of' in output_of(world, 'elastic', 0)
+  output = output_of(world, 'elastic', 0)
+  assert f'step {newest} is torn' in output and f'resumed from step {newest - 2} of' in output
   for metric, values in losses(world, 'elastic').items():
     np.testing.assert_allclose(values, alone[metric], rtol=2e-5, err_msg=metric)
   assert rows_of(world, 'elastic')['tokens'] == rows_of(world, 'alone')['tokens']
@@ -189,9 +190,7 @@ def test_hosts_with_different_settings_are_named(world):
     assert all(process.wait(120) not in (0, None) for process in running)
   for process in range(3):
     text = output_of(world, 'odd', process)
-    assert 'config.pretrain.learning_rate differs between hosts: process 2' in text and 'has 0.01; the others have 0.003' in text, (
-      text
-    )
+    assert 'config.pretrain.learning_rate differs between hosts: process 2' in text and 'has 0.01; the others have 0.003' in text, text
   assert not (world / 'odd/config.json').exists()
 
 
