@@ -24,6 +24,7 @@ from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from polar_jax.evaluate import statistics
 from polar_jax.evaluate.clusters import cluster
 from polar_jax.evaluate.statistics import Interval
+from polar_jax.model.heads import init_params
 from polar_jax.runtime import paths
 from polar_jax.scoring.exact import ExactScorer
 from polar_jax.scoring.scorer import Scorer
@@ -58,6 +59,23 @@ class Model:
   ):
     self.params, self.config, self.tokenizer, self.mesh, self.source = params, config, tokenizer, mesh, source
     self.template_config = template or TemplateConfig()
+
+  @classmethod
+  def init(cls, config: ModelConfig, tokenizer: Tokenizer | str | pathlib.Path, *, mesh: Mesh | None = None, seed: int = 0) -> Any:
+    """Return a model with random parameters.
+
+    Args:
+      config: shape of the model; without a `vocab_size` it takes the tokenizer's.
+      tokenizer: a tokenizer, its path, or 'byte'.
+      mesh: devices; None: all, parameters sharded over them.
+      seed: of the parameters.
+    """
+    mesh = default_mesh() if mesh is None else mesh
+    opened = open_any_tokenizer(tokenizer, None)
+    assert opened is not None
+    if config.vocab_size is None:
+      config = dataclasses.replace(config, vocab_size=opened.vocab_size)
+    return cls(init_params(config, cls.head, mesh, seed), config, opened, mesh)
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Write a checkpoint of this project: parameters as they are, settings and tokenizer. `load` reads it back bit for bit.

@@ -1,4 +1,4 @@
-"""The notebook runs on the results that lie beside it, and says what the fit says."""
+"""The notebooks run, and say what the library says."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def test_scaling_laws(tmp_path):
   # What the file shows to those who only read it is what running it gives.
   laws = re.compile(r'^L\([NC]\) = .*', re.MULTILINE)
   assert laws.findall(shown) == laws.findall(said)
+
+
+def test_quickstart():
+  notebook = nbformat.read(FOLDER / 'quickstart.ipynb', as_version=4)
+  NotebookClient(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(FOLDER)}}).execute()
+  shown = text_of(notebook)
+  accuracy = re.search(r'held-out accuracy: Interval\(accuracy=([\d.]+)', shown)
+  assert accuracy and float(accuracy[1]) > 0.75, shown
+  figures = [o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
+  assert len(figures) == 3  # losses, rewards of candidates, rewards of PPO

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from polar_jax import sharding
 from polar_jax.config import ModelConfig
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
@@ -44,3 +47,11 @@ def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs) -> Any:
 def abstract_model(config: ModelConfig, head: str) -> Any:
   """Create the model of a head with shapes in place of arrays."""
   return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0)))
+
+
+def init_params(config: ModelConfig, head: str, mesh: Mesh, seed: int) -> dict[str, Any]:
+  """Create initial parameters of a model, born sharded on `mesh`."""
+  shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model(config, head), mesh))
+  make = lambda key: nnx.to_pure_dict(nnx.state(make_model(config, head, nnx.Rngs(params=key)), nnx.Param))
+  with jax.set_mesh(mesh):
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
