@@ -150,10 +150,10 @@ def test_entries_of_truncated_file(tmp_path, zipped, keep):
   ('content', 'message'),
   [
     ([torch.zeros(2)], 'contains a list, not tensors by name'),
-    ({'model': {'w': torch.zeros(2)}}, "'model' is no dense tensor of .* \\(dict\\)"),
-    ({'w': torch.zeros(2, dtype=torch.int8)}, "'w' is not a dense float32 of .* \\(torch.int8\\)"),
+    ({'model': {'w': torch.zeros(2)}}, "'model' is not a dense .*tensor \\(dict\\)"),
+    ({'w': torch.zeros(2, dtype=torch.int8)}, "'w' is not a dense .*tensor \\(torch.int8\\)"),
     ({'w': torch.eye(3).to_sparse()}, "'w' is not a dense float32"),
-    ({'w': torch.zeros(2), 'epoch': 3}, "'epoch' is no dense tensor of .* \\(int\\)"),
+    ({'w': torch.zeros(2), 'epoch': 3}, "'epoch' is not a dense .*tensor \\(int\\)"),
   ],
 )
 def test_entries_refuse_other_content(tmp_path, content, message):
