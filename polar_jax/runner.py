@@ -23,7 +23,7 @@ from polar_jax.report import report
 from polar_jax.runtime import distributed, heartbeat, paths
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages.context import Context
-from polar_jax.train.trainer import NonFiniteError
+from polar_jax.train.session import NonFiniteError
 from polar_jax.types import UserError
 
 # Each stage is imported when it runs: scoring a file needs neither the miniature nor scipy.

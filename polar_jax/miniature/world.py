@@ -7,7 +7,6 @@ import hashlib
 import json
 import pathlib
 import shutil
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from polar_jax.miniature import corpora as corpora_lib
 from polar_jax.miniature import documents, ngram, preferences, triplets, vocabulary
 from polar_jax.miniature import pool as pool_lib
 from polar_jax.runtime import paths
+from polar_jax.runtime.clock import Clock
 from polar_jax.types import UserError
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
     UserError: the settings leave too little text or too few policies.
   """
   folder = pathlib.Path(workdir) / 'data'
-  seconds: dict[str, float] = {}
-  clock = _Clock(seconds)
+  clock = Clock()
   corpora = corpora_lib.load_corpora()
   clock.lap('corpora')
   wanted = config_fingerprint(config, seed, corpora)
@@ -123,10 +122,10 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
     fingerprints=fingerprints,
     rows=sizes,
     rows_per_minute=60 * sum(map(len, pretrain.values())) / sampling,
-    seconds=seconds,
+    seconds=clock.seconds,
   )
   _write_json(folder / _MARKER, dataclasses.asdict(result))
-  spent = ', '.join(f'{phase} {value:.1f} s' for phase, value in seconds.items())
+  spent = ', '.join(f'{phase} {value:.1f} s' for phase, value in clock.seconds.items())
   log(f'synthesize: {sum(sizes.values()):,} examples in {folder}, {result.rows_per_minute:,.0f} triplets/minute ({spent})')
   return result
 
@@ -196,16 +195,3 @@ def _remove(folder: pathlib.Path) -> None:
 
 def _write_json(path: pathlib.Path, value: object) -> None:
   paths.write_atomically(path, json.dumps(value, indent=1, sort_keys=True))
-
-
-class _Clock:
-  """Records the wall seconds of each phase in a dict."""
-
-  def __init__(self, seconds: dict[str, float]):
-    self._seconds, self._last = seconds, time.perf_counter()
-
-  def lap(self, phase: str) -> float:
-    """Record and return the seconds since the last lap as those of `phase`."""
-    now = time.perf_counter()
-    self._seconds[phase], self._last = now - self._last, now
-    return self._seconds[phase]

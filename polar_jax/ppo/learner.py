@@ -24,7 +24,7 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.ppo import advantages, losses
 from polar_jax.train import step as step_lib
-from polar_jax.train.optimizer import make_optimizer, with_schedule, without_schedule
+from polar_jax.train.optimizer import make_optimizer, without_schedule
 from polar_jax.train.step import TrainState
 from polar_jax.types import PolicyBatch
 
@@ -162,28 +162,20 @@ def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh)
     updates: of the whole run; the schedule of the learning rate spans them.
     mesh: of the run.
   """
-  return _scheduled(_build_actor(model, _shared(config), mesh), config.actor, updates)
+  shared = _build_actor(model, _shared(config), mesh)
+  return shared._replace(init=step_lib.scheduled_init(shared.init, config.actor, updates))
 
 
 def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> ModelFunctions:
   """Build the functions of the critic, a model of its own with a value at every token. Arguments as for `build_actor`."""
-  return _scheduled(_build_critic(model, _shared(config), mesh), config.critic, updates)
+  shared = _build_critic(model, _shared(config), mesh)
+  return shared._replace(init=step_lib.scheduled_init(shared.init, config.critic, updates))
 
 
 def _shared(config: RftConfig) -> RftConfig:
   """Fix the settings that the functions do not depend on, so that PPO and supervised tuning share one compilation."""
   actor, critic = without_schedule(config.actor), without_schedule(config.critic)
   return dataclasses.replace(config, method='ppo', track_kl=True, actor=actor, critic=critic)
-
-
-def _scheduled(shared: ModelFunctions, optimizer: OptimizerConfig, updates: int) -> ModelFunctions:
-  """Put the schedule of the learning rate into the initial state, so that runs with other rates share one compilation."""
-
-  def init(key: jax.Array, initial: dict[str, Any] | None) -> TrainState:
-    state = shared.init(key, initial)
-    return state._replace(opt_state=with_schedule(state.opt_state, optimizer, updates))
-
-  return shared._replace(init=init)
 
 
 @functools.cache

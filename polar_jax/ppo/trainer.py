@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax import sharding
-from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.data import layout, pipeline
 from polar_jax.data.template import join_messages
 from polar_jax.ppo import advantages, metrics
@@ -27,14 +24,13 @@ from polar_jax.ppo.rewards.http import RewardServerError
 from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import PpoState, Run
-from polar_jax.runtime import distributed, heartbeat
-from polar_jax.runtime.preemption import Preempted, SigtermFlag
-from polar_jax.train.goodput import Clock
-from polar_jax.train.metrics import SAMPLES, SUMMARY, MetricsLog, Progress, StepLog, fetch_logs, keep_logs, read_metrics
+from polar_jax.runtime import distributed
+from polar_jax.runtime.clock import Clock
+from polar_jax.train.metrics import SAMPLES, read_metrics
 from polar_jax.train.optimizer import learning_rate_schedule
-from polar_jax.train.profile import Profiler
+from polar_jax.train.session import NonFiniteError, Session
 from polar_jax.train.step import TrainState
-from polar_jax.train.trainer import NonFiniteError, TrainedRun
+from polar_jax.train.trainer import TrainedRun
 from polar_jax.types import Prompt, Rollouts, UserError
 
 _weights = jax.jit(advantages.loss_weights, static_argnames='mode')
@@ -58,7 +54,8 @@ class Trainer:
   """The state of one run: models, optimizers, logs and checkpoints."""
 
   def __init__(self, run: Run):
-    self.run, c, self.clock = run, run.config, Clock()
+    self.run, c = run, run.config
+    self.session = Session(run, 'evaluation_raw', best_is_lower=False)
     self.rollouts_per_step = c.prompts_per_step * c.num_generations
     self.actor, self.critic = run.actor(), run.critic()
     self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
@@ -66,34 +63,32 @@ class Trainer:
     self.order = pipeline.global_order(len(run.prompts), run.seed)
     # All rates at once: computed one by one, each would wait for the running step.
     self.rates = [np.asarray(learning_rate_schedule(o, run.updates)(jnp.arange(run.updates))) for o in (c.actor, c.critic)]
-    self.checkpointer = Checkpointer(run.home, run.checkpointing, 'evaluation_raw', best_is_lower=False)
     self._restore_or_init()
-    fetch_logs(run.folder, run.home, self.step)
-    self.metrics = MetricsLog(run.folder, self.step if self.resumed else -1)
-    self.clock.go_on(self.earlier, self.metrics.lost)
-    self.profiler = Profiler(run.profile, run.folder, run.log)
-    self.samples = StepLog(run.folder, self.step if self.resumed else -1, SAMPLES)
+    self.session.open_logs(c.log_every)
+    self.metrics, self.samples = self.session.metrics, self.session.open_log(SAMPLES)
     self.history = [record for record in read_metrics(run.folder) if 'step_seconds' in record]
-    self.progress = Progress(run.name, run.steps, self.step, c.log_every)
+
+  @property
+  def step(self) -> int:
+    """Steps taken, including those of earlier starts."""
+    return self.session.step
 
   def _restore_or_init(self) -> None:
     """Restore the newest checkpoint, or initialize the state where there is none."""
     run, c = self.run, self.run.config
-    self.step, self.tokens, self.evaluated, self.earlier = 0, 0, dict[str, float](), dict[str, float]()
+    self.tokens, self.evaluated = 0, dict[str, float]()
     self.kl_coef, self.base_length = c.kl_coef, None
     self.normalizer = shaping.Normalizer(c.reward.normalize)
-    self.resumed = self.checkpointer.latest is not None
-    initial = run.initial_params() if run.needs_reference or not self.resumed else None
+    initial = run.initial_params() if run.needs_reference or not self.session.resumed else None
     cast = jax.jit(lambda p: jax.tree.map(lambda a: a.astype(run.model.compute_dtype), p))
     self.reference_policy = cast(initial) if run.needs_reference else None
-    if self.resumed:
+    if self.session.resumed:
       abstract = PpoState.join(self.actor.abstract, self.critic.abstract if self.critic else None)
-      state, saved = self.checkpointer.restore(abstract, run.fingerprint)
+      state, saved = self.session.restore(abstract)
       self.actor_state, self.critic_state = state.split()
-      self.step, self.tokens, self.kl_coef, self.base_length = (saved[k] for k in ('step', 'tokens', 'kl_coef', 'base_length'))
+      self.tokens, self.kl_coef, self.base_length = (saved[k] for k in ('tokens', 'kl_coef', 'base_length'))
       self.normalizer = shaping.Normalizer.from_json(saved['normalizer'])
-      self.evaluated, self.earlier = saved['evaluated'], saved.get('seconds', {})
-      run.log(f'{run.name}: resumed from step {self.step} of {run.steps}')
+      self.evaluated = saved['evaluated']
     else:
       keys = jax.random.split(jax.random.key(run.seed))
       self.actor_state = self.actor.init(keys[0], initial)
@@ -102,51 +97,40 @@ class Trainer:
 
   def run_to_end(self) -> TrainedRun:
     """Run all remaining steps, with their evaluations and checkpoints. Return the parameters and the summary."""
-    run, started, first = self.run, time.perf_counter(), self.step
+    run, session, clock = self.run, self.session, self.session.clock
     alarmed = False
-    with SigtermFlag() as stop:
-      self.clock.lap('start')
-      if not self.resumed:
+    with session.running():
+      if not session.resumed:
         self._evaluate()
-        self.clock.lap('evaluate')
-      while self.step < run.steps and not alarmed:
-        self.profiler.before(self.step - first)
+        clock.lap('evaluate')
+      while not session.is_complete and not alarmed:
+        session.profiler.before(session.steps_taken)
         with self._saving_if_rewards_fail():
           record, samples = self.one_step()
-        self.clock.lap('compile' if self.step == first else 'step')
-        record['goodput'] = self.clock.goodput
-        self.step += 1
-        self.profiler.after(self.step - first, record)
-        heartbeat.at(run.name, self.step)
+        clock.lap('compile' if session.steps_taken == 0 else 'step')
+        record['goodput'] = clock.goodput
+        session.advance()
+        session.profiler.after(session.steps_taken, record)
         self.history.append(record)
         self.metrics.write(record)
         for sample in samples:
           self.samples.write(sample)
         self.metrics.flush()  # steps take long, and somebody may be watching
-        self.progress.update(record)
+        session.progress.update(record)
         alarmed = self._check_alarms()
         every = run.config.evaluate_every
-        if self.step == run.steps or alarmed or (every is not None and self.step % every == 0):
+        if session.is_complete or alarmed or (every is not None and self.step % every == 0):
           self._evaluate()
-          self.clock.lap('evaluate')
-        if self.step < run.steps and self.step % run.checkpointing.every_steps == 0:
+          clock.lap('evaluate')
+        if session.is_save_due:
           self._save()
-          self.clock.lap('save')
-        if stop.is_set() and self.step < run.steps and not alarmed:
-          self._save()
-          self.checkpointer.wait()
-          raise Preempted(run.name, self.step)
-      if first < self.step or not self.resumed:
-        self._save()
-      self.checkpointer.wait()
-      summary = self._summary(time.perf_counter() - started, self.step - first)
-      if stop.is_set():  # too late to stop this run, but the next stage must not start
-        raise Preempted(run.name, self.step)
-    return TrainedRun(self.actor_state.params, summary)
+          clock.lap('save')
+        session.stop_if_preempted(self._save, finished=session.is_complete or alarmed)
+      return TrainedRun(self.actor_state.params, session.finish(self._save, self._summarize))
 
   def one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run one step and return its (metrics, samples). Only its last part, the updates, changes the state of the models."""
-    run, c, clock = self.run, self.run.config, _Clock()
+    run, c, clock = self.run, self.run.config, Clock()
     prompts, rollouts = self._generate()
     responses = metrics.response_texts(rollouts, run.tokenizer, run.stop_ids)
     clock.lap('rollout')
@@ -169,9 +153,9 @@ class Trainer:
       'prompts': sum(map(len, rollouts.prompts)),
       'tokens': int(rollouts.length_R.sum()),
       'total_tokens': self.tokens,
-      **clock.seconds,
-      'step_seconds': clock.total,
-      'tokens_per_second': float(rollouts.length_R.sum()) / clock.total,
+      **{f'seconds_{phase}': seconds for phase, seconds in clock.seconds.items()},
+      'step_seconds': clock.elapsed,
+      'tokens_per_second': float(rollouts.length_R.sum()) / clock.elapsed,
     }
     if c.kl_target is not None and c.kl_in != 'none':
       self.kl_coef = advantages.next_kl_coef(self.kl_coef, record['kl'], c.kl_target, c.kl_horizon, len(responses))
@@ -324,30 +308,20 @@ class Trainer:
     except (RewardServerError, RewardFunctionError):
       if self.step > 0:
         self._save()
-        self.checkpointer.wait()
+        self.session.checkpointer.wait()
       raise
 
   def _save(self) -> None:
-    self.metrics.flush()
-    self.samples.flush()
-    keep_logs(self.run.folder, self.run.home)
     data = {
-      'step': self.step,
       'tokens': self.tokens,
       'kl_coef': self.kl_coef,
       'base_length': self.base_length,
       'normalizer': self.normalizer.to_json(),
       'evaluated': self.evaluated,
-      'seconds': self.clock.seconds,
     }
-    self.checkpointer.save(self.step, PpoState.join(self.actor_state, self.critic_state), data, self.run.fingerprint, self.evaluated)
+    self.session.save(PpoState.join(self.actor_state, self.critic_state), data, self.evaluated)
 
-  def _summary(self, seconds: float, steps: int) -> dict[str, Any]:
-    path = self.run.folder / SUMMARY
-    if jax.process_index() != 0:  # its disk need not have the metrics
-      return {}
-    if steps == 0 and path.exists():
-      return json.loads(path.read_text())
+  def _summarize(self, timing: dict[str, Any]) -> dict[str, Any]:
     records = read_metrics(self.run.folder)
     evaluated = [record for record in records if any(name.startswith('evaluation_') for name in record)]
     evaluations = [{k.removeprefix('evaluation_'): v for k, v in record.items() if k.startswith('evaluation_')} for record in evaluated]
@@ -358,25 +332,17 @@ class Trainer:
       'steps': self.step,
       'answers': self.step * self.rollouts_per_step,
       'tokens': self.tokens,
-      'seconds': seconds,
-      'seconds_by_part': {part: round(value, 3) for part, value in self.clock.seconds.items()},
-      'goodput': self.clock.goodput,
+      **timing,
       **{name: float(np.mean([record[name] for record in last])) for name in shown if all(name in record for record in last)},
       'alarms': [message for record in records for message in record.get('alarms', [])],
     }
     if evaluations:
       summary |= {'evaluation_before': evaluations[0], 'evaluation_after': evaluations[-1]}
-    path.write_text(json.dumps(summary, indent=2) + '\n')
-    keep_logs(self.run.folder, self.run.home)
     return summary
 
   def close(self) -> None:
     """Close logs, profiler and checkpoints."""
-    self.profiler.close()
-    self.progress.close()
-    self.metrics.close()
-    self.samples.close()
-    self.checkpointer.close()
+    self.session.close()
 
 
 def _reference_rollouts(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], run: Run) -> Rollouts:
@@ -391,19 +357,3 @@ def _reference_rollouts(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]],
     tokens[r, : length[r]] = sequence[:width]
   stopped = np.array([len(w) <= width for w in whole])
   return Rollouts(ids, tokens, length, np.zeros(tokens.shape, np.float32), stopped)
-
-
-class _Clock:
-  """The seconds of each phase of a step. A phase ends when its results are on the host."""
-
-  def __init__(self) -> None:
-    self.seconds: dict[str, float] = {}
-    self._started = self._last = time.perf_counter()
-
-  def lap(self, phase: str) -> None:
-    now = time.perf_counter()
-    self.seconds[f'seconds_{phase}'], self._last = now - self._last, now
-
-  @property
-  def total(self) -> float:
-    return time.perf_counter() - self._started

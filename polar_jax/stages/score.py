@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +22,8 @@ from polar_jax.config import Config, ConfigError
 from polar_jax.data.examples import describe_skipped
 from polar_jax.data.template import Template
 from polar_jax.runtime import paths
+from polar_jax.runtime.clock import Clock
+from polar_jax.runtime.progress import Progress
 from polar_jax.scoring import files as row_files
 from polar_jax.scoring.exact import ExactScorer, RowError
 from polar_jax.stages.context import Context
@@ -134,25 +135,15 @@ def _score_windows(
   return tokens
 
 
-class _Progress:
-  """A bar in a terminal, elsewhere at most twenty lines."""
+class _Progress(Progress):
+  """A bar in a terminal, at most twenty lines elsewhere."""
 
   def __init__(self, total: int, done: int, log: Callable[[str], None]):
-    self._total, self._done, self._log, self._bar = total, done, log, None
-    self._started, self._first = time.perf_counter(), done
-    if jax.process_index() == 0 and sys.stderr.isatty():
-      from tqdm import tqdm
-
-      self._bar = tqdm(total=total, initial=done, desc='score', unit='row', dynamic_ncols=True)
+    super().__init__('score', total, done, unit='row', show_line=log)
+    self._done, self._first, self._clock = done, done, Clock()
 
   def add(self, rows: int) -> None:
     before, self._done = self._done, self._done + rows
-    if self._bar is not None:
-      self._bar.update(rows)
-    elif before * 20 // self._total < self._done * 20 // self._total:
-      rate = (self._done - self._first) / (time.perf_counter() - self._started)
-      self._log(f'score  row {self._done}/{self._total}  {rate:,.1f} rows/s')
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
+    rate = (self._done - self._first) / self._clock.elapsed
+    is_next_twentieth = before * 20 // self._total < self._done * 20 // self._total
+    self.show(self._done, {}, rate=f'{rate:,.1f} rows/s', line=is_next_twentieth)

@@ -100,7 +100,7 @@ def main() -> int:
     malloc.keep_freed_memory()
   from polar_jax.runtime.preemption import Preempted
   from polar_jax.scaling import fanout
-  from polar_jax.train.trainer import NonFiniteError
+  from polar_jax.train.session import NonFiniteError
   from polar_jax.types import UserError
 
   try:

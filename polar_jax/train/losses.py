@@ -1,4 +1,4 @@
-"""Losses and their metrics as pure functions. All return sums: the trainer divides by the count of the global batch."""
+"""Losses and their metrics as pure functions. Sums, not means: the train step divides by the count of the global batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-  """-log sigmoid(chosen - rejected), elementwise (equations 7 and 8). Stable for margins of any size."""
+  """Return -log sigmoid(chosen - rejected), elementwise (equations 7 and 8). Stable for margins of any size."""
   return jax.nn.softplus(rejected - chosen)
 
 
 def pair_sums(rewards_BPC: jax.Array, pair_mask_BP: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """(sum of the loss over real pairs, sums of its metrics). A tie counts as half correct."""
+  """Return the sum of the loss over real pairs and the sums of its metrics. A tie counts as half correct."""
   chosen_BP, rejected_BP = rewards_BPC[..., 0], rewards_BPC[..., 1]
   real_BP = pair_mask_BP > 0
 
@@ -30,7 +30,7 @@ def pair_sums(rewards_BPC: jax.Array, pair_mask_BP: jax.Array) -> tuple[jax.Arra
 
 
 def next_token_sums(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """(sum of the next-token cross entropy in nats over real targets, sums of its metrics)."""
+  """Return the sum of the next-token cross entropy in nats over real targets and the sums of its metrics."""
   picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
   loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
   correct_BT = (jnp.argmax(logits_BTV, axis=-1) == target_BT).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a training run optimises: next-token prediction, or ranking pairs by reward. The trainer is the same for both."""
+"""Training objectives: next-token prediction, and ranking of pairs by reward. One trainer serves both."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.train import losses
 
-# (model, batch) -> (sum of the loss, sums of metrics, arrays per row: 'index' says what stands there, -1 is padding)
+# (model, batch) -> (sum of the loss, sums of metrics, arrays for each row). The array 'index' has the number of the example, -1: padding.
 LossSums = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """A head of `polar_jax.model.heads` with its loss. `count` is what the loss of the global batch is divided by."""
+  """A head of `polar_jax.model.heads` with its loss.
+
+  Attributes:
+    name: stored with checkpoints.
+    head: of the model.
+    loss_sums: see `LossSums`.
+    count: batch -> number of terms that the loss is the mean of.
+  """
 
   head: str
   loss_sums: LossSums

@@ -1,7 +1,7 @@
 """AdamW with warm-up, cosine decay and global-norm clipping.
 
-The numbers of the learning rate's schedule are part of the optimizer's state, not constants of the step: runs of any length and any rate
-share what was compiled.
+The numbers of the learning-rate schedule are part of the optimizer state instead of constants of the step, so that runs of any length and
+any learning rate share one compiled step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from polar_jax.config import OptimizerConfig
 
 
 class Schedule(NamedTuple):
-  """Linear from 0 to `peak` over `warmup` updates, then a cosine down to `final * peak` at update `steps`. All are scalars.
+  """Learning rate: linear from 0 to `peak` over `warmup` updates, then a cosine down to `final * peak` at update `steps`.
 
-  `count` is the number of updates so far.
+  Attributes:
+    count: updates so far, an int32 scalar; the other attributes are float32 scalars.
   """
 
   count: Any
@@ -32,25 +33,25 @@ class Schedule(NamedTuple):
 
   @classmethod
   def of(cls, config: OptimizerConfig, steps: int) -> Schedule:
-    """The beginning of a run of `steps` updates."""
+    """Return the schedule of a run of `steps` updates, before the first one."""
     numbers = (config.learning_rate, round(config.warmup_ratio * steps), steps, config.final_lr_ratio)
     return cls(np.zeros((), np.int32), *(np.float32(number) for number in numbers))
 
   def rate(self) -> jax.Array:
-    """Of the next update."""
+    """Return the learning rate of the next update."""
     count = jnp.asarray(self.count, jnp.float32)
-    part = jnp.clip((count - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0, 1)
-    cosine = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * part))
+    decayed = jnp.clip((count - self.warmup) / jnp.maximum(self.steps - self.warmup, 1), 0, 1)
+    cosine = self.final + (1 - self.final) * 0.5 * (1 + jnp.cos(jnp.pi * decayed))
     return self.peak * jnp.where(count < self.warmup, count / jnp.maximum(self.warmup, 1), cosine)
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
-  """The rate of update 0, 1, ... of a run."""
+  """Return the function from update (0, 1, ...) to learning rate of a run of `steps` updates."""
   return lambda count: Schedule.of(config, steps)._replace(count=count).rate()
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The optimizer of a run. Weight decay leaves norm scales and the reward head alone."""
+  """Return the optimizer of a run of `steps` updates. Norm scales and the reward head have no weight decay."""
   return optax.chain(
     optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
     optax.scale_by_adam(config.b1, config.b2, config.eps),
@@ -71,7 +72,7 @@ def _scale_by_schedule(config: OptimizerConfig, steps: int) -> optax.GradientTra
 
 
 def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
-  """What a compiled step depends on: equal for runs that differ in nothing but their schedule."""
+  """Return the settings that a compiled step depends on: equal for runs that differ only in their schedule."""
   default = OptimizerConfig()
   names = ('learning_rate', 'warmup_ratio', 'final_lr_ratio')
   own = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizerConfig)}
@@ -79,7 +80,7 @@ def without_schedule(config: OptimizerConfig) -> OptimizerConfig:
 
 
 def with_schedule(opt_state: Any, config: OptimizerConfig, steps: int) -> Any:
-  """The state of `make_optimizer(without_schedule(config), ...)` at its beginning, turned into that of a run."""
+  """Return a fresh state of `make_optimizer(without_schedule(config), ...)` with the schedule of a run of `steps` updates."""
 
   def replace(part: Any) -> Any:
     if not isinstance(part, Schedule):

@@ -1,4 +1,4 @@
-"""The train step: one pure function, jitted once, for every objective, mesh and accumulation."""
+"""The train step: one pure function for every objective, mesh and number of micro-batches, jitted once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
-from polar_jax.config import ModelConfig
+from polar_jax.config import ModelConfig, OptimizerConfig
 from polar_jax.model import heads
 from polar_jax.train.objectives import Objective
+from polar_jax.train.optimizer import with_schedule
 
 
 class TrainState(NamedTuple):
-  """Everything that a step changes. `params` is a pure dict of float32 arrays."""
+  """The arrays that a step changes. `params` is a pure dict of float32 arrays."""
 
   params: dict[str, Any]
   opt_state: optax.OptState
@@ -26,18 +27,31 @@ class TrainState(NamedTuple):
 
 
 class StepFunctions(NamedTuple):
-  """A run's jitted functions and the layout of its state."""
+  """A run's jitted functions and the layout of its state.
+
+  Attributes:
+    init: (key, parameters to start from or None) -> state.
+    train: (state, batch) -> (new state, {'scalars': means over the batch, 'rows': arrays for each row}); the old state is donated.
+    evaluate: (params, batch) -> {'count', 'sums': of the loss and metrics, 'rows'}.
+    abstract: the state as ShapeDtypeStructs with shardings.
+  """
 
   init: Callable[[jax.Array, dict[str, Any] | None], TrainState]
   train: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
   evaluate: Callable[[dict[str, Any], Any], dict[str, Any]]
-  abstract: TrainState  # ShapeDtypeStructs with shardings
+  abstract: TrainState
 
 
 def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any, accumulation: int):
-  """Mean loss over the global batch, its gradients, metric sums and per-row arrays, over `accumulation` micro-batches.
+  """Return the means of the loss and metrics over the global batch, arrays for each row, and the gradients of the mean loss.
 
-  The count is that of the whole batch before any split, so the result does not depend on how pairs fall into micro-batches.
+  Args:
+    graphdef: of the model.
+    objective: its loss.
+    params: parameters.
+    batch: the global batch.
+    accumulation: number of micro-batches. Sums are divided by the count of the whole batch, so the result does not depend on how pairs
+      are distributed over micro-batches.
   """
   count = jnp.maximum(objective.count(batch), 1.0)
 
@@ -49,7 +63,7 @@ def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any
   if accumulation == 1:
     (loss, (sums, rows)), grads = value_and_grad(params, batch)
   else:
-    # Micro-batch a takes rows a, a + A, ...: rows stay on the device that holds them.
+    # Micro-batch a takes rows a, a + A, ..., so that rows stay on their device.
     split = lambda x: sharding.constrain(x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), None, 'batch', *(None,) * (x.ndim - 1))
     micros = jax.tree.map(split, batch)
 
@@ -69,20 +83,28 @@ def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any
 def build(
   objective: Objective, model_config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, accumulation: int = 1
 ) -> StepFunctions:
-  """Jits init, train and evaluate for a mesh. Parameters and optimizer state are born sharded."""
+  """Jit init, train and evaluate for a mesh. Parameters and optimizer state are created sharded.
+
+  Args:
+    objective: the head of the model and its loss.
+    model_config: the shape of the model.
+    tx: the optimizer.
+    mesh: the devices.
+    accumulation: micro-batches of a step.
+  """
   abstract_model = heads.abstract_model(model_config, objective.head)
   graphdef, _ = nnx.split(abstract_model)
 
   def init(key: jax.Array, start: dict[str, Any] | None) -> TrainState:
     params = nnx.to_pure_dict(nnx.state(heads.make_model(model_config, objective.head, nnx.Rngs(params=key)), nnx.Param))
-    params = params | (start or {})  # a language model brings its decoder, a reward model its head too
+    params = params | (start or {})  # a language model has a decoder alone, a reward model its head too
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
   def train(state: TrainState, batch: Any):
     metrics, rows, grads = _loss_and_grads(graphdef, objective, state.params, batch, accumulation)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # Counted here, where the batch of all processes is.
+    # Counted here, because no process has the whole batch.
     tokens = jnp.sum(batch.end_BT > batch.start_BT)
     metrics |= {'grad_norm': optax.tree.norm(grads), 'parameter_norm': optax.tree.norm(params), 'tokens': tokens}
     return TrainState(params, opt_state, state.step + 1), {'scalars': metrics, 'rows': rows}
@@ -96,7 +118,7 @@ def build(
   rows_sharding = sharding.batch_sharding(mesh)
   return StepFunctions(
     init=jax.jit(init, out_shardings=shardings),
-    # Without out_shardings the partitioner may move the state's layout after a step, and compile again.
+    # Without out_shardings the partitioner may change the layout of the state, and the next step compiles again.
     train=jax.jit(train, in_shardings=(shardings, rows_sharding), out_shardings=(shardings, replicated), donate_argnums=0),
     evaluate=jax.jit(evaluate, in_shardings=(shardings.params, rows_sharding), out_shardings=replicated),
     abstract=abstract,
@@ -106,10 +128,33 @@ def build(
 def state_layout(
   abstract_model: nnx.Module, init: Callable[..., TrainState], tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-  """(shapes and types, shardings) of what `init` makes: moments lie where their parameters lie."""
+  """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone. Moments are sharded like parameters.
+
+  Args:
+    abstract_model: the model, with shapes in place of arrays.
+    init: (key, parameters to start from or None) -> state.
+    tx: the optimizer.
+    mesh: the devices.
+  """
   abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
   replicated = NamedSharding(mesh, PartitionSpec())
   param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
   opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
   shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings), shardings
+
+
+def scheduled_init(init: Callable[..., TrainState], optimizer: OptimizerConfig, steps: int) -> Callable[..., TrainState]:
+  """Return an `init` whose learning rate follows the schedule of one run.
+
+  Args:
+    init: of functions that several runs share, made for `without_schedule(optimizer)`.
+    optimizer: settings of the run.
+    steps: optimizer updates of the run.
+  """
+
+  def init_run(key: jax.Array, start: dict[str, Any] | None) -> TrainState:
+    state = init(key, start)
+    return state._replace(opt_state=with_schedule(state.opt_state, optimizer, steps))
+
+  return init_run

@@ -1,15 +1,19 @@
-"""Validation batches of a training run, and the means of the loss and metrics over them."""
+"""Validation: batches of one pass over held-out examples, and the means of the loss and metrics over them."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
+from jax.sharding import Mesh
 
+from polar_jax import sharding
 from polar_jax.data import pipeline
+from polar_jax.train import step as step_lib
 from polar_jax.types import PairBatch, Triplet
 
 
@@ -20,6 +24,14 @@ class PairValidation:
   """
 
   def __init__(self, tokens: pipeline.TripletSegments, plan: pipeline.BatchPlan, row_length: int | None, max_examples: int):
+    """Read nothing yet.
+
+    Args:
+      tokens: all validation examples.
+      plan: how batches are divided.
+      row_length: token positions of a row; None: chosen from the examples.
+      max_examples: examples of a pass.
+    """
     self._plan, self._row_length = plan, row_length
     self._tokens = pipeline.TripletSegments(_Head(tokens.source, min(len(tokens), max_examples)), tokens.template)
 
@@ -37,6 +49,17 @@ def text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, max
   """Return the batches of one pass over the first `max_examples` windows, rounded up to whole batches."""
   steps = math.ceil(min(len(windows), max_examples) / plan.size)
   return pipeline.text_batches(windows, plan, steps=steps, seed=None, once=True)
+
+
+def evaluate(functions: step_lib.StepFunctions, params: Any, batches: Iterable[Any], mesh: Mesh) -> dict[str, float]:
+  """Return the means of the loss and metrics over `batches`. Sums are added in float64 on the host."""
+  count, totals = 0.0, dict[str, float]()
+  for batch in batches:
+    output = jax.device_get(functions.evaluate(params, sharding.put_local(batch, mesh)))
+    count += float(output['count'])
+    for name, value in output['sums'].items():
+      totals[name] = totals.get(name, 0.0) + float(value)
+  return {name: value / count for name, value in totals.items()}
 
 
 class _Head(Sequence[Triplet]):

@@ -46,7 +46,7 @@ from polar_jax.stages import rft as stage
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain import pretrain
 from polar_jax.stages.pretrain_lm import pretrain_lm
-from polar_jax.train.metrics import read_metrics
+from polar_jax.train.metrics import StepProgress, read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 6
@@ -289,7 +289,7 @@ def get_config():
 
 
 def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
-  made, update = context(world, 'terminated'), loop.Progress.update
+  made, update = context(world, 'terminated'), StepProgress.update
 
   def send(self, row):
     if row['step'] == 3:
@@ -297,7 +297,7 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
     update(self, row)
 
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Progress, 'update', send)
+    patch.setattr(StepProgress, 'update', send)
     with pytest.raises(Preempted, match='stopped by SIGTERM, saved at step 3'):
       stage.rft(made)
   stage.rft(made)

@@ -10,7 +10,7 @@ import pytest
 
 from polar_jax.report import markdown, plots, report, rft_plots, rft_study
 from polar_jax.report import rft as rft_report
-from polar_jax.train.metrics import Progress
+from polar_jax.train.metrics import StepProgress
 from polar_jax.types import UserError
 
 METRICS = ('reward', 'target_nll', 'relative_nll', 'length', 'distinct_2')
@@ -287,7 +287,7 @@ def test_long_texts_are_shortened_in_the_middle():
 
 
 def test_progress_shows_the_metrics_of_ppo(capsys):
-  progress = Progress('rft', total=10, initial=0, every=5)
+  progress = StepProgress('rft', total=10, initial=0, every=5)
   progress.update({'step': 5, 'reward': -0.5, 'kl': 0.0125, 'length': 47.25, 'entropy': 3.0, 'tokens_per_second': 999.6})
   progress.update({'step': 10, 'reward': 0.5, 'length': 50.0})
   lines = capsys.readouterr().out.splitlines()

@@ -1,3 +1,5 @@
+"""Logs of a run: records, TensorBoard, histograms and progress."""
+
 from __future__ import annotations
 
 import io
@@ -7,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from polar_jax.train.metrics import FILE, MetricsLog, Progress, read_metrics, reward_histogram
+from polar_jax.train.metrics import FILE, MetricsLog, StepProgress, read_metrics, reward_histogram
 from polar_jax.types import UserError
 
 
@@ -16,30 +18,30 @@ class Terminal(io.StringIO):
     return True
 
 
-def write_steps(folder, steps, resume_step=0):
-  log = MetricsLog(folder, resume_step)
+def write_steps(folder, steps, last_step=0):
+  log = MetricsLog(folder, last_step)
   for step in steps:
     log.write({'stage': 's', 'step': step, 'loss': 1 / 3 + step})
   log.close()
 
 
-def test_rows_read_back_bit_for_bit(tmp_path):
+def test_records_are_read_back_bit_for_bit(tmp_path):
   write_steps(tmp_path, [1, 2, 3])
   assert read_metrics(tmp_path) == [{'stage': 's', 'step': s, 'loss': 1 / 3 + s} for s in (1, 2, 3)]
 
 
-def test_no_file_is_no_rows(tmp_path):
+def test_a_missing_file_has_no_records(tmp_path):
   assert read_metrics(tmp_path) == []
 
 
 @pytest.mark.parametrize('cut', [1, 2, 20, 30])
-def test_line_torn_by_a_kill_is_dropped(tmp_path, cut):
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, cut):
   write_steps(tmp_path, [1, 2, 3])
   path = tmp_path / FILE
   path.write_bytes(path.read_bytes()[:-cut])
-  # Without its newline alone a line is still whole.
-  assert [row['step'] for row in read_metrics(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 2])
-  write_steps(tmp_path, [3, 4], resume_step=2)
+  # A line that lacks only its newline is complete.
+  assert [record['step'] for record in read_metrics(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 2])
+  write_steps(tmp_path, [3, 4], last_step=2)
   assert [json.loads(line)['step'] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
@@ -52,15 +54,15 @@ def test_any_other_broken_line_is_named(tmp_path, line):
     read_metrics(tmp_path)
 
 
-def test_resume_drops_what_came_after_the_restored_step(tmp_path):
+def test_a_resumed_run_drops_records_after_the_restored_step(tmp_path):
   write_steps(tmp_path, [1, 2, 3, 4, 5])
-  write_steps(tmp_path, [4], resume_step=3)
-  assert [row['step'] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
-  write_steps(tmp_path, [1], resume_step=0)
-  assert [row['step'] for row in read_metrics(tmp_path)] == [1]
+  write_steps(tmp_path, [4], last_step=3)
+  assert [record['step'] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
+  write_steps(tmp_path, [1], last_step=0)
+  assert [record['step'] for record in read_metrics(tmp_path)] == [1]
 
 
-def test_flushed_rows_survive_without_close(tmp_path):
+def test_flushed_records_survive_without_close(tmp_path):
   log = MetricsLog(tmp_path, 0)
   log.write({'step': 1})
   assert read_metrics(tmp_path) == []
@@ -80,7 +82,7 @@ def test_tensorboard_holds_numbers_and_histograms(tmp_path):
 
 
 def slow_histogram(rewards, bins):
-  """Bins are half open but for the last one, which holds the largest."""
+  """Bins are half open except the last one, which includes the largest value."""
   values = [v for pair in rewards for v in pair]
   low, high = min(values), max(values)
   counts = {0: [0] * bins, 1: [0] * bins}
@@ -97,15 +99,15 @@ def test_histogram_counts(bins):
 
 
 def test_histogram_of_equal_rewards_counts_them_all():
-  found = reward_histogram(np.zeros((4, 2), np.float32))
-  assert sum(found['chosen']) == sum(found['rejected']) == 4
-  assert found['low'] == 0 < found['high']
-  assert json.loads(json.dumps(found)) == found
+  histogram = reward_histogram(np.zeros((4, 2), np.float32))
+  assert sum(histogram['chosen']) == sum(histogram['rejected']) == 4
+  assert histogram['low'] == 0 < histogram['high']
+  assert json.loads(json.dumps(histogram)) == histogram
 
 
 def test_bar_in_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
-  progress = Progress('pretrain', total=20, initial=5, every=1)
+  progress = StepProgress('pretrain', total=20, initial=5, every=1)
   for step in (6, 7, 20):
     progress.update({'step': step, 'loss': 0.25, 'accuracy': 0.875, 'tokens_per_second': 10.0})
   progress.close()
@@ -115,7 +117,7 @@ def test_bar_in_a_terminal(monkeypatch, capsys):
 
 
 def test_plain_lines_elsewhere(capsys):
-  progress = Progress('pretrain', total=12, initial=0, every=5)
+  progress = StepProgress('pretrain', total=12, initial=0, every=5)
   for step in range(1, 13):
     progress.update({'step': step, 'loss': 0.25, 'accuracy': 0.875, 'tokens_per_second': 1234.5})
   progress.update({'step': 7, 'validation_loss': 0.5, 'validation_accuracy': 0.75})

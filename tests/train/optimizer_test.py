@@ -1,3 +1,5 @@
+"""AdamW against a NumPy oracle, and the learning-rate schedule."""
+
 from __future__ import annotations
 
 import math
@@ -85,6 +87,14 @@ def test_adamw_against_a_numpy_oracle(clip_norm, weight_decay):
     np.testing.assert_allclose(p, expected[name], atol=3e-6, err_msg=name)
 
 
+def test_eps_bounds_the_step_of_a_small_gradient():
+  config = TrainConfig(learning_rate=1.0, warmup_ratio=0.0, final_lr_ratio=1.0, eps=0.5, weight_decay=0.0, clip_norm=None)
+  tx = optimizer.make_optimizer(config, 10)
+  params = {'w': jnp.zeros(3)}
+  updates, _ = tx.update({'w': jnp.array([1.0, -0.5, 0.0])}, tx.init(params), params)
+  np.testing.assert_allclose(updates['w'], [-1 / 1.5, 0.5 / 1.0, 0.0], rtol=1e-6)
+
+
 def test_weight_decay_skips_norm_scales_and_the_reward_head():
   params = jax.tree.map(jnp.asarray, _tree(0))
   tx = optimizer.make_optimizer(TrainConfig(weight_decay=0.5, learning_rate=0.1, warmup_ratio=0.0), 10)
@@ -94,7 +104,7 @@ def test_weight_decay_skips_norm_scales_and_the_reward_head():
 
 
 def test_one_compiled_update_serves_every_schedule():
-  """The numbers of a schedule are data: set on a beginning that knows none, they give what an optimizer made for them gives."""
+  """A schedule set in the state of a shared optimizer gives the updates of an optimizer made for that schedule."""
   configs = [TrainConfig(learning_rate=rate, warmup_ratio=0.3, final_lr_ratio=0.2, b1=0.8) for rate in (0.01, 0.3)]
   assert optimizer.without_schedule(configs[0]) == optimizer.without_schedule(configs[1]) != optimizer.without_schedule(TrainConfig())
   shared = optimizer.make_optimizer(optimizer.without_schedule(configs[0]), 1)

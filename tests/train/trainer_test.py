@@ -1,6 +1,7 @@
+"""Training runs: what they log, validate and save, how they resume and stop."""
+
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -21,22 +22,24 @@ from polar_jax import api, api_training, sharding
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
 from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
-from polar_jax.runtime.preemption import Preempted, SigtermFlag
+from polar_jax.model import flops
+from polar_jax.runtime.preemption import Preempted
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages.finetune import finetune
 from polar_jax.stages.pretrain import pretrain
 from polar_jax.stages.pretrain_lm import pretrain_lm
 from polar_jax.train import trainer as loop
-from polar_jax.train.metrics import Progress, read_metrics
+from polar_jax.train.metrics import StepProgress, read_metrics
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.train.session import NonFiniteError
 
-STEPS, BATCH = 12, 8  # of the contexts that make_context makes
+STEPS, BATCH, EXAMPLES = 12, 8, 40  # of the contexts of make_context
 TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
 
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, make_context):
-  """An uninterrupted run, its log and what it printed. Not to be changed: `resumable` is a copy."""
+  """An uninterrupted run, its log and its printed lines. Read only: `resumable` is a copy."""
   workdir, log, out = tmp_path_factory.mktemp('finished'), [], io.StringIO()
   context = make_context(workdir, log)
   with contextlib.redirect_stdout(out):
@@ -51,12 +54,25 @@ def resumable(finished, tmp_path):
   return tmp_path / 'copy'
 
 
+def step_records(folder):
+  """Records of training steps, without those of validation."""
+  return [record for record in read_metrics(folder) if 'loss' in record]
+
+
+def batches_of(context):
+  """The training batches of a context, and their pack plan."""
+  tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
+  plan = pipeline.BatchPlan(BATCH)
+  pack = pipeline.plan_packing(tokens, plan, None, steps=STEPS, seed=context.config.seed)
+  return pipeline.pair_batches(tokens, plan, pack, steps=STEPS, seed=context.config.seed), pack
+
+
 def checkpoints(folder):
   return sorted(int(path.name) for path in (folder / FOLDER).iterdir())
 
 
 def parameters(folder, like):
-  """What `folder` last saved, as numpy, laid out as the model of the context `like`."""
+  """Parameters of the newest checkpoint in `folder` as numpy arrays, for the model of the context `like`."""
   model = like.model_config()
   functions = loop.step_lib.build(RANKING, model, loop.make_optimizer(like.config.pretrain, STEPS), like.mesh)
   return jax.device_get(load_params(folder, functions.abstract.params))
@@ -73,32 +89,39 @@ def forbid_training(monkeypatch):
   monkeypatch.setattr(loop.sharding, 'put_local', fail)
 
 
-def test_every_step_is_logged_once_with_every_field(finished):
-  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
-  assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+def test_every_step_is_logged_once_with_all_fields(finished):
+  records = step_records(finished.folder)
+  assert [record['step'] for record in records] == list(range(1, STEPS + 1))
   fields = {'stage', 'step', 'loss', 'accuracy', 'margin', 'grad_norm', 'learning_rate', 'epoch', 'tokens', 'step_seconds'}
-  for row in rows:
-    assert fields | {'tokens_per_second', 'mfu', 'reward_histogram', 'chosen_reward', 'rejected_reward'} <= row.keys()
-    assert row['stage'] == 'pretrain' and row['epoch'] == row['step'] * BATCH / 40
-    assert sum(row['reward_histogram']['chosen']) == sum(row['reward_histogram']['rejected']) == BATCH
-    assert row['margin'] == pytest.approx(row['chosen_reward'] - row['rejected_reward'], abs=1e-6)
-    assert row['grad_norm'] > 0 and row['tokens_per_second'] > 0 and row['mfu'] > 0
+  for record in records:
+    assert fields | {'tokens_per_second', 'mfu', 'reward_histogram', 'chosen_reward', 'rejected_reward'} <= record.keys()
+    assert record['stage'] == 'pretrain' and record['epoch'] == record['step'] * BATCH / EXAMPLES
+    assert sum(record['reward_histogram']['chosen']) == sum(record['reward_histogram']['rejected']) == BATCH
+    assert record['margin'] == pytest.approx(record['chosen_reward'] - record['rejected_reward'], abs=1e-6)
+    assert record['grad_norm'] > 0 and record['tokens_per_second'] > 0 and record['mfu'] > 0
 
 
-def test_padding_is_what_the_tokens_leave_of_the_slots(finished):
-  context = finished.context
-  tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
-  plan = pipeline.BatchPlan(BATCH)
-  pack = pipeline.plan_packing(tokens, plan, None, steps=STEPS, seed=context.config.seed)
-  batches = pipeline.pair_batches(tokens, plan, pack, steps=STEPS, seed=context.config.seed)
+def test_padding_is_all_positions_without_tokens(finished):
+  batches, pack = batches_of(finished.context)
   assert pack.max_pairs > 1
   expected = [1 - np.mean(batches[s].end_BT > batches[s].start_BT) for s in range(STEPS)]
-  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
-  assert [row['pad_fraction'] for row in rows] == pytest.approx(expected)
+  assert [record['pad_fraction'] for record in step_records(finished.folder)] == pytest.approx(expected)
   assert finished.summary['pad_fraction'] == pytest.approx(np.mean(expected))
 
 
-def test_steps_that_exceed_the_plan_are_trained_whole_and_said_once(tmp_path, finished, make_context, monkeypatch):
+def test_flops_are_three_forward_passes_and_mfu_is_over_all_devices(finished):
+  batches, _ = batches_of(finished.context)
+  model = finished.context.model_config()
+  step_flops = [3 * flops.reward_model_flops(model, batches[s]) for s in range(STEPS)]
+  records = step_records(finished.folder)
+  assert [record['flops'] for record in records] == pytest.approx(np.cumsum(step_flops), rel=1e-12)
+  assert finished.summary['flops'] == records[-1]['flops']
+  peak = flops.peak_flops(jax.devices()[0])[0] * jax.device_count()
+  assert jax.device_count() > 1
+  assert [record['mfu'] * record['step_seconds'] * peak for record in records] == pytest.approx(step_flops, rel=1e-9)
+
+
+def test_steps_that_exceed_the_plan_are_trained_whole_and_logged_once(tmp_path, finished, make_context, monkeypatch):
   plan_packing = pipeline.plan_packing
 
   def too_few(*args, **kwargs):
@@ -112,45 +135,44 @@ def test_steps_that_exceed_the_plan_are_trained_whole_and_said_once(tmp_path, fi
   assert needed[0] > 1 and log[0] == f'pretrain: step 1 needs {needed[0]} rows, planned 1: one more compilation'
   sizes = [re.search(r'step \d+ needs (\d+) rows, planned 1: one more compilation$', line)[1] for line in log]
   assert len(sizes) == len(set(sizes)) < STEPS
-  rows, expected = (
+  records, expected = (
     [{k: r[k] for k in ('loss', 'tokens', 'validation_loss') if k in r} for r in read_metrics(f)]
     for f in (tmp_path / 'pretrain', finished.folder)
   )
-  assert len(rows) == len(expected)
-  for row, other in zip(rows, expected, strict=True):
-    assert row == pytest.approx(other, rel=1e-4)
+  assert len(records) == len(expected)
+  for record, other in zip(records, expected, strict=True):
+    assert record == pytest.approx(other, rel=1e-4)
 
 
-def test_tokens_are_those_of_the_rows_that_were_read(finished):
+def test_tokens_are_those_of_the_examples_read(finished):
   context = finished.context
   tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
   order = pipeline.global_order(len(tokens), context.config.seed)
   lengths = [len(tokens[order(position)[0]].tokens) for position in range(STEPS * BATCH)]
-  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
-  assert [row['tokens'] for row in rows] == np.cumsum(lengths)[BATCH - 1 :: BATCH].tolist()
+  assert [record['tokens'] for record in step_records(finished.folder)] == np.cumsum(lengths)[BATCH - 1 :: BATCH].tolist()
   assert finished.summary['tokens'] == sum(lengths) and finished.summary['rows'] == STEPS * BATCH
 
 
 def test_learning_rate_is_that_of_the_step(finished):
-  def expected(update):  # of the update after `update` others: three warm-up steps of twelve, then a cosine to a tenth
+  def expected(update):  # three warm-up steps of twelve, then a cosine to a tenth
     if update < 3:
       return 3e-3 * update / 3
     return 3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (update - 3) / 9)) / 2)
 
-  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
-  assert [row['learning_rate'] for row in rows] == pytest.approx([expected(u) for u in range(STEPS)], rel=1e-5)
+  records = step_records(finished.folder)
+  assert [record['learning_rate'] for record in records] == pytest.approx([expected(u) for u in range(STEPS)], rel=1e-5)
 
 
-def test_learns_what_can_be_learned(finished):
-  rows = [row for row in read_metrics(finished.folder) if 'loss' in row]
-  assert rows[0]['loss'] == pytest.approx(math.log(2), abs=1e-6) and rows[0]['accuracy'] == 0.5  # the head starts at zero
-  assert rows[-1]['loss'] < 0.5 and rows[-1]['accuracy'] == 1
-  assert finished.summary['loss'] == rows[-1]['loss']  # the last twentieth of twelve steps is one
+def test_learns_an_easy_task(finished):
+  records = step_records(finished.folder)
+  assert records[0]['loss'] == pytest.approx(math.log(2), abs=1e-6) and records[0]['accuracy'] == 0.5  # the head starts at zero
+  assert records[-1]['loss'] < 0.5 and records[-1]['accuracy'] == 1
+  assert finished.summary['loss'] == records[-1]['loss']  # the last twentieth of twelve steps is one
 
 
-def test_validates_when_asked_and_at_the_end(finished):
-  rows = [row for row in read_metrics(finished.folder) if 'validation_loss' in row]
-  assert [row['step'] for row in rows] == [4, 8, 12]
+def test_validates_when_due_and_at_the_end(finished):
+  records = [record for record in read_metrics(finished.folder) if 'validation_loss' in record]
+  assert [record['step'] for record in records] == [4, 8, 12]
   context = finished.context
   model = api.load(finished.folder, mesh=context.mesh)
   scorer = Scorer(model.params, model.config, model.template, context.mesh)
@@ -159,7 +181,7 @@ def test_validates_when_asked_and_at_the_end(finished):
   assert finished.summary['validation_loss'] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
   assert finished.summary['validation_accuracy'] == (margin > 0).mean()
   assert finished.summary['validation_margin'] == pytest.approx(margin.mean(), rel=1e-5)
-  assert {k: v for k, v in rows[-1].items() if 'validation' in k} == {k: v for k, v in finished.summary.items() if 'validation' in k}
+  assert {k: v for k, v in records[-1].items() if 'validation' in k} == {k: v for k, v in finished.summary.items() if 'validation' in k}
 
 
 def test_tensorboard_and_plain_lines(finished):
@@ -181,7 +203,7 @@ def test_bar_in_a_terminal(monkeypatch, tmp_path, make_context, capsys):
   assert 'step ' not in capsys.readouterr().out
 
 
-def test_finished_run_trains_nothing_and_returns_the_same(resumable, finished, make_context, monkeypatch):
+def test_a_finished_run_trains_nothing_and_returns_the_same_summary(resumable, finished, make_context, monkeypatch):
   before, log = (resumable / 'pretrain/metrics.jsonl').read_bytes(), []
   forbid_training(monkeypatch)
   assert pretrain(make_context(resumable, log))['pretrain'] == finished.summary
@@ -190,7 +212,7 @@ def test_finished_run_trains_nothing_and_returns_the_same(resumable, finished, m
   assert checkpoints(resumable / 'pretrain') == checkpoints(finished.folder)
 
 
-def test_summary_lost_in_a_kill_is_written_again(resumable, finished, make_context, monkeypatch):
+def test_a_lost_summary_is_written_again(resumable, finished, make_context, monkeypatch):
   (resumable / 'pretrain/summary.json').unlink()
   forbid_training(monkeypatch)
   again = pretrain(make_context(resumable))['pretrain']
@@ -207,23 +229,23 @@ def test_changed_settings_are_refused_by_name(resumable, make_context, monkeypat
     pretrain(make_context(resumable, model=ModelConfig(num_layers=2, d_model=32, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)))
   with pytest.raises(ConfigError, match=r'seed was 0, is 1'):
     pretrain(make_context(resumable, seed=1))
-  forbid_training(monkeypatch)  # what only watches the run may change
+  forbid_training(monkeypatch)  # settings that do not change the results may change
   pretrain(make_context(resumable, log_every=1, checkpointing=CheckpointingConfig(every_steps=7)))
   packing = dataclasses.replace(make_context(resumable).config.data, row_length=256)
   pretrain(make_context(resumable, data=packing))
 
 
 def at_rest(make_context, *args, **changes):
-  """A context whose run takes one step with a learning rate of zero: it saves the parameters that it started from."""
+  """A context whose run takes one step at a learning rate of zero, so that it saves the parameters that it started from."""
   return make_context(*args, steps=1, warmup_ratio=1.0, evaluate_every=None, **changes)
 
 
 def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
   context = make_context(tmp_path, steps=2, evaluate_every=None)
   summary = pretrain_lm(context)['pretrain_lm']
-  rows = [row for row in read_metrics(tmp_path / 'pretrain_lm') if 'loss' in row]
-  assert [row['step'] for row in rows] == [1, 2] and 'reward_histogram' not in rows[0] and 'margin' not in rows[0]
-  assert rows[0]['loss'] == pytest.approx(math.log(context.model_config().vocab_size), rel=0.05) and summary['validation_loss'] > 0
+  records = step_records(tmp_path / 'pretrain_lm')
+  assert [record['step'] for record in records] == [1, 2] and 'reward_histogram' not in records[0] and 'margin' not in records[0]
+  assert records[0]['loss'] == pytest.approx(math.log(context.model_config().vocab_size), rel=0.05) and summary['validation_loss'] > 0
   log = []
   pretrain(at_rest(make_context, tmp_path, log, start_from='pretrain_lm'))
   assert log == [f'pretrain: starts from the parameters in {tmp_path / "pretrain_lm"}']
@@ -235,7 +257,7 @@ def test_starts_from_the_decoder_of_a_language_model(tmp_path, make_context):
 
 
 @pytest.mark.parametrize('by_path', [False, True])
-def test_starts_from_the_whole_of_a_reward_model(resumable, finished, tmp_path, make_context, by_path):
+def test_starts_from_all_parameters_of_a_reward_model(resumable, finished, tmp_path, make_context, by_path):
   workdir, start = (tmp_path / 'new', str(finished.folder)) if by_path else (resumable, 'pretrain')
   finetune(at_rest(make_context, workdir, start_from=start))
   started, trained = parameters(workdir / 'finetune', finished.context), parameters(finished.folder, finished.context)
@@ -243,7 +265,7 @@ def test_starts_from_the_whole_of_a_reward_model(resumable, finished, tmp_path, 
   assert_same_tree(started, trained)
 
 
-def test_start_that_is_not_there_or_does_not_fit(resumable, tmp_path, make_context):
+def test_a_start_that_is_missing_or_does_not_fit(resumable, tmp_path, make_context):
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*pretrain_lm') as missing:
     pretrain(make_context(tmp_path / 'new', start_from='pretrain_lm'))
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in nowhere'):
@@ -254,41 +276,41 @@ def test_start_that_is_not_there_or_does_not_fit(resumable, tmp_path, make_conte
   assert '\n' not in f'{missing.value}{wrong.value}'
 
 
-def poison(row, in_gradient=False):
-  """The ranking objective, with a reward that is no number for one row of the data, or a gradient that is none at any."""
+def poison(example, in_gradient=False):
+  """Return the ranking objective with a reward of nan for one example, or with a finite loss and an infinite gradient."""
 
   def loss_sums(model, batch):
-    loss, sums, rows = RANKING.loss_sums(model, batch)
-    hit = batch.index_BP == row
-    if in_gradient:  # the root of zero is zero; its slope is infinite
-      return loss + jnp.any(hit) * jnp.sqrt(jnp.sum(jnp.square(model.v_head[...] * 0))), sums, rows
-    bad = jnp.where(hit[..., None], jnp.nan, rows['rewards_BPC'])
-    return loss + jnp.sum(jnp.where(hit, bad[..., 0], 0.0)), sums, rows | {'rewards_BPC': bad}
+    loss, sums, outputs = RANKING.loss_sums(model, batch)
+    hit = batch.index_BP == example
+    if in_gradient:  # the square root of zero is zero, but its slope is infinite
+      return loss + jnp.any(hit) * jnp.sqrt(jnp.sum(jnp.square(model.v_head[...] * 0))), sums, outputs
+    bad = jnp.where(hit[..., None], jnp.nan, outputs['rewards_BPC'])
+    return loss + jnp.sum(jnp.where(hit, bad[..., 0], 0.0)), sums, outputs | {'rewards_BPC': bad}
 
   return dataclasses.replace(RANKING, loss_sums=loss_sums)
 
 
-def beside(row, context, multiple):
-  """The rows of the data that share a row of the batch with `row`, and itself."""
+def row_mates(example, context, multiple):
+  """The examples that share a row of the batch with `example`, and itself."""
   tokens, order = pipeline.TripletSegments(context.triplets('train'), context.template()), {'steps': STEPS, 'seed': context.config.seed}
   plan = pipeline.BatchPlan(BATCH, multiple)
   batches = pipeline.pair_batches(tokens, plan, pipeline.plan_packing(tokens, plan, None, **order), **order)
-  index_BP = batches[where_is(row, context) - 1].index_BP
-  return sorted(i for i in index_BP[(index_BP == row).any(axis=1)][0].tolist() if i >= 0)
+  index_BP = batches[step_of(example, context) - 1].index_BP
+  return sorted(i for i in index_BP[(index_BP == example).any(axis=1)][0].tolist() if i >= 0)
 
 
-def where_is(row, context):
-  """The step that reads `row` first."""
-  order = pipeline.global_order(40, context.config.seed)
-  return next(position for position in range(40) if order(position)[0] == row) // BATCH + 1
+def step_of(example, context):
+  """The first step that reads `example`."""
+  order = pipeline.global_order(EXAMPLES, context.config.seed)
+  return next(position for position in range(EXAMPLES) if order(position)[0] == example) // BATCH + 1
 
 
-def row_of_step(step, context):
-  return next(row for row in range(40) if where_is(row, context) == step)
+def examples_of(step, context):
+  return [example for example in range(EXAMPLES) if step_of(example, context) == step]
 
 
 @pytest.mark.parametrize(('accumulation', 'devices'), [(1, 1), (4, 1), (2, 8)])
-def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monkeypatch, accumulation, devices):
+def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make_context, monkeypatch, accumulation, devices):
   context = make_context(
     tmp_path,
     devices=devices,
@@ -296,31 +318,31 @@ def test_non_finite_reward_stops_with_step_and_row(tmp_path, make_context, monke
     evaluate_every=None,
     checkpointing=CheckpointingConfig(every_steps=1),
   )
-  row, plan_packing = row_of_step(4, context), pipeline.plan_packing
+  example, plan_packing = examples_of(4, context)[0], pipeline.plan_packing
 
   def roomy(*args, **kwargs):  # every row has a padding pair, which must not be named
     pack = plan_packing(*args, **kwargs)
     return pack._replace(max_pairs=pack.max_pairs + 1)
 
   monkeypatch.setattr(pipeline, 'plan_packing', roomy)
-  monkeypatch.setattr(api_training, 'RANKING', poison(row))
-  named = beside(row, context, devices * accumulation)
-  with pytest.raises(loop.NonFiniteError, match=rf'pretrain: step 4 has loss nan.*rows {re.escape(str(named))}$'):
+  monkeypatch.setattr(api_training, 'RANKING', poison(example))
+  named = row_mates(example, context, devices * accumulation)
+  with pytest.raises(NonFiniteError, match=rf'pretrain: step 4 has loss nan.*examples {re.escape(str(named))}$'):
     pretrain(context)
-  assert row in named and len(named) < BATCH
+  assert example in named and len(named) < BATCH
   assert [r['step'] for r in read_metrics(tmp_path / 'pretrain')] == [1, 2, 3]
-  assert checkpoints(tmp_path / 'pretrain') == [2, 3]  # the newest two, all of them sound
+  assert checkpoints(tmp_path / 'pretrain') == [2, 3]  # the newest two
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(parameters(tmp_path / 'pretrain', context)))
 
 
-def test_non_finite_gradient_names_the_rows_of_the_batch(tmp_path, make_context, monkeypatch):
+def test_a_non_finite_gradient_names_all_examples_of_the_batch(tmp_path, make_context, monkeypatch):
   context = make_context(tmp_path, evaluate_every=None)
-  monkeypatch.setattr(api_training, 'RANKING', poison(row_of_step(1, context), in_gradient=True))
-  rows = sorted(row for row in range(40) if where_is(row, context) == 1)
-  with pytest.raises(loop.NonFiniteError) as error:
+  examples = examples_of(1, context)
+  monkeypatch.setattr(api_training, 'RANKING', poison(examples[0], in_gradient=True))
+  with pytest.raises(NonFiniteError) as error:
     pretrain(context)
   assert 'step 1 has loss 0.69' in str(error.value) and 'gradient norm nan' in str(error.value)
-  assert str(error.value).endswith(f'no single row; the batch held rows {rows}')
+  assert str(error.value).endswith(f'non-finite outputs: none; the batch has examples {examples}')
   assert checkpoints(tmp_path / 'pretrain') == []
 
 
@@ -332,23 +354,22 @@ def test_newest_and_best_checkpoints_stay(tmp_path, make_context, monkeypatch):
   assert checkpoints(tmp_path / 'pretrain') == [8, 11, 12]
 
 
-class Interrupt:
-  """Sends this process SIGTERM when a step is shown."""
+def interrupt(monkeypatch, step):
+  """Send this process SIGTERM when a step is shown."""
 
-  def __init__(self, monkeypatch, step):
-    def update(progress, row):
-      if row['step'] == step and 'loss' in row:
-        os.kill(os.getpid(), signal.SIGTERM)
-      shown(progress, row)
+  def update(progress, record):
+    if record['step'] == step and 'loss' in record:
+      os.kill(os.getpid(), signal.SIGTERM)
+    show(progress, record)
 
-    shown = Progress.update
-    monkeypatch.setattr(Progress, 'update', update)
+  show = StepProgress.update
+  monkeypatch.setattr(StepProgress, 'update', update)
 
 
-def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finished, monkeypatch):
+def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path, make_context, finished, monkeypatch):
   handler = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
-    Interrupt(patch, step=5)
+    interrupt(patch, step=5)
     with pytest.raises(Preempted, match=r'stopped by SIGTERM, saved at step 6\. The same command resumes'):
       pretrain(make_context(tmp_path))
   assert signal.getsignal(signal.SIGTERM) == handler
@@ -357,31 +378,18 @@ def test_sigterm_saves_and_the_rerun_ends_the_same(tmp_path, make_context, finis
   summary = pretrain(make_context(tmp_path, log))['pretrain']
   assert log == ['pretrain: resumed from step 6 of 12']
   assert_same_tree(parameters(tmp_path / 'pretrain', finished.context), parameters(finished.folder, finished.context))
-  rows, expected = (
+  records, expected = (
     [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(f)] for f in (tmp_path / 'pretrain', finished.folder)
   )
-  assert rows == expected
+  assert records == expected
   assert {k: summary[k] for k in ('loss', 'tokens', 'validation_loss')} == {
     k: finished.summary[k] for k in ('loss', 'tokens', 'validation_loss')
   }
 
 
-def test_runs_in_other_threads_hear_sigterm_through_the_main_thread():
-  def other() -> tuple[bool, int]:
-    with SigtermFlag() as flag:
-      return flag.is_set(), id(flag)
-
-  with concurrent.futures.ThreadPoolExecutor(1) as thread:
-    with SigtermFlag() as flag:
-      assert thread.submit(other).result() == (False, id(flag))
-      os.kill(os.getpid(), signal.SIGTERM)
-      assert flag.wait(10) and thread.submit(other).result() == (True, id(flag))
-    assert thread.submit(other).result() != (True, id(flag))  # out of scope: a flag of its own
-
-
 def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, monkeypatch):
   with monkeypatch.context() as patch:
-    Interrupt(patch, step=2)
+    interrupt(patch, step=2)
     with pytest.raises(Preempted, match='saved at step 2'):
       pretrain(make_context(tmp_path, steps=2))
   forbid_training(monkeypatch)
@@ -390,7 +398,7 @@ def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, 
 
 def test_one_epoch_is_the_default(tmp_path, make_context):
   summary = pretrain(make_context(tmp_path, steps=None, evaluate_every=None))['pretrain']
-  assert summary['steps'] == 40 // BATCH
+  assert summary['steps'] == EXAMPLES // BATCH
 
 
 @pytest.mark.parametrize(('steps', 'num_examples', 'expected'), [(None, 40, 5), (None, 47, 5), (None, 3, 1), (7, 40, 7)])

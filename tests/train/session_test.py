@@ -1,0 +1,124 @@
+"""The session of a run: what is on disk when a checkpoint is saved, and how a run stops, ends and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polar_jax.config import CheckpointingConfig, ProfileConfig
+from polar_jax.runtime.preemption import Preempted
+from polar_jax.train.metrics import SAMPLES, read_metrics
+from polar_jax.train.session import Session
+
+
+class State(NamedTuple):
+  params: Any
+
+
+@pytest.fixture
+def settings(tmp_path):
+  """Settings of a run of four steps, whose logs and checkpoints are in different folders."""
+  return types.SimpleNamespace(
+    name='run',
+    folder=tmp_path / 'logs',
+    home=tmp_path / 'home',
+    checkpointing=CheckpointingConfig(every_steps=2),
+    profile=ProfileConfig(),
+    fingerprint={'objective': 'none'},
+    log=lambda _: None,
+    steps=4,
+  )
+
+
+def start(settings):
+  """Return a session with open logs and the state to continue with."""
+  session = Session(settings, 'loss', best_is_lower=True)
+  state, tokens = State({'w': jnp.zeros(3)}), 0
+  if session.resumed:
+    state, data = session.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+    tokens = data['tokens']
+  session.open_logs(log_every=100)
+  return session, state, tokens
+
+
+def run_until(session, state, tokens, last, kill_at=None):
+  """Take steps, each of which adds one to the parameters and ten tokens."""
+  state_now = [state, tokens]
+  save = lambda: session.save(state_now[0], {'tokens': state_now[1]}, {})
+  with session.running():
+    while not session.is_complete and session.step < last:
+      state_now = [State(jax.tree.map(lambda x: x + 1, state_now[0].params)), state_now[1] + 10]
+      session.advance()
+      session.metrics.write({'step': session.step, 'step_seconds': 1.0, 'tokens': state_now[1]})
+      if session.step == kill_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      if session.is_save_due:
+        save()
+      session.stop_if_preempted(save, finished=session.is_complete)
+    return session.finish(save, lambda timing: {'tokens': state_now[1], **timing})
+
+
+def test_records_are_on_disk_before_their_steps_are_saved(settings, monkeypatch):
+  session, state, _ = start(settings)
+  samples, on_disk = session.open_log(SAMPLES), []
+
+  def save(step, *_):
+    on_disk.append((step, *(len(read_metrics(f, file)) for f in (settings.folder, settings.home) for file in ('metrics.jsonl', SAMPLES))))
+
+  monkeypatch.setattr(session.checkpointer, 'save', save)
+  with session.running():
+    for _ in range(2):
+      session.advance()
+      session.metrics.write({'step': session.step})
+      samples.write({'step': session.step})
+      session.save(state, {}, {})
+  session.close()
+  assert on_disk == [(1, 1, 1, 1, 1), (2, 2, 2, 2, 2)]
+
+
+def test_a_stopped_session_resumes_and_ends_like_an_uninterrupted_one(settings):
+  session, *start_values = start(settings)
+  assert not session.resumed and session.step == 0
+  with pytest.raises(Preempted, match=r'run: stopped by SIGTERM, saved at step 3\.'):
+    run_until(session, *start_values, last=4, kill_at=3)
+  session.close()
+  assert not (settings.folder / 'summary.json').exists()
+
+  session, *start_values = start(settings)
+  assert session.resumed and session.step == session.first_step == 3 and start_values[1] == 30
+  np.testing.assert_array_equal(start_values[0].params['w'], 3.0)
+  summary = run_until(session, *start_values, last=4)
+  session.close()
+  assert summary['tokens'] == 40 and json.loads((settings.home / 'summary.json').read_text()) == summary
+  assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2, 3, 4]
+
+  session, *start_values = start(settings)  # a finished run keeps its summary
+  assert session.is_complete and run_until(session, *start_values, last=4) == summary
+  session.close()
+
+
+def test_sigterm_in_the_last_step_lets_the_run_end_but_not_the_next_stage_start(settings):
+  session, *start_values = start(settings)
+  with pytest.raises(Preempted, match=r'saved at step 4\.'):
+    run_until(session, *start_values, last=4, kill_at=4)
+  session.close()
+  assert json.loads((settings.folder / 'summary.json').read_text())['tokens'] == 40
+
+
+def test_checkpoints_are_due_by_steps_but_not_at_the_end(settings):
+  session, *_ = start(settings)
+  due = []
+  with session.running():
+    for _ in range(settings.steps):
+      session.advance()
+      due.append(session.is_save_due)
+  session.close()
+  assert due == [False, True, False, False]
