@@ -30,11 +30,11 @@ from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
+from polar_jax.runtime.preemption import SigtermFlag
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain_lm import language_model_run
 from polar_jax.train import trainer
-from polar_jax.train.trainer import SigtermFlag
 from polar_jax.types import Prompt, Rollouts
 
 START_CORPUS, TARGET_CORPUS = 'docstrings', 'source'

@@ -23,8 +23,7 @@ class Objective:
   """A head of `polar_jax.model.heads` with its loss.
 
   Attributes:
-    name: stored with checkpoints.
-    head: of the model.
+    head: name of the head.
     loss_sums: see `LossSums`.
     count: batch -> number of terms that the loss is the mean of.
   """

@@ -6,7 +6,6 @@ import io
 import sys
 
 import jax
-import pytest
 
 from polar_jax.runtime.progress import Progress
 
@@ -14,12 +13,6 @@ from polar_jax.runtime.progress import Progress
 class Terminal(io.StringIO):
   def isatty(self):
     return True
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-  monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
-  return terminal
 
 
 def test_lines_where_nobody_watches():
@@ -32,7 +25,8 @@ def test_lines_where_nobody_watches():
   assert lines == ['score  row 5/9  reward 0.2500  length 7.1  3.0 rows/s', 'score  row 9/9  4.0 rows/s']
 
 
-def test_a_bar_in_a_terminal(terminal):
+def test_a_bar_in_a_terminal(monkeypatch):
+  monkeypatch.setattr(sys, 'stderr', terminal := Terminal())  # not in a fixture, after which pytest replaces it again
   lines = []
   progress = Progress('score', 9, 2, unit='row', show_line=lines.append)
   progress.show(5, {'reward': 0.25}, rate='3.0 rows/s')
@@ -42,7 +36,8 @@ def test_a_bar_in_a_terminal(terminal):
   assert 'score' in bar and '9/9' in bar and 'reward=0.500' in bar and lines == []
 
 
-def test_other_processes_are_silent(monkeypatch, terminal):
+def test_other_processes_are_silent(monkeypatch):
+  monkeypatch.setattr(sys, 'stderr', terminal := Terminal())
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
   lines = []
   progress = Progress('score', 9, 2, unit='row', show_line=lines.append)

@@ -1,4 +1,4 @@
-"""A world of made-up rows that a tiny model learns in a few steps, and runs on it."""
+"""Synthetic triplets and a text that a tiny model learns in a few steps, and contexts of runs on them."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from polar_jax.config import CheckpointingConfig, Config, DataConfig, MeshConfig
 from polar_jax.model import flops
 from polar_jax.stages.context import Context
 
-ROWS = 40
+EXAMPLES = 40
 
 
 @pytest.fixture(scope='session')
 def world(tmp_path_factory) -> pathlib.Path:
-  """Triplets whose chosen answer is of a's and whose rejected answer is of b's, and a text."""
+  """A folder with triplets, whose chosen response has only the letter a and whose rejected one only b, and with a text."""
   folder, rng = tmp_path_factory.mktemp('world'), np.random.default_rng(0)
-  rows = [
+  examples = [
     {'prompt': f'p{i}', 'reference': 'a' * int(rng.integers(3, 9)), 'chosen': 'a' * 5, 'rejected': 'b' * int(rng.integers(3, 9))}
-    for i in range(ROWS)
+    for i in range(EXAMPLES)
   ]
-  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (folder / 'examples.jsonl').write_text('\n'.join(map(json.dumps, examples)))
   (folder / 'text.txt').write_text('hello world, this is a text. ' * 200)
   return folder
 
 
 @pytest.fixture(scope='session')
 def make_context(world) -> Callable[..., Context]:
-  """Context of a run of 12 steps; `changes` are to its `train` section, and to the config by their names."""
+  """Return a function that makes the context of a run of 12 steps, with changes to the options of TrainConfig or Config by name."""
 
   def make(workdir: pathlib.Path, log: list[str] | None = None, devices: int = 1, **changes: Any) -> Context:
     base = TrainConfig(steps=12, batch_size=8, start_from='scratch', learning_rate=3e-3, warmup_ratio=0.25, log_every=5, evaluate_every=4)
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     train = dataclasses.replace(base, **{k: v for k, v in changes.items() if k in known})
-    rows = str(world / 'rows.jsonl')
+    examples = str(world / 'examples.jsonl')
     config = Config(
       tokenizer=TokenizerConfig(kind='byte'),
-      data=DataConfig(triplets=rows, preferences=rows, validation=rows, text=str(world / 'text.txt')),
+      data=DataConfig(triplets=examples, preferences=examples, validation=examples, text=str(world / 'text.txt')),
       model=ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8),
       pretrain_lm=dataclasses.replace(train, sequence_length=16),
       pretrain=train,
@@ -58,10 +58,10 @@ def make_context(world) -> Callable[..., Context]:
   return make
 
 
-# For the modules of this folder alone: a process that runs several files keeps what a whole session sets.
+# For the modules of this folder alone: a session fixture would change the setting for all later files of the process.
 @pytest.fixture(scope='module', autouse=True)
 def known_peak():
-  """The CPU's peak is not measured anew for every run."""
+  """Fix the peak FLOP/s, which is measured on a CPU, for every run."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(flops, 'peak_flops', lambda device: (1e9, 'of the tests'))
     yield
@@ -69,13 +69,13 @@ def known_peak():
 
 @pytest.fixture(scope='session')
 def compiled(tmp_path_factory) -> pathlib.Path:
-  """Where compiled functions are kept."""
+  """Folder of the compilation cache."""
   return tmp_path_factory.mktemp('compiled')
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compile_once(compiled):
-  """Runs of the same shape share their compiled functions: compiling is most of the time of a short run."""
+  """Share compiled functions between runs of the same shape: compiling takes most of the time of a short run."""
   names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
   old = [getattr(jax.config, name) for name in names]
   for name, value in zip(names, (str(compiled), 0), strict=True):

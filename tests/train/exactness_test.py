@@ -1,4 +1,4 @@
-"""One row per triplet against two sequences per triplet, from the text on: same loss, same rewards, same gradients."""
+"""Packed rows against two separate sequences per triplet, starting from text: same loss, rewards and gradients."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from polar_jax.train.objectives import RANKING
 from polar_jax.types import PairBatch, Triplet
 
 CONFIG = ModelConfig(num_layers=3, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.25, v_head_init='normal')
-# Answers whose common starts end inside a word, inside a merged token, at the end of one of them, nowhere.
-ANSWERS = [
+# Pairs of responses whose common prefix ends inside a word, inside a merged token, at the end of a response, or is empty.
+RESPONSES = [
   ('a cat and a dog', 'a cat and a door'),
   ('', 'an answer'),
   ('an answer', ''),
@@ -37,18 +37,18 @@ ANSWERS = [
 
 
 def _triplets() -> list[Triplet]:
-  """Every pair of answers, in both orders, with both wrappers, after short and long prompts and references."""
+  """Return every pair of responses in both orders and with both wrappers, after short and long prompts and references."""
   contexts = itertools.cycle([('the prompt', 'a reference'), ('p', ''), ('a much longer prompt with the words', 'yes'), ('', 'ref')])
-  rows = []
-  for (chosen, rejected), wrapper in itertools.product(ANSWERS, ('sft', 'pretrain')):
+  triplets = []
+  for (chosen, rejected), wrapper in itertools.product(RESPONSES, ('sft', 'pretrain')):
     prompt, reference = next(contexts)
-    rows += [Triplet(prompt, reference, chosen, rejected, wrapper), Triplet(prompt, reference, rejected, chosen, wrapper)]
-  return rows
+    triplets += [Triplet(prompt, reference, chosen, rejected, wrapper), Triplet(prompt, reference, rejected, chosen, wrapper)]
+  return triplets
 
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-  """(model config, triplets, template). The tokenizer has merges, so ends of strings are no ends of tokens."""
+  """Model config, triplets and template. The tokenizer has merges, so the end of a string need not be the end of a token."""
   triplets = _triplets()
   words = [f'{t.prompt}\n{t.reference} {t.chosen} {t.rejected}' for t in triplets]
   path = tmp_path_factory.mktemp('bpe') / 'tokenizer.json'
@@ -59,7 +59,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def two_sequences(world):
-  """(parameters, loss, rewards, gradients) with each sequence in a causal row of its own, plain attention, one device."""
+  """Parameters, loss, rewards and gradients with each sequence in its own causal row, plain attention and one device."""
   config, triplets, template = world
   sequences = [s for triplet in triplets for s in template.encode(triplet)]
   length = max(map(len, sequences))
@@ -89,7 +89,7 @@ def two_sequences(world):
     (None, 3, 'dots_no_batch', 'chunked'),
   ],
 )
-def test_one_packed_row_for_several_triplets_equals_two_sequences_for_each(world, two_sequences, mesh, accumulation, remat, attention):
+def test_packed_rows_equal_two_sequences_per_triplet(world, two_sequences, mesh, accumulation, remat, attention):
   config, triplets, template = world
   params, loss, rewards, gradients = two_sequences
   devices = sharding.make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else sharding.make_mesh(mesh)

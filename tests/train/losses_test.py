@@ -1,3 +1,5 @@
+"""Losses and their metrics against their definitions, with and without padding."""
+
 from __future__ import annotations
 
 import math
@@ -23,7 +25,7 @@ def test_bradley_terry_is_stable(margin, loss, slope):
   np.testing.assert_allclose(gradient, slope, atol=1e-30)
 
 
-def test_pair_sums_leave_padding_out():
+def test_pair_sums_ignore_padding():
   rewards = np.array([[[1.0, -1.0]], [[0.5, 0.5]], [[np.nan, np.inf]], [[-2.0, 3.0]]], np.float32)
   mask = np.array([[1], [1], [0], [1]], np.float32)
   (loss, sums), gradient = jax.value_and_grad(losses.pair_sums, has_aux=True)(jnp.asarray(rewards), jnp.asarray(mask))
@@ -48,7 +50,7 @@ def test_several_pairs_in_a_row():
 def test_next_token_sums():
   rng = np.random.default_rng(2)
   logits, target = rng.normal(size=(2, 3, 5)) * 4, rng.integers(0, 5, (2, 3))
-  logits[0, 1] += 1e4  # a common offset changes nothing
+  logits[0, 1] += 1e4  # the loss is invariant to a common offset
   mask = np.array([[1, 1, 0], [0, 1, 0]])
   expected, correct = 0.0, 0
   for b, t in zip(*np.nonzero(mask), strict=True):

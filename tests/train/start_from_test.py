@@ -1,4 +1,4 @@
-"""Runs that start from checkpoints of other makers, and what a run keeps of its tokenizer."""
+"""Runs that start from Hugging Face checkpoints and converted ones, and the tokenizer files that a run keeps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from polar_jax.stages import convert
 from polar_jax.stages.context import Context
 from polar_jax.stages.finetune import finetune
 
-SHAPE = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)  # make_context's
+SHAPE = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=1, head_dim=8)  # that of make_context
 MODEL = dataclasses.replace(SHAPE, vocab_size=261, v_head_init='normal')
 KINDS = {'reward': RewardModel, 'lm': LanguageModel}
 
 
 @pytest.fixture(scope='module')
 def make_folder(tmp_path_factory):
-  """(A Hugging Face folder in bfloat16 with a tokenizer of bytes, its parameters in float32.)"""
+  """Return a function that makes a Hugging Face folder in bfloat16 with a byte tokenizer, and its parameters in float32."""
 
   def make(head='reward', **changes):
     model, folder = dataclasses.replace(MODEL, **changes), tmp_path_factory.mktemp(head)
@@ -54,48 +54,48 @@ def reward_folder(make_folder):
 
 
 def at_rest(make_context, workdir, start, **changes):
-  """A context whose run takes one step with a learning rate of zero: it saves the parameters that it started from."""
+  """A context whose run takes one step at a learning rate of zero, so that it saves the parameters that it started from."""
   return make_context(workdir, steps=1, warmup_ratio=1.0, evaluate_every=None, start_from=str(start), **changes)
 
 
-def started(workdir, context):
+def start_of(workdir, context):
   return jax.device_get(open_pretrained(workdir / 'finetune').params(context.mesh))
 
 
-def equal(a, b):
+def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert {x.dtype for x in jax.tree.leaves(a)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize('kind', ['hugging_face', 'converted'])
-def test_starts_from_all_of_a_reward_model(reward_folder, tmp_path, make_context, kind):
+def test_starts_from_all_parameters_of_a_reward_model(reward_folder, tmp_path, make_context, kind):
   folder, params = reward_folder
   context = make_context(tmp_path)
   if kind == 'converted':
     convert.convert(dataclasses.replace(context, config=Config(checkpoint=str(folder), output=str(tmp_path / 'ours'))))
     folder = tmp_path / 'ours'
   finetune(at_rest(make_context, tmp_path, folder))
-  equal(started(tmp_path, context), params)
+  assert_equal(start_of(tmp_path, context), params)
   mesh = make_context(tmp_path, devices=8).mesh
   sharded, abstract = start_params(folder, MODEL, 'reward', mesh), sharding.abstract_params(abstract_model(MODEL, 'reward'), mesh)
-  equal(sharded, params)
+  assert_equal(sharded, params)
   jax.tree.map(lambda x, a: x.sharding == a.sharding or pytest.fail(f'{x.sharding}, not {a.sharding}'), sharded, abstract)
 
 
 def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make_context):
-  """Of another family with the same shapes, and tied: neither reaches a reward."""
+  """The model is of another family with the same shapes, and has tied embeddings; neither affects a reward."""
   folder, params = make_folder('lm', family='llama', tie_embeddings=True, max_position=77)
   context = at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, v_head_init='normal'))
   finetune(context)
-  found = started(tmp_path, context)
-  equal(found['decoder'], params['decoder'])
-  assert 0.01 < found['v_head'].std() < 0.04  # its own, of init_std
+  start = start_of(tmp_path, context)
+  assert_equal(start['decoder'], params['decoder'])
+  assert 0.01 < start['v_head'].std() < 0.04  # a new head, of init_std
 
 
 def test_a_tied_reward_model_starts_an_untied_run(make_folder, tmp_path, make_context):
   folder, params = make_folder('reward', family='qwen2', qkv_bias=True, tie_embeddings=True)
   model = dataclasses.replace(MODEL, qkv_bias=True)
-  equal(start_params(folder, model, 'reward', make_context(tmp_path).mesh), params)
+  assert_equal(start_params(folder, model, 'reward', make_context(tmp_path).mesh), params)
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_a_tied_reward_model_starts_an_untied_run(make_folder, tmp_path, make_co
     ({'vocab_size': 300}, 'model.vocab_size is 300, the checkpoint has 261'),
   ],
 )
-def test_a_model_that_computes_something_else_is_refused_by_name(reward_folder, tmp_path, make_context, settings, message):
+def test_a_model_with_other_results_is_refused_with_the_names_of_its_options(reward_folder, tmp_path, make_context, settings, message):
   folder, _ = reward_folder
   with pytest.raises(ConfigError) as error:
     finetune(at_rest(make_context, tmp_path, folder, model=dataclasses.replace(SHAPE, **settings)))
   assert str(error.value) == f'{folder} cannot be started from: {message}'
 
 
-def test_the_length_of_dynamic_scaling_counts(make_folder, tmp_path, make_context):
+def test_dynamic_scaling_must_have_the_same_max_position(make_folder, tmp_path, make_context):
   dynamic = dataclasses.replace(MODEL, rope_scaling='dynamic', rope_factor=2.0, max_position=77)
   folder, _ = make_folder('lm', **dataclasses.asdict(dynamic))
   with pytest.raises(ConfigError, match=r'from: model.max_position is 78, the checkpoint has 77$'):
@@ -129,7 +129,7 @@ def test_a_language_model_must_be_tied_like_its_checkpoint(make_folder, tmp_path
   (folder, params), mesh = make_folder('lm', tie_embeddings=True), make_context(tmp_path).mesh
   with pytest.raises(ConfigError, match=r'from: model.tie_embeddings is False, the checkpoint has True$'):
     start_params(folder, MODEL, 'lm', mesh)
-  equal(start_params(folder, dataclasses.replace(MODEL, tie_embeddings=True), 'lm', mesh), params)
+  assert_equal(start_params(folder, dataclasses.replace(MODEL, tie_embeddings=True), 'lm', mesh), params)
 
 
 # ---- tokenizers ----
@@ -162,7 +162,7 @@ def test_a_run_keeps_the_tokenizer_of_its_checkpoint(trained):
   assert opened.tokenizer().encode('é<|reward|>', add_bos=True) == [257, 195, 169, 259]
 
 
-def test_a_run_goes_on_with_its_own_tokenizer_only(trained, tmp_path):
+def test_a_run_resumes_only_with_its_own_tokenizer(trained, tmp_path):
   context, run, folder = trained
   kept = (run / 'assets/tokenizer.json').read_bytes()
   spec = json.loads((folder / 'tokenizer.json').read_text())
@@ -174,7 +174,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_only(trained, tmp_path):
   assert (run / 'assets/tokenizer.json').read_bytes() == kept
 
 
-def test_a_checkpoint_must_be_named(tmp_path, make_context):
+def test_the_checkpoint_of_the_tokenizer_must_be_named(tmp_path, make_context):
   with pytest.raises(ConfigError, match=r"tokenizer.kind is 'checkpoint', but no checkpoint is named"):
     finetune(make_context(tmp_path, stage='finetune', tokenizer=TokenizerConfig(kind='checkpoint')))
 
@@ -185,14 +185,13 @@ def scores(folder: pathlib.Path, context: Context) -> np.ndarray:
   return Scorer(opened.params(context.mesh), opened.model, template, context.mesh).score_pairs(context.triplets('validation'))
 
 
-def test_a_trained_run_scores_the_same_wherever_it_goes(trained, tmp_path):
-  """Out to Hugging Face and back in."""
+def test_scores_survive_conversion_to_hugging_face_and_back(trained, tmp_path):
   context, run, _ = trained
-  go = lambda source, target: convert.convert(
+  convert_to = lambda source, target: convert.convert(
     dataclasses.replace(context, config=Config(checkpoint=str(source), output=str(target), convert=ConvertConfig()))
   )
-  go(run, tmp_path / 'exported')
-  go(tmp_path / 'exported', tmp_path / 'again')
+  convert_to(run, tmp_path / 'exported')
+  convert_to(tmp_path / 'exported', tmp_path / 'again')
   expected = scores(run, context)
   assert np.ptp(expected) > 1e-3
   np.testing.assert_array_equal(scores(tmp_path / 'exported', context), expected)
@@ -200,7 +199,7 @@ def test_a_trained_run_scores_the_same_wherever_it_goes(trained, tmp_path):
   assert json.loads((tmp_path / 'exported/config.json').read_text())['reward_token_id'] == 260
 
 
-def test_a_run_with_a_byte_tokenizer_scores_the_same_wherever_it_goes(tmp_path, make_context):
+def test_scores_of_a_run_with_a_byte_tokenizer_survive_conversion(tmp_path, make_context):
   context = make_context(tmp_path, steps=4, evaluate_every=None, start_from='scratch')
   finetune(context)
   run = tmp_path / 'finetune'

@@ -1,3 +1,5 @@
+"""The train step: packing, sharding and accumulation change neither loss nor gradients."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,7 +22,7 @@ from polar_jax.train.optimizer import make_optimizer
 CONFIG = ModelConfig(
   vocab_size=40, num_layers=2, d_model=16, d_ff=32, num_heads=8, num_kv_heads=2, head_dim=4, init_std=0.2, v_head_init='normal'
 )
-# A large eps: with the usual one, an entry whose gradient is rounding noise would still move by a whole learning rate.
+# A large eps: with the usual one, a parameter whose gradient is rounding noise would still move by a whole learning rate.
 TRAIN = TrainConfig(learning_rate=0.01, warmup_ratio=0.0, eps=1e-3, weight_decay=0.1)
 MESHES = {'8x1': MeshConfig(fsdp=8), '4x2': MeshConfig(fsdp=4, tensor=2), '2x2x2': MeshConfig(data=2, fsdp=2, tensor=2)}
 MESHES |= {
@@ -28,21 +30,21 @@ MESHES |= {
   'context 4': MeshConfig(fsdp=2, context=4),
   'context 2': MeshConfig(fsdp=2, tensor=2, context=2),
 }
-PADDED, REAL, LENGTH, MOST = 16, 30, 32, 4
+ROWS, REAL, LENGTH, PAIRS = 16, 30, 32, 4  # rows, triplets, tokens of a row, and pairs of a row at most
 COUNT = REAL - 4  # pairs that are not masked
 
 
 def _batch(seed=0, packed=True):
-  """30 triplets of ragged length on 16 rows, two of which are empty, or each on a row of its own; a few are masked too."""
+  """Return 30 triplets of different lengths in 16 rows, two of which are empty, or each in its own row; four are masked."""
   rng = np.random.default_rng(seed)
   triplets = []
   for _ in range(REAL):
     prefix = rng.integers(1, 39, rng.integers(2, 8)).tolist()
     triplets.append(pair_segment(*(prefix + rng.integers(1, 39, rng.integers(0, 7)).tolist() + [39] for _ in range(2))))
-  rows = first_fit([len(t.tokens) for t in triplets], LENGTH, MOST) if packed else [[i] for i in range(REAL)]
-  padded = PADDED if packed else 2 * PADDED
-  assert len(rows) <= padded - 2
-  batch = pair_batch(triplets, range(REAL), [*rows, *[[]] * (padded - len(rows))], LENGTH, MOST if packed else 1)
+  rows = first_fit([len(t.tokens) for t in triplets], LENGTH, PAIRS) if packed else [[i] for i in range(REAL)]
+  total = ROWS if packed else 2 * ROWS
+  assert len(rows) <= total - 2
+  batch = pair_batch(triplets, range(REAL), [*rows, *[[]] * (total - len(rows))], LENGTH, PAIRS if packed else 1)
   # Micro-batches of rows (a, a + A, ...) then hold different numbers of pairs for every A.
   batch.pair_mask_BP[np.isin(batch.index_BP, [3, 11, 12, 20])] = 0
   return batch
@@ -53,12 +55,12 @@ def _mesh(config: MeshConfig | None):
 
 
 def _optimizer():
-  """The run's optimizer behind a memory of the last gradients, so that a step shows them."""
+  """Return the optimizer of a run after a transformation that keeps the last gradients in its state."""
   return optax.chain(optax.trace(decay=0.0), make_optimizer(TRAIN, 10))
 
 
 def _steps(mesh_config, accumulation=1, steps=1, objective=RANKING, batches=None):
-  """(functions, state after `steps`, first metrics and gradients) of a run on a mesh."""
+  """Take steps on a mesh. Returns the functions, the last state, and the first output, gradients and parameters."""
   mesh = _mesh(mesh_config)
   with jax.set_mesh(mesh):
     functions = step_lib.build(objective, CONFIG, _optimizer(), mesh, accumulation)
@@ -99,8 +101,8 @@ def test_the_mean_is_over_real_pairs_only(single):
   np.testing.assert_allclose(scalars['chosen_reward'], rewards[:, 0].mean(), rtol=1e-4)
 
 
-def test_packing_changes_nothing(single):
-  """The same triplets, several in a row or each in its own: loss, metrics, gradients, and each triplet's rewards."""
+def test_packing_changes_no_result(single):
+  """With several triplets in a row or one: the loss, the metrics, the gradients and the rewards of each triplet."""
   out, gradients, params = single
   alone, expected_gradients, expected_params = _steps(None, batches=_batch(packed=False))[2]
   for name, value in alone['scalars'].items():
@@ -128,13 +130,13 @@ def test_sharded_equals_single_device(single, name, capfd):
   _assert_same(first, single)
   assert functions.train._cache_size() == 1
   assert int(state.step) == 3
-  # XLA says so on stderr when it has to gather a whole array to change its layout.
+  # XLA writes this to stderr when it has to gather a whole array to change its layout.
   assert 'rematerialization' not in capfd.readouterr().err
-  # Born sharded, and still so after three steps.
+  # Created sharded, and still sharded after three steps.
   jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), state, functions.abstract)
   with jax.set_mesh(_mesh(MESHES[name])):
-    born = functions.init(jax.random.key(0), None)
-  jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), born, functions.abstract)
+    initial = functions.init(jax.random.key(0), None)
+  jax.tree.map(lambda x, a: _assert_layout(x, a.sharding), initial, functions.abstract)
   fsdp, tensor = MESHES[name].fsdp, MESHES[name].tensor
   layers = state.params['decoder']['layers']
   assert layers['wq'].addressable_shards[0].data.shape == (2, 16 // fsdp, 8 // tensor, 4)
@@ -146,14 +148,13 @@ def test_sharded_equals_single_device(single, name, capfd):
 
 
 @pytest.mark.parametrize('context', [1, 4])
-def test_the_tokens_of_a_row_are_divided_over_context(context):
-  """Hidden states lie in parts."""
+def test_the_hidden_states_of_a_row_are_divided_over_the_context_axis(context):
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, context=context), jax.devices()[: 2 * context])
   model = make_model(dataclasses.replace(CONFIG, attention='reference'), 'reward', nnx.Rngs(0))
   with jax.set_mesh(mesh):
     batch = sharding.put_local(_batch(), mesh)
     hidden = jax.jit(lambda b: model.decoder(b.tokens_BT, b.positions_BT, [(b.start_BT, b.end_BT)]))(batch)
-  assert hidden.addressable_shards[0].data.shape == (PADDED // 2, LENGTH // context, 16)
+  assert hidden.addressable_shards[0].data.shape == (ROWS // 2, LENGTH // context, 16)
 
 
 def _assert_layout(x, expected):
@@ -161,14 +162,14 @@ def _assert_layout(x, expected):
 
 
 @pytest.mark.parametrize(('accumulation', 'mesh'), [(2, None), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))])
-def test_accumulation_changes_nothing(single, accumulation, mesh, capfd):
-  mask = _batch().pair_mask_BP.reshape(-1, accumulation, MOST)
+def test_accumulation_changes_no_result(single, accumulation, mesh, capfd):
+  mask = _batch().pair_mask_BP.reshape(-1, accumulation, PAIRS)
   assert len(set(mask.sum(axis=(0, 2)).tolist())) > 1  # micro-batches hold different numbers of pairs
   _assert_same(_steps(mesh, accumulation)[2], single)
   assert 'rematerialization' not in capfd.readouterr().err
 
 
-def test_a_batch_of_padding_only_is_finite():
+def test_a_batch_of_only_padding_is_finite():
   batch = _batch()
   batch.pair_mask_BP[:] = 0
   out, gradients, params = _steps(None, batches=batch)[2]
@@ -206,7 +207,7 @@ def test_training_learns_one_batch():
   assert evaluated['sums']['loss'] / COUNT < losses[-1] + 0.01
 
 
-def test_a_start_replaces_what_it_holds_and_nothing_else():
+def test_start_parameters_replace_the_initial_ones_and_no_others():
   mesh = _mesh(None)
   with jax.set_mesh(mesh):
     functions = step_lib.build(RANKING, CONFIG, _optimizer(), mesh)
@@ -218,11 +219,11 @@ def test_a_start_replaces_what_it_holds_and_nothing_else():
 
 
 def test_parameters_do_not_depend_on_the_mesh():
-  one, eight = (_born(mesh) for mesh in (None, MESHES['2x2x2']))
+  one, eight = (_initial_params(mesh) for mesh in (None, MESHES['2x2x2']))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, eight)
 
 
-def _born(mesh_config):
+def _initial_params(mesh_config):
   mesh = _mesh(mesh_config)
   with jax.set_mesh(mesh):
     return jax.device_get(step_lib.build(RANKING, CONFIG, _optimizer(), mesh).init(jax.random.key(5), None).params)

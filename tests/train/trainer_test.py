@@ -396,13 +396,13 @@ def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, 
   assert pretrain(make_context(tmp_path, steps=2))['pretrain']['steps'] == 2
 
 
-def test_one_epoch_is_the_default(tmp_path, make_context):
+def test_the_default_number_of_steps_is_one_epoch(tmp_path, make_context):
   summary = pretrain(make_context(tmp_path, steps=None, evaluate_every=None))['pretrain']
   assert summary['steps'] == EXAMPLES // BATCH
 
 
 @pytest.mark.parametrize(('steps', 'num_examples', 'expected'), [(None, 40, 5), (None, 47, 5), (None, 3, 1), (7, 40, 7)])
-def test_steps_of_an_epoch_of_whole_batches(steps, num_examples, expected):
+def test_an_epoch_has_whole_batches_but_at_least_one(steps, num_examples, expected):
   assert loop.num_steps(TrainConfig(steps=steps, batch_size=BATCH), num_examples) == expected
 
 
