@@ -26,7 +26,7 @@ class Examples(list):
 
 
 @pytest.mark.parametrize(('max_examples', 'expected'), [(7, 7), (100, 10)])
-def test_pairs_are_the_first_examples_once_and_read_when_needed(max_examples, expected):
+def test_pairs_are_the_first_examples_in_order_and_read_when_needed(max_examples, expected):
   examples = Examples(10)
   tokens = pipeline.TripletSegments(examples, Template(TemplateConfig(), ByteTokenizer()))
   validation = PairValidation(tokens, pipeline.BatchPlan(4), None, max_examples)
@@ -34,8 +34,8 @@ def test_pairs_are_the_first_examples_once_and_read_when_needed(max_examples, ex
   for _ in range(2):  # two passes
     batches = list(validation)
     assert len(batches) == -(-expected // 4)
-    indices = np.concatenate([batch.index_BP.ravel() for batch in batches])
-    assert sorted(indices[indices >= 0].tolist()) == list(range(expected))
+    indices = [sorted(batch.index_BP[batch.index_BP >= 0].tolist()) for batch in batches]
+    assert indices == [list(range(first, min(first + 4, expected))) for first in range(0, expected, 4)]
   assert examples.read == set(range(expected))
 
 
