@@ -26,7 +26,7 @@ from polar_jax.scaling.grid import Cell, Job
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain_lm import RUN as LANGUAGE_MODEL
 from polar_jax.stages.pretrain_lm import train_language_model
-from polar_jax.train.trainer import NonFiniteError
+from polar_jax.train.session import NonFiniteError
 from polar_jax.types import UserError
 
 SETTINGS, TOKENS = 'sweep/settings.json', 'sweep/tokens'
