@@ -69,7 +69,7 @@ def _suffix(seed: int) -> str:
 def cells_of(config: Config) -> list[Cell]:
   """Return all cells of the sweep, ordered by size (smallest first), then by number of tokens."""
   s = config.sweep
-  sizes = sorted(s.sizes, key=lambda size: flops.reward_model_parameters(model_of(config, size)).without_embedding)
+  sizes = sorted(s.sizes, key=lambda size: _parameters(config, model_of(config, size)).without_embedding)
   return [
     Cell(size, _tokens(config, size, tokens), rate, batch, seed)
     for size, tokens, rate, batch, seed in itertools.product(sizes, sorted(s.tokens), s.learning_rates, s.batches, s.seeds)
@@ -80,10 +80,13 @@ def _tokens(config: Config, size: str, tokens: int) -> int:
   """Return the number of training tokens of a size, rounded to three digits where it is scaled."""
   if not config.sweep.tokens_exponent:
     return tokens
-  vocabulary = config.model.vocab_size or config.synthesize.vocab_size  # the tokenizer may not exist yet
-  count = lambda model: flops.reward_model_parameters(dataclasses.replace(model, vocab_size=vocabulary)).total
-  scaled = tokens * (count(model_of(config, size)) / count(config.model)) ** config.sweep.tokens_exponent
-  return int(float(f'{scaled:.3g}'))
+  ratio = _parameters(config, model_of(config, size)).total / _parameters(config, config.model).total
+  return int(float(f'{tokens * ratio**config.sweep.tokens_exponent:.3g}'))
+
+
+def _parameters(config: Config, model: ModelConfig) -> flops.Parameters:
+  """Count the parameters of a model, with the vocabulary that the tokenizer will have: it may not exist yet."""
+  return flops.reward_model_parameters(dataclasses.replace(model, vocab_size=config.model.vocab_size or config.synthesize.vocab_size))
 
 
 def job_named(config: Config, name: str) -> Job:
@@ -147,4 +150,4 @@ def config_of(config: Config, job: Job) -> Config:
 def cost(config: Config, job: Job) -> float:
   """Return a number proportional to the training FLOPs of a cell's run: parameters without embedding times tokens."""
   assert job.cell is not None
-  return flops.reward_model_parameters(model_of(config, job.size)).without_embedding * job.cell.tokens
+  return _parameters(config, model_of(config, job.size)).without_embedding * job.cell.tokens
