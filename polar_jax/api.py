@@ -39,10 +39,10 @@ def read_examples(path: str | pathlib.Path, split: str = 'train') -> Sequence[Tr
   """Read ranked examples (`prompt`, `reference`, `chosen`, `rejected`) from a .jsonl, .jsonl.gz or .parquet file, a folder or a TFDS set.
 
   Args:
-    path: a file, which is all of its split; a folder with `<split>.jsonl` and its like; or a TFDS folder.
+    path: a file, which is read whatever the split; a folder with `<split>.jsonl` or another format; or a TFDS folder.
     split: 'train', 'validation' or 'test'.
 
   Raises:
-    UserError: there is no such data, or an example in it is bad, naming file, example and field.
+    UserError: the data does not exist, or an example is bad; the message names file, example and field.
   """
   return open_triplets(path, split)

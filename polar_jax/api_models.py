@@ -1,4 +1,4 @@
-"""Models as Python users hold them: parameters on devices with tokenizer and template, loaded from anywhere."""
+"""The models of the Python API: parameters on devices with their tokenizer and template, loaded from any supported format."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ RewardFunction = Callable[..., Sequence[float]]
 
 
 class Model:
-  """Parameters on devices with what is needed to use them: configuration, tokenizer and mesh.
+  """Parameters on devices with the configuration, tokenizer and mesh needed to use them.
 
   Attributes:
-    params: the model's parameters, a nested dict of arrays laid out on the mesh.
+    params: the model's parameters, a nested dict of arrays sharded over the mesh.
     config: shape of the model and how it is computed.
     tokenizer: of the checkpoint; None if it has none.
     mesh: devices that hold the parameters.
@@ -78,14 +78,14 @@ class Model:
     return cls(init_params(config, cls.head, mesh, seed), config, opened, mesh)
 
   def save(self, folder: str | pathlib.Path) -> None:
-    """Write a checkpoint of this project: parameters as they are, settings and tokenizer. `load` reads it back bit for bit.
+    """Write a checkpoint of this project: unchanged parameters, settings and tokenizer. `load` reads it back bit for bit.
 
     Raises:
-      UserError: the folder holds a checkpoint already.
+      UserError: the folder already holds a checkpoint.
     """
     folder = paths.path_of(folder)
     if checkpointer.exists(folder):
-      raise UserError(f'{folder}: holds a checkpoint already; name another folder')
+      raise UserError(f'{folder}: already holds a checkpoint; name another folder')
     if self.tokenizer is not None:
       run_folder.keep_tokenizer(self.tokenizer, folder)
     checkpointer.save_params(folder, self.params, run_folder.model_settings(self.head, self.config, self.template_config, self.tokenizer))
@@ -94,7 +94,7 @@ class Model:
     """Write a Hugging Face folder that transformers, vLLM and SGLang load.
 
     Args:
-      folder: created; must not exist or be empty.
+      folder: is created; must be empty if it exists.
       dtype: 'float32', 'bfloat16' or 'float16' for the tensors; None keeps the dtype of the parameters.
 
     Raises:
@@ -116,7 +116,7 @@ class Model:
     )
 
   def as_pretrained(self) -> Pretrained:
-    """The model in the form of a checkpoint on disk, to start a run from."""
+    """Return the model in the form of a checkpoint on disk, to start a run from."""
     path = self.source.path if self.source else pathlib.Path('memory')
     return Loaded(path, 'memory', self.config, self.head, arrays=self.params, text=self.tokenizer, reward_template=self.template_config)
 
@@ -135,7 +135,7 @@ class RewardModel(Model):
   def template(self) -> Template:
     """Turns prompt, reference and candidate into token ids."""
     if self.tokenizer is None:
-      raise UserError('the reward model has no tokenizer: give one to load(..., tokenizer=...)')
+      raise UserError('the reward model has no tokenizer; pass one to load(..., tokenizer=...)')
     return Template(self.template_config, self.tokenizer)
 
   @functools.cached_property
@@ -145,7 +145,7 @@ class RewardModel(Model):
 
   @functools.cached_property
   def exact_scorer(self) -> ExactScorer:
-    """Scores each candidate alone, so that no bit of a reward depends on what else is scored."""
+    """Scores each candidate alone, so that no bit of a reward depends on the other candidates."""
     return ExactScorer(self.params, self.config, self.template, self.mesh)
 
   def score(self, prompt: Text, reference: Text, candidates: Sequence[Text], *, wrapper: str = 'sft') -> np.ndarray:
@@ -153,9 +153,9 @@ class RewardModel(Model):
 
     Args:
       prompt: a string or a list of messages.
-      reference: what the policy to be recognized answered, in the same forms.
+      reference: a response of the policy to be recognized, in the same forms.
       candidates: any number of texts.
-      wrapper: 'sft' puts a newline between prompt and response; 'pretrain' nothing.
+      wrapper: 'sft' puts a newline between prompt and response; 'pretrain' puts nothing.
 
     Returns:
       float32 `(n,)`, higher for candidates closer to the reference's policy. Apart from rounding no reward depends on the others.
@@ -173,13 +173,13 @@ class RewardModel(Model):
     Args:
       examples: dicts with `prompt`, `reference` and `output`, and optionally `wrapper`. Candidates with equal prompt and reference
         share their computation.
-      exact: compute each reward alone, so that its bits depend on nothing else; these are the rewards of the `score` stage. Slower.
+      exact: compute each reward alone, so that its bits depend on nothing else, as the `score` stage does. Slower.
 
     Returns:
       float32 `(n,)` in the order of the examples.
 
     Raises:
-      UserError: an example cannot be scored, naming it.
+      UserError: an example cannot be scored; the message names it.
     """
     groups = [self._group(i, example) for i, example in enumerate(examples)]
     if exact:
@@ -194,18 +194,22 @@ class RewardModel(Model):
     return rewards
 
   def _group(self, index: int, example: Mapping[str, Any]) -> Group:
-    wanted = ('prompt', 'reference', 'output') if self.template_config.use_reference else ('prompt', 'output')
-    missing = [name for name in wanted if name not in example]
+    """Return an example as a group of one candidate."""
+    fields = ('prompt', 'reference', 'output') if self.template_config.use_reference else ('prompt', 'output')
+    missing = [name for name in fields if name not in example]
     if missing:
-      raise UserError(f'example {index} has no {missing[0]!r}; an example is a dict with {", ".join(wanted)}')
+      raise UserError(f'example {index} has no {missing[0]!r}; an example is a dict with {", ".join(fields)}')
     return Group(example['prompt'], example.get('reference', ''), [example['output']], example.get('wrapper') or 'sft')
 
   def score_pairs(self, examples: Sequence[Example]) -> np.ndarray:
-    """Rewards of both candidates of ranked examples (`prompt`, `reference`, `chosen`, `rejected`): float32 `(n, 2)`."""
+    """Return the rewards of both candidates of ranked examples (`prompt`, `reference`, `chosen`, `rejected`), float32 `(n, 2)`."""
     return self.scorer.score_pairs(as_triplets(examples))
 
   def policy_scorer(self, args: RftConfig, prompts: Sequence[Prompt]) -> Scorer:
-    """A scorer of fixed shape for PPO: rows that hold the longest prompt and reference with a response of `args.rollout.max_new` tokens."""
+    """Return a scorer of fixed shape for PPO.
+
+    Its rows hold the longest prompt and reference with a response of `args.rollout.max_new` tokens.
+    """
     from polar_jax.ppo.rewards.sources import scored_row_length
 
     config = args.reward
@@ -213,9 +217,9 @@ class RewardModel(Model):
     return Scorer(self.params, self.config, self.template, self.mesh, row_length=length, rows=config.rows_per_batch, grow=True)
 
   def accuracy(self, examples: Sequence[Example]) -> Interval:
-    """Share of ranked examples whose chosen candidate scores higher, ties counting half, with a 95% bootstrap interval.
+    """Return the share of ranked examples whose chosen candidate scores higher, with a 95% bootstrap interval. Ties count half.
 
-    The interval resamples clusters of examples that are not independent: those of one policy where `metadata` names it, else of one prompt.
+    The interval resamples clusters of dependent examples: those of one policy if `metadata` names it, else those of one prompt.
 
     Args:
       examples: dicts with `prompt`, `reference`, `chosen` and `rejected`, or Triplets.
@@ -226,7 +230,7 @@ class RewardModel(Model):
     return statistics.accuracy_interval(correct, cluster(triplets))
 
   def as_reward_func(self, reference: str = 'reference', *, wrapper: str = 'sft') -> RewardFunction:
-    """Return a reward function in TRL's signature, for `reward_funcs=` of its trainers and of others that take such functions.
+    """Return a reward function in TRL's signature, for `reward_funcs=` of its trainers and of compatible ones.
 
     Args:
       reference: name of the data set's column with the reference responses.
@@ -239,17 +243,17 @@ class RewardModel(Model):
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
       if reference not in columns:
         raise UserError(
-          f'the data set has no column {reference!r} with the reference responses; it has: {", ".join(sorted(columns)) or "none"}'
+          f'the data set has no column {reference!r} with the reference responses; its columns are: {", ".join(sorted(columns)) or "none"}'
         )
-      rows = zip(prompts, columns[reference], completions, strict=True)
-      return self.score_batch([{'prompt': p, 'reference': r, 'output': c, 'wrapper': wrapper} for p, r, c in rows]).tolist()
+      examples = zip(prompts, columns[reference], completions, strict=True)
+      return self.score_batch([{'prompt': p, 'reference': r, 'output': c, 'wrapper': wrapper} for p, r, c in examples]).tolist()
 
     reward.__name__ = 'polar_reward'  # TRL names its metrics after the function
     return reward
 
 
 class LanguageModel(Model):
-  """A causal language model: a policy, or what a reward model starts from."""
+  """A causal language model: a policy, or the starting point of a reward model."""
 
   head = 'lm'
 
@@ -271,7 +275,7 @@ class LanguageModel(Model):
   @property
   def _tokenizer(self) -> Tokenizer:
     if self.tokenizer is None:
-      raise UserError('the language model has no tokenizer: give one to load(..., tokenizer=...)')
+      raise UserError('the language model has no tokenizer; pass one to load(..., tokenizer=...)')
     return self.tokenizer
 
   def generate(
@@ -280,7 +284,7 @@ class LanguageModel(Model):
     """Sample one response to each prompt.
 
     Args:
-      prompts: strings, which are continued as they are, or lists of messages, which go through the model's chat template.
+      prompts: strings, which are continued unchanged, or lists of messages, which the model's chat template renders.
       max_new: most tokens of a response.
       temperature: 0 takes the most likely token.
       top_p: sample from the smallest set of tokens with this much probability.
@@ -311,7 +315,7 @@ class LanguageModel(Model):
       For each response float32 `(its number of tokens,)`, in nats; their sum is the response's log-likelihood.
 
     Raises:
-      UserError: a response has no token, or there is not one for each prompt.
+      UserError: a response has no token, or the numbers of prompts and responses differ.
     """
     from polar_jax.ppo import policy
 
@@ -321,7 +325,7 @@ class LanguageModel(Model):
 
 
 class ValueModel(Model):
-  """A value model of PPO: the reward that a policy may still expect, at every token."""
+  """A value model of PPO: predicts the expected future reward at every token."""
 
   head = 'value'
 
@@ -330,8 +334,9 @@ _MODELS: dict[str, type[Model]] = {cls.head: cls for cls in (RewardModel, Langua
 
 
 def _check_texts(texts: Any, name: str) -> None:
+  """Reject a single string, which is itself a sequence of strings."""
   if isinstance(texts, (str, bytes)):
-    raise UserError(f'{name} must be a sequence of texts, not one string: write [text]')
+    raise UserError(f'{name} must be a sequence of texts, not a single string; pass [text]')
 
 
 def load(
@@ -348,11 +353,11 @@ def load(
 
   Args:
     path: folder or file.
-    head: 'reward', 'lm' or 'value'; None takes the checkpoint's own. A language model opened as a reward or value model gets a new
-      head, whose scores mean nothing before training; reward and value models convert into each other.
-    dtype: 'float32' or 'bfloat16', for parameters and computation; None keeps parameters as stored and computes in float32.
-    mesh: devices to lay the parameters out on; None: all devices, parameters sharded over them.
-    compute: precision, attention backend and rematerialization; overrides what `dtype` says of computation.
+    head: 'reward', 'lm' or 'value'; None: the checkpoint's own. A language model opened as a reward or value model gets a new
+      head, whose scores are meaningless before training; reward and value models convert into each other.
+    dtype: 'float32' or 'bfloat16', for parameters and computation; None: parameters as stored, computation in float32.
+    mesh: devices of the parameters; None: all devices, with parameters sharded over them.
+    compute: precision, attention backend and rematerialization; overrides the compute dtype given by `dtype`.
     template: settings of the reward template that override the checkpoint's; None: the checkpoint's.
     tokenizer: a tokenizer, or the path of one; None: the checkpoint's.
 
@@ -360,7 +365,7 @@ def load(
     A RewardModel, LanguageModel or ValueModel.
 
   Raises:
-    UserError: there is no such checkpoint, or it cannot be used, with the reason.
+    UserError: the checkpoint does not exist or cannot be used; the message has the reason.
   """
   if dtype not in (None, 'float32', 'bfloat16'):
     raise UserError(f"dtype is {dtype!r}; it must be 'float32' or 'bfloat16'")
@@ -381,7 +386,7 @@ def load(
 
 
 def default_mesh() -> Mesh:
-  """All devices, with parameters sharded over them."""
+  """Return a mesh of all devices, with parameters sharded over them."""
   return sharding.make_mesh(MeshConfig())
 
 

@@ -1,4 +1,4 @@
-"""Training as Python users call it: a reward model from ranked examples, a policy from prompts and a reward."""
+"""The training functions of the Python API: a reward model from ranked examples, a policy from prompts and a reward."""
 
 from __future__ import annotations
 
@@ -74,38 +74,38 @@ def train_reward_model(
   Args:
     train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), Triplets, or the path of such
       a data set.
-    validation: held-out examples in the same forms, measured at the end and every `args.evaluate_every` steps.
-    init: the model to start from: a path as `load` takes it, a loaded model, or 'scratch'. A language model brings its decoder.
+    validation: held-out examples in the same forms, evaluated at the end and every `args.evaluate_every` steps.
+    init: the model to start from: a path as for `load`, a loaded model, or 'scratch'. A language model gives its decoder.
     output_dir: folder of this run's checkpoints, metrics and summary.
-    args: steps, batch size, learning rate and so on (`args.start_from` is not read: `init` takes its place).
-    model: shape of the model when it starts from scratch, else how to compute it; None: that of `init`.
+    args: steps, batch size, learning rate and so on (`args.start_from` is ignored in favor of `init`).
+    model: shape of a model trained from scratch, else how to compute it; None: that of `init`.
     tokenizer: a tokenizer, its path, or 'byte'; None: that of `init`.
     mesh: devices; None: all, parameters sharded over them.
     template: settings of the reward template; None: those of `init`.
     data: packing and reading: `row_length`, `read_threads`, `prefetch`, `on_bad_example`.
-    checkpointing: how often to save, and what to keep.
+    checkpointing: how often to save, and which checkpoints to keep.
     profile: steps to capture with JAX's profiler.
-    checkpoint_dir: folder of the checkpoints if not `output_dir`; may be in a bucket.
+    checkpoint_dir: folder of the checkpoints; may be in a bucket. None: `output_dir`.
     name: of the run in logs; None: the last part of `output_dir`.
     seed: of initialization and order of examples.
-    log: takes lines of progress.
+    log: receives lines of progress.
 
   Returns:
     The trained model with its summary and metrics.
 
   Raises:
     UserError: an argument, a file or an example cannot be used.
-    NonFiniteError: the loss is not finite, naming the step and the examples.
+    NonFiniteError: the loss is not finite; the message names the step and the examples.
     Preempted: after SIGTERM, once the state is saved.
   """
   started = time.perf_counter()
   mesh = default_mesh() if mesh is None else mesh
   folder = pathlib.Path(output_dir)
   home = checkpoint_dir or folder
-  start = functools.cache(lambda: _opened(init))  # a resumed run that is told everything else never opens it
+  start = functools.cache(lambda: _opened(init))  # never called by a resumed run whose other arguments are given
   tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
   if tokenizer is None:
-    raise UserError('there is no tokenizer: give one, or an `init` that has one')
+    raise UserError('there is no tokenizer; pass `tokenizer`, or an `init` that has one')
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
 
@@ -166,23 +166,23 @@ def train_policy(
   A run that was stopped continues from its newest checkpoint when it is called again with the same arguments.
 
   Args:
-    policy: the language model to start from: a path as `load` takes it, or a loaded model.
+    policy: the language model to start from: a path as for `load`, or a loaded model.
     prompts: dicts with `prompt` and `reference` (and optionally `answer`, `category`), Prompts, or the path of such a data set. A
       reward that is a Python function does not need references.
     reward: a RewardModel; a function in TRL's signature, `f(prompts, completions, **columns) -> list of float`; or a list of
-      (weight, either), whose weighted sum is the reward.
+      (weight, reward model or function), whose weighted sum is the reward.
     output_dir: folder of this run's checkpoints, metrics and summary.
     args: steps, prompts per step, learning rates, rollouts, shaping of the reward and so on (`args.policy`, `args.reward.source` and
-      `args.reward.checkpoint` are not read: `policy` and `reward` take their place).
-    held_out: prompts in the same forms, on which the policy is measured before and after, and every `args.evaluate_every` steps.
+      `args.reward.checkpoint` are ignored in favor of `policy` and `reward`).
+    held_out: prompts in the same forms, on which the policy is evaluated before and after, and every `args.evaluate_every` steps.
     mesh: devices; None: all, parameters sharded over them.
     model: how to compute the policy (precision, attention backend, rematerialization); None: in float32.
-    checkpointing: how often to save, and what to keep.
+    checkpointing: how often to save, and which checkpoints to keep.
     profile: steps to capture with JAX's profiler.
-    checkpoint_dir: folder of the checkpoints if not `output_dir`; may be in a bucket.
+    checkpoint_dir: folder of the checkpoints; may be in a bucket. None: `output_dir`.
     name: of the run in logs; None: the last part of `output_dir`.
     seed: of initialization, sampling and order of prompts.
-    log: takes lines of progress.
+    log: receives lines of progress.
 
   Returns:
     The tuned LanguageModel with the run's summary and metrics.
@@ -236,7 +236,7 @@ def train_policy(
 
 
 def _opened(init: Any) -> Any:
-  """A checkpoint on disk or a model in memory as a `Pretrained`; None for 'scratch'."""
+  """Return a checkpoint on disk or a model in memory as a `Pretrained`; None for 'scratch'."""
   if isinstance(init, str) and init == SCRATCH:
     return None
   if isinstance(init, Model):
@@ -245,7 +245,7 @@ def _opened(init: Any) -> Any:
 
 
 def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:
-  """The model to train. A `model` that only says how to compute takes its shape from the checkpoint."""
+  """Return the model to train. If `model` sets only how to compute, its shape is that of the checkpoint."""
   if model is None or (pretrained.with_compute_of(model, ModelConfig()) == ModelConfig() and start() is not None):
     opened, model = start(), model or ModelConfig()
     model = opened.compute_like(model) if opened else model
@@ -255,6 +255,7 @@ def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | No
 def _start_params(
   start: Callable[[], Pretrained | None], config: ModelConfig, mesh: Mesh, name: str, log: Callable[[str], None]
 ) -> dict[str, Any]:
+  """Return the parameters to start from, on the mesh."""
   opened = start()
   assert opened is not None
   log(f'{name}: starts from the parameters in {opened.path}')
@@ -262,31 +263,33 @@ def _start_params(
 
 
 def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.TripletSegments:
-  """Examples in any of the accepted forms as laid-out triplets, which are made when they are read."""
+  """Return examples in any of the accepted forms as triplet segments, which are tokenized when they are read."""
   if isinstance(examples, pipeline.TripletSegments):
     return examples
   return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
 
 
 def _reward_parts(reward: Any) -> list[tuple[float, Any]]:
-  """A reward in any of the accepted forms as (weight, RewardModel or function)."""
+  """Return a reward in any of the accepted forms as a list of (weight, RewardModel or function)."""
   parts = [(1.0, reward)] if isinstance(reward, RewardModel) or callable(reward) else list(reward)
   for part in parts:
     weighted = isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], (int, float))
     if not weighted or not (isinstance(part[1], RewardModel) or callable(part[1])):
-      raise UserError(f'reward must be a RewardModel, a function, or a list of (weight, either), not {part!r}')
+      raise UserError(f'reward must be a RewardModel, a function, or a list of (weight, RewardModel or function), not {part!r}')
   if not parts:
-    raise UserError('reward is an empty list: give at least one (weight, reward)')
+    raise UserError('reward is an empty list; pass at least one (weight, reward)')
   return parts
 
 
 def _needs_reference(reward: Any) -> bool:
+  """Return whether a reward reads the references of the prompts."""
   from polar_jax.ppo.rewards.sources import RewardSum
 
   return isinstance(reward, RewardSum) or any(isinstance(part, RewardModel) for _, part in _reward_parts(reward))
 
 
 def _reward_sum(reward: Any, args: RftConfig, prompts: Sequence[Prompt]) -> Any:
+  """Return a reward in any of the accepted forms as a `RewardSum`."""
   from polar_jax.ppo.rewards.python import PythonReward
   from polar_jax.ppo.rewards.sources import ModelReward, RewardSum
 
@@ -305,7 +308,7 @@ def _reward_sum(reward: Any, args: RftConfig, prompts: Sequence[Prompt]) -> Any:
 
 
 def _reward_settings(reward: Any) -> dict[str, Any]:
-  """What identifies a reward given in Python, so that a run is not resumed with another one."""
+  """Return the settings that identify a reward given in Python, so that a run is not resumed with another one."""
   from polar_jax.ppo.rewards.sources import RewardSum
 
   if isinstance(reward, RewardSum):  # built from a config, whose settings are in the fingerprint already

@@ -40,7 +40,7 @@ _STAGES = {
   'convert': 'polar_jax.stages.convert:convert',
   'plan': 'polar_jax.stages.plan:run',
 }
-# What the miniature does in their place, where everything is known: see `_in_miniature`.
+# Stages that the miniature replaces, because it knows the distribution of every policy; see `_in_miniature`.
 _MINIATURE = {
   'synthesize': 'polar_jax.miniature.world:run',
   'evaluate': 'polar_jax.miniature.evaluation:evaluate',
@@ -51,10 +51,19 @@ _EXPLAINED = (UserError, NonFiniteError)
 
 
 def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | None = None) -> int:
-  """Runs the stages of `config.stage` in `workdir` and returns the exit status: 0 done or saved after SIGTERM, 1 stopped by an error."""
+  """Run the stages of `config.stage` in `workdir`.
+
+  Args:
+    config: of the stages.
+    workdir: folder of results, logs and checkpoints.
+    cluster: how the processes of a distributed run found each other; None for a single process.
+
+  Returns:
+    The exit status: 0 if done or saved after SIGTERM, 1 if stopped by an error.
+  """
   started = time.perf_counter()
   try:
-    # A plan's mesh is of chips that are not here.
+    # The mesh of a plan consists of chips that this machine does not have.
     mesh = sharding.make_mesh(MeshConfig() if config.stage == 'plan' else config.mesh)
     _announce(config, workdir, mesh, cluster)
     distributed.agree('at the start', _start_facts(config))
@@ -75,7 +84,7 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
   except _EXPLAINED as error:
     print(f'polar_jax: {error}', file=sys.stderr, flush=True)
     if jax.process_count() > 1:
-      os._exit(1)  # the orderly end waits for the others, and they for this one
+      os._exit(1)  # an orderly exit would wait for the other processes, which wait for this one
     return 1
   except Exception as error:
     if jax.process_count() == 1:
@@ -84,7 +93,7 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
 
 
 def keep_compiled(folder: str) -> None:
-  """Compiled programs are kept in `folder`, if they took half a second and more; before JAX compiles anything."""
+  """Cache programs that take at least half a second to compile in `folder`. Call it before JAX compiles anything."""
   jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(folder).expanduser().absolute()) if '://' not in folder else folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
@@ -106,7 +115,7 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cl
 
 
 def _start_facts(config: Config) -> dict[str, Any]:
-  """What must be the same on every host: the code, what it runs on, and every setting but which process this is."""
+  """Return what must be equal on every host: code, versions, number of devices, and every setting except the process index."""
   code, package = hashlib.sha256(), pathlib.Path(__file__).parent
   for path in sorted(package.rglob('*.py')):
     code.update(path.read_bytes())
@@ -122,7 +131,7 @@ def _write_config(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _timed(context: Context, name: str, stage: Callable[[Context], dict[str, Any] | None]) -> None:
-  """Runs a stage and keeps its results and its time. A stage that was complete already keeps the time it took then."""
+  """Run a stage and store its results and its time. A stage that was complete already keeps its original time."""
   _say(f'== {name}')
   started = time.perf_counter()
   results = stage(context)
@@ -141,18 +150,18 @@ def _finish(workdir: pathlib.Path, seconds: float) -> None:
     return
   report.update_results(workdir, 'environment', report.environment())
   report.write_report(workdir, report.load_results(workdir))
-  _say(f'report: {workdir / "report.md"} ({seconds:.0f} s in all)')
+  _say(f'report: {workdir / "report.md"} ({seconds:.0f} s in total)')
 
 
 def _stage(config: Config, workdir: pathlib.Path, name: str) -> Callable[[Context], dict[str, Any] | None]:
-  """The function of a stage."""
+  """Return the function of a stage."""
   target = _MINIATURE[name] if name in _MINIATURE and _in_miniature(config, workdir, name) else _STAGES[name]
   module, function = target.split(':')
   return getattr(importlib.import_module(module), function)
 
 
 def _in_miniature(config: Config, workdir: pathlib.Path, name: str) -> bool:
-  """Whether a stage works on the data of the miniature, whose policies are known."""
+  """Return whether a stage reads the data of the miniature, whose policies are known exactly."""
   data = config.data
   given = {'evaluate': data.triplets or data.preferences or data.validation, 'rft': data.prompts}.get(name)
   if config.synthesize.world != 'ngram' or given:

@@ -160,7 +160,7 @@ def test_saved_model_reads_back_bit_for_bit(trained, tmp_path, mesh):
   for model in (again, run):
     assert isinstance(model, polar_jax.RewardModel)
     np.testing.assert_array_equal(model.score_batch(batch, exact=True), expected)
-  with pytest.raises(polar_jax.UserError, match='holds a checkpoint already'):
+  with pytest.raises(polar_jax.UserError, match='already holds a checkpoint'):
     again.save(tmp_path / 'saved')
 
 

@@ -1,4 +1,4 @@
-"""A model in memory in the form of a checkpoint on disk, so that a run starts from either in the same way."""
+"""A model in memory with the interface of a checkpoint on disk, so that a run can start from either."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loaded(Pretrained):
   reward_template: TemplateConfig = dataclasses.field(default_factory=TemplateConfig)
 
   def params(self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: Any = None) -> dict[str, Any]:
-    """Return the parameters laid out on `mesh`; only the decoder if `head` is another one than the model's."""
+    """Return the parameters, sharded over `mesh`; only the decoder if `head` differs from the model's."""
     abstract = sharding.abstract_params(abstract_model(self.model, self.head), mesh, dtype)
     names = abstract if head in (None, self.head) else ('decoder',)
     place = lambda x, a: jax.device_put(x if dtype is None else x.astype(a.dtype), a.sharding)
@@ -47,6 +47,7 @@ class Loaded(Pretrained):
 
   @property
   def has_tokenizer(self) -> bool:
+    """Whether the model has a tokenizer."""
     return self.text is not None
 
   def tokenizer(self) -> Tokenizer:
@@ -56,11 +57,11 @@ class Loaded(Pretrained):
       UserError: it has none.
     """
     if self.text is None:
-      raise UserError('the model has no tokenizer: give one to `load` or to the training function')
+      raise UserError('the model has no tokenizer; pass one to `load` or to the training function')
     return self.text
 
   def template(self, given: TemplateConfig) -> TemplateConfig:
-    """Return the model's template, with every field that `given` sets to something other than its default."""
+    """Return the model's template, overridden by the fields of `given` that differ from their defaults."""
     default = TemplateConfig()
     chosen = {f.name: v for f in dataclasses.fields(default) if (v := getattr(given, f.name)) != getattr(default, f.name)}
     return dataclasses.replace(self.reward_template, **chosen)

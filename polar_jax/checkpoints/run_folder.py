@@ -39,7 +39,7 @@ def training_settings(
   """Return the settings that must not change while a training run is resumed, because they determine its results.
 
   Args:
-    objective: name of the objective; tells a reader of the checkpoint which head it has.
+    objective: name of the objective, which determines the head of the checkpoint.
     train: batch size, learning rate, steps and so on.
     model: shape of the model.
     template: how examples become token sequences.
@@ -80,12 +80,13 @@ def model_settings(head: str, model: ModelConfig, template: TemplateConfig, toke
 
 
 def _common(objective: str, model: ModelConfig, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
-  """Settings that every checkpoint is opened by."""
+  """Return the settings that are needed to open any checkpoint."""
   shape = {k: v for k, v in _dotted('model', model).items() if k.partition('.')[2] not in _MODEL_COMPUTE}
   return {'objective': objective, 'seed': seed, 'tokenizer': tokenizer_digest(tokenizer), **shape}
 
 
 def _dotted(prefix: str, section: Any) -> dict[str, Any]:
+  """Return the fields of a config section by dotted name."""
   return traverse_util.flatten_dict({prefix: dataclasses.asdict(section)}, sep='.')
 
 
@@ -95,7 +96,7 @@ def examples_digest(examples: Sequence[Triplet]) -> str:
 
 
 def texts_digest(examples: Sequence[Any], read: Callable[[Any], tuple]) -> str:
-  """Return the number of examples and a digest of a few of them, enough to notice that a resumed run reads another file."""
+  """Return the number of examples and a digest of a few of them, enough to notice that a resumed run reads other data."""
   size = len(examples)
   texts = [read(examples[i]) for i in sorted({0, size // 3, size // 2, size - 1})]
   return f'{size}:{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}'
@@ -108,9 +109,9 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-  """Copy the tokenizer's files into a run's folder, so that the folder is all that scoring and exporting need.
+  """Copy the tokenizer's files into a run's folder, so that scoring and exporting need nothing else.
 
-  A run that has a checkpoint keeps its own tokenizer: resuming it with another one is refused later.
+  A run with a checkpoint keeps its own tokenizer; resuming it with a different one is rejected later.
   """
   path = getattr(tokenizer, 'path', None)
   if path is None or jax.process_index() != 0 or checkpointer.exists(folder):

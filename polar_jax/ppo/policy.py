@@ -1,4 +1,4 @@
-"""A policy at work: prompts to token ids, sampled responses, log-probabilities of given ones."""
+"""Inference with a policy: tokenized prompts, sampled responses, and log-probabilities of given responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MIN_PROMPT = 64  # tokens; prompts are rounded up to powers of two from here on
 
 
 def check_policy(opened: Pretrained, setting: str) -> Pretrained:
-  """Return a checkpoint that a policy starts from.
+  """Check that a policy can start from a checkpoint, and return it.
 
   Raises:
     ConfigError: it has no language-model head.
@@ -58,7 +58,7 @@ def generate(
     model: shape of the policy.
     tokenizer: the policy's.
     mesh: devices of the parameters.
-    texts: strings, continued as they are, or lists of messages, rendered by `chat`.
+    texts: strings, continued unchanged, or lists of messages, rendered by `chat`.
     chat: the policy's chat template, if it has one.
     stop_ids: tokens that end a response.
     rollout: sampling; `max_prompt` and `max_concurrent` are chosen here.
@@ -101,25 +101,25 @@ def logprobs(
     chat: the policy's chat template, if it has one.
 
   Raises:
-    UserError: a response has no token, or there is not one for each prompt.
+    UserError: a response has no token, or the numbers of prompts and responses differ.
   """
   if len(texts) != len(responses):
-    raise UserError(f'{len(texts)} prompts and {len(responses)} responses: give one response for each prompt')
+    raise UserError(f'{len(texts)} prompts and {len(responses)} responses; pass one response for each prompt')
   if not texts:
     return []
-  prefixes, answers = encode_texts(texts, tokenizer, chat), tokenizer.encode_batch(list(responses))
-  empty = [i for i, ids in enumerate(answers) if not ids]
+  prefixes, encoded = encode_texts(texts, tokenizer, chat), tokenizer.encode_batch(list(responses))
+  empty = [i for i, ids in enumerate(encoded) if not ids]
   if empty:
     raise UserError(f'response {empty[0]} has no token')
-  width = max(map(len, answers))
-  tokens_RT, length_R = np.zeros((len(answers), width), np.int32), np.array([len(ids) for ids in answers], np.int32)
-  for r, ids in enumerate(answers):
+  width = max(map(len, encoded))
+  tokens_RT, length_R = np.zeros((len(encoded), width), np.int32), np.array([len(ids) for ids in encoded], np.int32)
+  for r, ids in enumerate(encoded):
     tokens_RT[r, : len(ids)] = ids
-  rollouts = Rollouts(prefixes, tokens_RT, length_R, np.zeros(tokens_RT.shape, np.float32), np.ones(len(answers), bool))
-  longest = max(len(p) + len(a) for p, a in zip(prefixes, answers, strict=True))
+  rollouts = Rollouts(prefixes, tokens_RT, length_R, np.zeros(tokens_RT.shape, np.float32), np.ones(len(encoded), bool))
+  longest = max(len(p) + len(r) for p, r in zip(prefixes, encoded, strict=True))
   config = RftConfig(micro_batch_rows=1)
   length = max(_MIN_PROMPT, 1 << (longest - 1).bit_length())
-  batches = layout.policy_batches(rollouts, range(len(answers)), length, experience.micro_batch_rows(config, mesh))
+  batches = layout.policy_batches(rollouts, range(len(encoded)), length, experience.micro_batch_rows(config, mesh))
   actor = learner.build_actor(model, config, 1, mesh)
   logprob_RT, _ = experience.run_forward(actor.forward, params, batches, mesh, rollouts, 2)
   return [row[:n].copy() for row, n in zip(logprob_RT, length_R, strict=True)]
@@ -129,13 +129,13 @@ def encode_texts(texts: Sequence[Text], tokenizer: Tokenizer, chat: ChatTemplate
   """Return the token ids of prompts: strings with a BOS where the tokenizer has one, messages through the chat template.
 
   Raises:
-    UserError: a prompt is empty, or a list of messages meets a model without a chat template.
+    UserError: a prompt is empty, or is a list of messages and the model has no chat template.
   """
   ids: list[list[int]] = [[] for _ in texts]
   plain = [i for i, text in enumerate(texts) if isinstance(text, str)]
   messages = [i for i, text in enumerate(texts) if not isinstance(text, str)]
   if messages and chat is None:
-    raise UserError(f'prompt {messages[0]} is a list of messages, but the model has no chat template; give it as a string')
+    raise UserError(f'prompt {messages[0]} is a list of messages, but the model has no chat template; pass a string')
   for members, template in ((plain, None), (messages, chat)):
     if members:
       encoded = PolicyPrompts([Prompt(texts[i], '') for i in members], tokenizer, template, 1 << 30)

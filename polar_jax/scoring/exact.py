@@ -1,13 +1,15 @@
-"""Rewards that depend on the row alone, to the last bit: not on the batch size, the order, or what else is scored.
+"""Scores each example so that its reward depends, to the last bit, on nothing but the example.
 
-Every candidate is a row of its own, of shape (1, T), where T is a function of its own length. What does not give that:
+Batch size, order and the other examples make no difference, because every candidate is a row of its own, of shape (1, T), where T is a
+function of its own length. What would break this:
 
-  a batch of rows  how a matmul rounds depends on its shape, so a row's reward would change with the number of its neighbours
-  jax.lax.map      XLA unrolls a loop of one iteration and fuses it with what is around it: one row is then another program than two
-  packing          a sequence is cut into other tiles of attention wherever in the row it begins
+  a batch of rows  the rounding of a matmul depends on its shape, so a reward would change with the number of rows in the batch
+  jax.lax.map      XLA unrolls a loop of one iteration and fuses it with the surrounding code, so one row compiles to a different
+                   program than two
+  packing          attention divides a sequence into different tiles depending on where in the row it starts
 
-The price is padding, a third of a long row at worst, and small matmuls for short ones. What remains: another device, number of
-devices along `tensor`, version of XLA or number of CPU threads may round differently.
+The cost is padding, at worst a third of a long row, and small matmuls for short ones. Rounding may still differ between devices,
+numbers of devices along `tensor`, versions of XLA and numbers of CPU threads.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ from polar_jax.model.reward_model import sequence_rewards
 from polar_jax.scoring.scorer import jit_rewards, ladder_length
 from polar_jax.types import Group, UserError
 
-# Computations that the host may be ahead of the device. Their inputs are all that they hold there: a few integers for each token.
+# Calls that the host may dispatch ahead of the device. Each holds only its inputs there: a few integers per token.
 _IN_FLIGHT = 32
 
 
-class RowError(UserError):
-  """A row that cannot be scored.
+class ExampleError(UserError):
+  """An example that cannot be scored.
 
   Attributes:
-    index: of the row in the call.
-    reason: without the row.
+    index: of the example in the call, from 0.
+    reason: the message without the example.
   """
 
   def __init__(self, index: int, reason: str):
@@ -49,50 +51,62 @@ class RowError(UserError):
 
 
 class ExactScorer:
-  """A reward model with its template. One compilation for each row length of the ladder that occurs.
+  """A reward model with its template. It compiles once for each row length of the ladder that occurs.
 
-  On a mesh with S shards of the batch, S rows of one length go together, one to a device (padding rows where there are fewer).
-  Parameters that are divided over `fsdp` are brought together for each call, which costs more than it does in training, where a
-  call is a whole batch: better `data`, where the model fits a device.
+  On a mesh with S batch shards, S rows of one length are computed together, one on each shard (with padding rows if there are fewer).
+  Parameters sharded over `fsdp` are all-gathered on every call, which costs more than in training, where a call is a whole batch;
+  prefer the `data` axis where the model fits one device.
 
   Args:
-    params: of a RewardModel, as `step.TrainState.params`, `load_params` or `Pretrained.params` give them.
+    params: of a RewardModel, as returned by `step.TrainState.params`, `load_params` or `Pretrained.params`.
+    model: shape of the reward model and how it is computed.
+    template: turns examples into token ids.
+    mesh: devices of the parameters.
   """
 
   def __init__(self, params: dict[str, Any], model: ModelConfig, template: Template, mesh: Mesh):
     self.params, self.model = params, model
     self._template, self._mesh, self._vocab_size = template, mesh, model.known_vocab_size
-    # XLA times matmul kernels of a GPU whenever it compiles, and takes the fastest: another process may end up with another one.
+    # XLA autotunes GPU matmuls at every compilation, so two processes may choose different kernels.
     on_gpu = mesh.devices.flat[0].platform in ('gpu', 'cuda', 'rocm')
     options = {'xla_gpu_deterministic_ops': True} if on_gpu else None
     self._forward = jit_rewards(sequence_rewards, model, mesh, options)
 
-  def score(self, rows: Sequence[Group]) -> np.ndarray:
-    """Rewards (rows,) of groups of one candidate each, float32, in order.
+  def score(self, examples: Sequence[Group]) -> np.ndarray:
+    """Return the rewards (examples,) of groups of one candidate each, float32, in order.
 
     Raises:
-      RowError: naming the row: a text is no text, it has not one candidate, a token is none of the model's, its reward is not finite.
+      ExampleError: an input is neither a string nor a list of messages, a group does not have exactly one candidate, a token is outside
+        the model's vocabulary, or a reward is not finite; it names the example.
     """
-    return self.score_sequences(self.encode(rows))
+    return self.score_sequences(self.encode(examples))
 
-  def encode(self, rows: Sequence[Group]) -> list[list[int]]:
-    """Token ids of each row. Raises RowError."""
+  def encode(self, examples: Sequence[Group]) -> list[list[int]]:
+    """Return the token ids of each example.
+
+    Raises:
+      ExampleError: an example cannot be encoded.
+    """
     sequences = []
-    for index, row in enumerate(rows):
-      if len(row.candidates) != 1:
-        raise RowError(index, f'has {len(row.candidates)} candidates; here every candidate is a row of its own')
+    for index, example in enumerate(examples):
+      if len(example.candidates) != 1:
+        raise ExampleError(index, f'has {len(example.candidates)} candidates; exact scoring takes one candidate per example')
       try:
-        sequences += self._template.encode_candidates(row.prompt, row.reference, row.candidates, row.wrapper)
+        sequences += self._template.encode_candidates(example.prompt, example.reference, example.candidates, example.wrapper)
       except UserError as error:
-        raise RowError(index, str(error)) from error
+        raise ExampleError(index, str(error)) from error
     return sequences
 
   def score_sequences(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rewards (sequences,) of token ids that end in the reward token, float32, in order. Raises RowError."""
+    """Return the rewards (sequences,) of token ids that end in the reward token, float32, in order.
+
+    Raises:
+      ExampleError: a sequence is empty or has a token outside the vocabulary, or a reward is not finite.
+    """
     for index, sequence in enumerate(sequences):
       if not sequence or not 0 <= min(sequence) <= max(sequence) < self._vocab_size:
         wrong = 'no tokens' if not sequence else f'the token {max(sequence) if min(sequence) >= 0 else min(sequence)}'
-        raise RowError(index, f"has {wrong}, and the model's go from 0 to {self._vocab_size - 1}; is this its tokenizer?")
+        raise ExampleError(index, f"has {wrong}; the model's tokens are 0 to {self._vocab_size - 1}: use the model's own tokenizer")
     rewards = np.full(len(sequences), np.nan, np.float32)
     in_flight: collections.deque[tuple[list[int], jax.Array]] = collections.deque()
     for members, reward_B in self._dispatch(sequences):
@@ -103,11 +117,11 @@ class ExactScorer:
       _fetch(in_flight, rewards)
     bad = np.flatnonzero(~np.isfinite(rewards))
     if bad.size:
-      raise RowError(int(bad[0]), f'its reward is {rewards[bad[0]]}: a parameter is not finite, or the compute type overflows')
+      raise ExampleError(int(bad[0]), f'its reward is {rewards[bad[0]]}: a parameter is not finite, or the compute dtype overflows')
     return rewards
 
   def _dispatch(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], jax.Array]]:
-    """(which sequences, their rewards, on the device) of every call; those of one row length one after another."""
+    """Yield (indices of the sequences, their rewards on the device) for each call, in order of row length."""
     shards = sharding.batch_shards(self._mesh)
     by_length: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
@@ -122,5 +136,6 @@ class ExactScorer:
 
 
 def _fetch(in_flight: collections.deque[tuple[list[int], jax.Array]], rewards: np.ndarray) -> None:
+  """Copy the rewards of the oldest call in flight to the host."""
   members, reward_B = in_flight.popleft()
   rewards[members] = jax.device_get(reward_B)[: len(members)]

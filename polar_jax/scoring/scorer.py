@@ -1,6 +1,6 @@
-"""Scores candidates with a reward model, groups of them packed densely: evaluation and PPO come here.
+"""Scores candidates with a reward model, packing groups of them densely. Used by evaluation and PPO.
 
-A reward differs in its last bits with what shares its batch; `polar_jax.scoring.exact` gives up density for rewards that do not.
+The last bits of a reward depend on what else is in its batch; `polar_jax.scoring.exact` avoids that at the cost of dense packing.
 """
 
 from __future__ import annotations
@@ -23,26 +23,29 @@ from polar_jax.model import heads
 from polar_jax.model.reward_model import RewardModel, group_rewards
 from polar_jax.types import Group, Triplet, UserError
 
-# Without a row length one is chosen for the groups of a call: at least this many times their mean, so that they pack densely.
+# Without a given row length, rows are at least this many times the mean length of the segments of a call, so that they pack densely.
 _MEAN_LENGTHS = 4
-# With `ladder` a large group is divided into rows of about this many tokens, each with the prefix.
+# With `ladder`, a large group is divided into segments of about this many tokens, each with the prefix.
 _LADDER_ROW = 4_096
 
 
 class Scorer:
-  """A reward model with its template. The candidates of a group share the computation of their prefix; rows hold several groups.
+  """A reward model with its template. The candidates of a group share the computation of their prefix; a row holds several groups.
 
-  Every batch of every call has the same shape (rows, row_length, candidates) and so one compilation, unless `row_length` is left
-  to be chosen call by call.
+  Every batch of every call has the same shape (rows, row_length, candidates), so there is one compilation, unless the row length is
+  chosen call by call.
 
   Args:
-    params: of a RewardModel, as `step.TrainState.params` or `load_params` give them.
-    row_length: tokens of a row; a group that does not fit one is divided. None: chosen for each call.
-    ladder: choose the row length of each call from a short ladder of lengths, and no more rows than the call needs, so that calls of
-      any size compile few programs and compute little padding.
-    grow: double the row length, at the price of a compilation, whenever a candidate alone does not fit; else that is an error.
-    rows: of a batch, rounded up to what the mesh divides.
-    candidates: of a row, at most.
+    params: of a RewardModel, as returned by `step.TrainState.params` or `load_params`.
+    model: shape of the reward model and how it is computed.
+    template: turns examples into token ids.
+    mesh: devices of the parameters.
+    row_length: tokens of a row; a group that does not fit into one is divided. None: chosen for each call.
+    rows: rows of a batch, rounded up to a multiple of the batch shards of the mesh.
+    candidates: most candidates of a row.
+    grow: double the row length, which costs a compilation, whenever a single candidate does not fit; without it, that is an error.
+    ladder: choose the row length of each call from a short ladder of lengths, and only as many rows as the call needs, so that calls
+      of any size compile few programs and compute little padding.
   """
 
   def __init__(
@@ -62,17 +65,18 @@ class Scorer:
     self._template, self._mesh, self._row_length, self._candidates, self._grow = template, mesh, row_length, candidates, grow
     self._ladder = ladder
     shards = sharding.batch_shards(mesh)
-    self._rows = -(-rows // shards) * shards
+    self._rows = sharding.round_up(rows, shards)
     self._forward = jit_rewards(group_rewards, model, mesh)
 
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
-    """Rewards of each group's candidates, float32, in order. Groups may have any number of candidates, none included.
+    """Return the rewards of each group's candidates, float32, in order. A group may have any number of candidates, including none.
 
     Args:
-      alone: where a prompt has to be cut, cut it for each candidate as if its group had no other: no reward depends on the others.
+      groups: candidates with their prompt and reference.
+      alone: truncate a long prompt for each candidate as if it were the only one of its group, so that no reward depends on the others.
 
     Raises:
-      UserError: a text is no text, or a candidate is longer than a row, naming the group and the candidate.
+      UserError: an input is neither a string nor a list of messages, or a candidate is longer than a row; it names group and candidate.
     """
     segments: list[Segment] = []
     starts = np.concatenate([[0], np.cumsum([len(group.candidates) for group in groups], dtype=int)])
@@ -81,27 +85,27 @@ class Scorer:
         sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
         while self._grow and self._row_length and max(map(len, sequences), default=0) > self._row_length:
           self._row_length *= 2
-        laid_out = group_segments(sequences, self._row_length or self._part_limit(sequences), self._candidates)
+        of_group = group_segments(sequences, self._row_length or self._max_segment(sequences), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error
-      segments += [segment._replace(members=[int(starts[g]) + c for c in segment.members]) for segment in laid_out]
+      segments += [segment._replace(members=[int(starts[g]) + c for c in segment.members]) for segment in of_group]
     rewards = np.full(starts[-1], np.nan, np.float32)
     for index_BQ, rewards_BQ in self._batches(segments):
       rewards[index_BQ[index_BQ >= 0]] = rewards_BQ[index_BQ >= 0]
     return np.split(rewards, starts[1:-1]) if groups else []
 
   def score_pairs(self, triplets: Sequence[Triplet]) -> np.ndarray:
-    """Rewards (rows, 2): of the chosen and of the rejected candidate, float32."""
+    """Return rewards (triplets, 2) of the chosen and the rejected candidates, float32."""
     groups = [Group(t.prompt, t.reference, (t.chosen, t.rejected), t.wrapper) for t in triplets]
     return np.array(self.score(groups), np.float32).reshape(-1, 2)
 
-  def _part_limit(self, sequences: Sequence[Sequence[int]]) -> int:
-    """Most tokens of a group's part when no row length is given: all of the group, or on the ladder what keeps rows short."""
+  def _max_segment(self, sequences: Sequence[Sequence[int]]) -> int:
+    """Return the most tokens of a segment when no row length is given: those of the group, or with `ladder` few enough for short rows."""
     longest, total = max(map(len, sequences), default=1), sum(map(len, sequences))
     return max(longest, min(total, _LADDER_ROW)) if self._ladder else total
 
   def _batches(self, segments: Sequence[Segment]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(which candidates, their rewards) of every batch; the host lays out one while the device scores the one before."""
+    """Return (indices of the candidates, their rewards) of every batch. The host packs a batch while the device scores the previous one."""
     if not segments:
       return []
     lengths = [len(segment.tokens) for segment in segments]
@@ -122,9 +126,18 @@ class Scorer:
 def jit_rewards(
   read: Callable[[RewardModel, Any], jax.Array], model: ModelConfig, mesh: Mesh, compiler_options: dict[str, Any] | None = None
 ) -> Any:
-  """A jitted (params, batch) -> `read(model with params, batch)`, rows over the batch axes, the result on every device.
+  """Return a jitted (params, batch) -> `read(model with params, batch)`, with rows sharded over the batch axes.
 
-  Computing in float32 means float32: left alone, accelerators multiply float32 matrices in TF32 or bfloat16.
+  With compute_dtype='float32' matrices are multiplied in full float32; by default accelerators use TF32 or bfloat16.
+
+  Args:
+    read: computes the result from the model and a batch.
+    model: shape of the reward model and how it is computed.
+    mesh: devices of the parameters.
+    compiler_options: of XLA.
+
+  Returns:
+    The jitted function. Its result is replicated on all devices.
   """
   abstract = heads.abstract_model(model, 'reward')
   graphdef, _ = nnx.split(abstract)
@@ -153,5 +166,6 @@ def ladder_length(length: int) -> int:
 
 
 def _choose_row_length(lengths: Sequence[int]) -> int:
+  """Return a row length that holds the longest segment and packs all of them densely."""
   wanted = max(max(lengths), _MEAN_LENGTHS * sum(lengths) / len(lengths))
-  return -(-int(wanted) // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
+  return sharding.round_up(int(wanted), packing.LENGTH_MULTIPLE)

@@ -1,4 +1,4 @@
-"""What every command-line stage is given: the config, the workdir, the devices, and the data that several stages read."""
+"""The arguments of every command-line stage: config, workdir, devices, and the data that several stages read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
 from polar_jax.runtime import paths
 from polar_jax.types import Triplet
 
-# Runs that a stage of the same workdir may start from; each is also the name of the run's folder.
+# Runs that a stage of the same workdir may start from. Each name is also that of the run's folder.
 RUNS = ('pretrain_lm', 'pretrain', 'finetune', 'finetune_only', 'finetune_no_reference')
 SCRATCH = 'scratch'
 
@@ -27,10 +27,12 @@ class Context:
   """The arguments of every stage.
 
   Attributes:
+    config: settings of all stages.
+    workdir: folder of results, logs and checkpoints.
     mesh: devices of this run.
-    log: takes one line of progress.
-    cache: tokenizers and examples that have been opened already, by the settings that determine them. Contexts made with
-      `dataclasses.replace` share it, so that a sweep opens its data once.
+    log: receives lines of progress.
+    cache: open tokenizers and examples by the settings that determine them. Contexts made with `dataclasses.replace` share it, so
+      that a sweep opens its data once.
   """
 
   config: Config
@@ -41,11 +43,11 @@ class Context:
 
   @property
   def data(self) -> pathlib.Path:
-    """Folder that the synthesize stage writes to."""
+    """Folder of the data that the synthesize stage writes."""
     return self.workdir / 'data'
 
   def home(self, run: str) -> pathlib.Path:
-    """Folder of a run's checkpoints and tokenizer: below `checkpointing.folder` if that is set, else in the workdir."""
+    """Return the folder of a run's checkpoints and tokenizer: in `checkpointing.folder` if that is set, else in the workdir."""
     elsewhere = self.config.checkpointing.folder
     return (paths.path_of(elsewhere) if elsewhere else self.workdir) / run
 
@@ -54,18 +56,18 @@ class Context:
     return self.home(reference) if reference in RUNS else paths.path_of(reference)
 
   def init(self, train: TrainConfig) -> pathlib.Path | str:
-    """The checkpoint that `train.start_from` names, or 'scratch'."""
+    """Return the checkpoint that `train.start_from` names, or 'scratch'."""
     return SCRATCH if train.start_from == SCRATCH else self.checkpoint(train.start_from)
 
   def tokenizer(self, start_from: str | None = None) -> Tokenizer:
     """Open the tokenizer that the config names.
 
     Args:
-      start_from: the checkpoint that the stage starts from, as its setting names it; `tokenizer.kind='checkpoint'` means
-        `config.checkpoint`, or else this one.
+      start_from: the stage's setting of that name. With `tokenizer.kind='checkpoint'` the tokenizer is that of `config.checkpoint` if
+        it is set, else that of this checkpoint.
 
     Raises:
-      UserError: the tokenizer does not exist, or 'checkpoint' names none.
+      UserError: the tokenizer does not exist, or its kind is 'checkpoint' and no checkpoint is named.
     """
     config = self.config.tokenizer
     if config.kind != 'checkpoint':
@@ -78,16 +80,16 @@ class Context:
     return self._cached(('tokenizer', path), lambda: open_pretrained(path).tokenizer())
 
   def template_config(self, use_reference: bool = True) -> TemplateConfig:
-    """The template's settings; `use_reference=False` hides the reference (ablation)."""
+    """Return the template's settings; `use_reference=False` hides the reference (ablation)."""
     settings = self.config.template
     return dataclasses.replace(settings, use_reference=settings.use_reference and use_reference)
 
   def template(self, tokenizer: Tokenizer | None = None) -> Template:
-    """The template with a tokenizer; None: the config's."""
+    """Return the template with a tokenizer; None: the config's."""
     return Template(self.config.template, tokenizer or self.tokenizer())
 
   def model_config(self, tokenizer: Tokenizer | None = None) -> ModelConfig:
-    """The model's shape with the vocabulary of a tokenizer; None: the config's.
+    """Return the model's shape with the vocabulary of a tokenizer; None: the config's.
 
     Raises:
       ConfigError: the model's vocabulary is too small for the tokenizer.
@@ -98,16 +100,21 @@ class Context:
     return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=size)
 
   def triplets(self, split: str) -> Sequence[Triplet]:
-    """Pre-training examples of a split: `data.triplets`, or what the synthesize stage wrote.
+    """Return the pre-training examples of a split: those of `data.triplets`, or of the synthesize stage.
 
     Raises:
-      ConfigError: there are none.
+      ConfigError: there is no such data.
       NoSplitError: the data set has no such split.
     """
     return self._examples('data.triplets', self.config.data.triplets, 'triplets', split)
 
   def preferences(self, split: str) -> Sequence[Triplet]:
-    """Fine-tuning examples of a split: `data.preferences`, or what the synthesize stage wrote. Raises as `triplets`."""
+    """Return the fine-tuning examples of a split: those of `data.preferences`, or of the synthesize stage.
+
+    Raises:
+      ConfigError: there is no such data.
+      NoSplitError: the data set has no such split.
+    """
     return self._examples('data.preferences', self.config.data.preferences, 'preferences', split)
 
   def _examples(self, setting: str, given: str | None, synthesized: str, split: str) -> Sequence[Triplet]:
@@ -123,7 +130,7 @@ class Context:
     return self._cached(key, lambda: report_skipped(open_triplets(path, split, data.on_bad_example), path, self.log))
 
   def run_settings(self, run: str) -> dict[str, Any]:
-    """Keyword arguments that `api.train_reward_model` takes for a run of this workdir."""
+    """Return the keyword arguments of `api.train_reward_model` that are the same for all runs of this workdir."""
     config = self.config
     return {
       'output_dir': self.workdir / run,
@@ -138,6 +145,7 @@ class Context:
     }
 
   def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
+    """Return the value of a key, and make it if it is not in the cache yet."""
     if key not in self.cache:
       self.cache[key] = make()
     return self.cache[key]

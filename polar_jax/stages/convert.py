@@ -1,4 +1,4 @@
-"""Stage `convert`: a checkpoint from elsewhere becomes one of ours, and one of ours a Hugging Face folder."""
+"""The convert stage: imports checkpoints of other formats, and exports checkpoints of this project as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -28,63 +28,64 @@ _GIB = 2**30
 
 
 def convert(context: Context) -> dict[str, Any]:
-  """Converts `config.checkpoint` into the folder `config.output`, which must not exist, and prints a certificate.
+  """Convert `config.checkpoint` into the folder `config.output`, which must not exist, and print a certificate.
 
-  The folder is written under another name and renamed when the certificate holds: nothing half-written is left behind.
+  The folder is written under a temporary name and renamed once the certificate holds, so that a failure leaves no partial output.
 
   Returns:
-    The certificate's facts for report.json.
+    The section `convert` of the report, from the certificate.
 
   Raises:
-    UserError: the checkpoint cannot be read, or what was written does not read back as it was.
+    UserError: the checkpoint cannot be read, or the written one does not read back unchanged.
   """
   config = context.config
   if config.checkpoint is None or config.output is None:
-    raise ConfigError('convert needs --config.checkpoint (what to read) and --config.output (the folder to write)')
+    raise ConfigError('convert needs --config.checkpoint (the checkpoint to read) and --config.output (the folder to write)')
   output = pathlib.Path(config.output)
   if output.exists():
     raise ConfigError(f'output {output} exists; remove it or name another folder')
   opened = open_pretrained(config.checkpoint)
   context.log(f'{opened.path}: {opened.kind}, {opened.head} model of family {opened.model.family}')
   partial = output.with_name(output.name + '.partial')
-  _remove(partial)  # of a run that was killed
+  _remove(partial)  # left by a run that was killed
   try:
     certificate = (_import if opened.source else _export)(context, opened, partial)
     for line in certificate.lines():
       context.log(line)
     certificate.check()
-    if _leads():
+    if _is_first():
       certificate.write(partial)
       os.replace(partial, output)
   finally:
     _remove(partial)
-  context.log(f'written: {output}')
+  context.log(f'convert: wrote {output}')
   facts = {'parameters': certificate.parameters, 'max_difference': certificate.max_difference, 'exact': certificate.exact}
   return {'convert': {'source': certificate.source, 'output': str(output), 'tensors': len(certificate.tensors), **facts}}
 
 
-def _leads() -> bool:
-  """Whether this process writes what is written once."""
+def _is_first() -> bool:
+  """Return whether this process writes the files that are written once."""
   return jax.process_index() == 0
 
 
-def _wait_for_all(what: str) -> None:
-  """Returns once every process came here: what process 0 wrote is then there for all."""
-  multihost_utils.sync_global_devices(f'convert: {what}')
+def _wait_for_all(step: str) -> None:
+  """Return once every process has reached `step`, when all can read the files of process 0."""
+  multihost_utils.sync_global_devices(f'convert: {step}')
 
 
 def _remove(folder: pathlib.Path) -> None:
-  if _leads():
+  """Delete a folder if it exists."""
+  if _is_first():
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
-  """From Hugging Face, GGUF or llama2.c to ours."""
+  """Convert from Hugging Face, GGUF or llama2.c to a checkpoint of this project."""
   dtype, mesh = context.config.convert.dtype, context.mesh
   before: dict[str, str] = {}
 
   def note(name: str, array: np.ndarray) -> None:
-    with np.errstate(over='ignore'):  # the importer refuses it, by name
+    with np.errstate(over='ignore'):  # the importer rejects the overflow and names the tensor
       before[name] = importer.checksum(array if dtype is None else array.astype(jnp.dtype(dtype)))
 
   stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
@@ -96,7 +97,7 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   parameters = _count(params)
   del params
   malloc.give_back()
-  if _leads():
+  if _is_first():
     try:
       tokenizer_files.copy_small_files(opened.assets, folder / run_folder.ASSETS)
     except UserError as error:
@@ -109,10 +110,10 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
 
 
 def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
-  """From ours to a Hugging Face folder."""
+  """Convert from a checkpoint of this project to a Hugging Face folder."""
   dtype, mesh = context.config.convert.dtype, context.mesh
   params, stored = opened.params(mesh), opened.stored()
-  held = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+  dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
   exporter.write_folder(
     folder,
@@ -135,7 +136,7 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   after: dict[str, str] = {}
   written = open_pretrained(folder)
   back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))
-  exact = dtype is None or held == {dtype}
+  exact = dtype is None or dtypes == {dtype}
   return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
 
 
@@ -150,7 +151,22 @@ def _certificate(
   after: dict[str, str],
   scores: list[float],
 ) -> Certificate:
-  """`back`: the parameters that `written` holds. They are scored with its own settings: those must have come across as well."""
+  """Compare the written checkpoint with the original.
+
+  Args:
+    context: config and devices.
+    opened: the original.
+    written: the written checkpoint. Its parameters are scored with its own settings, so that an error in those is noticed too.
+    back: the parameters of `written`.
+    parameters: their number in the original.
+    exact: whether the conversion keeps every bit.
+    before: checksums of the original's tensors by name.
+    after: checksums of the written tensors.
+    scores: the original's scores of fixed rows.
+
+  Raises:
+    UserError: the two differ in their number of parameters or in the names of their tensors.
+  """
   if _count(back) != parameters or before.keys() != after.keys():
     raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; output discarded')
   return Certificate(
@@ -167,19 +183,21 @@ def _certificate(
 
 
 def _count(params: dict[str, Any]) -> int:
+  """Return the number of parameters."""
   return int(np.sum([leaf.size for leaf in jax.tree.leaves(params)], dtype=np.int64))
 
 
 def _settings(opened: Pretrained) -> dict[str, Any]:
-  """What a run's fingerprint would say of the checkpoint."""
+  """Return the settings to store with the converted checkpoint, in the form of a run's fingerprint."""
   model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
   reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
   return {'objective': HEADS[opened.head].objective, 'converted_from': opened.kind, **model, **reward}
 
 
 def _tokenizer(context: Context, opened: Pretrained) -> Tokenizer | None:
+  """Return the tokenizer to export; None, with a log line, if the checkpoint has none."""
   try:
     return opened.tokenizer()
   except UserError as error:
-    context.log(f'the tokenizer is not written for transformers: {error}')
+    context.log(f'no tokenizer is exported: {error}')
     return None

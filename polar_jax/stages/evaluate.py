@@ -57,15 +57,15 @@ def trained(context: Context, run: str) -> bool:
 
 
 def held_out(context: Context, read: Callable[[str], Sequence[Triplet]], setting: str) -> dict[str, Sequence[Triplet]]:
-  """Return the examples of every held-out split that there is.
+  """Return the examples of every held-out split that exists.
 
   Args:
     context: config and workdir.
     read: opens a split.
-    setting: what names the data, for the message.
+    setting: name of the option for the data, for messages.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: no held-out split exists.
   """
   splits: dict[str, Sequence[Triplet]] = {}
   for split in SPLITS:
@@ -131,7 +131,7 @@ def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[
 
 
 def _scorer(context: Context, run: str) -> Scorer:
-  """A scorer with the run's own tokenizer and template: the arm without reference reads none."""
+  """Return a scorer with the tokenizer and template of the run, which hides the reference from the arm without one."""
   config = context.config
   model = api.load(context.home(run), mesh=context.mesh, compute=config.model, template=config.template)
   return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch)

@@ -9,19 +9,19 @@ from polar_jax import api
 from polar_jax.config import TrainConfig
 from polar_jax.stages.context import Context
 
-# Runs of the ablations, which are also their folders.
+# Run names, which are also the names of their folders.
 FINETUNE, FINETUNE_ONLY, FINETUNE_NO_REFERENCE = 'finetune', 'finetune_only', 'finetune_no_reference'
 
 
 def finetune(context: Context) -> dict[str, Any]:
-  """Train on `data.preferences`, or on what the synthesize stage wrote. Returns the section `finetune` of the report.
+  """Train on `data.preferences`, or on the preferences of the synthesize stage. Returns the section `finetune` of the report.
 
-  With `ablations` two more runs start from the plain language model: one without pre-training, and one that never sees the reference
-  either, which makes it a classic reward model.
+  With `ablations` two more runs start from the plain language model: one without pre-training, and one that also never sees the
+  reference, which makes it a classic reward model.
   """
   config = context.config
   runs = {FINETUNE: _run(context, FINETUNE, config.finetune)}
-  # The world of word problems has no language model of its own, and no pre-training to leave out.
+  # The world of word problems has neither a language model of its own nor a pre-training stage to skip.
   if config.ablations and config.synthesize.world == 'ngram':
     without_pretraining = dataclasses.replace(config.finetune, start_from='pretrain_lm')
     runs[FINETUNE_ONLY] = _run(context, FINETUNE_ONLY, without_pretraining)

@@ -27,7 +27,7 @@ def run(context: Context) -> dict[str, Any]:
     The section `scaling` of the report, which is also the content of `fit.json`.
 
   Raises:
-    FitError: there is no such file, or its rows do not determine a law.
+    FitError: the file does not exist, or its rows do not determine a law.
     ConfigError: no file is named, or `fit.topology` is unknown.
   """
   given = context.config.fit.input
@@ -39,15 +39,15 @@ def run(context: Context) -> dict[str, Any]:
     )
   rows = results.read(path)
   try:
-    found = analysis.analyze(rows, context.config.seed)
-    advised = advice.advise(rows, found, context.config.fit, context.config.seed) if context.config.fit.flops else None
+    fits = analysis.analyze(rows, context.config.seed)
+    advised = advice.advise(rows, fits, context.config.fit, context.config.seed) if context.config.fit.flops else None
   except FitError as error:
     raise FitError(f'{path}: {error}') from None
   if advised:
-    found['advice'] = dataclasses.asdict(advised)
-  for line in analysis.describe(found) + (advice.describe(advised) if advised else []):
+    fits['advice'] = dataclasses.asdict(advised)
+  for line in analysis.describe(fits) + (advice.describe(advised) if advised else []):
     context.log(line)
   if jax.process_index() == 0:
-    write_atomically(context.workdir / FIT, json.dumps(found, indent=2, allow_nan=False) + '\n')
-    plots.save(scaling_plots.laws(rows, found), context.workdir / FIGURE)
-  return {'scaling': found}
+    write_atomically(context.workdir / FIT, json.dumps(fits, indent=2, allow_nan=False) + '\n')
+    plots.save(scaling_plots.laws(rows, fits), context.workdir / FIGURE)
+  return {'scaling': fits}

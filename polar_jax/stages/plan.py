@@ -46,6 +46,7 @@ def run(context: Context) -> None:
 
 
 def _preset(name: str) -> ModelConfig:
+  """Return the model of a preset."""
   if name not in PRESETS:
     raise ConfigError(f'plan.reward is {name!r}; it must be one of: {", ".join(PRESETS)}')
   return ModelConfig(**cast(Any, PRESETS[name]))
@@ -143,6 +144,7 @@ def table(plan: train_step.Plan, change: list[str]) -> list[str]:
 
 
 def _moved(plan: train_step.Plan) -> list[tuple[str, str]]:
+  """Return the table's rows of traffic, time and cost; none if the step did not compile."""
   t, roof, cost = plan.traffic, plan.roofline, _cost(plan)
   if t is None or roof is None or cost is None:
     return []

@@ -11,7 +11,7 @@ RUN = 'pretrain'
 
 
 def pretrain(context: Context) -> dict[str, Any]:
-  """Train on `data.triplets`, or on what the synthesize stage wrote. Returns the section `pretrain` of the report."""
+  """Train on `data.triplets`, or on the triplets of the synthesize stage. Returns the section `pretrain` of the report."""
   train = context.config.pretrain
   tokenizer = context.tokenizer(train.start_from)
   result = api.train_reward_model(

@@ -53,8 +53,8 @@ def language_model_run(
     name: of the run and its folder in the workdir.
     train: steps, batch size, learning rate and so on.
     tokenizer: of the text.
-    windows: what to train on.
-    held_out: what to validate on.
+    windows: training text.
+    held_out: validation text; None for no validation.
     seed: of initialization and order.
   """
   config, data = context.config, context.config.data

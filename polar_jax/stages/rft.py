@@ -1,4 +1,4 @@
-"""The rft stage: reinforcement fine-tuning of a policy on prompts with reference answers."""
+"""The rft stage: reinforcement fine-tuning of a policy on prompts with reference responses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RFT = 'rft'
 
 
 def check(config: Config) -> None:
-  """Check what can be checked before any stage runs: that a reward function can be imported.
+  """Check, before any stage runs, that the reward function can be imported.
 
   Raises:
     ConfigError: it cannot.
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
 
 
 def rft(context: Context) -> dict[str, Any]:
-  """Tune `rft.policy` on `data.prompts`, or on what the synthesize stage wrote. Returns the section `rft` of the report.
+  """Tune `rft.policy` on `data.prompts`, or on the prompts of the synthesize stage. Returns the section `rft` of the report.
 
   With `ablations` and a rule, the policy is tuned a second time with the rule as its only reward.
 
@@ -61,9 +61,9 @@ def tune(context: Context, name: str, options: RftConfig) -> dict[str, Any]:
 
 
 def read_prompts(context: Context, split: str) -> Sequence[Prompt]:
-  """Return the prompts of a split; none for 'validation' where no held-out prompts are named or found next to the others.
+  """Return the prompts of a split; none for 'validation' if no held-out prompts are named or found next to the others.
 
-  Held-out prompts are the split `validation`, or `test` in data sets that have no other, as the official ones.
+  Held-out prompts are the split `validation`, or `test` in data sets without it, such as the official ones.
 
   Raises:
     UserError: there are no prompts, or one is bad.
@@ -93,7 +93,7 @@ def open_reward(context: Context, options: RftConfig, prompts: Sequence[Prompt])
   Args:
     context: config, workdir and devices.
     options: of the run; `options.rollout.max_new` and `prompts` determine the length of scored rows.
-    prompts: the prompts to come.
+    prompts: the training prompts.
 
   Raises:
     UserError: a checkpoint or function cannot be used.
@@ -123,21 +123,22 @@ def open_function(config: RewardConfig) -> PythonReward:
 
 
 def _model_reward(context: Context, options: RftConfig, prompts: Sequence[Prompt]) -> ModelReward:
-  """The reward model in this process, with its own tokenizer and template, in the precision of `model.compute_dtype`."""
+  """Return the reward model in this process, with its own tokenizer and template, in the precision of `model.compute_dtype`."""
   opened = _reward_checkpoint(context, options.reward)
   if opened.head != 'reward':
-    raise ConfigError(f'rft.reward.checkpoint {opened.path}: has a {opened.head} head; only a reward model gives rewards')
+    raise ConfigError(f'rft.reward.checkpoint {opened.path}: has a {opened.head} head; the reward must be a reward model')
   config = context.config
   model = api.load(opened, mesh=context.mesh, dtype=config.model.compute_dtype, compute=config.model, template=config.template)
   return ModelReward(model.policy_scorer(options, prompts), options.reward)
 
 
 def _reward_checkpoint(context: Context, config: RewardConfig) -> Pretrained:
+  """Open the checkpoint of the reward model."""
   return open_pretrained(context.checkpoint(config.checkpoint))
 
 
 def _server_template(context: Context, config: RewardConfig) -> Template:
-  """The template of the served model. A server tokenizes by itself; the tokenizer here only cuts what is too long."""
+  """Return the template of the served model. The server tokenizes by itself; the tokenizer here only truncates long inputs."""
   if not context.checkpoint(config.checkpoint).exists():
     return context.template()
   opened = _reward_checkpoint(context, config)

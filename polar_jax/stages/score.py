@@ -1,4 +1,4 @@
-"""The score stage: a file of rows in, the same file with a reward in each row out."""
+"""The score stage: adds a reward to every example of a file."""
 
 from __future__ import annotations
 
@@ -24,42 +24,45 @@ from polar_jax.data.template import Template
 from polar_jax.runtime import paths
 from polar_jax.runtime.clock import Clock
 from polar_jax.runtime.progress import Progress
-from polar_jax.scoring import files as row_files
-from polar_jax.scoring.exact import ExactScorer, RowError
+from polar_jax.scoring import files
+from polar_jax.scoring.exact import ExactScorer, ExampleError
 from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
 
 def score(context: Context) -> dict[str, Any]:
-  """Scores the rows of `input` with the reward model `checkpoint` and writes them to `output`, `score.window` rows at a time.
+  """Score the examples of `input` with the reward model `checkpoint` and write them to `output`, `score.window` examples at a time.
 
   The whole input is checked before anything is scored. The same command continues a stopped run.
 
+  Returns:
+    The section `score` of the report.
+
   Raises:
     ConfigError: a setting is missing or cannot be used.
-    UserError: a row or a file cannot be used.
+    UserError: an example or a file cannot be used.
   """
   config = context.config
   checkpoint, source, target = _paths(config)
   opened = open_pretrained(checkpoint)
   if opened.head != 'reward':
     kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
-    raise ConfigError(f'checkpoint {checkpoint}: is {kind}; only a reward model gives rewards')
+    raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the score stage needs a reward model')
   tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
   template = Template(opened.template(config.template), tokenizer)
   skipped: list[tuple[int, str]] = []
-  read = lambda found: row_files.read_rows(source, config.data.on_bad_example, found, use_reference=template.config.use_reference)
+  read = lambda bad: files.read_examples(source, config.data.on_bad_example, bad, use_reference=template.config.use_reference)
   total = sum(1 for _ in read(skipped))
   if skipped:
     context.log(describe_skipped(source, skipped, total))
 
-  output = row_files.RewardFile(target, _settings(context, opened, template, source, target))
+  output = files.RewardFile(target, _settings(context, opened, template, source, target))
   try:
     kept = int(multihost_utils.broadcast_one_to_all(np.int32(output.kept)))
     if output.changed:
-      context.log(f'score: drops the rows of a stopped run, which was made with another {", ".join(output.changed)}')
+      context.log(f'score: discarding the partial output of a stopped run: changed since: {", ".join(output.changed)}')
     if kept:
-      context.log(f'score: continues after {kept} rows of a stopped run')
+      context.log(f'score: continuing after {kept} examples of a stopped run')
     model = api.load(opened, mesh=context.mesh, compute=config.model, template=config.template, tokenizer=tokenizer)
     started = time.perf_counter()
     remaining = itertools.islice(read([]), kept, None)
@@ -68,28 +71,28 @@ def score(context: Context) -> dict[str, Any]:
     output.finish()
   finally:
     output.close()
-  context.log(f'score: {total} rows in {target}, mean reward {output.mean:.4f}, standard deviation {output.std:.4f}')
+  context.log(f'score: {total} examples in {target}, mean reward {output.mean:.4f}, standard deviation {output.std:.4f}')
   facts = {'rows': total, 'skipped': len(skipped), 'resumed_rows': kept, 'tokens': tokens, 'seconds': seconds}
   return {'score': {**facts, 'rows_per_second': (total - kept) / seconds, 'mean': output.mean, 'std': output.std}}
 
 
 def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-  """(checkpoint, input, output)."""
+  """Return the paths (checkpoint, input, output) of the config."""
   wanted = {
     'checkpoint': 'the folder or file of a reward model',
-    'input': 'a file of rows with prompt, reference and output (.jsonl, .jsonl.gz or .parquet)',
-    'output': 'the file to be written (.jsonl or .jsonl.gz)',
+    'input': 'a file of examples with prompt, reference and output (.jsonl, .jsonl.gz or .parquet)',
+    'output': 'the file to write (.jsonl or .jsonl.gz)',
   }
   for name, meaning in wanted.items():
     if not getattr(config, name):
-      raise ConfigError(f'{name}: name {meaning}, with --config.{name}=PATH')
+      raise ConfigError(f'{name} is not set: name {meaning} with --config.{name}=PATH')
   checkpoint, source, target = (paths.path_of(getattr(config, name)) for name in wanted)
-  row_files.check_output(target, source)
+  files.check_output(target, source)
   return checkpoint, source, target
 
 
 def _settings(context: Context, opened: Pretrained, template: Template, source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:
-  """All that decides which rows are written, and each bit of their rewards."""
+  """Return everything that determines which examples are written, and every bit of their rewards."""
   config, mesh = context.config, context.mesh
   model = opened.compute_like(config.model)
   parts = [opened.path / FOLDER, opened.path / ASSETS] if opened.kind == 'run' else [opened.path]
@@ -106,27 +109,35 @@ def _settings(context: Context, opened: Pretrained, template: Template, source: 
 
 
 def _files(path: pathlib.Path, target: pathlib.Path) -> list[tuple[str, int, int]]:
-  """Name, size and time of change of a file, or of the files in a folder, but for those that this stage writes."""
+  """Return name, size and modification time of a file, or of the files in a folder, except for those that this stage writes."""
   inside = paths.files_below(path) if path.is_dir() else [path] if path.is_file() else []
-  found = [file for file in inside if not file.name.startswith(target.name)]
-  return [(str(paths.absolute(file)), *paths.size_and_time(file)) for file in found]
+  return [(str(paths.absolute(file)), *paths.size_and_time(file)) for file in inside if not file.name.startswith(target.name)]
 
 
 def _score_windows(
   scorer: ExactScorer,
-  remaining: Iterator[row_files.Row],
-  output: row_files.RewardFile,
+  remaining: Iterator[files.Example],
+  output: files.RewardFile,
   source: pathlib.Path,
   window: int,
   progress: _Progress,
 ) -> int:
-  """Scores and writes all that remains; returns the number of tokens."""
+  """Score and write the remaining examples, and return their number of tokens.
+
+  Args:
+    scorer: of the reward model.
+    remaining: the examples after those of a stopped run.
+    output: the file to append to.
+    source: the input, for messages.
+    window: examples scored and written at a time.
+    progress: is advanced by every window.
+  """
   tokens = 0
   while members := list(itertools.islice(remaining, window)):
     try:
-      sequences = scorer.encode([row.group for row in members])
+      sequences = scorer.encode([example.group for example in members])
       rewards = scorer.score_sequences(sequences)
-    except RowError as error:
+    except ExampleError as error:
       raise UserError(f'{source}, example {members[error.index].number}: {error.reason}') from error
     output.write(members, rewards)
     tokens += sum(map(len, sequences))
@@ -136,14 +147,15 @@ def _score_windows(
 
 
 class _Progress(Progress):
-  """A bar in a terminal, at most twenty lines elsewhere."""
+  """A progress bar in a terminal; elsewhere at most twenty lines."""
 
   def __init__(self, total: int, done: int, log: Callable[[str], None]):
-    super().__init__('score', total, done, unit='row', show_line=log)
+    super().__init__('score', total, done, unit='example', show_line=log)
     self._done, self._first, self._clock = done, done, Clock()
 
-  def add(self, rows: int) -> None:
-    before, self._done = self._done, self._done + rows
+  def add(self, count: int) -> None:
+    """Advance by `count` examples."""
+    before, self._done = self._done, self._done + count
     rate = (self._done - self._first) / self._clock.elapsed
     is_next_twentieth = before * 20 // self._total < self._done * 20 // self._total
-    self.show(self._done, {}, rate=f'{rate:,.1f} rows/s', line=is_next_twentieth)
+    self.show(self._done, {}, rate=f'{rate:,.1f} examples/s', line=is_next_twentieth)

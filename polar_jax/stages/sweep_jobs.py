@@ -30,7 +30,7 @@ from polar_jax.train.session import NonFiniteError
 from polar_jax.types import UserError
 
 SETTINGS, TOKENS = 'sweep/settings.json', 'sweep/tokens'
-_SAMPLED_TRIPLETS = 2_048  # whose mean length converts tokens to steps
+_SAMPLED_TRIPLETS = 2_048  # their mean length converts tokens to steps
 
 
 def language_models(context: Context, cells: Sequence[Cell]) -> list[Job]:
@@ -94,19 +94,21 @@ def try_job(context: Context, job: Job) -> str | None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """Hold the lock of a job's folder."""
   with (folder / 'lock').open('w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)  # the system releases it when the process ends, however it ends
     yield
 
 
 def _train_cell(context: Context, job: Job, start: pathlib.Path | None) -> dict[str, Any]:
+  """Train a cell of the grid. Returns its row of results.csv."""
   assert job.cell is not None
   config, cell, available = context.config, job.cell, len(context.triplets('train'))
   steps = _steps(cell, tokens_per_triplet(context))
   if steps * cell.batch > available:
     context.log(
-      f'{cell.name}: {steps * cell.batch:,} triplets are read from {available:,}: some are repeated, '
-      'and a scaling law of fresh data does not apply'
+      f'{cell.name}: {steps * cell.batch:,} triplets are drawn from {available:,}, so some are repeated '
+      'and a scaling law for fresh data does not apply'
     )
   train = dataclasses.replace(config.pretrain, steps=steps)
   tokenizer = _tokenizer(context)

@@ -1,4 +1,4 @@
-"""The synthesize stage: makes training data. Here the world of word problems; the miniature has its own (`polar_jax.miniature`)."""
+"""The synthesize stage for the world of word problems; the miniature has its own (`polar_jax.miniature`)."""
 
 from __future__ import annotations
 

@@ -617,6 +617,6 @@ def test_a_folder_without_tokenizer_is_converted_and_says_so(small, tmp_path):
 def test_the_stage_writes_its_facts_to_the_report(small, tmp_path, capsys):
   config = context_of(small.path, tmp_path / 'ours').config
   assert runner.run(config, tmp_path / 'workdir') == 0
-  assert f'written: {tmp_path / "ours"}' in capsys.readouterr().out
+  assert f'convert: wrote {tmp_path / "ours"}' in capsys.readouterr().out
   results = json.loads((tmp_path / 'workdir/report.json').read_text())['convert']
   assert (results['tensors'], results['exact'], results['max_difference']) == (len(small.tensors), True, 0)

@@ -34,8 +34,8 @@ def test_ladder():
     assert exact.ladder_length(length) == min(rung for rung in rungs if rung >= length)
 
 
-# Devices change the last bits; what is asked of each mesh is that it always gives the same ones. A model of 64 by 192 and more,
-# because the matmuls of smaller ones round alike whatever their shape.
+# Meshes differ in the last bits; each mesh must always give the same ones. The models are at least 64 by 192, because smaller matmuls
+# round alike whatever their shape.
 @pytest.mark.parametrize(
   ('devices', 'mesh', 'changes'),
   [
@@ -46,7 +46,7 @@ def test_ladder():
     (4, MeshConfig(context=4), {}),
   ],
 )
-def test_a_reward_depends_on_its_row_alone(make_exact, devices, mesh, changes):
+def test_a_reward_depends_on_its_example_alone(make_exact, devices, mesh, changes):
   scorer, rng = make_exact(devices, mesh, **changes), np.random.default_rng(0)
   sequences = draw(rng, 21)
   rewards = scorer.score_sequences(sequences)
@@ -54,23 +54,23 @@ def test_a_reward_depends_on_its_row_alone(make_exact, devices, mesh, changes):
   for _ in range(3):
     order = rng.permutation(len(sequences))
     np.testing.assert_array_equal(bits(scorer.score_sequences([sequences[i] for i in order])), bits(rewards)[order])
-  some = [4, 0, 4, 4, 20, 7]  # others around it, and itself again
+  some = [4, 0, 4, 4, 20, 7]  # with other neighbors, and with copies of itself
   np.testing.assert_array_equal(bits(scorer.score_sequences([sequences[i] for i in some])), bits(rewards)[some])
   for window in (1, 2, 5, 20):
     parts = [scorer.score_sequences(sequences[low : low + window]) for low in range(0, len(sequences), window)]
     np.testing.assert_array_equal(bits(np.concatenate(parts)), bits(rewards))
-  neighbours = draw(rng, 9)
-  np.testing.assert_array_equal(bits(scorer.score_sequences([*neighbours, *sequences]))[9:], bits(rewards))
+  neighbors = draw(rng, 9)
+  np.testing.assert_array_equal(bits(scorer.score_sequences([*neighbors, *sequences]))[9:], bits(rewards))
 
 
 @pytest.mark.parametrize('devices', [1, 8])
-def test_every_device_gets_one_row_whose_shape_its_own_length_decides(make_exact, devices):
-  """On CPUs a wrong shape only changes some rewards, so the shapes themselves are looked at too."""
+def test_every_device_gets_one_row_shaped_by_its_own_length(make_exact, devices):
+  """On CPUs a wrong shape changes only some rewards, so the test checks the shapes themselves too."""
   scorer, sequences = copy.copy(make_exact(devices)), draw(np.random.default_rng(4), 13, 900)
   called = []
 
   def record(params, batch):
-    assert jax.sharding.get_abstract_mesh().size == devices  # else the partitioner is free to gather the rows
+    assert jax.sharding.get_abstract_mesh().size == devices  # otherwise the partitioner could gather the rows
     assert {shard.data.shape[0] for shard in batch.tokens_BT.addressable_shards} == {1}
     tokens, sizes = np.asarray(batch.tokens_BT), np.asarray(batch.end_BT).max(axis=1)
     called.extend((tokens.shape, tuple(row[:size])) for row, size in zip(tokens, sizes, strict=True) if size)
@@ -83,14 +83,14 @@ def test_every_device_gets_one_row_whose_shape_its_own_length_decides(make_exact
 
 
 def test_one_compilation_for_each_row_length(make_exact):
-  scorer = make_exact(init_std=0.2)  # that no other test calls
+  scorer = make_exact(init_std=0.2)  # used by no other test, so that its cache starts empty
   for longest in (100, 250, 250):
     scorer.score_sequences(draw(np.random.default_rng(longest), 12, longest))
   assert scorer._forward._cache_size() == 2
 
 
 @pytest.mark.parametrize('head_dim', [4, 8, 80])
-def test_rewards_are_those_of_packed_groups(make_exact, template, head_dim):
+def test_rewards_equal_those_of_packed_groups(make_exact, template, head_dim):
   exact_scorer = make_exact(head_dim=head_dim)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   packed = Scorer(exact_scorer.params, exact_scorer.model, template, mesh)
@@ -107,12 +107,12 @@ def test_rewards_are_those_of_packed_groups(make_exact, template, head_dim):
   np.testing.assert_allclose(rewards[:2], pair[0], atol=1e-5)
 
 
-def test_devices_agree_but_for_the_last_bits(make_exact):
+def test_devices_agree_except_for_the_last_bits(make_exact):
   sequences = draw(np.random.default_rng(3), 9)
   np.testing.assert_allclose(make_exact(8).score_sequences(sequences), make_exact().score_sequences(sequences), atol=1e-5)
 
 
-def test_what_is_padding_and_where_it_stands_does_not_matter(make_exact):
+def test_content_and_place_of_padding_do_not_matter(make_exact):
   scorer, (sequence,) = make_exact(), draw(np.random.default_rng(2), 1, 100)
   size, (reward,) = len(sequence), scorer.score_sequences([sequence])
   batch = sequence_batch([sequence], 128, 1)
@@ -136,7 +136,7 @@ def test_what_is_padding_and_where_it_stands_does_not_matter(make_exact):
 def test_float32_is_multiplied_as_float32(make_exact, template, dtype):
   exact_scorer = make_exact(compute_dtype=dtype)
   packed = Scorer(exact_scorer.params, exact_scorer.model, template, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-  batches = []  # what the packed scorer hands to its model
+  batches = []  # as the packed scorer passes them to its model
 
   def record(params, batch):
     batches.append(batch)
@@ -151,7 +151,7 @@ def test_float32_is_multiplied_as_float32(make_exact, template, dtype):
     assert exact_dots == (len(dots) if dtype == 'float32' else 1)  # the head is always float32
 
 
-def test_divided_parameters_are_brought_together_not_their_products(make_exact):
+def test_sharded_parameters_are_gathered_rather_than_their_products(make_exact):
   scorer = make_exact(8)  # fsdp=8
   with jax.set_mesh(scorer._mesh):
     text = scorer._forward.lower(scorer.params, sequence_batch([[1, 2]] * 8, 128, 8)).compile().as_text()
@@ -165,7 +165,7 @@ def test_nothing_to_score(make_exact):
 
 
 @pytest.mark.parametrize(
-  ('row', 'expected'),
+  ('example', 'expected'),
   [
     (Group('p', 'r', ['a', 'b']), 'example 1: has 2 candidates'),
     (Group('p', 'r', []), 'example 1: has 0 candidates'),
@@ -173,15 +173,15 @@ def test_nothing_to_score(make_exact):
     (Group('p', 'r', ['a'], wrapper='chat'), "example 1: wrapper is 'chat'"),
   ],
 )
-def test_bad_rows_are_named(make_exact, row, expected):
-  with pytest.raises(exact.RowError, match=expected) as caught:
-    make_exact().score([Group('p', 'r', ['a']), row])
+def test_bad_examples_are_named(make_exact, example, expected):
+  with pytest.raises(exact.ExampleError, match=expected) as caught:
+    make_exact().score([Group('p', 'r', ['a']), example])
   assert caught.value.index == 1
 
 
 @pytest.mark.parametrize(('wrong', 'expected'), [([1, 261], 'the token 261.*0 to 260'), ([-1, 3], 'the token -1'), ([], 'no tokens')])
 def test_tokens_that_the_model_does_not_have_are_named(make_exact, wrong, expected):
-  with pytest.raises(exact.RowError, match=f'example 2: has {expected}'):
+  with pytest.raises(exact.ExampleError, match=f'example 2: has {expected}'):
     make_exact().score_sequences([[1], [2], wrong])
 
 
@@ -189,5 +189,5 @@ def test_rewards_that_are_not_finite_are_named(make_exact):
   scorer = copy.copy(make_exact())
   poisoned = scorer.params['decoder']['embedding'].at[99].set(jnp.inf)
   scorer.params = {**scorer.params, 'decoder': {**scorer.params['decoder'], 'embedding': poisoned}}
-  with pytest.raises(exact.RowError, match='example 3: its reward is nan'):
+  with pytest.raises(exact.ExampleError, match='example 3: its reward is nan'):
     scorer.score_sequences([[1], [2] * 200, [3], [99, 1], [4]])

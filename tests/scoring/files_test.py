@@ -12,37 +12,37 @@ from hypothesis import strategies as st
 
 from polar_jax.config import ConfigError
 from polar_jax.data.examples import BadExampleError, DataError
-from polar_jax.scoring import files as row_files
+from polar_jax.scoring import files
 from polar_jax.types import Group
 
 MESSAGES = [{'role': 'user', 'content': 'a'}, {'role': 'user', 'content': 'b'}]
 GOOD = {'prompt': 'p', 'reference': 'r', 'output': 'o'}
 
 
-def write(path, rows):
-  data = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+def write(path, examples):
+  data = ''.join(json.dumps(example) + '\n' for example in examples).encode()
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path
 
 
 def read(path, on_bad_example='raise', skipped=None, **how):
-  return list(row_files.read_rows(path, on_bad_example, [] if skipped is None else skipped, **how))
+  return list(files.read_examples(path, on_bad_example, [] if skipped is None else skipped, **how))
 
 
-def rows_of(contents):
-  return [row_files.Row(i, content, None) for i, content in enumerate(contents, 1)]
+def numbered(contents):
+  return [files.Example(i, content, None) for i, content in enumerate(contents, 1)]
 
 
 def save(path, contents, rewards, settings=None):
-  """A whole file, in one window."""
-  file = row_files.RewardFile(path, settings or {})
-  file.write(rows_of(contents), np.asarray(rewards, np.float32))
+  """Write a complete file in one window."""
+  file = files.RewardFile(path, settings or {})
+  file.write(numbered(contents), np.asarray(rewards, np.float32))
   file.finish()
   return file
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet'])
-def test_all_formats_give_the_same_rows(tmp_path, name):
+def test_all_formats_give_the_same_examples(tmp_path, name):
   contents = [
     {**GOOD, 'prompt': MESSAGES, 'wrapper': 'pretrain', 'id': 7, 'source': '日本'},
     {**GOOD, 'prompt': MESSAGES[:1], 'wrapper': None, 'id': 8, 'source': 'x'},
@@ -64,33 +64,33 @@ def test_all_formats_give_the_same_rows(tmp_path, name):
     ({'prompt': 'p', 'output': 'o'}, 'reference', "field 'reference' is missing"),
     ({**GOOD, 'output': 3}, 'output', 'output must be a string or a list of messages, not int'),
     ({**GOOD, 'wrapper': 'chat'}, 'wrapper', "wrapper is 'chat'"),
-    ({**GOOD, 'reward': 0.5}, 'reward', "it has a 'reward' already"),
+    ({**GOOD, 'reward': 0.5}, 'reward', "already has a field 'reward'"),
     ([GOOD], None, 'JSON object, not list'),
   ],
 )
-def test_bad_rows(tmp_path, bad, field, reason):
+def test_bad_examples(tmp_path, bad, field, reason):
   path = write(tmp_path / 'a.jsonl', [GOOD, bad, GOOD])
   with pytest.raises(BadExampleError) as caught:
     read(path)
   assert (caught.value.path, caught.value.number, caught.value.field) == (path, 2, field)
   assert reason in str(caught.value)
   skipped = []
-  assert [row.number for row in read(path, 'skip', skipped)] == [1, 3]
+  assert [example.number for example in read(path, 'skip', skipped)] == [1, 3]
   assert [number for number, _ in skipped] == [2]
   assert reason in skipped[0][1]
 
 
-def test_an_empty_reward_is_no_reward(tmp_path):
+def test_a_null_reward_is_overwritten(tmp_path):
   path = write(tmp_path / 'a.jsonl', [{**GOOD, 'reward': None}])
-  (row,) = read(path)
-  save(tmp_path / 'out.jsonl', [row.content], [1.5])
+  (example,) = read(path)
+  save(tmp_path / 'out.jsonl', [example.content], [1.5])
   assert json.loads((tmp_path / 'out.jsonl').read_text()) == {**GOOD, 'reward': 1.5}
 
 
 def test_without_a_reference(tmp_path):
   path = write(tmp_path / 'a.jsonl', [{'prompt': 'p', 'output': 'o'}])
-  (row,) = read(path, use_reference=False)
-  assert row.group == Group('p', '', ['o'])
+  (example,) = read(path, use_reference=False)
+  assert example.group == Group('p', '', ['o'])
 
 
 def test_parquet_that_json_cannot_hold(tmp_path):
@@ -100,7 +100,7 @@ def test_parquet_that_json_cannot_hold(tmp_path):
     read(path)
 
 
-def test_no_rows(tmp_path):
+def test_no_examples(tmp_path):
   with pytest.raises(DataError, match='no valid examples'):
     read(write(tmp_path / 'a.jsonl', []))
 
@@ -111,13 +111,13 @@ def test_rewards_read_back_to_the_same_bits(tmp_path_factory, rewards):
   file = save(path, [GOOD] * len(rewards), rewards)
   back = np.array([json.loads(line)['reward'] for line in path.read_text().splitlines()], np.float32)
   np.testing.assert_array_equal(back.view(np.int32), np.array(rewards, np.float32).view(np.int32))
-  assert file.rows == len(rewards)
+  assert file.count == len(rewards)
 
 
-def test_rows_are_written_as_they_are(tmp_path):
+def test_examples_are_written_unchanged(tmp_path):
   contents = [
     {**GOOD, 'prompt': MESSAGES, 'output': 'naïve 日本 \u2028 "quoted"\n', 'extra': {'b': [1, 2.5, None, True], 'a': 2**70}},
-    {**GOOD, 'note': 'half \ud83e'},  # only passed on, so it may be what no template takes
+    {**GOOD, 'note': 'half \ud83e'},  # only passed on, so it may be a value that no template accepts
   ]
   file = save(tmp_path / 'out.jsonl', contents, [0.1, -2.0])
   raw = (tmp_path / 'out.jsonl').read_bytes()
@@ -128,7 +128,7 @@ def test_rows_are_written_as_they_are(tmp_path):
   assert first == {**contents[0], 'reward': float(np.float32(0.1))}
   assert list(first) == [*contents[0], 'reward']
   assert second == {**contents[1], 'reward': -2.0}
-  assert (file.rows, file.mean, file.std) == (2, pytest.approx(-0.95), pytest.approx(1.05))
+  assert (file.count, file.mean, file.std) == (2, pytest.approx(-0.95), pytest.approx(1.05))
   assert [p.name for p in tmp_path.iterdir()] == ['out.jsonl']
   for name in ('a.jsonl.gz', 'b.jsonl.gz'):
     save(tmp_path / name, contents, [0.1, -2.0])
@@ -138,23 +138,23 @@ def test_rows_are_written_as_they_are(tmp_path):
 
 
 def stop_after(path, contents, settings, torn=b''):
-  """What a run leaves that was killed after these rows, in the middle of another."""
-  file = row_files.RewardFile(path, settings)
-  file.write(rows_of(contents), np.arange(len(contents), dtype=np.float32))
+  """Leave the files of a run that was killed after these examples, in the middle of writing another."""
+  file = files.RewardFile(path, settings)
+  file.write(numbered(contents), np.arange(len(contents), dtype=np.float32))
   file.close()
-  partial, _ = row_files.partial_files(path)
+  partial, _ = files.partial_files(path)
   partial.write_bytes(partial.read_bytes() + torn)
 
 
 @pytest.mark.parametrize('torn', [b'', b'{"prompt": "p", "rew', b'{"prompt": "p", "reward": 7}'])
 @pytest.mark.parametrize('name', ['out.jsonl', 'out.jsonl.gz'])
-def test_a_stopped_run_goes_on(tmp_path, torn, name):
+def test_a_stopped_run_continues(tmp_path, torn, name):
   path, contents = tmp_path / name, [{**GOOD, 'i': i} for i in range(5)]
   stop_after(path, contents[:3], {'model': (1, 2)}, torn)
   assert not path.exists()
-  file = row_files.RewardFile(path, {'model': (1, 2)})
-  assert (file.kept, file.rows, file.mean, file.changed) == (3, 3, 1.0, [])
-  file.write(rows_of(contents[3:]), np.array([3, 4], np.float32))
+  file = files.RewardFile(path, {'model': (1, 2)})
+  assert (file.kept, file.count, file.mean, file.changed) == (3, 3, 1.0, [])
+  file.write(numbered(contents[3:]), np.array([3, 4], np.float32))
   file.finish()
   whole = tmp_path / f'whole_{name}'
   save(whole, contents, range(5))
@@ -167,32 +167,32 @@ def test_a_stopped_run_goes_on(tmp_path, torn, name):
 def test_rows_of_another_run_are_dropped(tmp_path, header):
   path = tmp_path / 'out.jsonl'
   stop_after(path, [GOOD] * 3, {'model': 1, 'input': 2})
-  _, header_file = row_files.partial_files(path)
+  _, header_file = files.partial_files(path)
   if header == 'torn':
     header_file.write_text('{"mod')
   elif header == 'gone':
     header_file.unlink()
-  file = row_files.RewardFile(path, {'model': 2, 'input': 2})
+  file = files.RewardFile(path, {'model': 2, 'input': 2})
   assert file.kept == 0
   assert file.changed == (['model'] if header == 'other' else ['input', 'model'])
-  file.write(rows_of([{**GOOD, 'i': 9}]), np.ones(1, np.float32))
+  file.write(numbered([{**GOOD, 'i': 9}]), np.ones(1, np.float32))
   file.close()
-  assert row_files.RewardFile(path, {'model': 2, 'input': 2}).kept == 1  # and its own are kept
+  assert files.RewardFile(path, {'model': 2, 'input': 2}).kept == 1  # and its own are kept
 
 
-def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path):
-  path = tmp_path / 'folder' / 'out.jsonl'  # which is made
+def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path):
+  path = tmp_path / 'folder' / 'out.jsonl'  # which is created
   save(path, [GOOD], [1.0])
   old = path.read_bytes()
   stop_after(path, [GOOD] * 2, {})
   assert path.read_bytes() == old
-  row_files.RewardFile(path, {}).finish()
+  files.RewardFile(path, {}).finish()
   assert len(path.read_text().splitlines()) == 2
 
 
-def test_outputs_that_cannot_be(tmp_path):
+def test_impossible_outputs(tmp_path):
   source = write(tmp_path / 'in.jsonl', [GOOD])
-  row_files.check_output(tmp_path / 'out.jsonl', source)
+  files.check_output(tmp_path / 'out.jsonl', source)
   (tmp_path / 'link.jsonl').symlink_to(source)
   (tmp_path / 'hard.jsonl').hardlink_to(source)
   (tmp_path / 'folder.jsonl').mkdir()
@@ -205,4 +205,4 @@ def test_outputs_that_cannot_be(tmp_path):
     'hard.jsonl': 'is the input',
   }.items():
     with pytest.raises(ConfigError, match=expected):
-      row_files.check_output(tmp_path / name, source)
+      files.check_output(tmp_path / name, source)

@@ -18,7 +18,7 @@ from polar_jax.types import Group, Triplet, UserError
 
 @pytest.fixture(scope='module')
 def make_scorer():
-  """A scorer of random parameters, on a number of devices."""
+  """Return a function that makes a scorer with random parameters on a number of devices."""
   template = Template(TemplateConfig(), load_tokenizer(TokenizerConfig(kind='byte')))
   sizes = {'num_layers': 2, 'd_model': 16, 'd_ff': 32, 'num_heads': 2, 'num_kv_heads': 1, 'head_dim': 8}
   model = ModelConfig(vocab_size=template.tokenizer.vocab_size, init_std=0.3, v_head_init='normal', **sizes)
@@ -50,7 +50,7 @@ def groups():
 
 @pytest.fixture(scope='module')
 def alone(make_scorer, groups):
-  """Rewards of every candidate of the groups, each scored in a call of its own."""
+  """Return the reward of every candidate of the groups, each scored in a call of its own."""
   scorer = make_scorer(rows=1, row_length=256, candidates=1)
   return [[float(scorer.score([Group(g.prompt, g.reference, [c])])[0][0]) for c in g.candidates] for g in groups]
 
@@ -60,7 +60,7 @@ def alone(make_scorer, groups):
   [
     (1, {}),
     (1, {'rows': 2, 'row_length': 128}),  # several batches
-    (1, {'rows': 1, 'row_length': 96, 'candidates': 3}),  # groups divided between rows
+    (1, {'rows': 1, 'row_length': 96, 'candidates': 3}),  # groups divided over several rows
     (8, {'rows': 3, 'row_length': 256}),
     (1, {'rows': 2, 'row_length': 32, 'grow': True}),  # candidates of up to 90 tokens
   ],
@@ -71,7 +71,7 @@ def test_each_candidate_gets_the_reward_it_gets_alone(make_scorer, groups, alone
   for got, expected in zip(rewards, alone, strict=True):
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, atol=1e-5)
-  assert len(np.unique(np.concatenate(rewards).round(4))) > 15  # an exchange would be seen
+  assert len(np.unique(np.concatenate(rewards).round(4))) > 15  # distinct, so that swapped rewards would be noticed
 
 
 def test_calls_of_any_size_share_one_compilation(make_scorer, groups):
@@ -98,12 +98,12 @@ def test_nothing_to_score(make_scorer):
   assert make_scorer().score([Group('p', 'r', [])])[0].shape == (0,)
 
 
-def test_what_fits_no_row_is_named(make_scorer, groups):
+def test_a_candidate_longer_than_a_row_is_named(make_scorer, groups):
   with pytest.raises(UserError, match=r'group 1: candidate 2 has \d+ tokens.*64'):
     make_scorer(row_length=64).score([groups[0], Group('p', 'r', ['a', 'b', 'c' * 80])])
 
 
-def test_wrong_texts_are_named(make_scorer):
+def test_bad_groups_are_named(make_scorer):
   with pytest.raises(UserError, match=r'group 0: .*wrapper'):
     make_scorer().score([Group('p', 'r', ['a'], wrapper='other')])
 

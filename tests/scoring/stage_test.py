@@ -13,7 +13,7 @@ import pytest
 from polar_jax import runner, sharding
 from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, ScoreConfig, TemplateConfig, TokenizerConfig
-from polar_jax.scoring import files as row_files
+from polar_jax.scoring import files
 from polar_jax.stages import score as stage
 from polar_jax.stages.context import Context
 from polar_jax.types import Group, UserError
@@ -25,16 +25,16 @@ COUNT = 11
 def source(tmp_path) -> pathlib.Path:
   rng = np.random.default_rng(0)
   word = lambda: ''.join(rng.choice(list('abcdé '), int(rng.integers(0, 18))))
-  rows = [{'prompt': word(), 'reference': word(), 'output': word(), 'id': i} for i in range(COUNT)]
-  rows[3] |= {'prompt': [{'role': 'user', 'content': 'x'}, {'role': 'user', 'content': 'y'}], 'wrapper': 'pretrain'}
-  path = tmp_path / 'rows.jsonl'
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  examples = [{'prompt': word(), 'reference': word(), 'output': word(), 'id': i} for i in range(COUNT)]
+  examples[3] |= {'prompt': [{'role': 'user', 'content': 'x'}, {'role': 'user', 'content': 'y'}], 'wrapper': 'pretrain'}
+  path = tmp_path / 'examples.jsonl'
+  path.write_text(''.join(json.dumps(example) + '\n' for example in examples))
   return path
 
 
 @pytest.fixture
 def make_config(source, reward_run):
-  """A config that scores the source."""
+  """Return a function that makes a config to score the source."""
 
   def make(output, window=4, **changes):
     settings = {
@@ -53,7 +53,7 @@ def make_config(source, reward_run):
 
 @pytest.fixture
 def score(tmp_path, make_config):
-  """Runs the stage on one device."""
+  """Return a function that runs the stage on one device."""
 
   def run(output, log=None, **changes):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -73,10 +73,10 @@ class Stop(Exception):
 
 @pytest.fixture
 def stopped_after(monkeypatch):
-  """The next runs are stopped before they write this window."""
+  """Return a function that stops later runs before they write window number `windows`."""
 
   def stop(windows):
-    write, seen = row_files.RewardFile.write, []
+    write, seen = files.RewardFile.write, []
 
     def until(self, *args):
       if len(seen) == windows:
@@ -84,13 +84,13 @@ def stopped_after(monkeypatch):
       seen.append(1)
       write(self, *args)
 
-    monkeypatch.setattr(row_files.RewardFile, 'write', until)
-    return lambda: monkeypatch.setattr(row_files.RewardFile, 'write', write)
+    monkeypatch.setattr(files.RewardFile, 'write', until)
+    return lambda: monkeypatch.setattr(files.RewardFile, 'write', write)
 
   return stop
 
 
-def test_rewards_are_those_of_the_scorer(score, source, tmp_path, make_exact):
+def test_rewards_equal_those_of_the_scorer(score, source, tmp_path, make_exact):
   log: list[str] = []
   facts = score(tmp_path / 'out.jsonl', log)
   contents = [json.loads(line) for line in source.read_text().splitlines()]
@@ -104,8 +104,8 @@ def test_rewards_are_those_of_the_scorer(score, source, tmp_path, make_exact):
   assert facts['tokens'] == sum(map(len, scorer.encode(groups)))
   assert (facts['mean'], facts['std']) == (pytest.approx(expected.mean()), pytest.approx(expected.std()))
   assert facts['rows_per_second'] == pytest.approx(COUNT / facts['seconds'])
-  assert log[0].startswith(f'score  row 4/{COUNT}  ')
-  assert log[-1].startswith(f'score: {COUNT} rows in ')
+  assert log[0].startswith(f'score  example 4/{COUNT}  ')
+  assert log[-1].startswith(f'score: {COUNT} examples in ')
 
 
 def test_windows_and_formats_do_not_matter(score, tmp_path):
@@ -115,7 +115,7 @@ def test_windows_and_formats_do_not_matter(score, tmp_path):
     assert gzip.decompress((tmp_path / 'other.jsonl.gz').read_bytes()) == (tmp_path / 'out.jsonl').read_bytes()
 
 
-def test_a_stopped_run_goes_on(score, tmp_path, stopped_after):
+def test_a_stopped_run_continues(score, tmp_path, stopped_after):
   score(tmp_path / 'whole.jsonl')
   restore = stopped_after(2)
   with pytest.raises(Stop):
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on(score, tmp_path, stopped_after):
   assert (tmp_path / 'out.jsonl').read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
   assert (facts['rows'], facts['resumed_rows']) == (COUNT, 8)
   assert facts['mean'] == pytest.approx(rewards_in(tmp_path / 'whole.jsonl').mean())
-  assert 'score: continues after 8 rows of a stopped run' in log
+  assert 'score: continuing after 8 examples of a stopped run' in log
   assert sorted(p.name for p in tmp_path.glob('out*')) == ['out.jsonl']
 
 
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on(score, tmp_path, stopped_after):
     ({}, 'input'),
   ],
 )
-def test_a_run_with_other_settings_starts_anew(score, source, tmp_path, stopped_after, changes, named):
+def test_a_run_with_other_settings_starts_over(score, source, tmp_path, stopped_after, changes, named):
   restore = stopped_after(1)
   with pytest.raises(Stop):
     score(tmp_path / 'out.jsonl')
@@ -149,13 +149,13 @@ def test_a_run_with_other_settings_starts_anew(score, source, tmp_path, stopped_
     source.write_text(source.read_text().replace('"id": 0', '"id": 9'))
   log: list[str] = []
   assert score(tmp_path / 'out.jsonl', log, **changes)['resumed_rows'] == 0
-  assert f'score: drops the rows of a stopped run, which was made with another {named}' in log
+  assert f'score: discarding the partial output of a stopped run: changed since: {named}' in log
 
 
-def test_bad_rows_stop_before_anything_is_scored_or_are_skipped(score, source, tmp_path):
+def test_bad_examples_raise_before_anything_is_scored_or_are_skipped(score, source, tmp_path):
   lines = source.read_text().splitlines()
   source.write_text('\n'.join([*lines[:6], '', '{"prompt": "p"}', *lines[6:]]))
-  with pytest.raises(UserError, match=r"rows\.jsonl, example 8: field 'reference' is missing; fix it"):
+  with pytest.raises(UserError, match=r"examples\.jsonl, example 8: field 'reference' is missing; fix it"):
     score(tmp_path / 'out.jsonl')
   assert not list(tmp_path.glob('out*'))
   log: list[str] = []
@@ -168,16 +168,16 @@ def test_bad_rows_stop_before_anything_is_scored_or_are_skipped(score, source, t
 def test_rewards_that_are_not_finite_name_the_line(score, source, tmp_path, make_params, reward_run, tmp_path_factory):
   lines = [json.loads(line) for line in source.read_text().splitlines()]
   lines[6]['output'] = '~'
-  source.write_text('\n' + ''.join(json.dumps(line) + '\n' for line in lines))  # row 6 is line 8
+  source.write_text('\n' + ''.join(json.dumps(line) + '\n' for line in lines))  # example 6 is on line 8
   params = make_params()
   params['decoder']['embedding'] = params['decoder']['embedding'].at[ord('~')].set(jnp.nan)
   broken = tmp_path_factory.mktemp('broken')
   checkpoint.save_params(broken, params, checkpoint.load_settings(reward_run))
-  with pytest.raises(UserError, match=r'rows\.jsonl, example 8: its reward is nan'):
+  with pytest.raises(UserError, match=r'examples\.jsonl, example 8: its reward is nan'):
     score(tmp_path / 'out.jsonl', checkpoint=str(broken))
 
 
-def test_no_reference_is_needed_where_none_is_read(score, source, tmp_path):
+def test_no_reference_is_needed_if_the_template_reads_none(score, source, tmp_path):
   source.write_text('{"prompt": "p", "output": "o"}\n{"prompt": "p", "output": "o", "reference": "unread"}\n')
   score(tmp_path / 'out.jsonl', template=TemplateConfig(use_reference=False))
   first, second = rewards_in(tmp_path / 'out.jsonl')
@@ -200,20 +200,20 @@ def test_the_reward_token_is_the_checkpoints_unless_the_config_names_one(
 
 @pytest.mark.parametrize('name', ['checkpoint', 'input', 'output'])
 def test_missing_settings(score, tmp_path, name):
-  with pytest.raises(ConfigError, match=rf'^{name}: name .*, with --config\.{name}=PATH$'):
+  with pytest.raises(ConfigError, match=rf'^{name} is not set: name .* with --config\.{name}=PATH$'):
     score(tmp_path / 'out.jsonl', **{name: None}) if name != 'output' else score('')
 
 
-def test_a_language_model_gives_no_rewards(score, tmp_path, make_params, reward_run, tmp_path_factory):
+def test_a_language_model_is_refused(score, tmp_path, make_params, reward_run, tmp_path_factory):
   folder = tmp_path_factory.mktemp('lm')
   params = {'decoder': make_params()['decoder'], 'lm_head': jnp.zeros((261, 32))}
   checkpoint.save_params(folder, params, checkpoint.load_settings(reward_run) | {'objective': 'next_token'})
-  with pytest.raises(ConfigError, match='is a language model; only a reward model gives rewards'):
+  with pytest.raises(ConfigError, match='is a language model; the score stage needs a reward model'):
     score(tmp_path / 'out.jsonl', checkpoint=str(folder))
 
 
 def test_a_workdir_that_only_scored_has_a_report(make_config, tmp_path, capsys):
-  """By the runner, on all devices: they change the last bits at most."""
+  """Run by the runner on all devices, which may change the last bits."""
   config = make_config(tmp_path / 'out.jsonl', mesh=MeshConfig(data=-1, fsdp=1))
   assert runner.run(config, tmp_path / 'run') == 0
   report = json.loads((tmp_path / 'run' / 'report.json').read_text())
