@@ -14,11 +14,21 @@ from jax.sharding import Mesh
 from polar_jax.api_models import Example, LanguageModel, Model, RewardModel, default_mesh, open_any_tokenizer
 from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
-from polar_jax.config import CheckpointingConfig, DataConfig, ModelConfig, ProfileConfig, RftConfig, TemplateConfig, TrainConfig
+from polar_jax.config import (
+  CheckpointingConfig,
+  ConfigError,
+  DataConfig,
+  ModelConfig,
+  ProfileConfig,
+  RftConfig,
+  TemplateConfig,
+  TrainConfig,
+)
 from polar_jax.data import pipeline
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.runtime import paths
 from polar_jax.train import trainer
 from polar_jax.train.metrics import read_metrics
 from polar_jax.train.objectives import RANKING
@@ -241,7 +251,11 @@ def _opened(init: Any) -> Any:
     return None
   if isinstance(init, Model):
     return init.as_pretrained()
-  return init if isinstance(init, Pretrained) else open_pretrained(init)
+  if isinstance(init, Pretrained):
+    return init
+  if not paths.path_of(init).exists():
+    raise ConfigError(f'no checkpoint to start from in {init}: run the stage that writes it first, or name another checkpoint')
+  return open_pretrained(init)
 
 
 def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from polar_jax.config import ConfigError, parse
@@ -152,6 +152,7 @@ def main(_: Sequence[str]) -> int:
 
   if config.stage == 'plan':
     environment.prepare()
+  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax log every file they touch
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   # JAX is imported from here on, and its backend started in `run`; bad settings have been reported before.

@@ -94,8 +94,11 @@ def main() -> int:
   if args.cores and hasattr(os, 'sched_setaffinity'):  # before JAX starts its threads
     os.sched_setaffinity(0, {int(core) for core in args.cores.split(',')})
 
+  from absl import logging
+
   from polar_jax.runtime import malloc
 
+  logging.set_verbosity(logging.ERROR)  # TFDS and Orbax log every file they touch
   if malloc.runs_on_cpu():
     malloc.keep_freed_memory()
   from polar_jax.runtime.preemption import Preempted
