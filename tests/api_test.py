@@ -257,7 +257,7 @@ RFT = polar_jax.RftConfig(
 
 
 def share_of_letters(prompts, completions, **columns):
-  """Printable ASCII among what a policy of random bytes writes: a third at first."""
+  """Return the share of printable ASCII in responses; a third at first for a policy of random bytes."""
   return [sum(' ' <= character <= '~' for character in text) / 6 for text in completions]
 
 

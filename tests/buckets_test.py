@@ -28,7 +28,7 @@ STEPS, SPLITS = 30, ('train', 'validation')
 
 
 class World:
-  """A folder with a config, rows in it and in a bucket, and machines that come and go: each is a folder."""
+  """A folder with a config, examples on disk and in a bucket, and machines that come and go, each a folder of its own."""
 
   def __init__(self, folder: pathlib.Path, bucket: bucket_stand_in.Bucket):
     self.folder, self.bucket, rng = folder, bucket, np.random.default_rng(0)
@@ -59,7 +59,7 @@ class World:
     return [{k: v for k, v in json.loads(line).items() if k not in small_run.TIMED} for line in lines]
 
   def saved(self, run: str) -> list[int]:
-    """Steps whose checkpoint is whole."""
+    """Return the steps whose checkpoint is complete."""
     names = self.bucket.names('our')
     whole = [name.split('/') for name in names if name.startswith(f'{run}/pretrain/checkpoints/') and name.endswith('/commit_success.txt')]
     return sorted(int(parts[3]) for parts in whole if len(parts) == 5)
@@ -77,14 +77,14 @@ def world(tmp_path_factory):
     yield made
 
 
-def test_same_run_as_on_a_disk(world):
+def test_a_run_in_a_bucket_equals_one_on_disk(world):
   assert world.metrics('whole') == world.metrics('local')
   assert world.saved('whole')[-1] == STEPS and not (world.folder / 'whole/pretrain/checkpoints').exists()
   kept = world.bucket.objects['our/whole/pretrain/metrics.jsonl'][0]
   assert kept == (world.folder / 'whole/pretrain/metrics.jsonl').read_bytes()
 
 
-def test_another_machine_goes_on_where_a_lost_one_stopped(world):
+def test_another_machine_continues_where_a_lost_one_stopped(world):
   process = world.start('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
   deadline = time.monotonic() + 300
   while not world.saved('moved'):
@@ -95,22 +95,22 @@ def test_another_machine_goes_on_where_a_lost_one_stopped(world):
   assert process.returncode == 0 and 'saved' in output, output
   stopped = world.saved('moved')[-1]
   assert stopped < STEPS
-  said = world.finish('new', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
-  assert f'pretrain: resumed from step {stopped} of {STEPS}' in said
-  assert world.metrics('new') == world.metrics('local')  # what the lost machine logged came with the checkpoint
-  world.finish('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')  # found again, and behind
+  output = world.finish('new', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
+  assert f'pretrain: resumed from step {stopped} of {STEPS}' in output
+  assert world.metrics('new') == world.metrics('local')  # the log of the lost machine was restored with the checkpoint
+  world.finish('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')  # back with an older state
   assert world.metrics('lost') == world.metrics('local')
 
 
-def test_hosts_without_a_shared_disk_train_together_and_one_goes_on_alone(world):
+def test_hosts_without_a_shared_disk_train_together_and_one_continues_alone(world):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
   settings = (*IN_BUCKET, 'checkpointing.folder=gs://our/hosts')
   cluster = (f'distributed.coordinator={address}', 'distributed.processes=2', 'mesh.data=2')
   running = [world.start(f'host{p}', *settings, *cluster, f'distributed.process={p}') for p in range(2)]
-  said = [process.communicate(timeout=300)[0] for process in running]
-  assert [process.returncode for process in running] == [0, 0], '\n'.join(said)
+  output = [process.communicate(timeout=300)[0] for process in running]
+  assert [process.returncode for process in running] == [0, 0], '\n'.join(output)
   losses = lambda machine: [row['loss'] for row in world.metrics(machine) if 'loss' in row]
   np.testing.assert_allclose(losses('host0'), losses('local'), rtol=0, atol=2e-5)
   assert not (world.folder / 'host1/pretrain/metrics.jsonl').exists() and world.saved('hosts')[-1] == STEPS
@@ -126,9 +126,9 @@ def test_torn_checkpoint_is_set_aside(world):
       world.bucket.put(name.replace('our/whole/', 'our/torn/'), content)
   for name in [n for n in world.bucket.objects if f'our/torn/pretrain/checkpoints/{STEPS}/state/' in n and '/d/' in n]:
     del world.bucket.objects[name]
-  said = world.finish('torn', *IN_BUCKET, 'checkpointing.folder=gs://our/torn')
-  assert f'the checkpoint of step {STEPS} is torn' in said and f'gs://our/torn/pretrain/torn_{STEPS}_' in said
-  assert 'resumed from step 25' in said and world.metrics('torn') == world.metrics('local')
+  output = world.finish('torn', *IN_BUCKET, 'checkpointing.folder=gs://our/torn')
+  assert f'the checkpoint of step {STEPS} is torn' in output and f'gs://our/torn/pretrain/torn_{STEPS}_' in output
+  assert 'resumed from step 25' in output and world.metrics('torn') == world.metrics('local')
 
 
 def test_scores_with_a_checkpoint_in_the_bucket(world):
@@ -161,7 +161,7 @@ def test_parquet_and_text_in_the_bucket(world, tmp_path):
   assert losses[0] == losses[1]
 
 
-def test_checkpoint_that_is_being_written_is_none(world):
+def test_incomplete_checkpoint_is_ignored(world):
   for name, (content, _) in [*world.bucket.objects.items()]:
     if name.startswith('our/whole/') and not name.endswith('commit_success.txt'):
       world.bucket.put(name.replace('our/whole/', 'our/half/'), content)
@@ -174,16 +174,16 @@ def test_checkpoint_that_is_being_written_is_none(world):
 def test_starts_from_a_run_in_the_bucket(world):
   losses = []
   for name, start in (('from_there', 'gs://our/whole/pretrain'), ('from_here', 'local/pretrain')):
-    said = world.finish(name, 'data.triplets=data', f'pretrain.start_from={start}')
-    assert f'starts from the parameters in {start}' in said
+    output = world.finish(name, 'data.triplets=data', f'pretrain.start_from={start}')
+    assert f'starts from the parameters in {start}' in output
     losses.append([row.get('loss') for row in world.metrics(name)])
   assert losses[0] == losses[1] != [row.get('loss') for row in world.metrics('local')]
 
 
 @pytest.mark.parametrize(
-  ('settings', 'said'),
+  ('settings', 'message'),
   [
-    (('data.triplets=gs://our/nothing',), 'data.triplets: no rows at gs://our/nothing'),
+    (('data.triplets=gs://our/nothing',), 'data.triplets: nothing at gs://our/nothing'),
     (('data.triplets=gs://our/tfds',), 'gs://our/tfds: TFDS reads from file systems alone'),
     (('data.triplets=data', 'pretrain.start_from=gs://our/nothing'), 'no checkpoint to start from in gs://our/nothing'),
     (('data.triplets=data', 'pretrain.start_from=gs://our/data'), 'gs://our/data: not a run of polar_jax'),
@@ -191,9 +191,9 @@ def test_starts_from_a_run_in_the_bucket(world):
     (('stage=score', 'checkpoint=local/pretrain', 'input=data/train.jsonl', 'output=gs://our/out.jsonl'), 'name a local file'),
   ],
 )
-def test_what_a_bucket_cannot_be_is_said(world, settings, said):
+def test_unsupported_uses_of_a_bucket_are_refused(world, settings, message):
   world.bucket.put('our/tfds/dataset_info.json', b'{}')
-  assert said in world.finish('other', *settings, status=1)
+  assert message in world.finish('other', *settings, status=1)
 
 
 def test_workdir_is_local(world):

@@ -33,7 +33,7 @@ def small_config(**changes):
 
 @pytest.fixture(scope='module', autouse=True)
 def laptop():
-  """One device, as the miniature has it: half of the time to compile what eight need."""
+  """One device, as the miniature uses; compiling for eight takes twice as long."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     yield
@@ -47,7 +47,7 @@ def workdir(tmp_path_factory):
 
 
 def is_interval(value):
-  """Policies are known in the miniature, so every interval resamples them."""
+  """Check that every interval resamples policies, which are known in the miniature."""
   clustered = value['clustered_by'] == 'policy' and 2 <= value['clusters'] <= min(value['n'], 24)
   keys = {'accuracy', 'low', 'high', 'n', 'clusters', 'clustered_by'}
   return clustered and set(value) == keys and 0 <= value['low'] <= value['accuracy'] <= value['high'] <= 1
@@ -80,14 +80,14 @@ def test_tuning_towards_a_policy_is_reported(workdir):
   assert set(rft['comparison']) == {'start', 'ppo', 'best_of_n', 'sft', 'target'}
   for seed in range(2):
     of = {name: {f: rft['comparison'][name][f][seed] for f in figures} for name in rft['comparison']}
-    # The target is likelier under its own law than anybody else's text, and best-of-n is chosen by the reward.
+    # The target's own text is the likeliest under its distribution, and best-of-n is chosen by the reward.
     assert of['target']['target_nll'] < min(of[name]['target_nll'] for name in ('start', 'ppo', 'best_of_n', 'sft'))
     assert of['target']['relative_nll'] < 0 and of['best_of_n']['reward'] >= of['start']['reward']
     assert rft['comparison']['start']['kl'][seed] == pytest.approx(0, abs=1e-5)
     assert all(abs(rft['comparison'][name]['kl'][seed]) > 1e-5 for name in ('ppo', 'sft'))  # an estimate, which may be negative
 
 
-def test_a_law_is_fitted_and_said_to_prove_nothing(workdir):
+def test_a_law_of_few_runs_is_reported_with_a_warning(workdir):
   scaling = json.loads((workdir / 'report.json').read_text())['scaling']
   assert all({'alpha', 'beta', 'r2', 'low', 'high'} <= set(scaling[law]) and scaling[law]['n'] == 3 for law in 'NC')
   assert scaling['sizes'] == 3 and '3 sizes prove nothing' in (workdir / 'report.md').read_text()
@@ -103,7 +103,7 @@ def test_readable_report_and_figures(workdir):
 
 
 @pytest.mark.parametrize('stages', ['synthesize,pretrain,sweep,fit', pytest.param('all', marks=pytest.mark.slow)])
-def test_running_again_redoes_nothing(workdir, stages, capsys):
+def test_a_second_run_repeats_no_work(workdir, stages, capsys):
   before = {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')}
   report = json.loads((workdir / 'report.json').read_text())
   assert runner.run(small_config(stage=stages), workdir) == 0
@@ -114,13 +114,13 @@ def test_running_again_redoes_nothing(workdir, stages, capsys):
   assert again['evaluate'] == report['evaluate'] and again['pretrain'] == report['pretrain']
 
 
-def test_one_stage_alone_says_what_it_needs(tmp_path, capsys):
+def test_a_stage_alone_names_the_stage_it_needs(tmp_path, capsys):
   assert runner.run(small_config(stage='pretrain'), tmp_path) == 1
   error = capsys.readouterr().err
   assert error.startswith('polar_jax: ') and 'synthesize' in error and error.count('\n') == 1
 
 
-def test_own_files_without_held_out_rows_are_refused(tmp_path, capsys):
+def test_own_files_without_held_out_examples_are_refused(tmp_path, capsys):
   row = {name: name for name in ('prompt', 'reference', 'chosen', 'rejected')}
   (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
   config = miniature('mini_tiny', train_examples=300, preference_examples=64)

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end bit for bit where an uninterrupted run ends. Real processes, real signals."""
+"""Runs that are killed and restarted end bit for bit like an uninterrupted run. Uses real processes and signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class World:
     (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50))
     settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.validation': 'rows.jsonl', 'checkpointing.every_steps': 2}
     small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_examples=8)
-    # Compiled functions are shared by all starts: nearly all of a start is compiling.
+    # All starts share a compilation cache, because a start spends nearly all its time compiling.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     self.environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | cache
@@ -56,7 +56,7 @@ class World:
     return max((int(name) for name in self.checkpoints(workdir) if name.isdigit()), default=0)
 
   def unfinished(self, workdir: str) -> list[int]:
-    """Steps that are being saved."""
+    """Return the steps that are being saved."""
     return [int(name.split('.')[0]) for name in self.checkpoints(workdir) if 'checkpoint-tmp' in name]
 
   def wait_until(self, process: subprocess.Popen, condition) -> None:
@@ -90,7 +90,7 @@ def assert_same_end(world, workdir):
   assert jax.tree.structure(state) == jax.tree.structure(expected)
   for (path, a), b in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
-  assert world.metrics(workdir) == world.metrics('oracle')  # floats as they were written: bit for bit
+  assert world.metrics(workdir) == world.metrics('oracle')  # floats as text, so bit for bit
 
 
 def test_uninterrupted_run_is_a_sound_oracle(world):
@@ -128,7 +128,7 @@ def test_killed_at_any_point(world):
 
 
 @pytest.mark.slow  # the same within one process: train/trainer_test.py
-def test_sigterm_saves_and_says_how_to_go_on(world):
+def test_sigterm_saves_and_tells_how_to_continue(world):
   process = world.start('stopped')
   world.wait_until(process, lambda: world.newest('stopped') >= 10)
   process.terminate()

@@ -1,4 +1,4 @@
-"""The evaluate stage of the miniature: its two test sets, and the Bayes-optimal discriminator, which knows every policy exactly."""
+"""The evaluate stage of the miniature, with its two test sets and the Bayes-optimal discriminator, which knows every policy exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BayesOptimal:
     self._workers, self._pool = context.config.synthesize.workers, world.load_pool(context.workdir)
 
   def __call__(self, examples: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:
-    """Return {'bayes': correct} under the policies that the split is drawn from; further policies would only add wrong hypotheses."""
+    """Return {'bayes': correct}, given the policies that the split was drawn from; more policies would only add wrong hypotheses."""
     drawn = [p for p in self._pool if p.params.held_out == (split == 'unseen_policies')]
     prefixes = [example.metadata['prompt_ids'] for example in examples]
     logp = [

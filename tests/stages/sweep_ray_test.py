@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.needs('ray'), pytest.mark.slow]
 def cluster():
   from ray.cluster_utils import Cluster
 
-  started = Cluster(initialize_head=True, head_node_args={'num_cpus': 0})  # nothing runs on the head
+  started = Cluster(initialize_head=True, head_node_args={'num_cpus': 0})  # no job runs on the head node
   try:
     yield started
   finally:
@@ -27,7 +27,7 @@ def cluster():
     started.shutdown()
 
 
-def test_every_run_is_done_once_although_a_node_dies(cluster, make_sweep, tmp_path, monkeypatch):
+def test_every_run_is_done_once_even_if_a_node_dies(cluster, make_sweep, tmp_path, monkeypatch):
   nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
   context = make_sweep(tmp_path, backend='ray', ray_address=cluster.address, sizes=('8x1',), tokens=(30_000, 32_000, 34_000))
   killed = threading.Event()

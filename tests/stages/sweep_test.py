@@ -35,7 +35,7 @@ def finished(tmp_path_factory, make_sweep):
 
 
 def values(workdir):
-  """Rows of results.csv without their times."""
+  """Return the rows of results.csv without their times."""
   table = results.read_table(workdir / results.TABLE)
   return {name: {k: v for k, v in row.items() if k != 'seconds'} for name, row in table.items()}
 
@@ -129,7 +129,7 @@ def test_a_workdir_holds_one_sweep(finished):
 
 
 def test_settings_of_an_earlier_version_are_read(finished, tmp_path):
-  """With the names of sections and options that it had."""
+  """Settings under the earlier names of sections and options are compared as well."""
   now = json.loads((finished.workdir / sweep_jobs.SETTINGS).read_text())
   old_names = {'pretrain_lm': 'lm', 'pretrain': 'train'}
   before = {}
@@ -175,7 +175,7 @@ def test_runs_start_from_the_language_model_of_the_workdir_if_it_has_their_size(
   assert any(str(tmp_path / pretrain_lm.RUN) in line for line in log)
 
 
-@pytest.mark.slow  # each process compiles anew; a worker's own run is tested below
+@pytest.mark.slow  # every process compiles; the run of a single worker is tested below
 def test_processes_give_the_same_rows_even_if_stopped_by_sigterm(finished, make_sweep, tmp_path):
   context = make_sweep(tmp_path, backend='processes', workers=2, sizes=('8x1',))
   sent = threading.Event()
