@@ -184,10 +184,10 @@ def test_starts_from_a_run_in_the_bucket(world):
   ('settings', 'message'),
   [
     (('data.triplets=gs://our/nothing',), 'data.triplets: nothing at gs://our/nothing'),
-    (('data.triplets=gs://our/tfds',), 'gs://our/tfds: TFDS reads from file systems alone'),
+    (('data.triplets=gs://our/tfds',), 'gs://our/tfds: TFDS reads only from file systems'),
     (('data.triplets=data', 'pretrain.start_from=gs://our/nothing'), 'no checkpoint to start from in gs://our/nothing'),
     (('data.triplets=data', 'pretrain.start_from=gs://our/data'), 'gs://our/data: not a run of polar_jax'),
-    (('data.triplets=ftp://our/data',), 'not from ftp://'),
+    (('data.triplets=ftp://our/data',), 'ftp:// is not supported'),
     (('stage=score', 'checkpoint=local/pretrain', 'input=data/train.jsonl', 'output=gs://our/out.jsonl'), 'name a local file'),
   ],
 )
