@@ -54,7 +54,8 @@ class DataConfig:
     'Prompts for rft, in the same formats as `triplets`, with the official columns or prompt and reference. None: those of the workdir.',
   )
   prompts_validation: str | None = option(
-    None, 'Held-out prompts, on which rft only measures. None: the split `test` of the same folder, if it exists.'
+    None,
+    'Held-out prompts, on which rft only measures. None: the split `validation` of the same data set, or `test` where it has no other.',
   )
   text: str | None = option(None, 'Text for pretrain_lm: a .txt file or a folder of them. None: data/text.npz in the workdir.')
   on_bad_example: str = option('raise', 'Stop at an invalid example, or skip and list all of them.', choices=('raise', 'skip'))
