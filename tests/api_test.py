@@ -221,7 +221,7 @@ def test_logprobs_equal_those_of_the_whole_sequence(language_model):
   import jax.numpy as jnp
   from flax import nnx
 
-  from polar_jax.checkpoints.pretrained import abstract_model
+  from polar_jax.model.heads import abstract_model
 
   prompts, responses = ['hello', 'x'], ['world!', 'yz']
   found = language_model.logprobs(prompts, responses)
@@ -232,7 +232,7 @@ def test_logprobs_equal_those_of_the_whole_sequence(language_model):
     before, after = tokenizer.encode(prompt, add_bos=True), tokenizer.encode(response)
     ids = jnp.asarray([[*before, *after]], jnp.int32)
     n = ids.shape[1]
-    logits = model(ids, jnp.arange(n)[None], jnp.zeros((1, n), jnp.int32), jnp.arange(1, n + 1)[None])
+    logits = model(ids, jnp.arange(n)[None], [(jnp.zeros((1, n), jnp.int32), jnp.arange(1, n + 1)[None])])
     expected = jax.nn.log_softmax(logits[0].astype(jnp.float32))[np.arange(len(before) - 1, n - 1), np.asarray(after)]
     assert logprobs.dtype == np.float32
     np.testing.assert_allclose(logprobs, expected, atol=1e-4)

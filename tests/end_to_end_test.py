@@ -129,4 +129,4 @@ def test_own_files_without_held_out_examples_are_refused(tmp_path, capsys):
   config.pretrain.start_from = 'scratch'
   config.data.triplets = str(tmp_path / 'rows.jsonl')
   assert runner.run(parse(config), tmp_path / 'run') == 1
-  assert 'data.validation must name held-out rows' in capsys.readouterr().err
+  assert 'data.validation must name held-out examples' in capsys.readouterr().err

@@ -79,14 +79,14 @@ def test_rows_describe_their_runs(finished):
 
 def test_a_sweep_opens_its_data_and_tokenizer_once(make_sweep, tmp_path, monkeypatch):
   opened = []
-  for name in ('open_source', 'load_tokenizer'):
+  for name in ('open_triplets', 'load_tokenizer'):
     real = getattr(context_lib, name)
     monkeypatch.setattr(context_lib, name, lambda *args, name=name, real=real: opened.append((name, *args[:2])) or real(*args))
   context = make_sweep(tmp_path, sizes=('8x1',), tokens=(150, 300))
   stage.run(context)
   path = pathlib.Path(context.config.data.triplets)
   tokenizer = ('load_tokenizer', context.config.tokenizer, tmp_path / 'data' / 'tokenizer.json')
-  assert sorted(map(str, opened)) == sorted(map(str, [('open_source', path, 'train'), ('open_source', path, 'validation'), tokenizer]))
+  assert sorted(map(str, opened)) == sorted(map(str, [('open_triplets', path, 'train'), ('open_triplets', path, 'validation'), tokenizer]))
 
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch):
