@@ -135,7 +135,7 @@ def test_time_follows_the_intervals(make_case):
 
 def test_unsupported_shapes_and_dtypes_are_refused(make_case):
   q, k, v, start, end, *_ = make_case(18, dim=64)
-  with pytest.raises(ValueError, match=r'float16.*takes float32 or bfloat16'):
+  with pytest.raises(ValueError, match=r'float16.*takes all float32 or all bfloat16'):
     attend(q.astype(np.float16), k, v, start, end)
   with pytest.raises(ValueError, match='320 is above 256'):
     attend(*(np.tile(a, 5) for a in (q, k, v)), start, end)
