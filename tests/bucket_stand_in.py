@@ -64,6 +64,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     pass
 
   def _answer(self, status: int, body: bytes = b'', headers: dict[str, str] | None = None) -> None:
+    if status in (204, 304):  # have no body: a client would take it for the next response of the connection
+      body = b''
     self.send_response(status)
     for key, value in ({'Content-Type': 'application/json'} | (headers or {})).items():
       self.send_header(key, value)
