@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import types
 
 import pytest
 
@@ -14,6 +15,7 @@ from polar_jax.config import parse
 from polar_jax.model import flops
 from polar_jax.recipes import word_problems
 from polar_jax.scaling import grid
+from polar_jax.stages import context as context_lib
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -76,17 +78,27 @@ def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_pa
   assert lines[0]['loss'] == pytest.approx(0.693147, abs=1e-5)  # the head starts at zero
 
 
-def test_every_stage_of_all_knows_which_it_is(tmp_path, monkeypatch):
-  """Word problems name no `checkpoint`: fine-tuning opens the tokenizer of what it starts from, as part of `all` as by itself."""
-  seen = {}
+def test_fine_tuning_as_part_of_all_opens_the_tokenizer_of_its_start(tmp_path, monkeypatch):
+  """Word problems name no `checkpoint`: the tokenizer is that of the checkpoint that fine-tuning starts from."""
+  ran, opened = [], []
 
-  def look(context):
-    seen[context.config.stage] = context._checkpoint() if context.config.stage == 'finetune' else None
+  def stage(config, workdir, name):
+    def run(context):
+      ran.append(name)
+      if name == 'finetune':
+        context.tokenizer(context.config.finetune.start_from)
 
-  monkeypatch.setattr(runner, '_STAGES', dict.fromkeys(runner._STAGES, look))
+    return run
+
+  def open_pretrained(path):
+    opened.append(str(path))
+    return types.SimpleNamespace(tokenizer=lambda: None)
+
+  monkeypatch.setattr(runner, '_stage', stage)
+  monkeypatch.setattr(context_lib, 'open_pretrained', open_pretrained)
   config = word_problems('smollm2_135m', checkpoint='some/model.gguf')
   assert config.stage == 'all' and runner.run(parse(config), tmp_path) == 0
-  assert seen == {'synthesize': None, 'finetune': pathlib.Path('some/model.gguf'), 'rft': None}
+  assert ran == ['synthesize', 'finetune', 'rft'] and opened == ['some/model.gguf']
 
 
 def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
