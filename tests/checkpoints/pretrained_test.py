@@ -232,6 +232,10 @@ def test_open_pretrained_refuses_other_files(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'PK\x03\x04' + bytes(100))
   with pytest.raises(CheckpointFileError, match=r'pytorch_model.bin: is not a llama2.c file'):
     open_pretrained(tmp_path / 'pytorch_model.bin')
+
+
+@pytest.mark.needs('gguf')
+def test_open_pretrained_refuses_truncated_gguf(tmp_path):
   for name in ('m.gguf', 'empty.gguf'):
     (tmp_path / name).write_bytes(b'GGUF' if name == 'm.gguf' else b'')
     with pytest.raises(CheckpointFileError, match=name):

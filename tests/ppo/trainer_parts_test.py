@@ -22,7 +22,8 @@ MASK = (np.arange(4)[None] < LENGTH[:, None]).astype(np.float32)
 def make_trainer(step: int = 0, config: RftConfig | None = None, **attributes) -> Trainer:
   """Return a trainer without models, checkpoints or logs: two prompts per step, two responses to each."""
   trainer = object.__new__(Trainer)
-  trainer.step, trainer.kl_coef, trainer.rollouts_per_step, trainer.row_length = step, 0.1, 4, 16
+  trainer.session = types.SimpleNamespace(step=step, resumed=False)
+  trainer.kl_coef, trainer.rollouts_per_step, trainer.row_length = 0.1, 4, 16
   trainer.reference_policy = trainer.critic = trainer.critic_state = None
   config = config or RftConfig(prompts_per_step=2, num_generations=2, advantage='rloo', recompute_logprobs=False)
   prompts = [(Prompt(f'p{i}', f'r{i}'), [i]) for i in range(7)]
@@ -73,8 +74,7 @@ def test_init_gives_the_critic_the_policy_and_a_key_of_its_own():
   def recorder(name):
     return types.SimpleNamespace(init=lambda key, params: calls.update({name: (jax.random.key_data(key).tolist(), params)}))
 
-  checkpointer = types.SimpleNamespace(latest=None)
-  trainer = make_trainer(actor=recorder('actor'), critic=recorder('critic'), checkpointer=checkpointer)
+  trainer = make_trainer(actor=recorder('actor'), critic=recorder('critic'))
   trainer.run.initial_params, trainer.run.needs_reference = lambda: initial, True
   trainer.run.model = types.SimpleNamespace(compute_dtype='bfloat16')
   trainer._restore_or_init()
