@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 import time
 
 import bucket_stand_in
+import fast_compilation
 import numpy as np
 import pyarrow
 import pytest
@@ -23,7 +23,6 @@ from polar_jax.miniature import vocabulary
 
 pytestmark = pytest.mark.needs('gcsfs')
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS, SPLITS = 30, ('train', 'validation')
 
 
@@ -40,9 +39,8 @@ class World:
       text = small_run.triplets(rng, 40).encode()
       (folder / 'data' / f'{split}.jsonl').write_bytes(text)
       bucket.put(f'our/data/{split}.jsonl.gz', gzip.compress(text))
-    kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    self.environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | cache | bucket_stand_in.environment(bucket)
+    self.environment = fast_compilation.environment(**cache, **bucket_stand_in.environment(bucket))
 
   def start(self, machine: str, *settings: str) -> subprocess.Popen:
     line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={machine}', *(f'--config.{s}' for s in settings)]

@@ -8,12 +8,10 @@ import pathlib
 import shutil
 import tempfile
 
-# Sharding tests need devices: eight simulated ones share the CPU. Nearly all of the tests' time goes into compiling tiny graphs, so
-# expensive optimizations are off. Tests of subprocesses set their own flags.
-os.environ.setdefault(
-  'XLA_FLAGS',
-  '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
-)
+import fast_compilation
+
+# Sharding tests need devices: eight simulated ones share the CPU. Tests of subprocesses set their own flags.
+os.environ.setdefault('XLA_FLAGS', f'--xla_force_host_platform_device_count=8 {fast_compilation.FLAGS}')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 # Processes of the tests share what they compiled: xdist workers, and runs that are killed and resumed.

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import fast_compilation
 import pytest
 
 from polar_jax import main
@@ -39,7 +40,7 @@ def command(tmp_path):
   (tmp_path / 'good.py').write_text(GOOD)
 
   def run(*arguments, module='polar_jax', **environment):
-    env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | environment
+    env = fast_compilation.environment(**environment)
     line = [sys.executable, '-m', module, *arguments]
     return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import fast_compilation
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,7 +19,6 @@ import small_run
 
 from polar_jax.checkpoints.checkpointer import FOLDER
 
-ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 60
 
 
@@ -32,8 +32,7 @@ class World:
     small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_examples=8)
     # All starts share a compilation cache, because a start spends nearly all its time compiling.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    self.environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)} | cache
+    self.environment = fast_compilation.environment(**cache)
 
   def start(self, workdir: str) -> subprocess.Popen:
     line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}']

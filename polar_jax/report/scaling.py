@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from polar_jax.report import markdown
-from polar_jax.scaling.analysis import FEW_SIZES
 
 FIGURE = 'figures/scaling.png'
 _LAWS = {'N': 'parameters, the longest run of each size', 'C': 'training FLOPs, the lower envelope of all runs'}
@@ -21,6 +20,8 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
   """
   if not results:
     return []
+  from polar_jax.scaling.analysis import FEW_SIZES  # scipy takes longer to import than a report without laws to write
+
   head = ['scaling law of the loss', 'X', 'alpha', '95% interval', 'beta', 'R2', 'runs']
   body = [
     [

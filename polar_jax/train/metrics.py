@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
+import types
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -102,6 +104,20 @@ class StepLog:
       self._file.close()
 
 
+def _import_tensorboard() -> types.ModuleType:
+  """Import tensorboardX without torch, which it imports wherever it finds it, for seconds, only to recognize tensors. We log numbers."""
+  hide = 'torch' not in sys.modules
+  if hide:
+    sys.modules['torch'] = None  # type: ignore[assignment]  # makes `import torch` an ImportError
+  try:
+    import tensorboardX  # here, because only the first process needs it
+
+    return tensorboardX
+  finally:
+    if hide:
+      del sys.modules['torch']
+
+
 class MetricsLog(StepLog):
   """metrics.jsonl, and its numbers in TensorBoard."""
 
@@ -111,9 +127,7 @@ class MetricsLog(StepLog):
     self._tensorboard: Any = None
     if self._file is None:
       return
-    from tensorboardX import SummaryWriter  # takes 0.2 s to import, and only the first process needs it
-
-    self._tensorboard = SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1, flush_secs=30)
+    self._tensorboard = _import_tensorboard().SummaryWriter(str(folder / 'tensorboard'), purge_step=last_step + 1, flush_secs=30)
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Append a record to metrics.jsonl, and its numbers to TensorBoard."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import fast_compilation
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -48,7 +49,6 @@ from polar_jax.stages.pretrain import pretrain
 from polar_jax.stages.pretrain_lm import pretrain_lm
 from polar_jax.train.metrics import StepProgress, read_metrics
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = 6
 TIMED = ('seconds_rollout', 'seconds_reward', 'seconds_logprobs', 'seconds_update', 'step_seconds', 'tokens_per_second', 'goodput')
 MODEL = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, init_std=0.2, v_head_init='normal')
@@ -256,8 +256,7 @@ def get_config():
   return config
 """
   (world / 'rft.py').write_text(config)
-  quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # to compile
-  environment = os.environ | {'XLA_FLAGS': quick, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  environment = fast_compilation.environment()
 
   def start(workdir: str) -> subprocess.Popen:
     line = [sys.executable, '-m', 'polar_jax.main', f'--config={world / "rft.py"}', f'--workdir={workdir}']

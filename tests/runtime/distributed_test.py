@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -15,6 +14,7 @@ import sys
 import time
 import types
 
+import fast_compilation
 import jax
 import numpy as np
 import pytest
@@ -28,7 +28,6 @@ from polar_jax.runtime.distributed import Cluster, detect
 from polar_jax.train import trainer as train_loop
 from polar_jax.types import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 24  # enough for a signal sent after the second to arrive before the last, on a fast machine too
 NONE = DistributedConfig()
 
@@ -86,8 +85,7 @@ def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, o
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  kept = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS' and not k.startswith(('SLURM', 'TPU'))}
-  environment = kept | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  environment = {k: v for k, v in fast_compilation.environment().items() if not k.startswith(('SLURM', 'TPU'))}
   line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}', *settings]
   running = []
   for process in range(processes):

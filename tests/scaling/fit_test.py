@@ -78,6 +78,9 @@ def test_interval_covers_the_exponent_in_95_of_100_trials(n, outliers):
   assert np.median(widths) < 0.02  # so wide an interval that it covers anything would be useless
 
 
+MEDIAN_OF_NORMAL = stats.norm.ppf(0.75)  # of its absolute value
+
+
 def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]:
   """Return (slope, its standard error, residuals) of one line by Huber's loss: formulas of the docstrings, one line at a time."""
   n, centered, weight = len(x), x - x.mean(), np.ones(len(x))
@@ -86,7 +89,7 @@ def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]
     slope, height = np.linalg.solve(design.T @ (weight[:, None] * design), design.T @ (weight * y))
     residuals = y - height - slope * centered
     if _ < 20:  # the variance uses the cut of the last weights
-      cut = max(1.345 * np.median(np.abs(residuals)) / stats.norm.ppf(0.75) * np.sqrt(n / (n - 2)), 1e-12)
+      cut = max(1.345 * np.median(np.abs(residuals)) / MEDIAN_OF_NORMAL * np.sqrt(n / (n - 2)), 1e-12)
       weight = np.minimum(1, cut / np.maximum(np.abs(residuals), 1e-300))
   inside = max(np.sum(np.abs(residuals) <= cut), 1)
   # Huber's variance: n^2 / (n - 2) sum psi^2 / (sum psi')^2 / Sxx.

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from polar_jax.train import metrics
 from polar_jax.train.metrics import FILE, MetricsLog, StepProgress, read_metrics, reward_histogram
 from polar_jax.types import UserError
 
@@ -130,3 +131,12 @@ def test_plain_lines_elsewhere(capsys):
     'pretrain  step 7/12  validation_loss 0.5000  validation_accuracy 0.7500',
   ]
   assert output.err == ''
+
+
+def test_tensorboard_is_imported_without_torch(tmp_path, monkeypatch):
+  for name in [name for name in sys.modules if name == 'torch' or name.partition('.')[0] == 'tensorboardX']:
+    monkeypatch.delitem(sys.modules, name)
+  (tmp_path / 'torch.py').write_text('raise RuntimeError("torch was imported")')
+  monkeypatch.syspath_prepend(tmp_path)
+  assert hasattr(metrics._import_tensorboard(), 'SummaryWriter')
+  assert 'torch' not in sys.modules  # so that whoever needs it can import it
