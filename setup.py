@@ -54,6 +54,7 @@ EXTRAS = {
   'gcs': GCS,  # data and checkpoints in gs://
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
+  'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
   'ray': ['ray>=2.40'],  # sweeps on a cluster; restarts the runs of a lost node
   # References that the tests compare with. torch is exact: another version rounds differently. Test weights come separately (README.md).
   'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', *GGUF],

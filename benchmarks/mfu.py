@@ -76,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument('--remat', nargs='+', choices=REMAT_POLICIES, default=default)
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--profile', metavar='DIR', help=f'write a trace of {PROFILED_STEPS} steps to DIR')
+  parser.add_argument('--peak', type=float, help='dense bfloat16 FLOP/s of one device (default: of its data sheet; a CPU is measured)')
   args = parser.parse_args()
   args.triplets = args.triplets or max(args.row_length // 1_024, 1)
   args.dtype = 'float32' if on_cpu else 'bfloat16'
@@ -88,7 +89,7 @@ def main() -> None:
   config = ModelConfig(**shape, v_head_init='normal', compute_dtype=args.dtype)
   batch = draw_rows(args.rows, args.row_length, args.triplets)
   device, devices = jax.devices()[0], jax.device_count()
-  peak, source = flops.peak_flops(device)
+  peak, source = (args.peak, '--peak') if args.peak else flops.peak_flops(device)
   peak *= devices
   by_rule, as_two = (3 * count(config, batch) for count in (flops.reward_model_flops, flops.two_sequences_flops))
   tokens = int((batch.end_BT > batch.start_BT).sum())

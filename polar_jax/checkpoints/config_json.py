@@ -281,11 +281,19 @@ def to_json(
   else:
     out['head_dim'] = model.head_dim
   if architecture.endswith('Classification'):
-    # Declared as a regression, because servers would otherwise apply a sigmoid to the label.
-    out |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}, 'problem_type': 'regression'}
+    out |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}
+  out |= problem_type(head)
   if reward_token_id is not None:
     out['reward_token_id'] = reward_token_id
   return out
+
+
+def problem_type(head: str) -> dict[str, str]:
+  """Return the key of a config.json that keeps servers from applying a sigmoid to rewards and values, which vLLM does by default.
+
+  Classes of every name need it: vLLM also applies one to those that end in `RewardModel`.
+  """
+  return {} if head == 'lm' else {'problem_type': 'regression'}
 
 
 def _check_expressible(m: ModelConfig, dtype: str) -> None:

@@ -163,8 +163,8 @@ def write_config(
 ) -> None:
   """Write config.json, and for InternLM2, which transformers does not include, the code of the model.
 
-  A config.json that came with the weights is kept, with all keys unknown to us, as long as it still describes the model. Code that came
-  with the weights is kept as well.
+  A config.json that came with the weights is kept, with all keys unknown to us, as long as it still describes the model; only
+  `problem_type` is set, so that servers return the scores as they are. Code that came with the weights is kept as well.
 
   Args:
     folder: the folder of the checkpoint.
@@ -179,6 +179,7 @@ def write_config(
     config = config_json.to_json(model, head, dtype=dtype, special_ids=special_ids)
   config.pop('dtype', None)  # transformers 5's name of torch_dtype, unknown to older readers
   config['torch_dtype'] = dtype
+  config |= config_json.problem_type(head)
   if reward_token_id is not None:
     config['reward_token_id'] = reward_token_id
   if not _has_code(folder, config):

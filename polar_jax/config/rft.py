@@ -46,6 +46,9 @@ class RewardConfig:
   server: str = option('sglang', "Type of the server of `source` 'http'.", choices=('sglang', 'vllm', 'lmdeploy'))
   address: str = option('127.0.0.1:30000', 'Address of the server as host:port.')
   server_model: str | None = option(None, 'Model name in requests to the server. None: the last part of `checkpoint`.')
+  unit_interval: bool = option(
+    False, "Accept a server whose scores all lie between 0 and 1. False: they are refused, because a server's sigmoid may have made them."
+  )
   timeout: float = option(30.0, 'Seconds to wait for a response of the server.', exclusive_min=0)
   patience: float = option(180.0, 'Seconds for which a failing server is retried before the run saves and stops.', min=0)
   wrapper: str = option(

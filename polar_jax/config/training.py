@@ -55,10 +55,13 @@ class CheckpointingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  """Traces by JAX's profiler."""
+  """Traces by JAX's profiler, and the peak that MFU refers to."""
 
   steps: int = option(0, 'Steps to trace in each run; 0: none.', min=0)
   skip: int = option(5, 'Steps after a start or resume before the trace begins; the first one compiles.', min=1)
+  peak_flops: float | None = option(
+    None, 'Dense bfloat16 FLOP/s of one device, for MFU. None: of its data sheet; a CPU is measured.', exclusive_min=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)

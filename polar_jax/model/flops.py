@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax.config import ModelConfig
-from polar_jax.runtime.chips import CHIPS
+from polar_jax.runtime import chips
+from polar_jax.types import UserError
 
 MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
 
@@ -100,11 +101,22 @@ def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
-  """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls."""
-  kind = device.device_kind.lower()
-  for chip in CHIPS.values():
-    if chip.device_kind in kind:
-      return chip.peak_flops, f'{device.device_kind} data sheet, dense bfloat16'
+  """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls.
+
+  Raises:
+    UserError: the device is a TPU without a known data sheet, whose bfloat16 peak a measurement of float32 would miss.
+  """
+  kind = device.device_kind
+  chip = chips.find_chip(kind)
+  if chip is not None:
+    cores = getattr(device, 'num_cores', None) or chip.device_cores
+    return chip.peak_flops * min(cores / chip.cores, 1), f'{kind} data sheet, dense bfloat16'
+  if 'tpu' in kind.lower():
+    known = [name for other in chips.CHIPS.values() for name in other.device_kinds if name.startswith('tpu')]
+    raise UserError(
+      f'the peak FLOP/s of a {kind!r}, over which MFU is computed, is not known (known: {", ".join(known)}); set profile.peak_flops to '
+      'the dense bfloat16 FLOP/s of one device'
+    )
   n = 1024
   a = jnp.ones((n, n), jnp.float32)
   matmul = jax.jit(lambda x: x @ x)
@@ -115,4 +127,4 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
     matmul(a).block_until_ready()
     best = min(best, time.perf_counter() - start)
   # Fake devices share one CPU, so the measured speed is divided among them.
-  return 2.0 * n**3 / best / jax.local_device_count(), f'{device.device_kind} measured on a {n} x {n} float32 matmul'
+  return 2.0 * n**3 / best / jax.local_device_count(), f'{kind} measured on a {n} x {n} float32 matmul'

@@ -43,6 +43,8 @@ class PowerFit:
     noise: standard deviation of log L about the line.
     residuals: log L minus the line, for each run.
     log_x: log X of each run.
+
+  The line is the robust one. The least-squares line follows from it and its residuals, because least squares are linear in log L.
   """
 
   alpha: float
@@ -60,13 +62,22 @@ class PowerFit:
     return np.exp(np.log(self.beta) + self.alpha * np.log(x))
 
   def predict(self, x: float) -> tuple[float, float, float]:
-    """Return (loss, low, high) of one more run at `x`, whose interval covers its own noise and the line's uncertainty (Student's t)."""
-    log_x = np.asarray(self.log_x)
-    center, spread = log_x.mean(), np.sum((log_x - log_x.mean()) ** 2)
-    error = self.noise * np.sqrt(1 + 1 / self.n + (np.log(x) - center) ** 2 / spread)
-    factor = np.exp(stats.t.ppf((1 + LEVEL) / 2, self.n - 2) * error)
+    """Return (loss, low, high) of one more run at `x`.
+
+    The loss is that of the robust line. The interval is Student's t about the least-squares line, exact for normal noise, and holds the
+    line's uncertainty and the noise of the run. The robust line has no such interval: the scale of its residuals is estimated with fewer
+    degrees of freedom than n - 2, and intervals with n - 2 hold 91% at five runs.
+    """
+    centered, residuals = np.asarray(self.log_x) - np.mean(self.log_x), np.asarray(self.residuals)
+    spread, distance = np.sum(centered**2), np.log(x) - np.mean(self.log_x)
+    slope = np.sum(centered * residuals) / spread  # of the least-squares line, relative to the robust one
+    shift = residuals.mean() + slope * distance
+    scale = np.sqrt(np.sum((residuals - residuals.mean() - slope * centered) ** 2) / (self.n - 2))
+    error = max(scale, _NOISE_FLOOR) * np.sqrt(1 + 1 / self.n + distance**2 / spread)
+    reach = stats.t.ppf((1 + LEVEL) / 2, self.n - 2) * error
     loss = float(self(x))
-    return loss, float(loss / factor), float(loss * factor)
+    # With outliers the two lines may differ by more than that.
+    return loss, loss * float(np.exp(min(shift - reach, 0.0))), loss * float(np.exp(max(shift + reach, 0.0)))
 
 
 @dataclasses.dataclass(frozen=True)

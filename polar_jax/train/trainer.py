@@ -140,7 +140,8 @@ class _Trainer:
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = _functions(run)
     self.count_flops = flops.language_model_flops if is_lm else flops.reward_model_flops
-    self.peak_flops, self.peak_source = flops.peak_flops(jax.devices()[0])
+    given = run.profile.peak_flops
+    self.peak_flops, self.peak_source = (given, 'profile.peak_flops') if given else flops.peak_flops(jax.devices()[0])
     self.compiled_rows = set[int]()
     self.iterator = pipeline.iterate(run.batches, threads=run.threads, prefetch=run.prefetch)
     self.tokens, self.flops = 0, 0.0

@@ -227,6 +227,7 @@ def test_to_json_internlm2_names_its_own_code():
   }
   same = _without(POLAR_7B, 'attn_implementation', 'bos_token_id', 'eos_token_id')
   assert {key: written[key] for key in same} == same
+  assert written['problem_type'] == 'regression'  # which vLLM needs in order to return the score itself
   assert to_json(FULL['polar_7b'], 'lm', dtype='float16')['auto_map'] == {
     'AutoConfig': 'configuration_internlm2.InternLM2Config',
     'AutoModel': 'modeling_internlm2.InternLM2ForCausalLM',

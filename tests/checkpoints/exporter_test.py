@@ -107,6 +107,16 @@ def test_write_config_replaces_the_config_of_another_model(tmp_path, model, head
   assert 'unknown' not in said and said['eos_token_id'] == 7
 
 
+@pytest.mark.parametrize('given', [{}, {'problem_type': None}, {'problem_type': 'single_label_classification'}])
+def test_write_config_declares_rewards_a_regression(tmp_path, given):
+  """Otherwise vLLM applies a sigmoid to them. The files of POLAR have no such key."""
+  config = config_json.to_json(MODEL, 'reward', dtype='float32')
+  del config['problem_type']
+  (tmp_path / 'config.json').write_text(json.dumps(config | given))
+  assert write(tmp_path, MODEL, 'reward')['problem_type'] == 'regression'
+  assert 'problem_type' not in write(tmp_path, QWEN, 'lm')
+
+
 OWN = {'AutoConfig': 'configuration_own.OwnConfig', 'AutoModel': 'modeling_own.Own'}
 
 

@@ -14,7 +14,7 @@ from polar_jax.model import flops
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.presets import PRESETS
 from polar_jax.model.reward_model import RewardModel, pair_rewards
-from polar_jax.types import PairBatch, TextBatch
+from polar_jax.types import PairBatch, TextBatch, UserError
 
 SMALL = ModelConfig(vocab_size=11, num_layers=2, d_model=3, d_ff=5, num_heads=2, num_kv_heads=1, head_dim=4)
 # Matmuls dominate; the scan is unrolled because XLA counts a loop's body once.
@@ -114,25 +114,54 @@ def test_a_training_step_costs_three_forward_passes():
 
 
 class _Device:
-  def __init__(self, kind):
+  def __init__(self, kind, **more):
     self.device_kind = kind
+    vars(self).update(more)
 
 
+# What JAX calls the devices of every TPU that libtpu can describe, and NVIDIA its data-center GPUs. Peaks are those of a device: JAX makes
+# two devices of a v2, v3 or 7x.
 @pytest.mark.parametrize(
   ('kind', 'peak'),
   [
     ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
+    ('NVIDIA H100 NVL', 835e12),
+    ('NVIDIA H200', 989e12),
+    ('NVIDIA H200 NVL', 835e12),
+    ('NVIDIA GH200 480GB', 989e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
-    ('TPU v5p', 459e12),
-    ('TPU v5 lite', 197e12),
-    ('TPU v6 lite', 918e12),
+    ('TPU v2', 23e12),
+    ('TPU v3', 61.5e12),
     ('TPU v4', 275e12),
+    ('TPU v4 lite', 138e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5e', 197e12),
+    ('TPU v5', 459e12),
+    ('TPU v5p', 459e12),
+    ('TPU v6 lite', 918e12),
+    ('TPU v6e', 918e12),
+    ('TPU7x', 1_153.5e12),
   ],
 )
 def test_peaks_of_known_devices(kind, peak):
   value, source = flops.peak_flops(_Device(kind))
   assert value == peak
   assert kind in source
+
+
+@pytest.mark.parametrize(
+  ('kind', 'cores', 'peak'), [('TPU v4', 1, 137.5e12), ('TPU v4', 2, 275e12), ('TPU v5', 2, 459e12), ('TPU v2', 1, 23e12)]
+)
+def test_the_peak_of_a_device_is_that_of_its_cores(kind, cores, peak):
+  assert flops.peak_flops(_Device(kind, num_cores=cores))[0] == peak
+
+
+@pytest.mark.parametrize('kind', ['TPU v5 next', 'TPU v9', 'TPU8i', 'TPU v7 lite'])
+def test_an_unknown_tpu_is_refused_and_not_measured(kind):
+  with pytest.raises(UserError, match=f"the peak FLOP/s of a '{kind}'.* set profile.peak_flops") as caught:
+    flops.peak_flops(_Device(kind))
+  assert len(str(caught.value)) <= 500
 
 
 def test_the_peak_of_a_cpu_is_measured_and_shared_by_fake_devices():

@@ -20,7 +20,7 @@ import pytest
 
 from polar_jax import api, api_training, sharding
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
-from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, TrainConfig
+from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, ProfileConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.model import flops
 from polar_jax.runtime.preemption import Preempted
@@ -32,6 +32,7 @@ from polar_jax.train import trainer as loop
 from polar_jax.train.metrics import StepProgress, read_metrics
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.train.session import NonFiniteError
+from polar_jax.types import UserError
 
 STEPS, BATCH, EXAMPLES = 12, 8, 40  # of the contexts of make_context
 TIMED = ('step_seconds', 'tokens_per_second', 'mfu', 'goodput')
@@ -119,6 +120,19 @@ def test_flops_are_three_forward_passes_and_mfu_is_over_all_devices(finished):
   peak = flops.peak_flops(jax.devices()[0])[0] * jax.device_count()
   assert jax.device_count() > 1
   assert [record['mfu'] * record['step_seconds'] * peak for record in records] == pytest.approx(step_flops, rel=1e-9)
+
+
+def test_a_given_peak_replaces_that_of_the_data_sheet(tmp_path, make_context, monkeypatch):
+  """The remedy for an unknown TPU, which is refused without it."""
+
+  def refuse(device):
+    raise UserError('unknown')
+
+  monkeypatch.setattr(flops, 'peak_flops', refuse)
+  with pytest.raises(UserError, match='unknown'):
+    pretrain(make_context(tmp_path / 'refused', steps=2, evaluate_every=None))
+  summary = pretrain(make_context(tmp_path, steps=2, evaluate_every=None, profile=ProfileConfig(peak_flops=5e12)))['pretrain']
+  assert summary['peak_flops'] == 5e12 and summary['peak_source'] == 'profile.peak_flops'
 
 
 def test_steps_that_exceed_the_plan_are_trained_whole_and_logged_once(tmp_path, finished, make_context, monkeypatch):

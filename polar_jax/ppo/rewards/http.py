@@ -4,6 +4,9 @@ A PPO step must not lose its responses because a server restarts. A request is r
 reached, takes too long, or replies with status 5xx, 408 or 429 or with something that is not JSON, until it has failed for `patience`
 seconds. Any other status, and a reply whose form or length is not that of the server's kind, stops the run at once, because a retry would
 not help. Rewards are never dropped, guessed or reordered.
+
+A sigmoid keeps the order of rewards, crushes their differences, and shows in nothing but their range. vLLM applies one by default.
+Requests to it ask for none, and rewards that all lie between 0 and 1 stop the run, whatever the server (`rft.reward.unit_interval`).
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class HttpReward:
     sleep: Callable[[float], None] = time.sleep,
   ):
     self._template, self._config, self._batch, self._clock, self._sleep = template, config, batch, clock, sleep
+    self._is_raw = config.unit_interval  # whether the rewards need no check, or one of them was outside [0, 1]
     self._url = _base_url(config.address) + _PATHS[config.server]
     # No proxy, and no redirects, which urllib would follow with a GET.
     self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
@@ -68,7 +72,8 @@ class HttpReward:
     """Return rewards (n,), float32. In a run of several processes only the first asks the server.
 
     Raises:
-      RewardServerError: the server failed for `patience` seconds, refused a request, or sent a reply of a wrong form.
+      RewardServerError: the server failed for `patience` seconds, refused a request, sent a reply of a wrong form, or has sent only
+        rewards between 0 and 1 so far.
       RewardError: a reward is not finite.
     """
     wrapper = self._config.wrapper
@@ -94,7 +99,18 @@ class HttpReward:
         ) from error
       with np.errstate(over='ignore'):  # a number too large for float32 becomes infinite, which `score` refuses
         rewards[low : low + self._batch] = numbers
+    self._check_range(rewards)
     return rewards
+
+  def _check_range(self, rewards: np.ndarray) -> None:
+    """Refuse rewards that all look like the output of a sigmoid, until one has shown that they are not."""
+    self._is_raw = self._is_raw or not ((rewards >= 0) & (rewards <= 1)).all()
+    if rewards.size and not self._is_raw:
+      raise RewardServerError(
+        f'{self._url}: all {len(rewards)} rewards lie between 0 and 1 ({rewards.min():g} to {rewards.max():g}), as after a sigmoid, which '
+        'crushes their differences; serve raw scores (vLLM: 0.12 or later, which obeys the request, or turn the activation of its pooler '
+        'off), or set rft.reward.unit_interval=true if that is the scale of this reward'
+      )
 
   def _request(self, texts: list[str]) -> urllib.request.Request:
     """Build a request. It holds a list even for one text, because sglang replies in another form to a bare string."""
@@ -104,6 +120,8 @@ class HttpReward:
       body['model'] = config.server_model or pathlib.PurePath(config.checkpoint).name
     elif config.server_model:  # the other kinds need no name, and refuse a wrong one
       body['model'] = config.server_model
+    if config.server == 'vllm':
+      body['use_activation'] = False
     return urllib.request.Request(self._url, json.dumps(body).encode(), {'Content-Type': 'application/json'}, method='POST')
 
   def _send_with_retries(self, request: urllib.request.Request) -> Any:
@@ -151,7 +169,9 @@ class HttpReward:
         raise _TemporaryError(f'no reply within {timeout:g} s (rft.reward.timeout)') from error
       raise _TemporaryError(str(reason) or type(reason).__name__) from error
     try:
-      return json.loads(content)
+      return json.loads(content, object_pairs_hook=_unique_keys)
+    except RewardServerError as error:
+      raise RewardServerError(f'{self._url}: {error}; check the server (reply: {_excerpt(content.decode(errors="replace"))})') from error
     except ValueError as error:
       raise _TemporaryError(f'a reply that is not JSON ({_excerpt(content.decode(errors="replace"))})') from error
 
@@ -188,7 +208,7 @@ def _parse_rewards(server: str, reply: Any, count: int) -> list[float]:
   """Return the rewards in a server's reply, in the order of the texts.
 
     sglang    [{"embedding": [reward]}, ...]
-    vllm      {"data": [{"data": [[token 0], ..., [last token: the reward]]}, ...]}
+    vllm      {"data": [{"data": [[token 0], ..., [last token: the reward]]}, ...]}, or [reward] in place of the tokens
     lmdeploy  {"data": [{"data": reward}, ...]}
 
   Raises:
@@ -213,15 +233,35 @@ def _parse_reward(server: str, item: Any, i: int) -> float:
   if not isinstance(item, dict) or key not in item:
     raise ValueError(f'reward {i} does not have the form of {server}')
   value = item[key]
-  if server == 'vllm' and isinstance(value, list) and value:
+  if server != 'lmdeploy' and not isinstance(value, list):
+    raise ValueError(f'reward {i} is {shorten(json.dumps(value))}, not a list, and does not have the form of {server}')
+  if server == 'vllm' and any(isinstance(token, list) for token in value):
+    # Of several numbers in one list, nothing says whether they belong to tokens or to labels; of lists of one number each, their form does.
+    widths = {len(token) if isinstance(token, list) else 0 for token in value}
+    if widths != {1}:
+      raise ValueError(f'reward {i} has {max(widths)} numbers instead of one, or tokens of different forms')
     value = value[-1]
-  if server != 'lmdeploy' and isinstance(value, list):
+  if server != 'lmdeploy':
     if len(value) != 1:
       raise ValueError(f'reward {i} has {len(value)} numbers instead of one')
     value = value[0]
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise ValueError(f'reward {i} is {shorten(json.dumps(value))}, which is not a number')
   return float(value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Return an object of a reply.
+
+  Raises:
+    RewardServerError: a key is given twice, so that it is open which of the values counts.
+  """
+  out = dict(pairs)
+  if len(out) < len(pairs):
+    names = [key for key, _ in pairs]
+    repeated = next(key for key in names if names.count(key) > 1)
+    raise RewardServerError(f'a reply has the key {shorten(repeated)} twice in one object, so that it is open which value counts')
+  return out
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:

@@ -2,73 +2,61 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import re
+import threading
 from collections.abc import Callable, Mapping
-from fractions import Fraction
+from typing import Any
 
-# A minus is a sign unless a word, a number or a closing bracket comes before it.
-_BEFORE = r'(?:(?<![\w)\]}%])[-\u2212])?(?:\\?[$€£][-\u2212]?)?'
-_RUN = r'[0-9](?:[.,]?[0-9])*+'  # digits with single separators inside
-_NUMBER = re.compile(
-  rf'(?P<before>{_BEFORE})(?:'
-  r'\\[dt]?frac\{(?P<top>-?[0-9]+)\}\{(?P<bottom>-?[0-9]+)\}'
-  rf'|(?P<chain>(?:(?<![\w.])\.)?{_RUN}(?:/{_RUN})*+)(?P<exponent>(?:[eE][+-]?[0-9]{{1,3}}(?!\w))?))'
-)
-_PLAIN = re.compile(r'(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(?:\.[0-9]+)?')
-_MAX_DIGITS = 400  # longer numbers come from a policy that repeats itself
+from polar_jax.ppo.rewards.last_number import last_number
+
+_WORD = re.compile(r'(?<![\\a-zA-Z])[a-zA-Z]{3,}')  # not a command of LaTeX
 
 
 class NoAnswerError(ValueError):
   """The answer that a response is compared with has nothing that the rule can read."""
 
 
-def last_number(text: str) -> Fraction | None:
-  """Return the exact value of the last number in a text; None if there is none.
-
-  One number: `1,234.50` (a comma, or LaTeX's `{,}`, before every three digits), `.5`, `-3` (also with U+2212), `$5`, `-$5`, `$-5`,
-  `1.5e3`, `3/4` and `\\frac{3}{4}`. A full stop does not belong to the number, and a unit or percent sign is ignored: `50%` is 50.
-
-  A minus counts unless a word, a number or a closing bracket comes right before it: `10-5` ends in 5, `x = -5` in -5. Digits with
-  other separators are read from their last part: `1,2` is a list that ends in 2, `3:30` ends in 30, `2024/05/03` in 3, and `1 1/2` in
-  the half. Numbers of more than 400 digits are None.
-  """
-  matches = list(_NUMBER.finditer(text.replace('{,}', ',').replace(',\\!', ',')))
-  return _value(matches[-1]) if matches else None
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-  if len(match.group()) > _MAX_DIGITS:
-    return None
-  sign = -1 if re.search('[-\u2212]', match['before']) else 1
-  if match['top']:
-    top, bottom = int(match['top']), int(match['bottom'])
-    return sign * Fraction(top, bottom) if bottom else None
-  parts = match['chain'].split('/')
-  exponent = Fraction(10) ** int(match['exponent'][1:] or 0) if match['exponent'] else 1
-  numbers = [_read(part) for part in parts]
-  if len(parts) == 1:
-    return sign * numbers[0] * exponent
-  return sign * numbers[0] / numbers[1] if len(parts) == 2 and numbers[1] else numbers[-1]
-
-
-def _read(run: str) -> Fraction:
-  """Return the value of a run of digits; if it is not one number, of the part after the last comma or else the last point."""
-  for part in (run, run.rpartition(',')[2], re.split(r'[.,]', run)[-1]):
-    if _PLAIN.fullmatch(part):
-      return Fraction(part.replace(',', ''))
-  raise AssertionError(run)  # unreachable: the last part is all digits
-
-
 def same_last_number(response: str, answer: str) -> bool:
   """Return whether the last numbers of a response and of an answer are equal as exact values: `0.50` is `1/2`, not `0.5000001`.
+
+  If one of the two ends in something that `last_number` does not read, such as a root or an interval, math-verify compares them where it
+  is installed; elsewhere such a response is wrong.
 
   Raises:
     NoAnswerError: the answer has no number.
   """
-  expected = last_number(answer)
+  expected, found = last_number(answer), last_number(response)
+  if expected is not None and found is not None:
+    return found == expected
+  math_verify = _math_verify()
+  if math_verify is not None:
+    return _verify(math_verify, response, answer)
   if expected is None:
-    raise NoAnswerError('its answer has no number for the rule last_number to compare with')
-  return last_number(response) == expected
+    raise NoAnswerError(
+      "its answer has no number that the rule last_number reads; formulas need math-verify (pip install 'math-verify>=0.8')"
+    )
+  return False
+
+
+@functools.cache
+def _math_verify() -> Any:
+  """Return the package, or None if it is not installed."""
+  return importlib.import_module('math_verify') if importlib.util.find_spec('math_verify') else None
+
+
+def _verify(math_verify: Any, response: str, answer: str) -> bool:
+  """Return the judgment of math-verify. It limits its time by a signal, which only a main thread can receive."""
+  seconds = 5 if threading.current_thread() is threading.main_thread() else None
+  parse = functools.partial(math_verify.parse, parsing_timeout=seconds)
+  # It reads formulas only between dollars; of bare ones it would read a part.
+  is_formula = '$' not in answer and not _WORD.search(answer)
+  expected = parse(f'${answer}$' if is_formula else answer)
+  if not expected:
+    raise NoAnswerError('its answer has nothing that the rule last_number or math-verify can read')
+  return bool(math_verify.verify(expected, parse(response), timeout_seconds=seconds))
 
 
 RULES: Mapping[str, Callable[[str, str], bool]] = {'last_number': same_last_number}

@@ -157,15 +157,16 @@ def check(source):
 @pytest.mark.parametrize('kind', KINDS)
 def test_official_servers(kind):
   with Server(kind) as server:
-    check(reward(server))
+    check(source := reward(server))
     requests = server.requests.copy()
-    np.testing.assert_array_equal(reward(server).score(PROMPTS[:1], RESPONSES[:1]), EXPECTED[:1])
+    np.testing.assert_array_equal(source.score(PROMPTS[:1], RESPONSES[:1]), EXPECTED[:1])
     assert reward(server).score([], []).shape == (0,)
     assert len(server.requests) == 4  # one text is a list of one, no text is no request
   field, path = ('text', '/classify') if kind == 'sglang' else ('input', '/pooling')
   assert [body[field] for _, body in requests] == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
   assert {p for p, _ in requests} == {path}
   assert {body.get('model') for _, body in requests} == {'POLAR-7B' if kind == 'sglang' else None}
+  assert {body.get('use_activation') for _, body in requests} == {False if kind == 'vllm' else None}
   assert TEXTS[0] == 'question 0 é\nreference 0<|reward|>question 0 é\nanswer 0[UNUSED_TOKEN_130]'
 
 
@@ -311,6 +312,9 @@ def first(value, key='data'):
     *((kind, in_data(lambda items: [*items[:2], 1.5, items[3]]), f'reward 2 does not have the form of {kind}') for kind in KINDS),
     *((kind, in_data(lambda items: [{}, *items[1:]]), f'reward 0 does not have the form of {kind}') for kind in KINDS),
     ('sglang', lambda answer: answer[0], 'the reply does not have the form of sglang'),
+    ('sglang', first(0.5, 'embedding'), "reward 0 is '0.5', not a list"),
+    ('vllm', first(-0.5), "reward 0 is '-0.5', not a list, and does not have the form of vllm"),
+    ('vllm', first([1.0, [2.0]]), 'tokens of different forms'),
     ('sglang', first([None], 'embedding'), "reward 0 is 'null', which is not a number"),
     ('sglang', first([True], 'embedding'), "reward 0 is 'true', which is not a number"),
     ('sglang', first([], 'embedding'), 'reward 0 has 0 numbers instead of one'),
@@ -334,6 +338,13 @@ def test_a_reply_of_another_form_stops_at_once(kind, change, message):
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_a_reply_that_gives_a_key_twice_is_refused():
+  raw = b'{"data": [{"index": 0, "data": 2.5, "data": -2.5}]}'
+  with Server('lmdeploy', [send(raw=raw)]) as server, pytest.raises(RewardServerError, match="'data' twice in one object") as caught:
+    reward(server, fake=FakeTime()).score(PROMPTS[:1], RESPONSES[:1])
+  assert len(server.requests) == 1 and len(str(caught.value)) <= 500
+
+
 @pytest.mark.parametrize(('value', 'shown'), [(float('nan'), 'nan'), (float('-inf'), '-inf'), (1e39, 'inf')])
 def test_a_reward_that_is_not_finite_names_prompt_and_response(value, shown):
   change = in_data(lambda items: [items[0], {**items[1], 'data': value}, *items[2:]])
@@ -342,10 +353,74 @@ def test_a_reward_that_is_not_finite_names_prompt_and_response(value, shown):
     reward(server).score(PROMPTS, RESPONSES)
 
 
-def test_a_flat_list_of_vllm_ends_in_the_reward():
-  flat = in_data(lambda items: [{**item, 'data': [row[0] for row in item['data']]} for item in items])
-  with Server('vllm', [send(flat)] * 3) as server:
+def last_tokens(change):
+  return in_data(lambda items: [{**item, 'data': change([row[0] for row in item['data']])} for item in items])
+
+
+def test_vllm_may_return_the_last_token_alone():
+  for change in (lambda numbers: numbers[-1:], lambda numbers: [numbers[-1:]]):
+    with Server('vllm', [send(last_tokens(change))] * 3) as server:
+      check(reward(server))
+
+
+def test_a_flat_list_of_several_numbers_is_ambiguous():
+  """They may belong to tokens, to labels or to an embedding."""
+  refused = pytest.raises(RewardServerError, match='reward 0 has 3 numbers instead of one')
+  with Server('vllm', [send(last_tokens(lambda numbers: numbers))]) as server, refused:
+    reward(server).score(PROMPTS, RESPONSES)
+
+
+def sigmoid_of(change=lambda number: 1 / (1 + np.exp(-number))):
+  """Applies a function to the rewards of any kind of server, as vLLM does with a sigmoid by default."""
+
+  def item(given):
+    if 'embedding' in given:
+      return {**given, 'embedding': [change(given['embedding'][0])]}
+    data = given['data']
+    return {**given, 'data': [[change(row[0])] for row in data] if isinstance(data, list) else change(data)}
+
+  return send(in_data(lambda items: [item(i) for i in items]))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_rewards_that_all_lie_between_0_and_1_are_refused(kind):
+  with Server(kind, [sigmoid_of()] * 3) as server, pytest.raises(RewardServerError) as caught:
+    reward(server).score(PROMPTS, RESPONSES)
+  message = str(caught.value)
+  assert 'all 10 rewards lie between 0 and 1' in message and 'as after a sigmoid' in message and server.address in message
+  assert len(message) <= 500 and '\n' not in message
+
+
+def test_remedies_of_squashed_rewards():
+  """The two that the message names: a server that obeys the request, and the option."""
+
+  def obey(handler, texts, answer):
+    body = server.requests[-1][1]
+    (send() if body['use_activation'] is False else sigmoid_of())(handler, texts, answer)
+
+  with Server('vllm', [obey] * 3) as server:
     check(reward(server))
+  with Server('vllm', [sigmoid_of()] * 3) as server:
+    got = reward(server, unit_interval=True).score(PROMPTS, RESPONSES)
+  np.testing.assert_allclose(got, 1 / (1 + np.exp(-EXPECTED)), rtol=1e-6)
+
+
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_a_sigmoid_may_round_to_its_ends(value):
+  with (
+    Server('lmdeploy', [sigmoid_of(lambda _: value)]) as server,
+    pytest.raises(RewardServerError, match=r'\(. to .\), as after a sigmoid'),
+  ):
+    reward(server).score(PROMPTS[:2], RESPONSES[:2])
+
+
+def test_a_raw_reward_ends_the_check():
+  """A later step may well have rewards that lie between 0 and 1."""
+  with Server('sglang', [send(), sigmoid_of()]) as server:
+    source = reward(server, batch=10)
+    source.score(PROMPTS, RESPONSES)
+    later = source.score(PROMPTS, RESPONSES)
+  assert ((later > 0) & (later < 1)).all()
 
 
 @pytest.mark.parametrize('address', ['', 'http://', 'ftp://host:1', 'host:port', 'ho st:1', 'host:99999', 'http://host:1?x=1'])

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import random
-import time
 from fractions import Fraction
 
 import pytest
 
 from polar_jax.ppo.rewards import rules
+from polar_jax.ppo.rewards.last_number import last_number
 
 
 @pytest.mark.parametrize(
@@ -43,29 +43,143 @@ from polar_jax.ppo.rewards import rules
     ('3/4', '3/4'),
     ('-3/4 cup', '-3/4'),
     ('it is 6/3.', '2'),
-    ('4/0', '0'),
     ('\\boxed{\\frac{3}{4}}', '3/4'),
     ('-\\dfrac{-3}{4}', '3/4'),
-    ('1 1/2', '1/2'),
-    ('2024/05/03', '3'),
-    ('3:30', '30'),
-    ('1,2', '2'),
+    ('1 1/2', '3/2'),
     ('1, 2 and 3', '3'),
-    ('1,2345', '2345'),
-    ('10,20,300', '300'),
-    ('version 1.2.3', '3'),
-    ('12,345.67,8.5', '8.5'),
     ('\\boxed{72}. Done!', '72'),
     ('answer: **72**', '72'),
+    ('3 \\times 10^5', '300000'),
+    ('3\xd710^{5}', '300000'),
+    ('3 x 10^5', '300000'),
+    ('3x10^5', '300000'),
+    ('3*10^5', '300000'),
+    ('3\xb710\u2075', '300000'),
+    ('1.5 \\cdot 10^{-3}', '0.0015'),
+    ('10^5', '100000'),
+    ('10\u207b\xb3', '0.001'),
+    ('2^{10}', '1024'),
+    ('2^10 bytes', '1024'),
+    ('2**10', '1024'),
+    ('$2^{10}$', '1024'),
+    ('-2^2', '-4'),
+    ('2^{-3}', '1/8'),
+    ('1 234 567', '1234567'),
+    ('1\xa0234\u202f567', '1234567'),
+    ('1\u202f234\u202f567', '1234567'),
+    ('1\\,234\\,567', '1234567'),
+    ("1'234'567.5", '1234567.5'),
+    ('1\u2019234', '1234'),
+    ('1_000_000', '1000000'),
+    ('1 234.5', '1234.5'),
+    ('12 15 18', '18'),
+    ('In 2020 150 people', '150'),
+    ('1\\frac{1}{2}', '3/2'),
+    ('-1 1/2', '-3/2'),
+    ('1\xbd cups', '3/2'),
+    ('\xbd', '1/2'),
+    ('33 1/3%', '100/3'),
+    ('\\frac34', '3/4'),
+    ('\\frac 3 4', '3/4'),
+    ('\\frac{1,000}{3}', '1000/3'),
+    ('\\frac{3}{-4}', '-3/4'),
+    ('-\\frac{3}{4}', '-3/4'),
+    ('\\frac{1.5}{2}', '3/4'),
+    ('3 / 4', '3/4'),
+    ('3\u20444', '3/4'),
+    ('\\frac{2^3}{5}', '8/5'),
+    ('\\frac{1}{2}=5', '5'),
+    ('3 + 4 = 7', '7'),
+    ('3 \\times 4 = 12', '12'),
+    ('25 cm^2', '25'),
+    ('25\\text{ cm}^2', '25'),
+    ('25 m\xb2', '25'),
+    ('25 cm2', '25'),
+    ('25\\,\\mathrm{cm}^{3}', '25'),
+    ('x_1 = 5', '5'),
+    ('90^\\circ', '90'),
+    ('90\xb0', '90'),
+    ('50\\%', '50'),
+    ('12.5 %', '12.5'),
+    ('\\text{The answer is } 7', '7'),
+    ('\\textbf{72}', '72'),
+    ('\\left(-\\frac{1}{2}\\right)', '-1/2'),
+    ('the answer is _5_.', '5'),
+    ('+5', '5'),
+    ('5!', '5'),
+    ('6.02e23', '602000000000000000000000'),
+    ('1,5 and 7 000', '7000'),
+    ('\\log_2 8', '8'),
+    ('\\boxed{1\\,000}', '1000'),
+    ('$1,234$', '1234'),
+    ('\\(x=\\frac{7}{2}\\)', '7/2'),
+    ('3.5 million', '3.5'),
   ],
 )
 def test_last_number(text, expected):
-  assert rules.last_number(text) == Fraction(expected)
+  assert last_number(text) == Fraction(expected)
 
 
-@pytest.mark.parametrize('text', ['', 'none', '-', '$', '...', '1/', '٣', '\\frac{1}{0}', '\\frac{a}{b}', '9' * 401])
-def test_no_number(text):
-  assert rules.last_number(text) == (Fraction(1) if text == '1/' else None)
+@pytest.mark.parametrize(
+  'text',
+  [
+    '4/0',
+    '2024/05/03',
+    '3:30',
+    '1,2',
+    '1,2345',
+    '10,20,300',
+    'version 1.2.3',
+    '12,345.67,8.5',
+    '',
+    'none',
+    '-',
+    '$',
+    '...',
+    '\u0663',
+    '\\frac{1}{0}',
+    '\\frac{a}{b}',
+    '2^{n}',
+    '2^n',
+    '2^{1/2}',
+    '2^3^2',
+    '10^{10^{10}}',
+    '1 234 56',
+    '1.234.567',
+    "1'23",
+    '1,234 567',
+    '1-1/2',
+    '2 3/2',
+    '\\frac{\\pi}{2}',
+    '\\frac{x+1}{2}',
+    '\\frac{\\frac{1}{2}}{3}',
+    '\\frac{3}{',
+    '\\frac{3',
+    '{3 \\over 4}',
+    '2\\sqrt{3}',
+    '\\sqrt{16}',
+    '\u221a2',
+    '2\\pi',
+    '2\u03c0',
+    '3 + 4i',
+    '3+4',
+    '3 \xd7 4',
+    '3 x 4',
+    '5 \\pm 0.1',
+    'x^2',
+    'x_1',
+    '1e5000',
+    '2024-05-03',
+    '(1/2)^3',
+    '\\binom{5}{2}',
+    '2 \\times 3 \\times 10^4',
+    '10 000,5',
+    '9' * 401,
+    '10^{400}',
+  ],
+)
+def test_what_is_not_one_number_is_not_judged_by_its_last_part(text):
+  assert last_number(text) is None
 
 
 def written(rng, value):
@@ -94,15 +208,84 @@ def test_values_are_compared_exactly():
   assert not rules.same_last_number('no idea', '3')
 
 
-def test_same_last_number_refuses_an_answer_without_a_number():
-  with pytest.raises(rules.NoAnswerError, match='its answer has no number for the rule last_number'):
+@pytest.fixture
+def no_math_verify(monkeypatch):
+  monkeypatch.setattr(rules, '_math_verify', lambda: None)
+
+
+def test_a_number_of_several_parts_earns_only_what_it_is_worth(no_math_verify):
+  """Its last part would often be right by chance, and would be another number."""
+  assert rules.same_last_number('It is 3 \\times 10^5.', '300,000') and not rules.same_last_number('It is 3 \\times 10^5.', '5')
+  assert rules.same_last_number("1'234'567", '1234567') and not rules.same_last_number("1'234'567", '567')
+  for response in ('2\\sqrt{3}', 'x^3', '1,3', '2:03', '2024/12/3', '3 x 3'):
+    assert not rules.same_last_number(response, '3')
+
+
+def test_same_last_number_refuses_an_answer_without_a_number(no_math_verify):
+  for answer in ('three', '2\\sqrt{3}'):
+    with pytest.raises(rules.NoAnswerError, match=r'its answer has no number that the rule last_number reads.*math-verify'):
+      rules.same_last_number('3', answer)
+
+
+class FakeMathVerify:
+  """Reads what stands between dollars, and compares it as text."""
+
+  def parse(self, text, parsing_timeout):
+    assert parsing_timeout == 5
+    return text.split('$')[1:2]
+
+  def verify(self, gold, target, timeout_seconds):
+    assert timeout_seconds == 5
+    return bool(target) and gold == target
+
+
+def test_math_verify_judges_only_what_last_number_does_not_read(monkeypatch):
+  monkeypatch.setattr(rules, '_math_verify', FakeMathVerify)
+  assert rules.same_last_number('0.5', '1/2') and not rules.same_last_number('$3$', '4')
+  assert rules.same_last_number('$2\\sqrt{3}$', '2\\sqrt{3}') and not rules.same_last_number('$2\\sqrt{5}$', '2\\sqrt{3}')
+  monkeypatch.setattr(FakeMathVerify, 'parse', lambda self, text, parsing_timeout: [])
+  with pytest.raises(rules.NoAnswerError, match='nothing that the rule last_number or math-verify can read'):
     rules.same_last_number('3', 'three')
 
 
-@pytest.mark.parametrize(
-  'text', ['1,11' * 8_000, '1' * 30_000, '1/' * 15_000, '-$' * 15_000, '\\frac{1' * 5_000, '1e1' * 10_000, '.,' * 15_000]
-)
+@pytest.mark.needs('math_verify')
+def test_math_verify_judges_formulas():
+  for response, answer, right in (
+    ('So $\\sqrt{12}$.', '2\\sqrt{3}', True),
+    ('So $\\sqrt{13}$.', '2\\sqrt{3}', False),
+    ('The set is $\\{1,2\\}$.', '\\{1,2\\}', True),
+    ('$\\frac{\\pi}{2}$', '\\frac{\\pi}{2}', True),
+    ('$x^2+1$', '1+x^2', True),
+    ('3', '2\\sqrt{3}', False),
+    ('no idea', '2\\sqrt{3}', False),
+    ('I get $5\\pi$.', 'The area is $5\\pi$.', True),
+  ):
+    assert rules.same_last_number(response, answer) == right, response
+
+
+NOISE = [
+  '1,11',
+  '1',
+  '1/',
+  '-$',
+  '\\frac{1',
+  '1e1',
+  '.,',
+  '1 000',
+  '1^2',
+  '\\frac{1}{2}',
+  '1 1/2 ',
+  '10^{',
+  '{',
+  '\\frac{',
+  '2^(',
+  'cm^2',
+  'x_1',
+]
+NOISE += ['1 ', '1 234 ', '\\text{', '1-', '{}', '\\sqrt[', '1e', '\u00b2', '1:', '\u00bd', '~']
+
+
+@pytest.mark.parametrize('text', NOISE)
 def test_noise_of_a_policy_is_read_in_linear_time(text):
-  started = time.perf_counter()
-  rules.last_number(text)
-  assert time.perf_counter() - started < 2
+  """Milliseconds; a quadratic search would take minutes."""
+  last_number(text * 20_000)
