@@ -58,7 +58,9 @@ class RewardConfig:
   model_weight: float = option(1.0, 'Weight of the score from `source`; 0: it is not computed.')
   rule_weight: float = option(0.0, 'Weight of the rule; 0: it is only measured.')
   rule: str | None = option(
-    None, "last_number: 1 if the last number of a response is the reference's, else 0. None: no rule.", choices=('last_number',)
+    None,
+    "last_number: 1 if the last number of a response is the reference's, else 0; math-verify judges formulas if installed. None: no rule.",
+    choices=('last_number',),
   )
   normalize: str = option(
     'none',

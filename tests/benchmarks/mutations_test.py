@@ -1,0 +1,96 @@
+"""Mutants of a small file, and what its tests make of them."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def mutations():
+  sys.path.insert(0, str(BENCHMARKS))
+  try:
+    yield importlib.import_module('mutations')
+  finally:
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+  ('line', 'changes'),
+  [
+    ('x = a < b', {'x = a <= b'}),
+    ('x = a == b', {'x = a != b'}),
+    ('x = (a + b) * c', {'x = (a - b) * c', 'x = (a + b) / c'}),
+    ('x = a and b', {'x = ((a) or (b))'}),
+    ('x = -a', {'x = (a)'}),
+    ('x = a if c else b', {'x = b if c else a'}),
+    ('x = f(3, 0.5, True)', {'x = f(4, 0.5, True)', 'x = f(3, 1.0, True)', 'x = f(3, 0.5, False)'}),
+    ('x = f(a, b)', {'x = f(b, a)'}),
+    ("x = 'é' in y", {"x = 'é' not in y"}),
+    ('x = np.minimum(a, b)', {'x = np.maximum(a, b)'}),
+    ('x = zip(a, b, strict=True)', set()),
+    ('log(x)', {'pass'}),
+    ('x += y', {'pass'}),
+    ('raise ValueError(1 + x)', set()),
+    ("x: Literal[1] = f'{a + b}'", set()),
+    ("'text' + x", set()),
+    ('assert a < b', set()),
+  ],
+)
+def test_mutants_of_a_line(mutations, line, changes):
+  found = mutations.mutants_of('p.py', f'first = None\n{line}\n')
+  assert {m.became for m in found} == changes
+  assert all((m.path, m.line, m.was) == ('p.py', 2, line) for m in found)
+
+
+def test_mutants_of_an_if_are_one_line_each(mutations):
+  source = 'def f(a):\n  """Return 1 + 1."""\n  if a:\n    return (\n      a,\n      a)\n'
+  assert {(m.line, m.became.strip()) for m in mutations.mutants_of('p.py', source)} == {(3, 'if True:'), (3, 'if False:')}
+
+
+def test_equivalent_mutants_are_read_from_blocks_of_four_lines(mutations):
+  text = '# comment\n\np.py\n  x = 1\n  x = 2\n  The reason.\nq.py\n  y\n  z\n  Another.\n'
+  assert mutations.read_equivalents(text) == {('p.py', 'x = 1', 'x = 2'), ('q.py', 'y', 'z')}
+  with pytest.raises(ValueError, match='must be a path, the line, the changed line and the reason'):
+    mutations.read_equivalents('p.py\n  x = 1\n  x = 2\n')
+
+
+def test_equivalent_mutants_exist(mutations):
+  """A line that changed must leave the list, or its new mutants would be taken for others."""
+  listed = mutations.read_equivalents(mutations.EQUIVALENT.read_text('utf-8'))
+  for path, was, became in listed:
+    found = mutations.mutants_of(path, (mutations.ROOT / path).read_text('utf-8'))
+    assert (was, became) in {(m.was.strip(), m.became.strip()) for m in found}, (path, was, became)
+
+
+def test_areas_name_files_that_exist(mutations):
+  for code, tests in mutations.AREAS.values():
+    assert all((mutations.ROOT / path).exists() for path in (*code, *tests))
+  found = mutations.tests_of('polar_jax/ppo/rewards/rules.py', 'ppo')
+  assert found[0] == 'tests/ppo/rewards/rules_test.py' and 'tests/ppo/step_oracle_test.py' in found
+
+
+def test_a_mutant_is_killed_survives_or_takes_too_long(mutations, tmp_path):
+  root, folder = tmp_path / 'project', tmp_path / 'copies'
+  (root / 'polar_jax').mkdir(parents=True)
+  folder.mkdir()
+  source = 'import time\n\n\ndef f(x):\n  time.sleep(0)\n  return x < 3\n'
+  (root / 'polar_jax/code.py').write_text(source)
+  (root / 'tests').mkdir()
+  (root / 'tests/code_test.py').write_text('from polar_jax.code import f\ndef test_f():\n  assert f(2) and not f(4)\n')
+  place, tests = mutations.Workplace(folder, root, 30.0), ['tests/code_test.py']
+  found = {m.became.strip(): m for m in mutations.mutants_of('polar_jax/code.py', source)}
+  assert place.baseline(tests) > 0
+  assert place.run(found['return x < 4'], tests).status == 'survived'  # no test is at the limit
+  assert place.run(found['time.sleep(1)'], tests).status == 'survived'
+  (folder / 'copy1/tests/code_test.py').write_text('from polar_jax.code import f\ndef test_f():\n  assert not f(3)\n')
+  assert place.run(found['return x < 4'], tests).status == place.run(found['return x <= 3'], tests).status == 'killed'
+  place.limit = 3.0
+  slow = mutations.Mutant('polar_jax/code.py', 5, '  time.sleep(0)', '  time.sleep(60)')
+  assert place.run(slow, tests).status == 'timeout'
+  assert (folder / 'copy1/polar_jax/code.py').read_text() == source
