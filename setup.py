@@ -1,4 +1,4 @@
-"""Packaging of polar_jax. A comment next to each dependency says what needs it, and why if its version is restricted."""
+"""Packaging of polar_jax. A comment next to each dependency names what needs it, and why its version is restricted."""
 
 import pathlib
 import re

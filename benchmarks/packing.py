@@ -1,7 +1,7 @@
 """Cost of padding: the share of empty token positions, by batch size, devices and steps of a run.
 
     python benchmarks/packing.py
-    python benchmarks/packing.py --rows=mine.jsonl --tokenizer=tokenizer.model --reward_token_id=92527
+    python benchmarks/packing.py --triplets=mine.jsonl --tokenizer=tokenizer.model --reward_token_id=92527
 
 Without triplets of your own, lengths are drawn to resemble those of chat models' responses (log-normal, mean near 1,200 tokens, a long
 tail). The last line is a JSON object.
@@ -26,11 +26,11 @@ BATCHES, SHARDS, RUNS = (32, 128, 320, 1_280), (1, 8), (1_000, 10_000)
 MEASURED_STEPS = 40
 
 
-def real_lengths(rows: str, tokenizer: str, reward_token_id: int | None) -> np.ndarray:
+def real_lengths(file: str, tokenizer: str, reward_token_id: int | None) -> np.ndarray:
   """Return the length in tokens of the segment of every triplet in a file."""
   settings = TokenizerConfig(kind='file', path=tokenizer)
   template = Template(TemplateConfig(reward_token_id=reward_token_id), load_tokenizer(settings, pathlib.Path(tokenizer)))
-  encoded = pipeline.TripletSegments(open_triplets(pathlib.Path(rows), 'train', 'raise'), template)
+  encoded = pipeline.TripletSegments(open_triplets(pathlib.Path(file), 'train', 'raise'), template)
   return np.array([len(encoded[i].tokens) for i in range(len(encoded))])
 
 
@@ -51,11 +51,11 @@ def waste(lengths: np.ndarray, batch: int, shards: int, steps: int) -> tuple[int
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--rows', help='triplets: .jsonl, .jsonl.gz or .parquet')
-  parser.add_argument('--tokenizer', help='tokenizer.json or tokenizer.model, for --rows')
+  parser.add_argument('--triplets', help='file of triplets: .jsonl, .jsonl.gz or .parquet')
+  parser.add_argument('--tokenizer', help='tokenizer.json or tokenizer.model, for --triplets')
   parser.add_argument('--reward_token_id', type=int)
   args = parser.parse_args()
-  lengths = real_lengths(args.rows, args.tokenizer, args.reward_token_id) if args.rows else drawn_lengths()
+  lengths = real_lengths(args.triplets, args.tokenizer, args.reward_token_id) if args.triplets else drawn_lengths()
   print(f'{len(lengths):,} triplets, {lengths.mean():,.0f} tokens on average, {lengths.max():,} at most; one per row of the longest')
   print(f'would leave {1 - lengths.mean() / lengths.max():.0%} of the positions empty')
   table, pad_fraction = [], {}

@@ -1,6 +1,6 @@
 """Rewards for a file of examples: prompt, reference and output (strings or lists of messages), as in POLAR's client.
 
-  python -m polar_jax.main --config=configs/score.py --config.checkpoint=DIR --config.input=rows.jsonl --config.output=scores.jsonl
+  python -m polar_jax.main --config=configs/score.py --config.checkpoint=DIR --config.input=examples.jsonl --config.output=scores.jsonl
 
 The checkpoint is a run of polar_jax or anything that it reads (a Hugging Face folder); its tokenizer is used. A reward depends on
 its example alone, to the last bit, so a stopped run continues where it stopped. Precision: --config.model.compute_dtype=bfloat16 is faster.

@@ -19,7 +19,7 @@ def get_config():
   config = miniature('mini_tiny', train_examples=280_000, preference_examples=8)
   config.stage = 'synthesize,sweep,fit'
   config.synthesize.evaluation_examples = 8_000
-  # Many policies that differ only in their word preferences, so that an hour of training does not exhaust what there is to learn.
+  # Many policies that differ only in their word preferences, so that an hour of training does not exhaust the data.
   config.synthesize.max_order = 1
   config.synthesize.min_window = 0.02
   config.synthesize.max_tokens = 64

@@ -48,7 +48,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _print_help(arguments: Sequence[str]) -> None:
-  """Print the reference of stages and options and exit, if the command line asks for help.
+  """Print the reference of stages and options and exit, if the command line contains --help.
 
   Args:
     arguments: The command line. Words that directly follow --help select stages, sections or options.

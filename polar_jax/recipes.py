@@ -32,7 +32,14 @@ def base(preset: str) -> ml_collections.ConfigDict:
 
 
 def pretraining(preset: str, *, start_from: str, learning_rate: float, batch_size: int) -> ml_collections.ConfigDict:
-  """Return one epoch of contrastive pre-training from a language model (section D.1.2 of the paper)."""
+  """Return one epoch of contrastive pre-training from a language model (section D.1.2 of the paper).
+
+  Args:
+    preset: name of the model's shape.
+    start_from: checkpoint of the language model.
+    learning_rate: peak learning rate.
+    batch_size: triplets per step.
+  """
   config = base(preset)
   config.stage = 'pretrain'
   config.data.triplets = 'data/polar_triplets'

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 
 class UserError(ValueError):
-  """An input of the user (a setting, a file, an example) cannot be used. The message is one line that says what to do."""
+  """An input of the user (a setting, a file, an example) cannot be used. The message is one line with the remedy."""
 
 
 Text = str | list[dict[str, Any]]  # a string, or messages whose `content`s are joined by newlines

@@ -13,12 +13,12 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'polar_jax'
 
 
 def unit_of(module: str) -> str:
-  """The package below polar_jax that a module is in, or its own name if it is directly in polar_jax."""
+  """Return the package below polar_jax that a module is in, or its own name if it is directly in polar_jax."""
   return '.'.join(module.split('.')[:2])
 
 
 def imports_of(file: pathlib.Path) -> set[str]:
-  """Modules of polar_jax that a file imports, inside functions too, but not under TYPE_CHECKING."""
+  """Return the modules of polar_jax that a file imports, inside functions too, but not under TYPE_CHECKING."""
   tree = ast.parse(file.read_text())
   skipped = {
     id(n) for i in ast.walk(tree) if isinstance(i, ast.If) and 'TYPE_CHECKING' in ast.dump(i.test) for b in i.body for n in ast.walk(b)
@@ -53,7 +53,7 @@ def package_graph() -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-  """Strongly connected components of more than one node."""
+  """Return the strongly connected components of more than one node."""
   reachable = {}
   for start in graph:
     seen, todo = set(), [start]
@@ -83,7 +83,7 @@ def test_general_code_does_not_import_the_miniature(unit):
 
 
 def loaded_by(code: str) -> set[str]:
-  """Modules that are loaded after running code in a fresh interpreter."""
+  """Return the modules that are loaded after running code in a fresh interpreter."""
   script = f'{code}\nimport sys\nprint("\\n".join(sys.modules))'
   return set(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True).stdout.split())
 

@@ -1,6 +1,6 @@
 """A server with the part of Google Cloud Storage's JSON API that gcsfs and TensorStore use, for tests of buckets without a bucket.
 
-Objects are in memory, generations count up, and conditional writes and reads are honoured: without them two writers could both win.
+Objects are in memory, generations count up, and conditional writes and reads are honored: without them two writers could both win.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 
 class Bucket:
-  """What the server holds.
+  """The state of the server.
 
   Attributes:
     objects: name -> (content, generation); the name begins with the bucket's.
-    requests: how many there were, by method.
+    requests: their number by method.
   """
 
   def __init__(self, address: str = ''):
@@ -63,7 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def log_message(self, *_: Any) -> None:
     pass
 
-  def _answer(self, status: int, body: bytes = b'', headers: dict[str, str] | None = None) -> None:
+  def _respond(self, status: int, body: bytes = b'', headers: dict[str, str] | None = None) -> None:
     if status in (204, 304):  # have no body: a client would take it for the next response of the connection
       body = b''
     self.send_response(status)
@@ -71,7 +71,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.send_header(key, value)
     self.send_header('Content-Length', str(len(body)))
     self.end_headers()
-    with contextlib.suppress(ConnectionError):  # a client that wants no more
+    with contextlib.suppress(ConnectionError):  # the client has closed the connection
       self.wfile.write(body)
 
   def _body(self) -> bytes:
@@ -95,7 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._route(path, query, body)
       except _Refused as refused:
         error = {'error': {'code': refused.status, 'message': str(refused)}}
-        self._answer(refused.status, json.dumps(error).encode())
+        self._respond(refused.status, json.dumps(error).encode())
 
   do_GET = do_POST = do_PUT = do_DELETE = _serve
 
@@ -106,7 +106,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if not rest:
       if self.command == 'POST':
         return self._upload(bucket, query, body)
-      return self._list(bucket, query) if path.endswith('/o') else self._answer(200, json.dumps({'name': bucket}).encode())
+      return self._list(bucket, query) if path.endswith('/o') else self._respond(200, json.dumps({'name': bucket}).encode())
     name, to, target = rest.removeprefix('/').partition('/rewriteTo/b/')
     if not to:
       name, to, target = name.partition('/moveTo/o/')
@@ -118,7 +118,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._check(full, query)
       if self.held.objects.pop(full, None) is None:
         raise _Refused(404, f'No such object: {full}')
-      return self._answer(204)
+      return self._respond(204)
     return self._get(full, query)
 
   def _check(self, full: str, query: dict[str, str]) -> None:
@@ -142,17 +142,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._check(full, query)
     content, generation = self.held.objects[full]
     if query.get('alt') != 'media':
-      return self._answer(200, json.dumps(self._facts(full)).encode())
+      return self._respond(200, json.dumps(self._facts(full)).encode())
     headers = {'x-goog-generation': str(generation), 'Content-Type': 'application/octet-stream'}
-    if asked := self.headers.get('Range'):
-      first, _, last = asked.removeprefix('bytes=').partition('-')
+    if wanted := self.headers.get('Range'):
+      first, _, last = wanted.removeprefix('bytes=').partition('-')
       start = int(first) if first else max(len(content) - int(last), 0)
       end = min(int(last) + 1 if first and last else len(content), len(content))
       if start >= len(content):
         raise _Refused(416, 'range')
       headers['Content-Range'] = f'bytes {start}-{end - 1}/{len(content)}'
-      return self._answer(206, content[start:end], headers)
-    return self._answer(200, content, headers)
+      return self._respond(206, content[start:end], headers)
+    return self._respond(200, content, headers)
 
   def _list(self, bucket: str, query: dict[str, str]) -> None:
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter')
@@ -166,12 +166,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       else:
         items.append(self._facts(f'{bucket}/{name}'))
     listing: dict[str, Any] = {'kind': 'storage#objects', 'items': items, 'prefixes': list(prefixes)}
-    self._answer(200, json.dumps(listing).encode())
+    self._respond(200, json.dumps(listing).encode())
 
   def _store(self, full: str, query: dict[str, str], content: bytes) -> None:
     self._check(full, query)
     self.held.put(full, content)
-    self._answer(200, json.dumps(self._facts(full)).encode())
+    self._respond(200, json.dumps(self._facts(full)).encode())
 
   def _upload(self, bucket: str, query: dict[str, str], body: bytes) -> None:
     kind = query.get('uploadType')
@@ -188,14 +188,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     upload = str(len(self.held.uploads))
     self.held.uploads[upload] = f'{bucket}/{name}', query, bytearray()
     at = f'{self.held.address}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload}'
-    return self._answer(200, b'', {'Location': at})
+    return self._respond(200, b'', {'Location': at})
 
   def _resume(self, query: dict[str, str], body: bytes) -> None:
-    full, asked, content = self.held.uploads[query['upload_id']]
+    full, wanted, content = self.held.uploads[query['upload_id']]
     content += body
     if self.headers.get('Content-Range', '').endswith('/*'):  # more will come
-      return self._answer(308, b'', {'Range': f'bytes=0-{len(content) - 1}'} if content else {})
-    return self._store(full, asked, bytes(content))
+      return self._respond(308, b'', {'Range': f'bytes=0-{len(content) - 1}'} if content else {})
+    return self._store(full, wanted, bytes(content))
 
   def _copy(self, full: str, target: str, *, move: bool) -> None:
     if full not in self.held.objects:
@@ -205,13 +205,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.held.put(to, self.held.objects[full][0])
     if move:
       del self.held.objects[full]
-      return self._answer(200, json.dumps(self._facts(to)).encode())
-    return self._answer(200, json.dumps({'done': True, 'resource': self._facts(to)}).encode())
+      return self._respond(200, json.dumps(self._facts(to)).encode())
+    return self._respond(200, json.dumps({'done': True, 'resource': self._facts(to)}).encode())
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[Bucket]:
-  """A server on a free port of this machine, until the end of the block. `Bucket.address` says where."""
+  """Run a server on a free port of this machine, at `Bucket.address`, until the end of the block."""
   held = Bucket()
   server = _Server(('127.0.0.1', 0), type('Handler', (_Handler,), {'held': held}))
   held.address = f'http://127.0.0.1:{server.server_port}'
@@ -225,13 +225,13 @@ def serving() -> Iterator[Bucket]:
 
 
 def environment(held: Bucket) -> dict[str, str]:
-  """Variables with which gcsfs and TensorStore talk to the server and to nobody else."""
+  """Return environment variables that make gcsfs and TensorStore send all requests to the server."""
   return {
     'STORAGE_EMULATOR_HOST': held.address,
     'TENSORSTORE_GCS_HTTP_URL': held.address,
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # asks another service, by gRPC, what kind of bucket it is
+    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # it would query another service over gRPC
     'GOOGLE_AUTH_DISABLE': '1',
     'TENSORSTORE_GOOGLE_AUTH': 'anonymous',
-    'GCE_METADATA_HOST': '127.0.0.1:9',  # nobody's port: no machine is asked who we are
+    'GCE_METADATA_HOST': '127.0.0.1:9',  # a closed port instead of a metadata server
     'NO_GCE_CHECK': 'true',
   }

@@ -189,7 +189,7 @@ def test_a_value_for_a_section_is_refused():
     ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
   ],
 )
-def test_settings_that_do_not_go_together(changes, words):
+def test_inconsistent_settings_are_refused(changes, words):
   with pytest.raises(ConfigError) as error:
     parse(_with(**changes))
   for word in words:
@@ -225,7 +225,7 @@ def test_placeholders_keep_their_type():
     ({'rollout': {'min_new': 9, 'max_new': 8}}, 'min_new'),
   ],
 )
-def test_settings_of_reinforcement_that_contradict_each_other(settings, message):
+def test_contradictory_rft_settings_are_refused(settings, message):
   config = default_config()
   config.rft.update(settings)
   with pytest.raises(ConfigError, match=message):

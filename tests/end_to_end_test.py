@@ -122,11 +122,11 @@ def test_a_stage_alone_names_the_stage_it_needs(tmp_path, capsys):
 
 def test_own_files_without_held_out_examples_are_refused(tmp_path, capsys):
   row = {name: name for name in ('prompt', 'reference', 'chosen', 'rejected')}
-  (tmp_path / 'rows.jsonl').write_text(json.dumps(row) + '\n')
+  (tmp_path / 'examples.jsonl').write_text(json.dumps(row) + '\n')
   config = miniature('mini_tiny', train_examples=300, preference_examples=64)
   config.stage = 'pretrain'
   config.tokenizer.kind = 'byte'
   config.pretrain.start_from = 'scratch'
-  config.data.triplets = str(tmp_path / 'rows.jsonl')
+  config.data.triplets = str(tmp_path / 'examples.jsonl')
   assert runner.run(parse(config), tmp_path / 'run') == 1
   assert 'data.validation must name held-out examples' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Real models write the text that they are known to write, here and, from the folder that we export, in transformers."""
+"""Real models generate their known text, here and, from the exported folder, in transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _continue(opened: pretrained.Pretrained, params: dict, ids: list[int], token
 
 
 def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: pathlib.Path, ids: list[int], tokens: int) -> list[int]:
-  """The same from an exported folder."""
+  """Return the text that transformers generates from an exported folder."""
   import torch
   import transformers
 
@@ -38,7 +38,7 @@ def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: p
 
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.data
-def test_stories260k_tells_its_story(data_folder, tmp_path):
+def test_stories260k_generates_its_story(data_folder, tmp_path):
   opened = pretrained.open_pretrained(data_folder / 'models/stories260k/stories260K.bin')
   params, tokenizer = opened.params(MESH), opened.tokenizer()
   ids = tokenizer.encode('Once upon a time', add_bos=True)

@@ -1,4 +1,4 @@
-"""Launchers against stand-ins of the programs that they call."""
+"""Launchers, with stand-ins for the programs that they call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 LAUNCH = pathlib.Path(__file__).parent.parent / 'launch'
 
-# Runs the jobs of an array one after another, and notes its options.
+# Runs the jobs of an array one after another, and logs its options.
 SBATCH = """#!/usr/bin/env bash
 set -e
 echo "$@" >> "$CALLS"
@@ -35,7 +35,7 @@ esac
 
 
 @pytest.mark.parametrize('script', sorted(LAUNCH.glob('*.sh')), ids=lambda path: path.name)
-def test_scripts_are_sound_and_say_how_they_are_used(script):
+def test_scripts_are_valid_and_print_their_usage(script):
   assert os.access(script, os.X_OK)
   subprocess.run(['bash', '-n', script], check=True)
   shown = subprocess.run([script], capture_output=True, text=True, check=False)
@@ -44,12 +44,12 @@ def test_scripts_are_sound_and_say_how_they_are_used(script):
     subprocess.run(['shellcheck', script], check=True)
 
 
-def test_a_tpu_slice_is_asked_for_waited_for_used_and_given_back(tmp_path):
+def test_a_tpu_slice_is_requested_used_and_deleted(tmp_path):
   fake = tmp_path / 'bin' / 'gcloud'
   fake.parent.mkdir()
   fake.write_text(GCLOUD)
   fake.chmod(0o755)
-  # A copy, since the script packs the checkout that it lies in.
+  # A copy, since the script packs its own checkout.
   script = tmp_path / 'checkout' / 'launch' / 'tpu_vm.sh'
   script.parent.mkdir(parents=True)
   shutil.copy(LAUNCH / 'tpu_vm.sh', script)
@@ -125,7 +125,7 @@ def test_a_workdir_without_jobs_is_named(tmp_path):
   assert launch(tmp_path).returncode == 2
 
 
-# Process 1 fails, the others would go on for long.
+# Process 1 fails; the others would run for a minute.
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = -c ] && { echo 4711; exit; }
 echo "$@"
@@ -150,5 +150,5 @@ def test_processes_on_one_machine_are_numbered_and_end_together(tmp_path):
     line = f'-m polar_jax.main --config=x.py {expected} --config.distributed.process={process}\n'
     assert (tmp_path / f'process_{process}.log').read_text() == line
   assert 'process=0' in result.stdout and 'process=1' not in result.stdout
-  failed = local(tmp_path, '3', '--config=FAIL.py')  # well before the others' minute is over
+  failed = local(tmp_path, '3', '--config=FAIL.py')  # in less than that minute
   assert failed.returncode == 3 and 'a process ended with status 3' in failed.stderr

@@ -23,7 +23,7 @@ INSTALL = {
 
 
 def is_installed(package: str) -> bool:
-  """Return whether `package` is installed. A package that is there but fails to import counts: its tests shall fail."""
+  """Return whether `package` is installed. A package that exists but fails to import counts as installed, so that its tests fail."""
   return importlib.util.find_spec(package) is not None
 
 

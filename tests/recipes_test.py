@@ -1,4 +1,4 @@
-"""The config files of the published sizes: they carry the paper's figures, and they run."""
+"""The config files of the published sizes: they have the paper's settings, and they run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load(name: str):
     ('finetune_7b', 'finetune', 2e-5, 320),
   ],
 )
-def test_figures_of_the_paper(name, section, learning_rate, batch_size):
+def test_settings_of_the_paper(name, section, learning_rate, batch_size):
   config = parse(load(name))
   run = getattr(config, section)
   assert (run.learning_rate, run.batch_size, run.steps) == (learning_rate, batch_size, None)
@@ -48,7 +48,7 @@ def test_figures_of_the_paper(name, section, learning_rate, batch_size):
   ('name', 'start'),
   [('1_8b', 'internlm2_5_1_8b'), ('7b', 'internlm2_5_7b'), ('finetune_1_8b', 'polar_1_8b_base'), ('finetune_7b', 'polar_7b_base')],
 )
-def test_what_is_missing_is_one_line(name, start, tmp_path, monkeypatch, capsys):
+def test_a_missing_checkpoint_is_one_line(name, start, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert runner.run(parse(load(name)), tmp_path / 'run') == 1
   error = capsys.readouterr().err
@@ -58,11 +58,11 @@ def test_what_is_missing_is_one_line(name, start, tmp_path, monkeypatch, capsys)
 @pytest.mark.slow
 def test_7b_runs_on_eight_devices_with_only_size_data_and_mesh_overridden(tmp_path):
   rows = [{'prompt': f'{i}', 'reference': 'ab' * (i % 3), 'chosen': 'abab', 'rejected': 'c' * (i % 5)} for i in range(9_000)]
-  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'examples.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   config = load('7b')
   config.tokenizer.kind = 'byte'
   config.template.reward_token_id = None  # 92527 is a token of the 7B tokenizer
-  config.data.triplets = config.data.validation = str(tmp_path / 'rows.jsonl')
+  config.data.triplets = config.data.validation = str(tmp_path / 'examples.jsonl')
   config.data.row_length = 40
   config.pretrain.start_from = 'scratch'
   config.pretrain.evaluate_examples = 64

@@ -10,7 +10,7 @@ SIZES, RATIOS = np.geomspace(5e7, 1e9, 5), np.geomspace(2, 40, 6)
 
 
 def sweep(noise: float = 0.0, seed: int = 0) -> Results:
-  """Returns runs whose lower envelope is a power law: each size is best at 20 tokens per parameter, and loses by the squared log ratio."""
+  """Return runs whose lower envelope is a power law: each size is best at 20 tokens per parameter, and loses by the squared log ratio."""
   n, ratio = (a.ravel() for a in np.meshgrid(SIZES, RATIOS, indexing='ij'))
   flops = 6 * n * n * ratio
   excess = 0.004 * np.log(ratio / 20) ** 2

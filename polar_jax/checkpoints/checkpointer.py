@@ -165,7 +165,7 @@ class Checkpointer:
 def exists(folder: pathlib.Path) -> bool:
   """Return whether a run has a complete checkpoint."""
   root = folder / FOLDER
-  # Buckets have no rename: a step being written already has its final name, and a marker says when it is complete.
+  # Buckets have no rename: a step being written already has its final name, and a marker shows that it is complete.
   return root.is_dir() and any(step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) for step in root.iterdir())
 
 

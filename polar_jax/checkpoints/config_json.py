@@ -132,7 +132,7 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
   be a value model; it is read as 'reward'.
 
   Raises:
-    UserError: a key is missing or of the wrong type, or asks for something our decoder does not compute.
+    UserError: a key is missing or of the wrong type, or requests something that the decoder does not compute.
   """
   read = _Reader(config, f'{where}: ')
   family, architecture = _family(read)

@@ -1,7 +1,7 @@
 """From a checkpoint on disk straight onto a mesh, tensor by tensor.
 
-The destination arrays are born sharded and filled in place, so that what the host holds beside them is one stored tensor and the
-slices of it that its devices want: never a layer stack, never a second copy of the model.
+The destination arrays are born sharded and filled in place, so that the host holds only one stored tensor in addition to them and the
+slices of it that its devices need: never a layer stack, never a second copy of the model.
 """
 
 from __future__ import annotations

@@ -33,7 +33,14 @@ class Loaded(Pretrained):
   reward_template: TemplateConfig = dataclasses.field(default_factory=TemplateConfig)
 
   def params(self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: Any = None) -> dict[str, Any]:
-    """Return the parameters, sharded over `mesh`; only the decoder if `head` differs from the model's."""
+    """Return the parameters, sharded over `mesh`.
+
+    Args:
+      mesh: devices.
+      dtype: type of the parameters; None: as they are.
+      head: if it differs from the model's, only the decoder is returned. None: the model's.
+      on_tensor: unused; other kinds of checkpoints report each tensor that they read.
+    """
     abstract = sharding.abstract_params(abstract_model(self.model, self.head), mesh, dtype)
     names = abstract if head in (None, self.head) else ('decoder',)
     place = lambda x, a: jax.device_put(x if dtype is None else x.astype(a.dtype), a.sharding)

@@ -51,7 +51,16 @@ def option(
   exclusive_min: float | None = None,
   max: float | None = None,
 ) -> Any:
-  """Declare an option: a dataclass field with a help text and the bounds that `parse` enforces (see `OptionInfo`)."""
+  """Declare an option: a dataclass field with a help text and the bounds that `parse` enforces.
+
+  Args:
+    default: The default value.
+    help: One sentence on what the option does.
+    choices: The allowed values. None: any.
+    min: Smallest allowed value. None: no bound.
+    exclusive_min: Bound that the value must exceed. None: no bound.
+    max: Largest allowed value. None: no bound.
+  """
   return dataclasses.field(default=default, metadata={_INFO: OptionInfo(help, choices, min, exclusive_min, max)})
 
 

@@ -38,7 +38,7 @@ class TemplateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What the stages read. Unset data sets are those that the synthesize stage wrote to the workdir."""
+  """Data sets of the stages. Unset ones are those that the synthesize stage wrote to the workdir."""
 
   triplets: str | None = option(
     None, 'Triplets for pretrain: a TFDS folder, or a .jsonl, .jsonl.gz or .parquet file. None: data/triplets in the workdir.'
@@ -68,7 +68,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SynthesizeConfig:
-  """What the synthesize stage writes: samples of a pool of n-gram policies, or arithmetic word problems."""
+  """Synthesis of data: samples of a pool of n-gram policies, or arithmetic word problems."""
 
   world: str = option('ngram', 'ngram: triplets of n-gram policies; arithmetic: word problems.', choices=('ngram', 'arithmetic'))
   vocab_size: int = option(1_024, 'Vocabulary size of the BPE tokenizer that is trained.', min=300)

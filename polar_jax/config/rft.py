@@ -122,7 +122,7 @@ class RftConfig:
     None, 'KL divergence that `kl_coef` is steered to, in nats per token. None: `kl_coef` is constant.', exclusive_min=0
   )
   kl_horizon: float = option(10_000.0, 'Responses over which `kl_coef` is steered.', exclusive_min=0)
-  track_kl: bool = option(True, 'Measure the KL divergence from the reference policy, a frozen copy of the start kept for it.')
+  track_kl: bool = option(True, 'Measure the KL divergence from the reference policy, a frozen copy of the initial policy.')
   clip: float = option(0.2, 'Clip range of the probability ratio.', exclusive_min=0)
   clip_high: float | None = option(None, 'Upper clip range of the probability ratio. None: `clip`.', exclusive_min=0)
   dual_clip: float | None = option(3.0, 'Bound of the ratio for negative advantages (dual clip). None: no bound.', exclusive_min=1)

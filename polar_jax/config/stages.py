@@ -115,7 +115,7 @@ def _is_read(name: str, reads: Sequence[str]) -> bool:
 
 
 def _unread(name: str, config: Config, stages: Sequence[str], reads: Sequence[str]) -> str:
-  """Return the part of the message that tells what the requested stages read instead."""
+  """Return the part of the message that lists what the requested stages read."""
   several = len(stages) > 1 and config.stage != 'all'
   who = f'stages {" and ".join(stages)}' if several else f'stage {config.stage}'
   section, _, option = name.partition('.')
@@ -127,7 +127,7 @@ def _unread(name: str, config: Config, stages: Sequence[str], reads: Sequence[st
 
 
 def _remedy(name: str, config: Config) -> str:
-  """Return the part of the message that tells what to do: drop the setting, or run a stage that reads it."""
+  """Return the part of the message with the remedy: drop the setting, or run a stage that reads it."""
   readers = [stage for stage in STAGE_TABLE if stage != 'plan' and _is_read(name, STAGE_TABLE[stage].reads)] or ['plan']
   section = name.partition('.')[0]
   readers = [section] if section in readers else readers

@@ -65,7 +65,7 @@ class FitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
-  """What the plan stage compiles, and for which chips."""
+  """The step that the plan stage compiles, and the chips that it compiles for."""
 
   topology: str = option('v5p:4x4x4', 'TPU chip and slice.')
   step: str = option('pretrain', 'Stage whose training step is planned.', choices=('pretrain_lm', 'pretrain', 'finetune', 'rft'))

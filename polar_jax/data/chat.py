@@ -99,7 +99,7 @@ class ChatTemplate:
     known = {'tools': None, 'documents': None, **self.special_tokens, **variables}
     try:
       return self._template.render(messages=present, add_generation_prompt=add_generation_prompt, **known)
-    except Exception as error:  # a template is a program: besides Jinja's errors it can raise TypeError, IndexError, ...
+    except Exception as error:  # a template is a program: it can raise Jinja's errors, TypeError, IndexError, ...
       raise ChatTemplateError(f'{self.where}: {_line(error)}{_one_line(error)}') from error
 
 

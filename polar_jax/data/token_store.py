@@ -47,7 +47,14 @@ class StoredSegments(TripletSegments):
 
 
 def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str) -> TripletSegments:
-  """Open the segments of `source`, read from the store in `folder` if it was written with the same `key`."""
+  """Open the segments of `source`, read from the store in `folder` if it was written with the same `key`.
+
+  Args:
+    source: the examples.
+    template: tokenizes examples that are not in the store.
+    folder: of the store.
+    key: identifies examples, template and tokenizer.
+  """
   info = folder / _INFO
   if info.exists() and json.loads(info.read_text())['key'] == key:
     return StoredSegments(source, template, folder)

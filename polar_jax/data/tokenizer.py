@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: bytes, a tokenizer.json, a SentencePiece model.
+"""Tokenizers with one small interface: bytes, a tokenizer.json, a SentencePiece model.
 
 Special strings inside a text become their single ids everywhere, because the official servers tokenize a whole template as text and
 rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; BOS is added on request only.
@@ -99,21 +99,26 @@ class ByteTokenizer:
     self._specials = SpecialStrings({token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
 
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
+    """Convert a text to token ids."""
     ids = self._specials.encode(text, lambda part: part.encode('utf-8'))
     return [self.bos_id, *ids] if add_bos else ids
 
   def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+    """Convert several texts to token ids."""
     return [self.encode(text, add_bos) for text in texts]
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Convert token ids to a text."""
     if skip_special:
       return bytes(i for i in ids if i < 256).decode('utf-8', errors='replace')
     return b''.join(bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids).decode('utf-8', errors='replace')
 
   def is_exact(self, text: str) -> bool:
+    """Return whether encoding and decoding surely give the same text."""
     return not self._specials.occur_in(text)
 
   def special_id(self, token: str) -> int | None:
+    """Return the id of a special token; None if there is none."""
     return self._specials.ids.get(token)
 
 
@@ -151,6 +156,7 @@ class _FileTokenizer(abc.ABC):
     return self._model.ids['unk']
 
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
+    """Convert a text to token ids."""
     ids = self._encode(text)
     return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
@@ -158,6 +164,7 @@ class _FileTokenizer(abc.ABC):
   def _encode(self, text: str) -> list[int]: ...
 
   def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
+    """Convert several texts to token ids."""
     # The batch call of `tokenizers` uses a thread pool, which costs more than it saves for the few texts of an example, and does not
     # survive a fork.
     return [self.encode(text, add_bos) for text in texts]
@@ -255,6 +262,7 @@ class BpeTokenizer(_FileTokenizer):
 
   @property
   def vocab_size(self) -> int:
+    """Number of token ids."""
     return self._model.size
 
   def _encode(self, text: str) -> list[int]:
@@ -268,14 +276,17 @@ class BpeTokenizer(_FileTokenizer):
     return model.encode(text, add_special_tokens=False).ids  # the file's post-processor might add an EOS too
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Convert token ids to a text."""
     return self._model.model.decode(ids, skip_special_tokens=skip_special)
 
   def is_exact(self, text: str) -> bool:
+    """Return whether encoding and decoding surely give the same text."""
     alphabet = self._model.alphabet
     known = alphabet is not None and not text.encode('utf-8').translate(None, alphabet)
     return known and not self._model.specials.occur_in(text)
 
   def special_id(self, token: str) -> int | None:
+    """Return the id of a special token; None if there is none."""
     return self._model.specials.ids.get(token)
 
 
@@ -289,7 +300,7 @@ def _leading_token(post_processor: Mapping[str, Any] | None) -> str | None:
 
 
 def sentencepiece_proto() -> Any:
-  """Return the protobuf class of a SentencePiece file. It is created on import, so type checkers do not know it."""
+  """Return the protobuf class of a SentencePiece file. It is created on import, so type checkers cannot see it."""
   return importlib.import_module('sentencepiece.sentencepiece_model_pb2').ModelProto
 
 
@@ -342,6 +353,7 @@ class SentencePieceTokenizer(_FileTokenizer):
 
   @property
   def vocab_size(self) -> int:
+    """Number of token ids."""
     return max([self._model.model.vocab_size(), *(i + 1 for i in self._model.specials.ids.values())])
 
   def _encode(self, text: str) -> list[int]:
@@ -365,9 +377,11 @@ class SentencePieceTokenizer(_FileTokenizer):
     return ''.join([*out, model.decode(run)])
 
   def is_exact(self, text: str) -> bool:
+    """Return whether encoding and decoding surely give the same text."""
     return False  # a model may normalize, and even without normalization U+2581 becomes a space
 
   def special_id(self, token: str) -> int | None:
+    """Return the id of a special token; None if there is none."""
     return {**self._model.user_defined, **self._model.specials.ids}.get(token)
 
 
@@ -419,7 +433,7 @@ def stop_ids(folder: str | pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...
 def load_tokenizer(config: TokenizerConfig, trained_path: pathlib.Path | None = None) -> Tokenizer:
   """Open the tokenizer that `config` names.
 
-  Kind 'checkpoint' is not handled here: callers that know the checkpoint call `open_tokenizer` with its folder.
+  Kind 'checkpoint' is not handled here: callers that have the checkpoint call `open_tokenizer` with its folder.
 
   Args:
     config: the kind, and the path for kind 'file'.

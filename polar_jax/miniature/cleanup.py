@@ -67,7 +67,14 @@ def trim_endings(ids: np.ndarray, lengths: np.ndarray, bounds: Boundaries) -> np
 
 
 def clean(ids: np.ndarray, lengths: np.ndarray, ended: np.ndarray, bounds: Boundaries) -> np.ndarray:
-  """Return lengths (n,) after both rules. Trajectories that `ended` by themselves, or were cut in a loop, keep their ending."""
+  """Return lengths (n,) after both rules. Trajectories that ended by themselves, or were cut in a loop, keep their ending.
+
+  Args:
+    ids: int (n, T), padded.
+    lengths: int (n,).
+    ended: bool (n,), whether the policy ended the trajectory.
+    bounds: flags of the vocabulary.
+  """
   cut = cut_loops(ids, lengths)
   unfinished = ~ended & (cut == lengths)
   return np.where(unfinished, trim_endings(ids, cut, bounds), cut)

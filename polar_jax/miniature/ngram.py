@@ -204,9 +204,7 @@ class _Sampler:
       dense = tables.backoff[2][:-1, None] * dense
       seen = tables.seen[2]
       dense[orders[2].context[seen], orders[2].token[seen]] = tables.probability[2][seen]
-    vocab = dense.shape[1]
-    self.dense = np.zeros((len(dense), -(-vocab // _GROUP) * _GROUP), np.float32)
-    self.dense[:, :vocab] = dense.astype(np.float32) ** np.float32(power)
+    self.dense = np.pad(dense.astype(np.float32) ** np.float32(power), ((0, 0), (0, -dense.shape[1] % _GROUP)))
     self.dense[:, _NEVER_SAMPLED] = 0
     self.end_column = self.dense[:, vocabulary.EOS_ID].copy()
     self.dense[:, vocabulary.EOS_ID] = 0

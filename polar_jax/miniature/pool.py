@@ -124,7 +124,14 @@ def build_pool(params: Sequence[ngram.NgramParams], streams: Mapping[str, np.nda
 def pool_logprobs(
   pool: Sequence[ngram.NgramPolicy], prefixes: Sequence[np.ndarray], trajectories: Sequence[np.ndarray], workers: int = 2
 ) -> np.ndarray:
-  """Return the natural-log probability of trajectory i after prefix i under every policy: float64 (policies, trajectories)."""
+  """Return the natural-log probability of trajectory i after prefix i under every policy: float64 (policies, trajectories).
+
+  Args:
+    pool: the policies.
+    prefixes: int arrays.
+    trajectories: int arrays, one for each prefix.
+    workers: number of threads.
+  """
   indices = {id(p.index): p.index for p in pool}
   queries = dict(zip(indices, parallel_map(lambda x: x.queries(prefixes, trajectories), indices.values(), workers), strict=True))
   return np.array(parallel_map(lambda p: p.score(queries[id(p.index)]), pool, workers)).reshape(len(pool), len(trajectories))

@@ -122,7 +122,7 @@ def _open(context: Context) -> Study:
 
 
 def _one_seed(study: Study, seed: int) -> dict[str, dict[str, float]]:
-  """Return the metrics of the start, PPO, supervised fine-tuning, best-of-n and the target itself, on the same unseen prompts."""
+  """Return the metrics of the initial policy, PPO, supervised fine-tuning, best-of-n and the target itself, on the same unseen prompts."""
   context, c = study.context, study.config
   folder = f'rft/seed_{seed}'
   start = _train_start(study, seed, f'{folder}/start')
@@ -166,7 +166,7 @@ def _prompts(study: Study, split: str, seed: int, max_prompts: int | None = None
 
 
 def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: PolicyPrompts, start: pathlib.Path) -> Run:
-  """Return a run that tunes the start with `config`.
+  """Return a run that tunes the initial policy with `config`.
 
   Args:
     study: shared by all seeds.
@@ -223,7 +223,7 @@ class _Evaluator:
       return self._engine.generate(params, ids, (self._run.seed, _STREAM_EVALUATION))
 
   def best_of(self, count: int) -> Rollouts:
-    """Return, for each prompt, the response of the start with the highest reward among `count`, given the held-out reference."""
+    """Return, for each prompt, the response of the initial policy with the highest reward among `count`, given the held-out reference."""
     rollouts = self.sample(self.start, count)
     prompts = [p for p in self._prompts for _ in range(count)]
     reward_R = self._reward(prompts, self._texts(rollouts))
@@ -266,7 +266,7 @@ class _Evaluator:
     return self._study.reward.total(self._study.reward.components(prompts, responses))
 
   def _kl(self, rollouts: Rollouts) -> float:
-    """Return the KL divergence from the start in nats per token, estimated on the policy's own responses."""
+    """Return the KL divergence from the initial policy in nats per token, estimated on the policy's own responses."""
     run = self._run
     batches = layout.policy_batches(rollouts, range(len(self._ids)), run.row_length, experience.micro_batch_rows(run.config, run.mesh))
     with jax.set_mesh(run.mesh):

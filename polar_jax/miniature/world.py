@@ -41,7 +41,7 @@ _FIRST_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisResult:
-  """What a synthesis wrote, and how long it took."""
+  """Result of a synthesis: the examples that it wrote, and timings."""
 
   config_fingerprint: str
   fingerprints: dict[str, str]  # '<data set>/<split>': SHA-256 of the decoded examples
@@ -70,7 +70,7 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
   Args:
     config: sizes and sampling settings.
     seed: seed of every random stream.
-    workdir: its subfolder `data` is rebuilt if it is incomplete or of other settings.
+    workdir: its subfolder `data` is rebuilt if it is incomplete or was made with other settings.
     log: called with progress messages.
 
   Raises:
@@ -87,7 +87,7 @@ def synthesize(config: config_lib.SynthesizeConfig, seed: int, workdir: pathlib.
     log(f'synthesize: reusing the complete data in {folder} (same settings, {sum(previous.rows.values()):,} examples)')
     return previous
   if folder.exists():
-    log(f'synthesize: {folder} is {"incomplete" if previous is None else "of other settings"}; rebuilding it')
+    log(f'synthesize: {folder} is {"incomplete" if previous is None else "made with other settings"}; rebuilding it')
     _remove(folder)
   folder.mkdir(parents=True, exist_ok=True)
 

@@ -50,7 +50,14 @@ def abstract_model(config: ModelConfig, head: str) -> Any:
 
 
 def init_params(config: ModelConfig, head: str, mesh: Mesh, seed: int) -> dict[str, Any]:
-  """Create initial parameters of a model, born sharded on `mesh`."""
+  """Create initial parameters of a model, sharded on `mesh` from the start.
+
+  Args:
+    config: shape of the model.
+    head: one of `HEADS`.
+    mesh: devices.
+    seed: of the random numbers.
+  """
   shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model(config, head), mesh))
   make = lambda key: nnx.to_pure_dict(nnx.state(make_model(config, head, nnx.Rngs(params=key)), nnx.Param))
   with jax.set_mesh(mesh):

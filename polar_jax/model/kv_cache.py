@@ -117,7 +117,14 @@ class DecodeBuffer(NamedTuple):
     return self.k_LBKMH.shape[3]
 
   def write(self, layer: jax.Array, step: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array) -> DecodeBuffer:
-    """Write the keys and values of one layer for token `step` of every row."""
+    """Write the keys and values of one token of every row.
+
+    Args:
+      layer: index of the layer.
+      step: index of the token in the buffer.
+      k_BKH: keys.
+      v_BKH: values.
+    """
     at = (layer, 0, 0, step, 0)
     put = lambda all_LBKMH, new_BKH: jax.lax.dynamic_update_slice(all_LBKMH, new_BKH[None, :, :, None].astype(all_LBKMH.dtype), at)
     return DecodeBuffer(put(self.k_LBKMH, k_BKH), put(self.v_LBKMH, v_BKH))

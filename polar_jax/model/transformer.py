@@ -31,7 +31,7 @@ _REMAT = {
 
 
 class AttentionInputs:
-  """What attention needs besides activations: rotary tables, and the intervals of keys that each token sees."""
+  """Inputs of attention other than activations: rotary tables, and the interval of keys that each token attends to."""
 
   def __init__(self, positions_BT: jax.Array, intervals: Sequence[Interval], config: ModelConfig):
     self.cos_BTh, self.sin_BTh = rope_tables(config, positions_BT)
@@ -89,7 +89,16 @@ class Block(nnx.Module):
   def decode(
     self, x_B1D: jax.Array, inputs: AttentionInputs, kv_cache: KVCache, buffer: DecodeBuffer, step: jax.Array, layer: jax.Array
   ) -> tuple[jax.Array, DecodeBuffer]:
-    """Compute the output (B, 1, D) of layer `layer` for `Decoder.decode`, and the buffer with the token's keys and values."""
+    """Compute the output (B, 1, D) of this block for `Decoder.decode`, and the buffer with the token's keys and values.
+
+    Args:
+      x_B1D: activations of the newest token of each row.
+      inputs: its rotary tables.
+      kv_cache: keys and values of the earlier tokens.
+      buffer: keys and values of the tokens since the cache was last written.
+      step: index of the token in the buffer.
+      layer: index of the block.
+    """
     h_B1D = rms_norm(x_B1D, self.attention_norm[...], self.config.norm_eps)
     k_B1KH, v_B1KH = self._keys_and_values(h_B1D, inputs)
     buffer = buffer.write(layer, step, k_B1KH[:, 0], v_B1KH[:, 0])

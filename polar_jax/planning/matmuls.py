@@ -1,4 +1,4 @@
-"""FLOPs of the matrix multiplications in a jaxpr. Loops count by their trip counts, kernels by given numbers.
+"""FLOPs of the matrix multiplications in a jaxpr. Loops count by their trip counts, kernels by numbers that the caller gives.
 
 XLA's own count includes the body of a loop once, and kernels not at all.
 """

@@ -49,12 +49,12 @@ class Measured(NamedTuple):
   phase: str
   name: str
   memory: Memory
-  beside: int  # bytes per chip that the trainer holds in addition to the arguments
+  resident: int  # bytes per chip that the trainer holds in addition to the arguments
 
   @property
   def peak(self) -> int:
     """Memory in use while the function runs."""
-    return self.memory.peak + self.beside
+    return self.memory.peak + self.resident
 
 
 class Plan(NamedTuple):
@@ -121,11 +121,11 @@ def plan(config: Config, topology: str, reward: ModelConfig, log: Callable[[str]
   with jax.set_mesh(mesh), for_platform('tpu'):
     for call in builder.calls():
       present = {name: size for name, size in builder.held.items() if name not in _PASSING or name in PHASE_HOLDS.get(call.phase, ())}
-      beside = sum(size for name, size in present.items() if name not in call.reads)
-      memory, _ = compile_call(call.function.lower(*call.args), sum(present.values()) - beside)
+      resident = sum(size for name, size in present.items() if name not in call.reads)
+      memory, _ = compile_call(call.function.lower(*call.args), sum(present.values()) - resident)
       if call.name in _MAKES:
         builder.held[_MAKES[call.name]] = memory.output or bytes_of_a_device(jax.eval_shape(call.function, *call.args))
-      calls.append(Measured(call.phase, call.name, memory, beside))
+      calls.append(Measured(call.phase, call.name, memory, resident))
       log(f'{call.phase}: {call.name}: {calls[-1].peak / GIB:.1f} GiB, compiled in {memory.seconds:.0f} s')
   return Plan(topology, dict(mesh.shape), chip.hbm, builder.held, calls)
 
@@ -169,9 +169,9 @@ class _CallBuilder:
 
   def _rollout(self) -> Iterator[Call]:
     engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
-    beside = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
+    reads = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
     for name, function, args in engine.calls(self._actor.abstract.params):
-      yield Call('rollout', name, function, args, beside.get(name, ('sampling weights', 'keys and values')))
+      yield Call('rollout', name, function, args, reads.get(name, ('sampling weights', 'keys and values')))
 
   def _scoring(self) -> Call:
     c = self._c
@@ -247,13 +247,13 @@ def table(plan: Plan) -> list[str]:
   lines += ['| held | GiB | when |', '|---|---|---|']
   when = {name: phase for phase, names in PHASE_HOLDS.items() for name in names}
   lines += [f'| {name} | {show(size)} | {when.get(name, "always")} |' for name, size in plan.held.items()]
-  columns = ('phase', 'function', 'arguments', 'temporary', 'new results', 'code', 'held beside', 'in all', 'seconds to compile')
+  columns = ('phase', 'function', 'arguments', 'temporary', 'new results', 'code', 'held in addition', 'in all', 'seconds to compile')
   lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
   for call in plan.calls:
     m = call.memory
     parts = [show(x) for x in (m.argument, m.temporary, m.output - m.alias, m.code)] if not m.refused else ['refused'] * 4
     parts = [parts[0], *['not compiled'] * 3] if m.failure else parts
-    lines.append(f'| {call.phase} | {call.name} | {" | ".join(parts)} | {show(call.beside)} | {show(call.peak)} | {m.seconds:.0f} |')
+    lines.append(f'| {call.phase} | {call.name} | {" | ".join(parts)} | {show(call.resident)} | {show(call.peak)} | {m.seconds:.0f} |')
   most = max(plan.phases, key=lambda phase: plan.phases[phase])
   failed = any(call.memory.failure for call in plan.calls)
   verdict = 'fits' if plan.fits else 'not known to fit' if failed and plan.peak <= plan.hbm else 'does not fit'
@@ -270,7 +270,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     'hbm': plan.hbm,
     'held': plan.held,
     'calls': [
-      {'phase': call.phase, 'name': call.name, **call.memory._asdict(), 'beside': call.beside, 'peak': call.peak} for call in plan.calls
+      {'phase': call.phase, 'name': call.name, **call.memory._asdict(), 'resident': call.resident, 'peak': call.peak} for call in plan.calls
     ],
     'phases': plan.phases,
     'peak': plan.peak,

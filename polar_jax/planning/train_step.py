@@ -32,7 +32,7 @@ from polar_jax.types import PairBatch, TextBatch
 # Share of a candidate in a triplet of known length: at the paper's maximum lengths it is 4,096 of 14,336 tokens.
 _CANDIDATE_SHARE = 2 / 7
 _STEPS = 1_000  # of a run; only the learning rate schedule depends on it
-# Matrix multiplications over the seen query-key pairs: logits and values; then logits, d_logits and dq; then logits, dv, d_logits and dk.
+# Matrix multiplications over the attended query-key pairs: logits, values; then logits, d_logits, dq; then logits, dv, d_logits, dk.
 _KERNEL_MATMULS = {'attention_forward': 2, 'attention_dq': 3, 'attention_dkv': 4}
 
 
@@ -152,7 +152,7 @@ def _parameters(objective: Objective, model: ModelConfig) -> int:
 
 
 def _attention(pairs_per_row: float) -> Callable[[str, list[tuple[int, ...]]], float]:
-  """Return a function with the FLOPs of an attention kernel whose rows have `pairs_per_row` seen query-key pairs."""
+  """Return a function with the FLOPs of an attention kernel whose rows have `pairs_per_row` attended query-key pairs."""
 
   def count(name: str, shapes: list[tuple[int, ...]]) -> float:
     if name not in _KERNEL_MATMULS:
@@ -171,7 +171,7 @@ def _rows(batch_size: int, per_row: float, mesh: jax.sharding.Mesh, accumulation
 
 
 def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh):
-  """Return (batch, its real tokens, seen query-key pairs, model FLOPs of a step)."""
+  """Return (batch, its real tokens, attended query-key pairs, model FLOPs of a step)."""
   length = config.data.row_length
   if length is None:
     raise ConfigError('data.row_length is None, which a run measures from its data; set it for a plan')

@@ -33,7 +33,7 @@ _ALARMS = (
     'min_entropy',
     'entropy',
     'nats per token',
-    'responses become all alike and exploration ends',
+    'responses become alike and exploration ends',
     'raise rft.entropy_coef, lower rft.actor.learning_rate, or keep an earlier checkpoint',
   ),
   _Alarm(
@@ -47,7 +47,7 @@ _ALARMS = (
     'max_empty',
     'empty',
     'of the responses',
-    'saying nothing earns more than what the policy has to say',
+    'empty responses earn more than the others',
     'set rft.rollout.min_new, and check which score the reward model gives to empty responses',
   ),
   _Alarm(

@@ -58,7 +58,7 @@ def run_forward(
 def micro_batch_rows(config: RftConfig, mesh: Mesh) -> int:
   """Return the rows of a micro-batch: `rft.micro_batch_rows`, rounded up to a multiple of the mesh's batch shards."""
   shards = sharding.batch_shards(mesh)
-  return -(-config.micro_batch_rows // shards) * shards
+  return sharding.round_up(config.micro_batch_rows, shards)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'groups'))

@@ -2,7 +2,7 @@
 
 Several of them show reward hacking, which a reward alone does not. A reward model that uses its reference must score a response lower
 under the reference of another prompt (`shuffled_references`). A reward that rises because responses grow shows in its regression on
-length. A policy that collapses shows in the share of distinct n-grams (and in the entropy) before its responses are empty praise.
+length. A policy that collapses shows in the share of distinct n-grams (and in the entropy) before its responses lose all content.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def score(
   Args:
     reward: the sources and their weights.
     config: of the run; it shapes the rewards.
-    normalizer: with `running`, it counts these rewards in.
-    prompts: the prompt of each response; responses to one prompt stand together.
+    normalizer: with `running`, updated by these rewards.
+    prompts: the prompt of each response; responses to one prompt are adjacent.
     responses: texts.
     rollouts: their tokens.
     shuffle: seed of the control; None: leave it out.

@@ -56,7 +56,7 @@ class RolloutEngine:
 
   def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int]):
     shards = sharding.batch_shards(mesh)
-    slots = -(-config.max_concurrent // shards) * shards
+    slots = sharding.round_up(config.max_concurrent, shards)
     # Settings that the functions do not depend on are fixed, so that engines share one compilation.
     self._config = dataclasses.replace(config, max_concurrent=slots, stop=None, chat='auto')
     self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))

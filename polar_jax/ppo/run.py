@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from polar_jax import sharding
 from polar_jax.config import CheckpointingConfig, ModelConfig, ProfileConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
@@ -92,4 +93,4 @@ class Run:
   def row_length(self) -> int:
     """Number of tokens of a training row."""
     shortest = self.config.rollout.max_prompt + self.config.rollout.max_new
-    return self.config.row_length or -(-shortest // packing.LENGTH_MULTIPLE) * packing.LENGTH_MULTIPLE
+    return self.config.row_length or sharding.round_up(shortest, packing.LENGTH_MULTIPLE)

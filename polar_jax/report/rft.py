@@ -5,8 +5,8 @@
                `target`, the policy that wrote every reference; `best_of`, the number of samples of best-of-n
   other runs   runs[RUN]: numbers of the run, `evaluation_before` and `evaluation_after` on held-out prompts, `alarms`
 
-Metrics: reward; target_nll, in nats per token; relative_nll, the same minus the mean over the pool; kl to the start, in nats per token;
-length in tokens; distinct_2. Missing parts are left out.
+Metrics: reward; target_nll, in nats per token; relative_nll, the same minus the mean over the pool; kl to the initial policy, in nats per
+token; length in tokens; distinct_2. Missing parts are left out.
 """
 
 from __future__ import annotations

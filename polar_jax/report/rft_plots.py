@@ -38,7 +38,7 @@ _PANELS = (
   Panel('score', '', {'raw': 'own reference', 'shuffled': 'shuffled', 'length_free': 'length-free'}, unscaled='length_free'),
   Panel('score: own minus shuffled', '', {'shuffled_gap': 'gap'}, zero=True),
   Panel('rule', 'share correct', {'rule': 'rule'}),
-  Panel('KL to the start', 'nats per token', {'kl': 'KL'}, zero=True),
+  Panel('KL to the initial policy', 'nats per token', {'kl': 'KL'}, zero=True),
   Panel('entropy', 'nats per token', {'entropy': 'entropy'}),
   Panel('length', 'tokens', {'length': 'length'}),
   Panel('truncated or empty', 'share of responses', {'truncated': 'truncated', 'empty': 'empty'}),
@@ -99,7 +99,7 @@ def finite_points(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def comparison(policies: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-  """Draw policies next to each other, a dot per seed and a bar at the mean, and their likelihood against KL to the start.
+  """Draw policies next to each other, a dot per seed and a bar at the mean, and their likelihood against KL to the initial policy.
 
   Args:
     policies: name to show -> {reward, target_nll, relative_nll, kl}, each one number per seed; any may be missing.
@@ -201,7 +201,7 @@ def _scatter(ax: Axes, policies: Mapping[str, Mapping[str, Sequence[float]]], ke
     ax.plot(policy['kl'], policy[key], 'o', color=colors[name], markersize=5, alpha=0.8, markeredgewidth=0)
     middle: Any = (np.mean(policy['kl']), np.mean(policy[key]))
     ax.annotate(name, middle, xytext=(7, 5), textcoords='offset points', fontsize=9, color=colors[name])
-  ax.set_xlabel('KL to the start,\nnats per token')
+  ax.set_xlabel('KL to the initial policy,\nnats per token')
   ax.set_ylabel(_COMPARED[key])
   ax.margins(0.2)
   low, high = ax.get_xlim()

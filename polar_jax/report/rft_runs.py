@@ -21,7 +21,7 @@ _SIGNS = {
   'empty': 'empty',
   'distinct_1': 'distinct words',
   'distinct_2': 'distinct bigrams',
-  'kl': 'KL to the start, nats per token',
+  'kl': 'KL to the initial policy, nats per token',
   'entropy': 'entropy, nats per token',
   'clip_fraction': 'clip fraction',
   'explained_variance': 'explained variance',
@@ -29,7 +29,7 @@ _SIGNS = {
 _FAR = 2.0  # beyond this factor between lengths, a regression within a batch cannot be extrapolated
 _EMPTY = 0.05  # share of responses
 
-Ends = Mapping[str, Mapping[str, tuple[float, float]]]  # run -> metric -> (value at the start, value at the end)
+Ends = Mapping[str, Mapping[str, tuple[float, float]]]  # run -> metric -> (first value, last value)
 
 
 def runs(results: Mapping[str, Any]) -> list[str]:
@@ -78,7 +78,9 @@ def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str],
 def _scalars(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """Return the table of the numbers of each run."""
   scalars = {name: {k: v for k, v in run.items() if isinstance(v, (int, float, str))} for name, run in given.items()}
-  keys = markdown.ordered({k: 0 for values in scalars.values() for k in values}, ('steps', 'answers', 'tokens', 'seconds', 'reward', 'raw'))
+  keys = markdown.ordered(
+    {k: 0 for values in scalars.values() for k in values}, ('steps', 'responses', 'tokens', 'seconds', 'reward', 'raw')
+  )
   body = [[markdown.escape(key), *(markdown.text(scalars[name][key]) if key in scalars[name] else '-' for name in given)] for key in keys]
   return [markdown.table(['', *map(markdown.escape, given)], body)] if body else []
 
@@ -119,7 +121,7 @@ def _gap_lines(ends: Ends, one_writer: bool) -> list[str]:
   if gaps and one_writer:
     return [
       f'Score with own minus score with shuffled references at the end: {markdown.spread([*gaps.values()], "+")}. One policy wrote all '
-      'references here and the reward model compares policies, so the reference of another prompt asks for the same policy: no gap is '
+      'references here and the reward model compares policies, so the reference of another prompt describes the same policy: no gap is '
       'expected, and its absence does not indicate reward hacking.'
     ]
   blind = [name for name, gap in gaps.items() if gap <= 0]

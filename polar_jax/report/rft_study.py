@@ -14,7 +14,7 @@ _METRICS = {
   'reward': 'reward',
   'target_nll': 'NLL under the target, nats per token',
   'relative_nll': 'the same minus the pool mean',
-  'kl': 'KL to the start, nats per token',
+  'kl': 'KL to the initial policy, nats per token',
   'length': 'length, tokens',
   'distinct_2': 'distinct bigrams, share',
 }
@@ -55,7 +55,7 @@ def before_and_after(results: Mapping[str, Any]) -> list[str]:
 
 
 def comparison(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
-  """Return the paragraphs that compare PPO with the start, best-of-n, supervised fine-tuning and the target.
+  """Return the paragraphs that compare PPO with the initial policy, best-of-n, supervised fine-tuning and the target.
 
   Args:
     results: the section `rft` of report.json.
@@ -155,7 +155,9 @@ def _share_of_the_way(policies: Mapping[str, Values], key: str) -> list[str]:
     return []
   shares = [100 * (s - p) / (s - t) for s, p, t in zip(start, ppo, target, strict=True)]
   seeds = '' if len(shares) == 1 else f' (by seed {min(shares):.0f}% to {max(shares):.0f}%)'
-  return [f'By that metric, PPO covered {np.mean(shares):.0f}% of the distance from the start to samples of the target itself{seeds}.']
+  return [
+    f'By that metric, PPO covered {np.mean(shares):.0f}% of the distance from the initial policy to samples of the target itself{seeds}.'
+  ]
 
 
 def _beyond_the_target(policies: Mapping[str, Values]) -> list[str]:

@@ -87,7 +87,7 @@ def _checked(how: str, coordinator: str | None, processes: int | None, process: 
 
 
 def _is_tpu_vm(environ: Mapping[str, str]) -> bool:
-  """Return whether this is a Cloud TPU VM, whose metadata server tells JAX the other hosts."""
+  """Return whether this is a Cloud TPU VM, where JAX finds the other hosts by the metadata server."""
   chips = list(pathlib.Path('/dev').glob('accel*')) + list(pathlib.Path('/dev').glob('vfio/[0-9]*'))
   return bool(chips) and 'TPU_SKIP_MDS_QUERY' not in environ
 

@@ -1,7 +1,7 @@
 """Per-process heartbeats, and a report of which processes are behind when a run stalls.
 
 Each process regularly writes its position in the run, and the time it got there, to heartbeats/<process>.json in the workdir. A process
-whose position has not changed for too long also writes its stacks; process 0 then reads the files of all and reports who is behind.
+whose position has not changed for too long also writes its stacks; process 0 then reads the files of all and reports which are behind.
 """
 
 from __future__ import annotations

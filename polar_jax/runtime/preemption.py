@@ -15,7 +15,7 @@ class Preempted(Exception):
   """A run stopped after SIGTERM. Its state is saved, and the same command resumes it."""
 
   def __init__(self, name: str, where: int | str):
-    """Builds the message.
+    """Build the message.
 
     Args:
       name: of the run.

@@ -52,7 +52,7 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
   return out | {'left_out': left_out}
 
 
-# What `describe` calls the optional fits.
+# Titles of the optional fits in `describe`.
 _TITLES = {
   'floored': 'L = E + beta N^alpha',
   'joint': 'L = E + A/N^a + B/D^b',

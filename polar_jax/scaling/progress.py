@@ -74,7 +74,7 @@ class LiveTable:
   """A table of jobs that redraws itself in a terminal. Elsewhere it prints a line whenever a job ends."""
 
   def __init__(self, jobs: Sequence[Job], workdir: pathlib.Path, live: bool = True, out: TextIO | None = None):
-    """Initializes the table; draws nothing yet.
+    """Initialize the table without drawing it.
 
     Args:
       jobs: to show.

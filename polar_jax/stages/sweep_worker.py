@@ -58,7 +58,7 @@ def run(workdir: pathlib.Path, name: str) -> None:
   """Run a job of the sweep in `workdir` on all devices of this process.
 
   Raises:
-    UserError, NonFiniteError, Preempted: as training does.
+    UserError, NonFiniteError, Preempted: from training.
   """
   from polar_jax.scaling import grid
   from polar_jax.stages import sweep_jobs

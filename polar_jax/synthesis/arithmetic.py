@@ -251,7 +251,14 @@ def _sentence(text: str) -> str:
 
 
 def make_prompts(config: SynthesizeConfig, seed: int, split: str, count: int) -> list[dict[str, Any]]:
-  """Make prompts 0..count-1 for reinforcement fine-tuning, each with the worked answer and its number."""
+  """Make prompts 0..count-1 for reinforcement fine-tuning, each with the worked answer and its number.
+
+  Args:
+    config: difficulty.
+    seed: seed of all random streams.
+    split: one of SPLITS.
+    count: number of prompts.
+  """
   problems = (make_problem(seed, 'prompts', split, i, config.max_number, config.two_steps) for i in range(count))
   return [
     {'prompt': _prompt(p), 'reference': p.reference, 'answer': str(p.result), 'category': f'{len(p.equations)} step'} for p in problems
@@ -262,6 +269,12 @@ def make_preferences(config: SynthesizeConfig, seed: int, split: str, count: int
   """Make ranked answers 0..count-1 to other problems: chosen is right, rejected is wrong, and both wordings have one distribution.
 
   The category is the kind of mistake in the rejected answer.
+
+  Args:
+    config: difficulty.
+    seed: seed of all random streams.
+    split: one of SPLITS.
+    count: number of examples.
   """
   examples = []
   for i in range(count):

@@ -1,4 +1,4 @@
-"""What the seconds of a run went into, earlier starts of the run included."""
+"""Goodput: the seconds of a run by activity, including those of earlier starts of the run."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ class Session:
 
     Args:
       state: named tuple of arrays, which may be overwritten when this returns.
-      data: JSON values that a resumed run needs, besides the step and the seconds.
-      metrics: decide which checkpoint is the best; empty: this one is no candidate.
+      data: JSON values that a resumed run needs, in addition to the step and the seconds.
+      metrics: decide which checkpoint is the best; empty: this one is not a candidate.
     """
     # A checkpoint promises that its steps are logged, so their records are on disk first.
     for log in self._logs:

@@ -136,7 +136,7 @@ class _Trainer:
     is_lm = run.objective is NEXT_TOKEN
     best_metric = 'validation_loss' if is_lm else 'validation_accuracy'
     self.session = Session(run, best_metric, best_is_lower=is_lm, started=run.started)
-    # All at once: evaluated step by step they would queue behind the running step, and the host would wait for them.
+    # All at once: evaluated step by step they would queue after the running step, and the host would wait for them.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = _functions(run)
     self.count_flops = flops.language_model_flops if is_lm else flops.reward_model_flops

@@ -52,7 +52,14 @@ def text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, max
 
 
 def evaluate(functions: step_lib.StepFunctions, params: Any, batches: Iterable[Any], mesh: Mesh) -> dict[str, float]:
-  """Return the means of the loss and metrics over `batches`. Sums are added in float64 on the host."""
+  """Return the means of the loss and metrics over `batches`. Sums are added in float64 on the host.
+
+  Args:
+    functions: the compiled step.
+    params: parameters to evaluate.
+    batches: host arrays of this process.
+    mesh: devices of the parameters.
+  """
   count, totals = 0.0, dict[str, float]()
   for batch in batches:
     output = jax.device_get(functions.evaluate(params, sharding.put_local(batch, mesh)))

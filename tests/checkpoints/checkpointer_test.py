@@ -255,7 +255,7 @@ def test_load_params_whole_and_decoder(open_checkpoints, tmp_path):
   assert_bit_equal(decoder['decoder'], saved.params['decoder'])
 
 
-def test_load_params_names_what_does_not_fit(open_checkpoints, tmp_path):
+def test_load_params_names_mismatched_parameters(open_checkpoints, tmp_path):
   checkpointer = open_checkpoints()
   with pytest.raises(ConfigError, match='no checkpoint to start from'):
     load_params(tmp_path / 'nowhere', {})

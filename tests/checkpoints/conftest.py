@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pathlib
 import sys
@@ -15,9 +16,12 @@ import jax
 import numpy as np
 import optional
 import pytest
+from convert_folders import BOMB, CASES, HEADS, Case, Folder, config_of, write_weights
 from flax import nnx
 
+from polar_jax.checkpoints import tokenizer_files
 from polar_jax.config import ModelConfig
+from polar_jax.data.tokenizer import ByteTokenizer
 
 REMOTE_CODE = pathlib.Path(__file__).parents[2] / 'polar_jax/checkpoints/remote_code'
 
@@ -114,3 +118,52 @@ def _as_stored(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
 @pytest.fixture(scope='session')
 def as_stored():
   return _as_stored
+
+
+@pytest.fixture(scope='session')
+def make_folder(random_params, as_stored, tmp_path_factory):
+  """Return a function that writes a Hugging Face folder as its publisher would."""
+
+  def make(case: Case, path: pathlib.Path | None = None) -> Folder:
+    path = path or tmp_path_factory.mktemp(case.family)
+    path.mkdir(exist_ok=True)
+    model, config = config_of(case)
+    head = next(suffix for suffix in HEADS if case.architecture.endswith(suffix))
+    params = random_params(HEADS[head][1], model)
+    tensors = as_stored(model, params)
+    if head == 'ForTokenClassification':
+      tensors['score.bias'] = np.zeros(1, np.float32)
+
+    def dtype_of(name: str) -> np.dtype:
+      if name.startswith(('v_head', 'score', 'output.', 'lm_head')):
+        return case.head_dtype or case.dtype
+      return (case.norm_dtype if 'norm' in name else None) or case.dtype
+
+    tensors = {name: a.astype(dtype_of(name)) for name, a in tensors.items()}
+    twice = {'lm_head.weight': tensors['model.embed_tokens.weight'].copy()} if case.head_twice else {}
+    write_weights(path, case.layout, tensors | twice)
+    (path / 'config.json').write_text(json.dumps(config, ensure_ascii=False))
+    (path / 'modeling_own.py').write_text(BOMB)
+    tokenizer_files.write_for_transformers(ByteTokenizer(), path, 'llama')
+    (path / 'generation_config.json').write_text('{"eos_token_id": [258],  "top_p": 0.9}')
+    (path / 'chat_template.jinja').write_text('{{ messages[0].content }}\n')
+    return Folder(path, config, tensors, params)
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def compile_once(tmp_path_factory):
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  old = [getattr(jax.config, name) for name in names]
+  for name, value in zip(names, (str(tmp_path_factory.mktemp('compiled')), 0), strict=True):
+    jax.config.update(name, value)
+  yield
+  for name, value in zip(names, old, strict=True):
+    jax.config.update(name, value)
+
+
+@pytest.fixture
+def small(make_folder, tmp_path) -> Folder:
+  """A Hugging Face folder of a small reward model."""
+  return make_folder(CASES['llama_reward'], tmp_path / 'source')

@@ -83,16 +83,16 @@ def kept(folder, **changes):
 
 
 def test_write_config_creates_a_config(tmp_path):
-  said = write(tmp_path)
-  assert config_json.from_json(said, 'it').model == QWEN and said['torch_dtype'] == 'bfloat16'
-  assert said['eos_token_id'] == 7 and said['pad_token_id'] is None and 'auto_map' not in said
+  written = write(tmp_path)
+  assert config_json.from_json(written, 'it').model == QWEN and written['torch_dtype'] == 'bfloat16'
+  assert written['eos_token_id'] == 7 and written['pad_token_id'] is None and 'auto_map' not in written
 
 
 def test_write_config_keeps_a_matching_config(tmp_path):
   config = kept(tmp_path, dtype='float32')
-  said = write(tmp_path)
+  written = write(tmp_path)
   del config['dtype']
-  assert said == config | {'torch_dtype': 'bfloat16'}
+  assert written == config | {'torch_dtype': 'bfloat16'}
   assert 'é' in (tmp_path / 'config.json').read_text('utf-8')
 
 
@@ -101,10 +101,10 @@ def test_write_config_keeps_a_matching_config(tmp_path):
 )
 def test_write_config_replaces_the_config_of_another_model(tmp_path, model, head):
   kept(tmp_path)
-  said = write(tmp_path, model, head, reward_token_id=5 if head == 'reward' else None)
-  read = config_json.from_json(said, 'it')
+  written = write(tmp_path, model, head, reward_token_id=5 if head == 'reward' else None)
+  read = config_json.from_json(written, 'it')
   assert (read.model, read.head, read.reward_token_id) == (model, head, 5 if head == 'reward' else None)
-  assert 'unknown' not in said and said['eos_token_id'] == 7
+  assert 'unknown' not in written and written['eos_token_id'] == 7
 
 
 @pytest.mark.parametrize('given', [{}, {'problem_type': None}, {'problem_type': 'single_label_classification'}])
@@ -136,12 +136,12 @@ def test_write_config_keeps_or_adds_internlm2_code(tmp_path, auto_map, files, st
   (tmp_path / 'config.json').write_text(json.dumps(config))
   for name in files:
     (tmp_path / name).write_text('raise SystemExit')
-  said = write(tmp_path, MODEL, 'reward')
+  written = write(tmp_path, MODEL, 'reward')
   added = sorted(path.name for path in tmp_path.glob('*.py') if path.name not in files)
-  assert said['unknown'] == 1
+  assert written['unknown'] == 1
   assert added == ([] if stays else ['configuration_internlm2.py', 'modeling_internlm2.py'])
   ours = {'AutoConfig': 'configuration_internlm2.InternLM2Config', 'AutoModel': 'modeling_internlm2.InternLM2ForRewardModel'}
-  assert said['auto_map'] == (auto_map if stays else ours)
+  assert written['auto_map'] == (auto_map if stays else ours)
   assert all((tmp_path / name).read_text() == 'raise SystemExit' for name in files)
 
 
@@ -150,8 +150,8 @@ def test_write_config_drops_reference_to_missing_code(tmp_path):
     kept(tmp_path, auto_map=OWN)
     for name in files:
       (tmp_path / name).write_text('raise SystemExit')
-    said = write(tmp_path)
-    assert said.get('auto_map') == (OWN if files else None)
+    written = write(tmp_path)
+    assert written.get('auto_map') == (OWN if files else None)
 
 
 # ---- transformers ----
@@ -204,9 +204,9 @@ def test_convert_result_loads_in_transformers(random_params, tmp_path, auto, fam
     texts = ['héllo <|reward|> wörld[UNUSED_TOKEN_130]', '']
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     assert [tokenizer(t)['input_ids'] for t in texts] == [ByteTokenizer().encode(t, add_bos=True) for t in texts]
-  said = json.loads((folder / 'config.json').read_text())
-  assert said.get('reward_token_id') == (260 if head == 'reward' else None)
-  assert (said['pad_token_id'], said['bos_token_id'], said['eos_token_id']) == (256, 257, 258)
+  written = json.loads((folder / 'config.json').read_text())
+  assert written.get('reward_token_id') == (260 if head == 'reward' else None)
+  assert (written['pad_token_id'], written['bos_token_id'], written['eos_token_id']) == (256, 257, 258)
 
 
 def imported_class(folder: pathlib.Path, auto: str) -> type:

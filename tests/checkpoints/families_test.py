@@ -177,7 +177,7 @@ def test_architecture_of_given_architecture():
     stored_tensors(_model('llama'), 'lm', 'Qwen2ForCausalLM')
 
 
-def test_stored_tensors_refuses_what_a_family_cannot_store():
+def test_stored_tensors_refuses_unsupported_settings_of_a_family():
   with pytest.raises(UserError, match=r'internlm2 have no biases; set model\.qkv_bias'):
     stored_tensors(_model('internlm2', qkv_bias=True), 'lm')
   with pytest.raises(UserError, match=r'model\.vocab_size must be set'):

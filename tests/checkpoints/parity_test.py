@@ -165,7 +165,7 @@ PLACES = {
 
 @pytest.fixture(scope='module')
 def ours(models):
-  """Our logits of every sequence, for each arrangement."""
+  """Return our logits of every sequence, for each arrangement."""
   placed: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(9)]
   for places in PLACES.values():
     for (row, at), ids in zip(places, _sequences(), strict=True):
@@ -181,7 +181,7 @@ def _logits(model, ids: np.ndarray, **inputs) -> np.ndarray:
 
 @pytest.fixture(scope='module')
 def alone(models):
-  """Their logits of every sequence, one at a time."""
+  """Return their logits of every sequence, one at a time."""
   return [_logits(models.torch_model, ids[None])[0] for ids in _sequences()]
 
 

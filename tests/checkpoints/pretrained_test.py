@@ -194,8 +194,8 @@ def test_template_from_checkpoint_and_config(tmp_path):
   settings = {f'template.{name}': value for name, value in dataclasses.asdict(trained).items()}
   run = open_pretrained(save_run(tmp_path / 'run', random_params(MODEL, 'reward'), MODEL, 'reward', use_reference=True, **settings))
   assert run.template(TemplateConfig()) == trained
-  asked = TemplateConfig(max_length=600, reward_token_id=8, max_response_length=5, use_reference=False)
-  assert run.template(asked) == dataclasses.replace(asked, rule='client', separator='|', separator_id=9)
+  wanted = TemplateConfig(max_length=600, reward_token_id=8, max_response_length=5, use_reference=False)
+  assert run.template(wanted) == dataclasses.replace(wanted, rule='client', separator='|', separator_id=9)
 
 
 def test_template_of_run_without_reference(tmp_path):

@@ -116,7 +116,7 @@ def write(folder, **files):
   return folder
 
 
-def test_where_the_template_is_looked_for(tmp_path):
+def test_files_in_which_a_template_is_found(tmp_path):
   messages = [{'role': 'user', 'content': 'é'}]
   settings = {'bos_token': {'content': '<s>'}, 'eos_token': None, 'pad_token': '<pad>'}
   source = '{{ bos_token }}|{{ eos_token is defined }}|{{ pad_token }}|{{ messages[0].content }}|{{ add_generation_prompt }}'

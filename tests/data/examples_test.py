@@ -22,25 +22,25 @@ def without(field):
   return {key: value for key, value in GOOD.items() if key != field}
 
 
-def write(path, rows):
+def write(path, examples):
   """Write examples, given as dicts or as raw lines."""
-  lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+  lines = [example if isinstance(example, bytes) else json.dumps(example).encode() for example in examples]
   data = b''.join(line + b'\n' for line in lines)
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet'])
-def test_all_formats_give_the_same_rows(tmp_path, name):
-  rows = [
+def test_all_formats_give_the_same_examples(tmp_path, name):
+  examples = [
     {**GOOD, 'prompt': MESSAGES, 'wrapper': 'pretrain', 'category': 'easy', 'source': 'x', 'n': 3},
     {'prompt': MESSAGES, 'reference': '', 'chosen': '', 'rejected': '', 'wrapper': None, 'category': None, 'source': '日本', 'n': 4},
   ]
   path = tmp_path / name
   if name.endswith('.parquet'):
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(examples), path)
   else:
-    write(path, rows)
+    write(path, examples)
   read = sources.read_triplets(str(path))
   expected = [
     Triplet(MESSAGES, 'r', 'c', 'd', 'pretrain', 'easy', {'source': 'x', 'n': 3}),
@@ -84,7 +84,7 @@ BAD = [
 
 @pytest.mark.parametrize(('bad', 'field', 'reason'), BAD)
 def test_bad_example(tmp_path, bad, field, reason):
-  path = write(tmp_path / 'rows.jsonl', [GOOD, bad, GOOD])
+  path = write(tmp_path / 'examples.jsonl', [GOOD, bad, GOOD])
   with pytest.raises(sources.BadExampleError) as caught:
     sources.read_triplets(path)
   error = caught.value
@@ -207,33 +207,35 @@ OFFICIAL = {
 
 def official(**changes):
   """Return an official example with fields replaced; `reward_model__style` is a nested field, and ... removes one."""
-  row = {key: dict(value) if isinstance(value, dict) else value for key, value in OFFICIAL.items()}
+  example = {key: dict(value) if isinstance(value, dict) else value for key, value in OFFICIAL.items()}
   for name, value in changes.items():
     *outer, key = name.split('__')
-    section = row[outer[0]] if outer else row
+    section = example[outer[0]] if outer else example
     section.pop(key, None)
     if value is not ...:
       section[key] = value
-  return row
+  return example
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.parquet'])
 def test_prompts_of_the_official_format(tmp_path, name):
-  rows = [
+  examples = [
     OFFICIAL,
     official(extra_info__prompt=[{'role': 'user', 'content': 'Why'}, {'role': 'user', 'content': '?'}], ability='general'),
     official(extra_info__prompt=None, reward_model__ground_truth=[{'role': 'assistant', 'content': '4'}]),
   ]
   path = tmp_path / name
   if name.endswith('.parquet'):
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(examples), path)
   else:
-    write(path, rows)
+    write(path, examples)
   read = sources.open_prompts(path, 'train')
   metadata = {'data_source': 'some/set', 'split': 'train', 'index': 7}
   assert list(read) == [
     Prompt(ASK, [{'role': 'assistant', 'content': 'So 4.'}], '', 'math', metadata),
-    Prompt(rows[1]['extra_info']['prompt'], rows[1]['reward_model']['ground_truth'], '', 'general', {**metadata, 'policy_prompt': ASK}),
+    Prompt(
+      examples[1]['extra_info']['prompt'], examples[1]['reward_model']['ground_truth'], '', 'general', {**metadata, 'policy_prompt': ASK}
+    ),
     Prompt(ASK, [{'role': 'assistant', 'content': '4'}], '', 'math', metadata),
   ]
   assert (read.path, read.skipped) == (path, [])
@@ -242,23 +244,23 @@ def test_prompts_of_the_official_format(tmp_path, name):
 def test_parquet_gives_every_message_the_fields_of_all(tmp_path):
   """A message field of only one prompt is null in the others of its column, which must not make two prompts differ."""
   text = [{'role': 'assistant', 'content': 'Hello'}]
-  rows = [OFFICIAL, official(prompt=[{'role': 'user', 'content': 'Why?', 'name': 'Ann'}], reward_model__ground_truth=text)]
-  pq.write_table(pa.Table.from_pylist(rows), tmp_path / 'a.parquet')
+  examples = [OFFICIAL, official(prompt=[{'role': 'user', 'content': 'Why?', 'name': 'Ann'}], reward_model__ground_truth=text)]
+  pq.write_table(pa.Table.from_pylist(examples), tmp_path / 'a.parquet')
   first, second = sources.open_prompts(tmp_path / 'a.parquet', 'train')
   assert 'policy_prompt' not in first.metadata and second.metadata['policy_prompt'][0]['name'] == 'Ann'
 
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.parquet'])
 def test_plain_prompts(tmp_path, name):
-  rows = [
+  examples = [
     {'prompt': 'p', 'reference': 'r', 'answer': '72', 'category': 'math', 'policy_prompt': 'Think. p', 'n': 3},
     {'prompt': 'p', 'reference': ' ', 'answer': None, 'category': None, 'policy_prompt': 'p', 'n': 4},
   ]
   path = tmp_path / name
   if name.endswith('.parquet'):
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    pq.write_table(pa.Table.from_pylist(examples), path)
   else:
-    write(path, rows)
+    write(path, examples)
   expected = [Prompt('p', 'r', '72', 'math', {'n': 3, 'policy_prompt': 'Think. p'}), Prompt('p', ' ', '', '', {'n': 4})]
   assert list(sources.open_prompts(path, 'any')) == expected
 
@@ -292,7 +294,7 @@ BAD_PROMPTS = [
 
 @pytest.mark.parametrize(('bad', 'field', 'reason'), BAD_PROMPTS)
 def test_bad_prompt(tmp_path, bad, field, reason):
-  path = write(tmp_path / 'rows.jsonl', [OFFICIAL, bad, {'prompt': 'p', 'reference': 'r'}])
+  path = write(tmp_path / 'examples.jsonl', [OFFICIAL, bad, {'prompt': 'p', 'reference': 'r'}])
   with pytest.raises(sources.BadExampleError) as caught:
     sources.open_prompts(path, 'train')
   assert (caught.value.path, caught.value.number, caught.value.field) == (path, 2, field)
@@ -325,7 +327,9 @@ def test_prompts_of_a_tfds_folder(tmp_path):
     sources.open_prompts(tmp_path / 'prompts', 'test')
   with pytest.raises(sources.NoSplitError, match='its splits are: test, train'):
     sources.open_prompts(tmp_path / 'prompts', 'validation')
-  tfds.write_triplets(tmp_path / 'triplets', 'rows', {'train': [Triplet('p', 'r', 'c', 'd', 'pretrain', 'x', {'k': 1})]}, 'Rows.', {})
+  tfds.write_triplets(
+    tmp_path / 'triplets', 'examples', {'train': [Triplet('p', 'r', 'c', 'd', 'pretrain', 'x', {'k': 1})]}, 'Examples.', {}
+  )
   assert list(sources.open_prompts(tmp_path / 'triplets', 'train')) == [Prompt('p', 'r', '', 'x', {'k': 1})]
 
 
@@ -333,10 +337,10 @@ def test_prompts_of_a_tfds_folder(tmp_path):
 def test_real_prompts_read_cleanly(data_folder):
   path = data_folder / 'prompts/gsm8k_train.jsonl.gz'
   with gzip.open(path) as file:
-    rows = [json.loads(line) for line in file]
+    examples = [json.loads(line) for line in file]
   read = sources.open_prompts(path, 'train')
   assert [(p.prompt, p.reference, p.category, p.metadata) for p in read] == [
-    (row['prompt'], row['reference'], 'math', {'split': 'train'}) for row in rows
+    (example['prompt'], example['reference'], 'math', {'split': 'train'}) for example in examples
   ]
 
 

@@ -64,7 +64,7 @@ def test_thousands_of_items_pack_at_once():
   assert sum(lengths) / (len(rows) * 8_192) > 0.98
 
 
-def test_every_stretch_is_dealt_alike():
+def test_interleave_deals_rows_in_order_to_every_group():
   rows = [[n] for n in range(8)]
   order = {groups: [n for (n,) in packing.interleave(rows, groups)] for groups in (1, 2, 4)}
   assert order == {1: [0, 1, 2, 3, 4, 5, 6, 7], 2: [0, 2, 4, 6, 1, 3, 5, 7], 4: [0, 4, 1, 5, 2, 6, 3, 7]}
@@ -140,7 +140,7 @@ class _Kept(list):
 
 @pytest.mark.data
 @pytest.mark.filterwarnings('ignore:template.separator')
-def test_real_answers_leave_less_than_five_percent_of_padding(data_folder):
+def test_real_responses_leave_less_than_five_percent_of_padding(data_folder):
   """Batches of 128 in rows of 10,240, and in rows of the length chosen for the data, in a run of 10,000 steps."""
   with gzip.open(data_folder / 'triplets/alpacaeval.jsonl.gz', 'rt') as lines:
     rows = [json.loads(line) for line in itertools.islice(lines, 0, None, 40)]

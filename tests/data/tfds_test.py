@@ -9,7 +9,7 @@ from polar_jax import types
 from polar_jax.data import tfds
 
 
-def make_rows(n):
+def make_examples(n):
   return [
     types.Triplet(f'p{i}', 'ré\n', f'c{i}', '', 'pretrain', 'x', {'chosen_ids': np.arange(i + 1, dtype=np.int32), 'kl': i / 3, 'who': 'p'})
     for i in range(n)
@@ -19,14 +19,14 @@ def make_rows(n):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('dataset')
-  tfds.write_triplets(folder, 'my_rows', {'train': make_rows(30), 'other': iter(make_rows(3))}, 'Rows.', {'seed': 1})
+  tfds.write_triplets(folder, 'my_examples', {'train': make_examples(30), 'other': iter(make_examples(3))}, 'Examples.', {'seed': 1})
   return folder
 
 
 def test_round_trip_in_order(folder):
   opened = tfds.open_triplets(folder)
   assert {s: len(r) for s, r in opened.items()} == {'train': 30, 'other': 3}
-  for got, made in zip(opened['train'], make_rows(30), strict=True):
+  for got, made in zip(opened['train'], make_examples(30), strict=True):
     ids = got.metadata['chosen_ids']
     assert ids.dtype == np.int32 and np.array_equal(ids, made.metadata['chosen_ids']) and 'prompt_ids' not in got.metadata
     assert (got.metadata['kl'], got.metadata['who']) == (made.metadata['kl'], 'p')
@@ -36,34 +36,34 @@ def test_round_trip_in_order(folder):
     opened['train'][30]
 
 
-def test_everything_lies_under_the_versioned_folder(folder):
-  assert [p.name for p in folder.iterdir()] == ['my_rows']
-  assert [p.name for p in (folder / 'my_rows').iterdir()] == [tfds.VERSION]
-  assert len(tfds.open_triplets(folder / 'my_rows' / tfds.VERSION)['other']) == 3
+def test_all_files_are_in_the_versioned_folder(folder):
+  assert [p.name for p in folder.iterdir()] == ['my_examples']
+  assert [p.name for p in (folder / 'my_examples').iterdir()] == [tfds.VERSION]
+  assert len(tfds.open_triplets(folder / 'my_examples' / tfds.VERSION)['other']) == 3
 
 
 def test_fingerprint_sees_order_text_ids_and_metadata(folder):
-  rows = make_rows(5)
-  digest = tfds.fingerprint(rows)
+  examples = make_examples(5)
+  digest = tfds.fingerprint(examples)
   assert digest == tfds.fingerprint(tfds.open_triplets(folder)['train'][i] for i in range(5))
   changed = [
-    rows[::-1],
-    rows[:4],
-    [dataclasses.replace(rows[0], chosen='c'), *rows[1:]],
-    [dataclasses.replace(rows[0], metadata={**rows[0].metadata, 'chosen_ids': np.array([1], np.int32)}), *rows[1:]],
-    [dataclasses.replace(rows[0], metadata={**rows[0].metadata, 'kl': 9.0}), *rows[1:]],
+    examples[::-1],
+    examples[:4],
+    [dataclasses.replace(examples[0], chosen='c'), *examples[1:]],
+    [dataclasses.replace(examples[0], metadata={**examples[0].metadata, 'chosen_ids': np.array([1], np.int32)}), *examples[1:]],
+    [dataclasses.replace(examples[0], metadata={**examples[0].metadata, 'kl': 9.0}), *examples[1:]],
   ]
   assert digest not in {tfds.fingerprint(r) for r in changed}
 
 
-def test_messages_are_refused_by_row_and_field(tmp_path):
+def test_messages_are_refused_by_example_and_field(tmp_path):
   bad = types.Triplet([{'role': 'user', 'content': 'x'}], 'r', 'c', 'j')
   with pytest.raises(ValueError, match='train example 1: field prompt must be text'):
-    tfds.write_triplets(tmp_path, 'rows', {'train': [*make_rows(1), bad]}, '', {})
+    tfds.write_triplets(tmp_path, 'examples', {'train': [*make_examples(1), bad]}, '', {})
 
 
 def test_missing_and_existing_folders_are_named(tmp_path, folder):
   with pytest.raises(types.UserError, match='found: none; name the folder'):
     tfds.open_triplets(tmp_path)
   with pytest.raises(ValueError, match='already contains'):
-    tfds.write_triplets(folder, 'my_rows', {'train': make_rows(1)}, '', {})
+    tfds.write_triplets(folder, 'my_examples', {'train': make_examples(1)}, '', {})

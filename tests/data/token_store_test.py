@@ -13,10 +13,10 @@ from polar_jax.types import Triplet
 class Letters:
   """A template whose sequences spell prompt and candidate, and that counts its calls."""
 
-  asked = 0
+  calls = 0
 
   def encode(self, triplet):
-    self.asked += 1
+    self.calls += 1
     return tuple([ord(c) for c in triplet.prompt + answer] + [2] for answer in (triplet.chosen, triplet.rejected))
 
 
@@ -41,7 +41,7 @@ def test_same_triplets_as_without(tmp_path, threads, monkeypatch):
   assert len(tokens) == 50
   for got, wanted in zip(tokens.take([*range(50)]), plain.take([*range(50)]), strict=True):
     _equal(got, wanted)
-  assert template.asked == 9  # only the triplets that were not stored
+  assert template.calls == 9  # only the triplets that were not stored
 
 
 def test_another_key_is_not_read(tmp_path):
@@ -63,7 +63,7 @@ def test_store_that_was_not_finished_is_not_read(tmp_path, monkeypatch):
   assert type(token_store.open_store(rows, Letters(), tmp_path, 'key')) is TripletSegments
 
 
-def test_rows_of_a_data_set_read_together(tmp_path):
+def test_examples_of_a_data_set_are_read_in_one_call(tmp_path):
   rows = _triplets(20)
   folder = tfds.write_triplets(tmp_path, 'some', {'train': rows}, 'test', {})
   source = tfds.open_triplets(folder)['train']

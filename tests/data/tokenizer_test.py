@@ -119,7 +119,7 @@ def test_a_tokenizer_without_all_bytes_is_exact_where_it_has_them(bpe_path, tmp_
   assert tokenizer.is_exact('the') and not tokenizer.is_exact('\U00040000')  # U+40000 begins with the byte F1
 
 
-def test_bpe_takes_special_tokens_from_the_config_beside_it(bpe_path, tmp_path):
+def test_bpe_takes_special_tokens_from_the_config_next_to_it(bpe_path, tmp_path):
   copy = tmp_path / 'tokenizer.json'
   copy.write_bytes(bpe_path.read_bytes())
   settings = {'bos_token': None, 'eos_token': {'content': '<|reward|>'}, 'pad_token': '<s>'}
@@ -218,7 +218,7 @@ def test_a_bpe_without_some_bytes_refuses_text_it_would_drop(tmp_path):
 
 
 @pytest.mark.data
-def test_a_folder_is_opened_by_what_it_holds(bpe_path, data_folder, tmp_path):
+def test_a_folder_is_opened_by_its_content(bpe_path, data_folder, tmp_path):
   (tmp_path / 'tokenizer.model').write_bytes((data_folder / 'tokenizers/internlm2/tokenizer.model').read_bytes())
   piece = tokenizer_lib.load_tokenizer(TokenizerConfig('file', str(tmp_path)))
   assert isinstance(piece, tokenizer_lib.SentencePieceTokenizer) and piece.bos_id == 1
@@ -279,7 +279,7 @@ def test_llama3_style(tmp_path):
   assert ids_of(tokenizer) == (None, 257, None, None) and tokenizer.vocab_size == 259
 
 
-def test_tokens_that_only_the_files_beside_know(tmp_path):
+def test_tokens_that_only_the_config_files_define(tmp_path):
   llama3_like(tmp_path / 'tokenizer.json')
   write_json(tmp_path / 'added_tokens.json', {'<|reward|>': 259, '<plain>': 260})
   decoder = {'262': {'content': '<y>'}, '261': {'content': '<x>', 'special': False, 'rstrip': True}, '256': '<|begin_of_text|>'}
@@ -339,7 +339,7 @@ def test_an_ordinary_piece_is_no_special_token(piece):
     ('added_tokens.json', '{"a": "3"}', 'added_tokens.json: \'a\' must have an id, not "3"'),
   ],
 )
-def test_damaged_files_beside_are_named(bpe_path, tmp_path, name, content, message):
+def test_damaged_config_files_are_named(bpe_path, tmp_path, name, content, message):
   (tmp_path / 'tokenizer.json').write_bytes(bpe_path.read_bytes())
   (tmp_path / name).write_text(content)
   with pytest.raises(tokenizer_lib.TokenizerError, match=message):

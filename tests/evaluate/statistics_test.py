@@ -89,7 +89,7 @@ def test_only_the_cluster_bootstrap_covers_clustered_examples():
 def test_pairing_narrows_the_interval_of_a_difference_and_keeps_its_mean():
   rng = np.random.default_rng(6)
   b = (rng.random(1_000) < 0.6).astype(float)
-  a = np.where(rng.random(1_000) < 0.05, 1.0, b)  # nearly always the same answer
+  a = np.where(rng.random(1_000) < 0.05, 1.0, b)  # nearly always both right or both wrong
   got = statistics.paired_difference(a, b)
   assert got.difference == pytest.approx((a - b).mean()) and got.n == 1_000
   low, high = slow_bootstrap(a - b, np.arange(1_000), 2_000, seed=1)

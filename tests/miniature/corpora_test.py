@@ -40,7 +40,7 @@ def test_balanced_no_package_dominates():
   assert sum(map(len, kept)) <= 2_000 and abs(big - other) < 100 and big > 500
 
 
-def test_load_corpora_names_what_this_python_lacks(monkeypatch):
+def test_load_corpora_names_missing_files(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(corpora.CorpusError, match=r'pydoc_data\.topics'):
     corpora.load_corpora()

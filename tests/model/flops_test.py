@@ -38,7 +38,7 @@ def test_the_same_pairs_as_two_sequences_by_hand():
     assert flops.two_sequences_flops(SMALL, pair_batch(rows, [0], packed, 12, most)) == 2 * layer + 2 * 2 * 3
 
 
-def test_a_shared_prefix_saves_what_it_should():
+def test_a_shared_prefix_saves_its_flops():
   """|prompt| = |reference| = |candidate|: a pair is 8 parts of tokens as two rows and 5 as one. The last layer saves too."""
   part = 64
   deep = dataclasses.replace(SMALL, num_layers=200)  # makes the last layer negligible

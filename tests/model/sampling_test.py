@@ -54,7 +54,7 @@ def logits() -> np.ndarray:
   ('temperature', 'top_p', 'top_k', 'barred'),
   [(1.0, 1.0, None, ()), (0.6, 1.0, None, ()), (1.0, 0.8, None, ()), (1.0, 1.0, 12, ()), (1.3, 0.7, 40, ()), (1.0, 0.9, None, 'top')],
 )
-def test_draws_follow_the_law(logits, temperature, top_p, top_k, barred):
+def test_draws_follow_the_distribution(logits, temperature, top_p, top_k, barred):
   barred = (int(logits.argmax()), 3) if barred else ()
   expected = law(logits, temperature, top_p, top_k, barred)
   token, logprob = jax.device_get(draws(logits, temperature, top_p, top_k, barred))
@@ -97,7 +97,7 @@ def test_kept_separates_weights_that_are_nearly_equal():
 
 
 @pytest.mark.parametrize('settings', [{}, {'top_k': 1}, {'top_p': 0.5}])
-def test_draw_renormalizes_when_the_heaviest_token_is_barred(settings):
+def test_draw_renormalizes_when_the_likeliest_token_is_excluded(settings):
   """The others are so light that their weights relative to it are 0 in float32."""
   logits, barred = jnp.array([[0.0, -200.0, -210.0]]), jnp.array([[True, False, False]])
   noise = jnp.zeros((1, sampling.num_noise(3)))

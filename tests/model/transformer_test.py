@@ -235,7 +235,7 @@ def _equations(jaxpr):
           yield from _equations(inner)
 
 
-def test_remat_recomputes_what_its_policy_says():
+def test_remat_recomputes_according_to_its_policy():
   counts = {name: _matmuls(name) for name in ('none', 'dots', 'dots_no_batch', 'full')}
   assert counts['none'] == counts['dots'] < counts['dots_no_batch'] < counts['full']
 

@@ -57,7 +57,7 @@ def test_plan_of_a_compiled_step(tmp_path):
   learned = [(f'update {model}', name) for model in ('actor', 'critic') for name in ('accumulate', 'apply')]
   read = [('logprobs', f'read {model}') for model in ('actor', 'start', 'critic')]
   assert names == [*(('rollout', name) for name in ('prepare', 'init_state', 'prefill', 'decode')), ('reward', 'score'), *read, *learned]
-  assert all(call['peak'] > call['beside'] > 0 for call in small['calls'])
+  assert all(call['peak'] > call['resident'] > 0 for call in small['calls'])
   assert all(size > 0 for size in small['held'].values())
   # Adam has two moments; frozen weights take half the bytes of trained ones.
   assert small['held']['actor moments'] == pytest.approx(2 * small['held']['actor parameters'], abs=64)  # and a few scalars

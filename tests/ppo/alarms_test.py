@@ -1,4 +1,4 @@
-"""Alarms: when they are raised, when they are silent, and what a resumed run raises."""
+"""Alarms: when they are raised, when they are silent, and after a resume."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def verl_policy_loss(logprob, old, advantage, low, high, c):
   return (worst if c is None else np.where(advantage < 0, np.minimum(-advantage * c, worst), worst)), second > first
 
 
-# What decides changes at these log-ratios: rounding must not be asked to agree there.
+# The active branch changes at these log-ratios, where rounding may decide differently.
 EDGES = [math.log(r) for r in (1 - 0.2, 1 + 0.28, 3.0)] + [-20.0, 20.0]
 log_ratios = st.one_of(st.floats(-1.5, 1.5), st.floats(-60, 60)).filter(lambda x: all(abs(x - edge) > 1e-3 for edge in EDGES))
 
@@ -107,7 +107,7 @@ def test_policy_loss_of_absurd_probabilities_is_finite(logprob):
 
 
 @pytest.mark.parametrize('bounded', [True, False])
-def test_policy_loss_does_not_depend_on_where_a_token_stands(bounded):
+def test_policy_loss_does_not_depend_on_the_position_of_a_token(bounded):
   rng = np.random.default_rng(1)
   tokens = rng.normal(size=(3, 12)).astype(np.float32)
   order = rng.permutation(12)
@@ -158,7 +158,7 @@ def read(logits, target):
 
 
 def read_oracle(logits, target):
-  """((log-probability, entropy), gradients) of one token in float64, over the tokens that can come at all."""
+  """((log-probability, entropy), gradients) of one token in float64, over the tokens of positive probability."""
   possible = [v for v in range(len(logits)) if logits[v] > -math.inf]
   top = max(float(logits[v]) for v in possible)
   total = sum(math.exp(float(logits[v]) - top) for v in possible)
@@ -176,7 +176,7 @@ def test_logprob_and_entropy_against_the_slow_oracle(seed, scale, offset):
   logits = (rng.normal(size=(2, 3, 7)) * scale + offset).astype(np.float32)
   logits[rng.random(logits.shape) < 0.3] = -np.inf
   target = rng.integers(0, 7, (2, 3))
-  logits[np.arange(2)[:, None], np.arange(3)[None], rng.integers(0, 7, (2, 3))] = offset  # one at least is possible
+  logits[np.arange(2)[:, None], np.arange(3)[None], rng.integers(0, 7, (2, 3))] = offset  # at least one is possible
   (logprob, entropy), (up, flat) = read(logits, target)
   for b, t in np.ndindex(2, 3):
     (want_logprob, want_entropy), (want_up, want_flat) = read_oracle(logits[b, t], target[b, t])

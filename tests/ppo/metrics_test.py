@@ -179,7 +179,7 @@ class ReferenceReward:
 
 
 def make_rollouts(texts, max_new=8, stop=ByteTokenizer.eos_id, stopped=None) -> Rollouts:
-  """Return rollouts of byte tokens, each with a stop token at its end unless `stopped` says that it was cut."""
+  """Return rollouts of byte tokens, each with a stop token at its end unless `stopped` is false."""
   stopped = [True] * len(texts) if stopped is None else stopped
   ids = [[*ByteTokenizer().encode(text), *([stop] if ends else [])] for text, ends in zip(texts, stopped, strict=True)]
   tokens = np.array([[*i, *[0] * (max_new - len(i))] for i in ids], np.int32)
@@ -229,7 +229,7 @@ def test_score_without_a_control_or_with_one_prompt():
 
 def test_score_normalizes_by_group_and_by_reference():
   group = score_four(dataclasses.replace(CONFIG, reward=RewardConfig(normalize='group'))).shaped_R
-  np.testing.assert_allclose(group, [1, -1, 1, -1], atol=1e-5)  # responses to one prompt stand together
+  np.testing.assert_allclose(group, [1, -1, 1, -1], atol=1e-5)  # responses to one prompt are adjacent
   reference = score_four(dataclasses.replace(CONFIG, reward=RewardConfig(normalize='reference')))
   assert reference.shaped_R.tolist() == [0.0, -4.0, 0.0, -5.0] and reference.raw_R.tolist() == [6.0, 2.0, 6.0, 1.0]
 

@@ -63,7 +63,7 @@ def models(config) -> dict[str, tuple[ModelConfig, str]]:
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_figures_of_the_paper_and_of_the_official_scripts(name):
+def test_settings_of_the_paper_and_of_the_official_scripts(name):
   config, _ = load(name)
   r = config.rft
   assert (config.stage, config.model.compute_dtype, config.model.remat) == ('rft', 'bfloat16', 'full')
@@ -71,7 +71,7 @@ def test_figures_of_the_paper_and_of_the_official_scripts(name):
   assert (r.actor.learning_rate, r.critic.learning_rate, r.prompts_per_step, r.num_generations, r.mini_batch_size, r.epochs, r.steps) == (
     (1e-6, 1e-5, 1024, 1, None, 1, None)
   )
-  # Official scripts and what verl does where they are silent.
+  # The official scripts, and the defaults of verl for settings that they omit.
   assert (r.advantage, r.gamma, r.gae_lambda, r.whiten, r.update_epochs, r.loss_mean) == ('gae', 1, 1, True, 1, 'token')
   assert (r.kl_in, r.clip, r.clip_high, r.dual_clip, r.value_clip, r.entropy_coef, r.critic_warmup) == ('none', 0.2, None, 3, 0.5, 0, 0)
   assert (r.actor.warmup_ratio, r.actor.final_lr_ratio, r.critic.warmup_ratio, r.critic.final_lr_ratio) == (0.03, 1, 0, 0.1)
@@ -86,7 +86,7 @@ def test_figures_of_the_paper_and_of_the_official_scripts(name):
 
 
 def test_parameters_and_layout_on_the_machines_named():
-  """Abstract: nothing is allocated. Every dimension that the rules divide is divided, and what a docstring says of memory is so."""
+  """Abstract: nothing is allocated. Every dimension that the rules divide is divided, and the memory in a docstring is right."""
   for name, (devices, actor, vocabulary, width) in CONFIGS.items():
     config, text = load(name)
     mesh = mesh_of(config, devices)
@@ -108,14 +108,14 @@ def test_parameters_and_layout_on_the_machines_named():
     cache = 4 * o.max_concurrent * (o.max_prompt + o.max_new) * m.num_layers * m.num_kv_heads * m.head_dim / devices
     frozen = 2 * (held['actor'] + held['reward'])
     figures = [12 * held['actor'], 12 * held['critic'], frozen, 4 * held['actor'], cache]
-    said = [float(gb) for gb in re.findall(r'([\d.]+) GB', text[text.index('Memory') :])]
-    assert said == pytest.approx([figure / 1e9 for figure in figures], abs=0.07), name
+    stated = [float(gb) for gb in re.findall(r'([\d.]+) GB', text[text.index('Memory') :])]
+    assert stated == pytest.approx([figure / 1e9 for figure in figures], abs=0.07), name
     # Kept layer inputs of a micro-batch, the only large activations with remat full.
     inputs = 2 * m.num_layers * config.rft.micro_batch_rows // mesh.shape['fsdp'] * config.rft.row_length * m.d_model
     assert sum(figures) + inputs < 0.75 * HBM, name
 
 
-def test_an_axis_that_does_not_divide_is_seen():
+def test_an_axis_that_does_not_divide_is_detected():
   """The check above would fail on a mesh with more tensor devices than key/value heads."""
   config, _ = load('rft_internlm3_8b')
   mesh = AbstractMesh((1, 2, 4, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
@@ -123,7 +123,7 @@ def test_an_axis_that_does_not_divide_is_seen():
   assert tuple(params['decoder']['layers']['wk'].sharding.spec) == (None, 'fsdp', None, None)
 
 
-def test_the_docs_count_what_the_configs_have():
+def test_docs_have_the_parameter_counts_of_the_configs():
   lines = (ROOT / 'docs' / 'rft.md').read_text().splitlines()
   for name, (_, actor, vocabulary, width) in CONFIGS.items():
     row = next(line for line in lines if line.startswith(f'| `{name}`'))

@@ -1,4 +1,4 @@
-"""What follows from the settings of a run: steps, updates, which models it needs, the length of its rows."""
+"""Quantities derived from the settings of a run: steps, updates, which models it needs, the length of its rows."""
 
 from __future__ import annotations
 

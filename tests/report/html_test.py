@@ -1,4 +1,4 @@
-"""report.html must be one page that loads nothing and runs nothing."""
+"""report.html is one page that loads nothing and runs nothing."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_untrusted_text_becomes_no_element(folder, hostile, place):
   assert all(image['alt'] != 'x' for image in page.all('img'))
 
 
-def test_the_browser_is_told_to_load_nothing(folder):
+def test_the_page_forbids_the_browser_to_load_anything(folder):
   policies = [m['content'] for m in Page(html.page('# R', folder, [])).all('meta') if 'http-equiv' in m]
   assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
   assert 'prefers-color-scheme: dark' in html.page('# R', folder, [])

@@ -1,4 +1,4 @@
-"""What the figures of training and accuracy draw, read from their axes."""
+"""The content of the figures of training and accuracy, read from their axes."""
 
 from __future__ import annotations
 

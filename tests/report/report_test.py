@@ -80,7 +80,7 @@ def test_full_report_has_every_table_and_figure(tmp_path):
   assert '- Each accuracy of a model is a mean over 2,000 examples.' in text
 
 
-def test_words_say_exactly_who_wins(tmp_path):
+def test_sentences_state_exactly_who_wins(tmp_path):
   report.write_report(tmp_path, full_results())
   text = (tmp_path / 'report.md').read_text()
   assert '- validation: the model beats the best baseline (`overlap_2`) by 10.0 points (95% interval +8.0 to +12.0).' in text
@@ -100,7 +100,7 @@ def test_preference_verdict_without_a_paired_interval_claims_no_win(tmp_path):
   assert 'On preferences, the fine-tuned model beats the best baseline (`words`) by 10.0 points' in (tmp_path / 'report.md').read_text()
 
 
-def test_partial_report_names_what_is_missing(tmp_path):
+def test_partial_report_names_missing_parts(tmp_path):
   report.write_report(tmp_path, {'pretrain': {'loss': 0.6, 'steps': 3}, 'evaluate': {'by_split': {'validation': value(0.7)}}})
   text = (tmp_path / 'report.md').read_text()
   missing = next(line for line in text.splitlines() if line.startswith('Missing'))

@@ -1,4 +1,4 @@
-"""What the figures of reinforcement fine-tuning draw, read from their axes."""
+"""The content of the figures of reinforcement fine-tuning, read from their axes."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def test_panels_name_metric_unit_and_steps():
   labels = {ax.get_title(): ax.get_ylabel() for ax in figure.axes if ax.axison}
   assert labels == {
     'reward that PPO optimizes': '',
-    'KL to the start': 'nats per token',
+    'KL to the initial policy': 'nats per token',
     'length': 'tokens',
     'truncated or empty': 'share of responses',
   }
   assert all(ax.get_xlabel() == 'step' for ax in figure.axes if ax.axison)
-  kl = panel(figure, 'KL to the start').lines[0]
+  kl = panel(figure, 'KL to the initial policy').lines[0]
   assert points(kl)[-1] == [4, pytest.approx(0.4)]
 
 
@@ -112,7 +112,7 @@ def test_comparison_has_a_dot_per_seed_and_a_bar_at_the_mean():
 
 def test_scatter_has_kl_across_and_the_likelihood_up():
   ax = rft_plots.comparison(POLICIES).axes[-1]
-  assert ax.get_xlabel().startswith('KL to the start') and ax.get_ylabel().startswith('NLL minus the pool mean')
+  assert ax.get_xlabel().startswith('KL to the initial policy') and ax.get_ylabel().startswith('NLL minus the pool mean')
   assert [points(line) for line in ax.lines] == [[[0.0, 0.5], [0.0, 0.7]], [[0.2, 0.1], [0.4, 0.3]]]
   assert [(t.get_text(), tuple(map(float, t.xy))) for t in ax.texts] == [
     ('start', (0.0, pytest.approx(0.6))),

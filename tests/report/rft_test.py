@@ -43,7 +43,7 @@ def study():
 
 
 def arms():
-  run = {'steps': 40, 'answers': 2_560, 'seconds': 61.5, 'raw': 0.25, 'alarms': []}
+  run = {'steps': 40, 'responses': 2_560, 'seconds': 61.5, 'raw': 0.25, 'alarms': []}
   before = {'raw': -0.5, 'model': -0.5, 'rule': 0.1}
   return {
     'model': {
@@ -109,7 +109,7 @@ def test_study_has_tables_figures_and_samples_of_every_seed(tmp_path):
     write(tmp_path / 'rft' / f'seed_{seed}' / 'start', [{'step': 1, 'loss': 3.0}])
   text = written(tmp_path, {'rft': study()})
   assert '| reward | -0.900 [-1.000, -0.800] | 0.350 [0.200, 0.500] | +1.250 [+1.000, +1.500] |' in text
-  assert '| KL to the start, nats per token | - | 0.250 [0.200, 0.300] | - |' in text
+  assert '| KL to the initial policy, nats per token | - | 0.250 [0.200, 0.300] | - |' in text
   assert '| best of 8 | 0.100 [0.100, 0.100] | 4.200 [4.200, 4.200] | 0.175 [0.050, 0.300] | - |' in text
   names = [text.index(f'| {name} |') for name in ('start', 'PPO', 'best of 8', 'supervised', 'target')]
   assert names == sorted(names)
@@ -132,7 +132,7 @@ def test_sentences_state_exactly_what_moved_and_which_policy_is_closer(tmp_path,
   assert '- The relative NLL of PPO is below that of `best of 8` for only 1 of 2 seeds' in text
   assert '- The relative NLL of PPO is NOT below that of `supervised` for any of 2 seeds' in text
   # (0.5 - 0.2) / (0.5 + 0.5) = 30%, (0.3 - 0.1) / (0.3 + 0.7) = 20%
-  assert 'PPO covered 25% of the distance from the start to samples of the target itself (by seed 20% to 30%).' in text
+  assert 'PPO covered 25% of the distance from the initial policy to samples of the target itself (by seed 20% to 30%).' in text
   assert 'Distinct bigrams fell from 0.800 to 0.610: ' in text
   assert 'likelier under the whole pool' not in text
 
@@ -161,7 +161,7 @@ def test_runs_show_held_out_prompts_alarms_and_hacking(tmp_path, undrawn):
   for name in arms():
     write(tmp_path / 'rft' / name, metric_records(10), samples_of(10))
   text = written(tmp_path, {'rft': {'runs': arms()}, 'timing': {'rft': 9.0}})
-  assert '| answers | 2,560 | 2,560 |' in text and '| rule | rule | 0.100 | 0.350 | +0.250 |' in text
+  assert '| responses | 2,560 | 2,560 |' in text and '| rule | rule | 0.100 | 0.350 | +0.250 |' in text
   assert '- model: the share of responses that the rule marks correct did NOT rise: 10.0% to 8.0% (-2.0 points).' in text
   assert '- model: the score of the reward model rose but the rule did NOT: a sign of reward hacking.' in text
   assert '- rule: the share of responses that the rule marks correct rose: 10.0% to 35.0% (+25.0 points).' in text

@@ -1,4 +1,4 @@
-"""What the figure of scaling laws draws, read from its axes."""
+"""The content of the figure of scaling laws, read from its axes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
     return True
 
 
-def test_lines_where_nobody_watches():
+def test_plain_lines_without_a_terminal():
   lines = []
   progress = Progress('score', 9, 2, unit='example', show_line=lines.append)
   progress.show(5, {'reward': 0.25, 'length': 7.125}, rate='3.0 examples/s')

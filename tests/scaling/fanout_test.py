@@ -18,7 +18,7 @@ JOBS = [Job(size, None) for size in ('1x1', '2x2', '3x3')]
 
 
 def unused(*_):
-  raise AssertionError('this backend was not asked for')
+  raise AssertionError('this backend was not requested')
 
 
 def run(runner: JobRunner, folder: pathlib.Path, threads: int = 1, **settings) -> dict[str, str | None]:
@@ -46,7 +46,7 @@ def test_inline_runs_as_many_jobs_at_a_time_as_threads(tmp_path):
   assert set(run(JobRunner(call, unused, unused), tmp_path, threads=3).values()) == {None}
 
 
-def test_inline_raises_what_a_job_does_not_explain(tmp_path):
+def test_inline_raises_unexpected_errors(tmp_path):
   with pytest.raises(ZeroDivisionError):
     run(JobRunner(lambda job: 1 / 0, unused, unused), tmp_path)
 

@@ -49,7 +49,7 @@ def test_model_of_keeps_the_proportions_of_the_model():
 
 
 @pytest.mark.parametrize('size', ['64', 'ax3', '64x0', '7x1', '41x2', '0x1', '64x3x2'])
-def test_model_of_refuses_what_is_not_a_size(size):
+def test_model_of_refuses_invalid_sizes(size):
   with pytest.raises(ConfigError, match=r'sweep\.sizes'):
     grid.model_of(Config(model=ModelConfig(head_dim=16)), size)
 

@@ -164,7 +164,7 @@ def test_a_stopped_run_continues(tmp_path, torn, name):
 
 
 @pytest.mark.parametrize('header', ['other', 'torn', 'gone'])
-def test_rows_of_another_run_are_dropped(tmp_path, header):
+def test_examples_of_another_run_are_dropped(tmp_path, header):
   path = tmp_path / 'out.jsonl'
   stop_after(path, [GOOD] * 3, {'model': 1, 'input': 2})
   _, header_file = files.partial_files(path)

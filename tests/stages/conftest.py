@@ -31,7 +31,7 @@ def sweep_examples(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='module')
 def make_sweep(sweep_examples):
-  """Returns a function that makes the context of a sweep in `workdir`; `changes` are fields of SweepConfig or of Config."""
+  """Return a function that makes the context of a sweep in `workdir`; `changes` are fields of SweepConfig or of Config."""
 
   def make(workdir: pathlib.Path, log: list[str] | None = None, **changes) -> Context:
     grid_fields = {f.name for f in dataclasses.fields(SweepConfig)}

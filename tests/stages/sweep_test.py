@@ -28,7 +28,7 @@ from polar_jax.types import UserError
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, make_sweep):
-  """The context of a sweep that ran in this process; not to be changed."""
+  """The context of a sweep that ran in this process. Read only."""
   context = make_sweep(tmp_path_factory.mktemp('finished'))
   assert stage.run(context) == {'sweep': {'runs': 4, 'done': 4, 'sizes': ['16x1', '8x1']}}
   return context

@@ -1,4 +1,4 @@
-"""The session of a run: what is on disk when a checkpoint is saved, and how a run stops, ends and resumes."""
+"""The session of a run: the files on disk when a checkpoint is saved, and how a run stops, ends and resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs: what they log, validate and save, how they resume and stop."""
+"""Training runs: logs, validation, checkpoints, resuming and stopping."""
 
 from __future__ import annotations
 

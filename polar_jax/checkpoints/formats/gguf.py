@@ -46,7 +46,7 @@ _ROPE_FACTORS = 'rope_freqs.weight'
 _PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
 _FLOAT32 = np.dtype(np.float32)
 
-# Keys that, unless 0, ask for something our decoder does not compute.
+# Keys that, unless 0, request something that the decoder does not compute.
 _REFUSED = (
   'split.count',
   'llama.expert_count',

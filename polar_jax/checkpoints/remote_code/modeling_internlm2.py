@@ -60,18 +60,23 @@ def _seen(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 class InternLM2RMSNorm(nn.Module):
+  """RMSNorm that casts back to the input type before it scales."""
+
   def __init__(self, config: InternLM2Config):
     super().__init__()
     self.weight = nn.Parameter(torch.ones(config.hidden_size))
     self.eps = config.rms_norm_eps
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Normalize over the last axis."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
     return self.weight * normed.to(x.dtype)
 
 
 class InternLM2Attention(nn.Module):
+  """Grouped-query attention with one fused projection."""
+
   def __init__(self, config: InternLM2Config):
     super().__init__()
     self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
@@ -80,6 +85,14 @@ class InternLM2Attention(nn.Module):
     self.wo = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
   def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Return the attention output of each token.
+
+    Args:
+      x: (batch, tokens, hidden_size).
+      cos: of the rotary embedding.
+      sin: of the rotary embedding.
+      seen: mask of the keys of each query; None: all keys up to the query.
+    """
     batch, length, _ = x.shape
     fused = self.wqkv(x).view(batch, length, self.kv_heads, self.group + 2, self.head_dim)
     query, key, value = fused.split([self.group, 1, 1], dim=3)
@@ -91,6 +104,8 @@ class InternLM2Attention(nn.Module):
 
 
 class InternLM2MLP(nn.Module):
+  """SwiGLU."""
+
   def __init__(self, config: InternLM2Config):
     super().__init__()
     self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -98,10 +113,13 @@ class InternLM2MLP(nn.Module):
     self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Apply the network to each token."""
     return self.w2(functional.silu(self.w1(x)) * self.w3(x))
 
 
 class InternLM2DecoderLayer(nn.Module):
+  """Attention and feed-forward network, each after a norm and with a residual connection."""
+
   def __init__(self, config: InternLM2Config):
     super().__init__()
     self.attention = InternLM2Attention(config)
@@ -110,20 +128,25 @@ class InternLM2DecoderLayer(nn.Module):
     self.ffn_norm = InternLM2RMSNorm(config)
 
   def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Return the output of the layer; arguments as for attention."""
     x = x + self.attention(self.attention_norm(x), cos, sin, seen)
     return x + self.feed_forward(self.ffn_norm(x))
 
 
 class InternLM2PreTrainedModel(PreTrainedModel):
+  """Base class of the models, as transformers expects it."""
+
   config_class = InternLM2Config
   base_model_prefix = 'model'
   _no_split_modules = ['InternLM2DecoderLayer']  # noqa: RUF012  (transformers reads it from the class)
   _supports_sdpa = True
 
   def get_input_embeddings(self) -> nn.Module:
+    """Return the embedding table."""
     return self.base_model.tok_embeddings
 
   def set_input_embeddings(self, value: nn.Module) -> None:
+    """Replace the embedding table."""
     self.base_model.tok_embeddings = value
 
 
@@ -161,9 +184,11 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
     self.post_init()
 
   def get_output_embeddings(self) -> nn.Module:
+    """Return the output projection."""
     return self.output
 
   def set_output_embeddings(self, value: nn.Module) -> None:
+    """Replace the output projection."""
     self.output = value
 
   def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_) -> dict:

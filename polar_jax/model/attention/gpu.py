@@ -33,6 +33,13 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: ja
 
   The precision of float32 products is that of `jax_default_matmul_precision`.
 
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    start_BT: first key of each query's interval.
+    end_BT: end of the interval, exclusive.
+
   Raises:
     UserError: tokamax is not installed, or the default device is not an NVIDIA GPU of the Ampere generation or later.
   """
@@ -42,7 +49,16 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: ja
 def attend_with(
   operator: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, start_BT: jax.Array, end_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Compute `attend` with a given `DotProductAttention` operator of tokamax, which must have a `vjp`."""
+  """Compute `attend` with a given operator.
+
+  Args:
+    operator: a `DotProductAttention` of tokamax that has a `vjp`.
+    q_BTNH: queries.
+    k_BSKH: keys.
+    v_BSKH: values.
+    start_BT: first key of each query's interval.
+    end_BT: end of the interval, exclusive.
+  """
   length = q_BTNH.shape[1]
   empty_BT = end_BT <= start_BT
   # Kernels disagree on the output of a query without keys: means, infinities, and on sm100 wrong residuals of other queries. Such a

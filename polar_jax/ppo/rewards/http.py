@@ -69,7 +69,7 @@ class HttpReward:
     self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
 
   def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
-    """Return rewards (n,), float32. In a run of several processes only the first asks the server.
+    """Return rewards (n,), float32. In a run of several processes only the first queries the server.
 
     Raises:
       RewardServerError: the server failed for `patience` seconds, refused a request, sent a reply of a wrong form, or has sent only

@@ -20,7 +20,7 @@ from polar_jax.config import ConfigError
 from polar_jax.ppo.rewards.sources import RewardError, check_rewards, score_on_first_process, shorten
 from polar_jax.types import Prompt
 
-# Keyword arguments that a function may take, besides `prompts` and `completions`, and the field of a prompt that each holds.
+# Keyword arguments that a function may take in addition to `prompts` and `completions`, and the field of a prompt that each holds.
 COLUMNS: Mapping[str, Callable[[Prompt], Any]] = {
   'reference': lambda prompt: copy.deepcopy(prompt.reference),
   'answer': lambda prompt: prompt.answer,
@@ -123,7 +123,7 @@ def load_function(path: str) -> Callable[..., Any]:
     raise ConfigError(f"rft.reward.function is {path!r}; set it to 'module:name', for example my_rewards:exact_match")
   setting, folder = f'rft.reward.function={path}', os.getcwd()
   if folder not in sys.path and '' not in sys.path:
-    sys.path.insert(0, folder)  # where `python -m` has it, but not the installed command
+    sys.path.insert(0, folder)  # `python -m` adds it by itself, the installed command does not
   importlib.invalidate_caches()
   try:
     module = importlib.import_module(module_name)
@@ -154,7 +154,7 @@ def _arguments_of(function: Callable[..., Any], name: str) -> tuple[str, ...]:
   known = ('prompts', 'completions', *COLUMNS)
   try:
     parameters = inspect.signature(function).parameters.values()
-  except (TypeError, ValueError):  # some callables written in C do not tell their signature
+  except (TypeError, ValueError):  # some callables written in C have no signature
     return known
   keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
   variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -181,7 +181,7 @@ def _name_of(function: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-  """Return what a value is, with an article."""
+  """Return the type of a value for messages, with an article."""
   name = 'class' if isinstance(value, type) else type(value).__name__
   return 'None' if value is None else f'{"an" if name[0].lower() in "aeiou" else "a"} {name}'
 

@@ -32,7 +32,7 @@ class Normalizer:
     self._count, self._mean, self._squares = 0, 0.0, 0.0  # squares: the sum of squared differences from the mean
 
   def normalize(self, raw_R: np.ndarray, group_R: np.ndarray, reference_score_R: np.ndarray | None) -> np.ndarray:
-    """Return normalized rewards, float32. With 'running' this counts the rewards in, so it must be called once per batch.
+    """Return normalized rewards, float32. With 'running' this updates the statistics, so call it once per batch.
 
     Args:
       raw_R: float32.

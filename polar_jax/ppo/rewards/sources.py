@@ -50,6 +50,11 @@ class ModelReward:
     self._scorer, self._wrapper = scorer, config.wrapper
 
   def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    """Return rewards (n,), float32.
+
+    Raises:
+      RewardError: a reward is not finite.
+    """
     candidates_of: dict[tuple[str, str], dict[str, int]] = {}
     entries = []
     for prompt, response in zip(prompts, responses, strict=True):
@@ -83,6 +88,11 @@ class RuleReward:
     self._rule = rules.RULES[rule]
 
   def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
+    """Return rewards (n,), float32, each 0 or 1.
+
+    Raises:
+      RewardError: the rule cannot read an answer.
+    """
     rewards = np.zeros(len(responses), np.float32)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
       try:

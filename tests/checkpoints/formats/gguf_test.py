@@ -249,10 +249,10 @@ def test_rope_factors_of_one_mean_no_scaling(file):
   assert open_gguf(file).model == MODEL
 
 
-@pytest.mark.parametrize('case', ['another range', 'another length', 'beside linear'])
+@pytest.mark.parametrize('case', ['another range', 'another length', 'with linear scaling'])
 def test_open_gguf_refuses_other_rope_factors(file, case):
   divisors = llama3_divisors(8.0, low=2.0 if case == 'another range' else 1.0)
-  keys = {'rope.scaling.type': 'linear', 'rope.scaling.factor': 2.0} if case == 'beside linear' else {}
+  keys = {'rope.scaling.type': 'linear', 'rope.scaling.factor': 2.0} if case == 'with linear scaling' else {}
   make(file, keys=keys, extra={'rope_freqs.weight': divisors[:-1] if case == 'another length' else divisors})
   with pytest.raises(CheckpointFileError, match=r"m.gguf: 'rope_freqs.weight' does not scale rotary embeddings as Llama 3"):
     open_gguf(file)
@@ -276,7 +276,7 @@ def test_open_gguf_refuses_other_rope_factors(file, case):
     ({'context_length': 12.5}, 'llama.context_length is 12.5, expected one positive int'),
   ],
 )
-def test_open_gguf_refuses_what_the_decoder_does_not_compute(file, keys, message):
+def test_open_gguf_refuses_unsupported_settings(file, keys, message):
   make(file, keys=keys)
   with pytest.raises(CheckpointFileError, match=f'm.gguf: .*{message}'):
     open_gguf(file)

@@ -114,7 +114,7 @@ def test_chunked_holds_no_array_of_queries_by_keys():
   assert largest(8192) < 8192 * 8192  # bytes: a quarter of one head's logits
 
 
-def test_chunked_visits_only_tiles_in_which_something_is_seen():
+def test_chunked_visits_only_unmasked_tiles():
   length, block = 64, 8
   start = np.zeros((1, length), np.int32)
   end = np.zeros((1, length), np.int32)

@@ -66,7 +66,7 @@ def test_intervals_end_with_the_keys(make_case):
   jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-def test_blocks_of_keys_that_nobody_sees_are_not_read(make_case):
+def test_blocks_of_keys_without_a_query_are_not_read(make_case):
   case = make_case(15, queries=3 * BLOCK, keys=6 * BLOCK - 3, dim=64)
   _blocks_seen(case, 0, (BLOCK, 2 * BLOCK))
   _blocks_seen(case, 1, (3 * BLOCK + 1, 5 * BLOCK - 1))
@@ -108,7 +108,7 @@ def test_ranges_of_blocks():
       assert (first[row, x], after[row, x]) == ((queries[0], queries[-1] + 1) if queries.size else (0, 0))
 
 
-def test_steps_behind_a_range_copy_nothing():
+def test_steps_past_a_range_copy_nothing():
   """A copy happens when the block of a step differs from that of the step before."""
   assert [int(tpu.block_at(jnp.int32(step), jnp.int32(3), jnp.int32(6))) for step in range(6)] == [3, 4, 5, 5, 5, 5]
   assert [int(tpu.block_at(jnp.int32(step), jnp.int32(0), jnp.int32(0))) for step in range(3)] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""Reward functions: what they are called with, what they may return, and what is refused with which message."""
+"""Reward functions: their arguments, the results that they may return, and the messages of those that are refused."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_function_that_requires_an_unknown_argument_is_refused(function, argum
 
 
 @pytest.mark.parametrize(('value', 'kind'), [(None, 'None'), ([1], 'a list'), (dict, 'a class')])
-def test_what_is_not_a_function_is_refused(value, kind):
+def test_a_reward_that_is_not_a_function_is_refused(value, kind):
   with pytest.raises(ConfigError, match=f'is {kind}, not a function; pass a function or another callable object'):
     PythonReward(value)
 
@@ -220,7 +220,7 @@ def test_load_function_finds_modules_of_the_current_directory(folder):
     ('my_rewards:Class', 'it is a class, not a function'),
   ],
 )
-def test_load_function_refuses_what_it_cannot_use(folder, path, message):
+def test_load_function_refuses_unusable_names(folder, path, message):
   (folder / 'my_rewards.py').write_text('number = 3\nclass Class:\n  pass\ndef f():\n  pass\n')
   (folder / 'needs_another.py').write_text('\nimport nowhere\n')
   (folder / 'fails.py').write_text('1 / 0\n')
