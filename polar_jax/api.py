@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 
 from polar_jax.api_models import LanguageModel, RewardModel, ValueModel, load
-from polar_jax.api_training import TrainResult, train_policy, train_reward_model
+from polar_jax.api_training import RunSettings, TrainResult, train_policy, train_reward_model
 from polar_jax.config import RftConfig, TrainConfig
 from polar_jax.data.examples import open_triplets
 from polar_jax.types import Prompt, Triplet, UserError
@@ -23,6 +23,7 @@ __all__ = [
   'Prompt',
   'RewardModel',
   'RftConfig',
+  'RunSettings',
   'TrainConfig',
   'TrainResult',
   'Triplet',

@@ -58,6 +58,40 @@ class TrainResult:
     return read_metrics(self.folder)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+  """Settings of a training run that do not depend on what is trained.
+
+  Attributes:
+    seed: of initialization, sampling and order of examples.
+    log: receives lines of progress.
+    name: of the run in logs; None: the last part of its output folder.
+    checkpointing: how often to save, and which checkpoints to keep.
+    checkpoint_dir: folder of the checkpoints; may be in a bucket. None: the output folder.
+    profile: steps to capture with JAX's profiler.
+  """
+
+  seed: int = 0
+  log: Callable[[str], None] = print
+  name: str | None = None
+  checkpointing: CheckpointingConfig = CheckpointingConfig()
+  checkpoint_dir: pathlib.Path | None = None
+  profile: ProfileConfig = ProfileConfig()
+
+  def run_fields(self, output_dir: str | pathlib.Path) -> dict[str, Any]:
+    """Return the fields that `train.trainer.Run` and `ppo.run.Run` have in common."""
+    folder = pathlib.Path(output_dir)
+    return {
+      'name': self.name or folder.name,
+      'folder': folder,
+      'home': self.checkpoint_dir or folder,
+      'checkpointing': self.checkpointing,
+      'profile': self.profile,
+      'seed': self.seed,
+      'log': self.log,
+    }
+
+
 def train_reward_model(
   train: str | pathlib.Path | Sequence[Example] | pipeline.TripletSegments,
   validation: str | pathlib.Path | Sequence[Example] | None = None,
@@ -70,12 +104,7 @@ def train_reward_model(
   mesh: Mesh | None = None,
   template: TemplateConfig | None = None,
   data: DataConfig = DataConfig(),
-  checkpointing: CheckpointingConfig = CheckpointingConfig(),
-  profile: ProfileConfig = ProfileConfig(),
-  checkpoint_dir: pathlib.Path | None = None,
-  name: str | None = None,
-  seed: int = 0,
-  log: Callable[[str], None] = print,
+  settings: RunSettings = RunSettings(),
 ) -> TrainResult:
   """Train a reward model on ranked examples: contrastive pre-training (equation 7) and fine-tuning (equation 8) alike.
 
@@ -93,12 +122,7 @@ def train_reward_model(
     mesh: devices; None: all, parameters sharded over them.
     template: settings of the reward template; None: those of `init`.
     data: packing and reading: `row_length`, `read_threads`, `prefetch`, `on_bad_example`.
-    checkpointing: how often to save, and which checkpoints to keep.
-    profile: steps to capture with JAX's profiler.
-    checkpoint_dir: folder of the checkpoints; may be in a bucket. None: `output_dir`.
-    name: of the run in logs; None: the last part of `output_dir`.
-    seed: of initialization and order of examples.
-    log: receives lines of progress.
+    settings: seed, log, checkpointing and profiling of the run.
 
   Returns:
     The trained model with its summary and metrics.
@@ -110,12 +134,11 @@ def train_reward_model(
   """
   started = time.perf_counter()
   mesh = default_mesh() if mesh is None else mesh
-  folder = pathlib.Path(output_dir)
-  home = checkpoint_dir or folder
+  fields, seed, log = settings.run_fields(output_dir), settings.seed, settings.log
   start = functools.cache(lambda: _opened(init))  # never called by a resumed run whose other arguments are given
   tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
   if tokenizer is None:
-    raise UserError('there is no tokenizer; pass `tokenizer`, or an `init` that has one')
+    raise UserError('no tokenizer: pass `tokenizer`, or an `init` that has one')
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
 
@@ -125,33 +148,27 @@ def train_reward_model(
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
 
   run = trainer.Run(
-    name=name or folder.name,
-    folder=folder,
-    home=home,
+    **fields,
     objective=RANKING,
     model=config,
     train=args,
-    checkpointing=checkpointing,
-    profile=profile,
     mesh=mesh,
-    seed=seed,
     num_examples=len(segments),
     plan=plan,
     batches=pipeline.pair_batches(segments, plan, pack, steps=steps, seed=seed),
     planned_rows=pack.rows,
     validation=None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples),
-    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, name or folder.name, log),
+    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, fields['name'], log),
     fingerprint=run_folder.training_settings(
       RANKING.name, args, config, template, tokenizer, seed, {'rows': run_folder.examples_digest(segments.source)}
     ),
     threads=data.read_threads,
     prefetch=data.prefetch,
-    log=log,
     started=started,
   )
-  run_folder.keep_tokenizer(tokenizer, home)
+  run_folder.keep_tokenizer(tokenizer, run.home)
   trained = trainer.train(run)
-  return TrainResult(RewardModel(trained.params, config, tokenizer, mesh, template=template), trained.summary, folder)
+  return TrainResult(RewardModel(trained.params, config, tokenizer, mesh, template=template), trained.summary, run.folder)
 
 
 def train_policy(
@@ -164,12 +181,7 @@ def train_policy(
   held_out: str | pathlib.Path | Sequence[Mapping[str, Any] | Prompt] | None = None,
   mesh: Mesh | None = None,
   model: ModelConfig | None = None,
-  checkpointing: CheckpointingConfig = CheckpointingConfig(),
-  profile: ProfileConfig = ProfileConfig(),
-  checkpoint_dir: pathlib.Path | None = None,
-  name: str | None = None,
-  seed: int = 0,
-  log: Callable[[str], None] = print,
+  settings: RunSettings = RunSettings(),
 ) -> TrainResult:
   """Tune a policy by PPO (or GRPO, RLOO; `args.advantage`) towards a reward.
 
@@ -187,12 +199,7 @@ def train_policy(
     held_out: prompts in the same forms, on which the policy is evaluated before and after, and every `args.evaluate_every` steps.
     mesh: devices; None: all, parameters sharded over them.
     model: how to compute the policy (precision, attention backend, rematerialization); None: in float32.
-    checkpointing: how often to save, and which checkpoints to keep.
-    profile: steps to capture with JAX's profiler.
-    checkpoint_dir: folder of the checkpoints; may be in a bucket. None: `output_dir`.
-    name: of the run in logs; None: the last part of `output_dir`.
-    seed: of initialization, sampling and order of prompts.
-    log: receives lines of progress.
+    settings: seed, log, checkpointing and profiling of the run.
 
   Returns:
     The tuned LanguageModel with the run's summary and metrics.
@@ -208,13 +215,11 @@ def train_policy(
   from polar_jax.ppo.run import Run
 
   mesh = default_mesh() if mesh is None else mesh
-  folder = pathlib.Path(output_dir)
-  home = checkpoint_dir or folder
   start = policy_lib.check_policy(_opened(policy), 'policy')
   config, tokenizer = start.compute_like(model or ModelConfig()), start.tokenizer()
   assets = policy_lib.assets_of(start)
   chat = None if assets is None else prompts_lib.open_chat(assets, args.rollout.chat)
-  encode = lambda examples: prompts_lib.PolicyPrompts(examples, tokenizer, chat, args.rollout.max_prompt, log=log)
+  encode = lambda examples: prompts_lib.PolicyPrompts(examples, tokenizer, chat, args.rollout.max_prompt, log=settings.log)
 
   optional = () if _needs_reference(reward) else ('reference',)
   examples = as_prompts(prompts, optional=optional)
@@ -222,27 +227,21 @@ def train_policy(
   total = _reward_sum(reward, args, examples)
 
   run = Run(
-    name=name or folder.name,
-    folder=folder,
-    home=home,
+    **settings.run_fields(output_dir),
     config=args,
     model=config,
-    checkpointing=checkpointing,
-    profile=profile,
     mesh=mesh,
-    seed=seed,
     prompts=encode(examples),
     held_out=encode(measured) if measured else None,
     tokenizer=tokenizer,
     stop_ids=prompts_lib.stop_ids(tokenizer, assets, args.rollout.stop, chat),
     reward=total,
     initial_params=lambda: start.params(mesh, 'float32', head='lm'),
-    fingerprint=run_folder.policy_settings(args, config, tokenizer, seed, examples) | _reward_settings(reward),
-    log=log,
+    fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, examples) | _reward_settings(reward),
   )
-  run_folder.keep_tokenizer(tokenizer, home)
+  run_folder.keep_tokenizer(tokenizer, run.home)
   trained = ppo_trainer.train(run)
-  return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, folder)
+  return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, run.folder)
 
 
 def _opened(init: Any) -> Any:

@@ -22,10 +22,11 @@ from polar_jax.types import Group
 
 SHAPE = ModelConfig(num_layers=2, d_model=32, d_ff=64, num_heads=2, num_kv_heads=1, head_dim=16, init_std=0.1)
 ARGS = polar_jax.TrainConfig(steps=30, batch_size=8, learning_rate=3e-3, log_every=10)
+QUIET = polar_jax.RunSettings(log=lambda line: None)
 
 
 def example(i: int) -> dict:
-  """The chosen text is the reference's letter, the rejected one another."""
+  """Return an example whose chosen text repeats the letter of the reference, and whose rejected text repeats another."""
   mine, other = 'ab' if i % 2 else 'ba'
   return {'prompt': f'p{i}', 'reference': mine * (3 + i % 4), 'chosen': mine * (2 + i % 3), 'rejected': other * (2 + i % 5)}
 
@@ -50,13 +51,13 @@ def trained(tmp_path_factory, mesh):
     model=SHAPE,
     tokenizer='byte',
     mesh=mesh,
-    log=lambda line: None,
+    settings=QUIET,
   )
 
 
 @pytest.fixture(scope='module')
 def language_model(tmp_path_factory, mesh):
-  """A language model of random parameters, by way of a folder."""
+  """A language model with random parameters, loaded from a folder."""
   import jax
   from flax import nnx
 
@@ -73,7 +74,7 @@ def language_model(tmp_path_factory, mesh):
 def test_names_of_the_package():
   names = (
     'load RewardModel LanguageModel ValueModel train_reward_model train_policy TrainResult read_examples Triplet Prompt TrainConfig '
-    'RftConfig UserError'
+    'RftConfig RunSettings UserError'
   )
   assert set(names.split()) <= set(polar_jax.__all__) <= set(dir(polar_jax))
   with pytest.raises(AttributeError, match='nonsense'):
@@ -91,17 +92,17 @@ def test_training_returns_a_model_that_learned(trained):
 
 def test_a_run_continues_when_it_is_called_again(trained, tmp_path, mesh):
   arguments = {'init': 'scratch', 'model': SHAPE, 'tokenizer': 'byte', 'mesh': mesh, 'args': ARGS}
-  arguments['checkpointing'] = CheckpointingConfig(every_steps=10)
   train = [polar_jax.Triplet(**example(i)) for i in range(40)]
   lines: list[str] = []
+  arguments['settings'] = polar_jax.RunSettings(log=lines.append, checkpointing=CheckpointingConfig(every_steps=10))
   short = dataclasses.replace(ARGS, evaluate_every=None)
-  again = polar_jax.train_reward_model(train, output_dir=trained.folder, **(arguments | {'args': short}), log=lines.append)
+  again = polar_jax.train_reward_model(train, output_dir=trained.folder, **(arguments | {'args': short}))
   assert 'resumed from step 30 of 30' in lines[0]
   a, b = (m.score('p', 'aaaa', ['aa', 'bb', '']) for m in (trained.model, again.model))
   np.testing.assert_array_equal(a, b)
   with pytest.raises(polar_jax.UserError, match=r'learning_rate was 0\.003, is 0\.001'):
     other = dataclasses.replace(ARGS, learning_rate=1e-3)
-    polar_jax.train_reward_model(train, output_dir=trained.folder, **(arguments | {'args': other}), log=lines.append)
+    polar_jax.train_reward_model(train, output_dir=trained.folder, **(arguments | {'args': other}))
 
 
 def test_score_ranks_and_shares_the_prefix(trained):
@@ -192,7 +193,7 @@ def test_heads_convert_where_they_can(trained, language_model, tmp_path, mesh):
 
 
 def test_starts_from_a_loaded_language_model(language_model, tmp_path, mesh):
-  arguments = {'args': dataclasses.replace(ARGS, steps=1, learning_rate=1e-9, warmup_ratio=0.0), 'mesh': mesh, 'log': lambda line: None}
+  arguments = {'args': dataclasses.replace(ARGS, steps=1, learning_rate=1e-9, warmup_ratio=0.0), 'mesh': mesh, 'settings': QUIET}
   train = [example(i) for i in range(8)]
   loaded = polar_jax.train_reward_model(train, init=language_model, output_dir=tmp_path / 'a', **arguments)
   by_path = polar_jax.train_reward_model(train, init=language_model.source.path, output_dir=tmp_path / 'b', **arguments)
@@ -269,7 +270,7 @@ def test_policy_learns_a_python_reward(language_model, tmp_path, mesh):
     output_dir=tmp_path / 'rft',
     args=RFT,
     mesh=mesh,
-    log=lambda line: None,
+    settings=QUIET,
   )
   rewards = [record['raw'] for record in result.metrics if 'raw' in record]
   assert len(rewards) == RFT.steps and np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.1, rewards
@@ -283,11 +284,9 @@ def test_policy_learns_a_python_reward(language_model, tmp_path, mesh):
 def test_policy_takes_a_reward_model_and_a_weighted_sum(language_model, trained, tmp_path, mesh):
   args = dataclasses.replace(RFT, steps=1)
   prompts = [{'prompt': f'p{i}', 'reference': 'aaaa'} for i in range(8)]
-  alone = polar_jax.train_policy(
-    language_model, prompts, trained.model, output_dir=tmp_path / 'a', args=args, mesh=mesh, log=lambda line: None
-  )
+  alone = polar_jax.train_policy(language_model, prompts, trained.model, output_dir=tmp_path / 'a', args=args, mesh=mesh, settings=QUIET)
   both = [(0.5, trained.model), (2.0, share_of_letters)]
-  mixed = polar_jax.train_policy(language_model, prompts, both, output_dir=tmp_path / 'b', args=args, mesh=mesh, log=lambda line: None)
+  mixed = polar_jax.train_policy(language_model, prompts, both, output_dir=tmp_path / 'b', args=args, mesh=mesh, settings=QUIET)
   (a,), (b,) = ([r for r in run.metrics if 'raw' in r] for run in (alone, mixed))
   assert a['raw'] == pytest.approx(a['model']) and b['raw'] == pytest.approx(
     0.5 * b['model'] + 2.0 * b['reward_share_of_letters'], abs=1e-5

@@ -1,4 +1,4 @@
-"""Data, checkpoints and logs in a bucket: the command line, gcsfs, Orbax and TensorStore against a stand-in of the service."""
+"""Data, checkpoints and logs in a bucket: the command line, gcsfs, Orbax and TensorStore against a stand-in for the service."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_hosts_without_a_shared_disk_train_together_and_one_continues_alone(worl
   running = [world.start(f'host{p}', *settings, *cluster, f'distributed.process={p}') for p in range(2)]
   output = [process.communicate(timeout=300)[0] for process in running]
   assert [process.returncode for process in running] == [0, 0], '\n'.join(output)
-  losses = lambda machine: [row['loss'] for row in world.metrics(machine) if 'loss' in row]
+  losses = lambda machine: [record['loss'] for record in world.metrics(machine) if 'loss' in record]
   np.testing.assert_allclose(losses('host0'), losses('local'), rtol=0, atol=2e-5)
   assert not (world.folder / 'host1/pretrain/metrics.jsonl').exists() and world.saved('hosts')[-1] == STEPS
   for name in [n for n in world.bucket.objects if n.startswith(f'our/hosts/pretrain/checkpoints/{STEPS}/')]:
@@ -130,21 +130,27 @@ def test_torn_checkpoint_is_set_aside(world):
 
 
 def test_scores_with_a_checkpoint_in_the_bucket(world):
-  rows = ''.join(json.dumps({'prompt': 'p', 'reference': 'r', 'output': text}) + '\n' for text in ('a', 'bc'))
-  world.bucket.put('our/rows.jsonl', rows.encode())
+  examples = ''.join(json.dumps({'prompt': 'p', 'reference': 'r', 'output': text}) + '\n' for text in ('a', 'bc'))
+  world.bucket.put('our/examples.jsonl', examples.encode())
   scored = []
   for name, checkpoint in (('there', 'gs://our/whole/pretrain'), ('here', 'local/pretrain')):
-    settings = ('stage=score', 'tokenizer.kind=checkpoint', f'checkpoint={checkpoint}', 'input=gs://our/rows.jsonl', f'output={name}.jsonl')
+    settings = (
+      'stage=score',
+      'tokenizer.kind=checkpoint',
+      f'checkpoint={checkpoint}',
+      'input=gs://our/examples.jsonl',
+      f'output={name}.jsonl',
+    )
     world.finish(name, *settings)
     scored.append((world.folder / f'{name}.jsonl').read_text())
   assert scored[0] == scored[1] and len(scored[0].splitlines()) == 2
 
 
 def test_parquet_and_text_in_the_bucket(world, tmp_path):
-  rows = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
-  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'rows.parquet')
-  world.bucket.put('our/rows.parquet', (tmp_path / 'rows.parquet').read_bytes())
-  world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.validation=gs://our/rows.parquet')
+  examples = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
+  parquet.write_table(pyarrow.Table.from_pylist(examples), tmp_path / 'examples.parquet')
+  world.bucket.put('our/examples.parquet', (tmp_path / 'examples.parquet').read_bytes())
+  world.finish('parquet', 'data.triplets=gs://our/data/train.jsonl.gz', 'data.validation=gs://our/examples.parquet')
   assert world.metrics('parquet') == world.metrics('local')
   text = 'abc xyz ' * 300
   world.bucket.put('our/text/below/a.txt', text.encode())
@@ -163,10 +169,10 @@ def test_incomplete_checkpoint_is_ignored(world):
   for name, (content, _) in [*world.bucket.objects.items()]:
     if name.startswith('our/whole/') and not name.endswith('commit_success.txt'):
       world.bucket.put(name.replace('our/whole/', 'our/half/'), content)
-  ask = 'from polar_jax.runtime import paths; from polar_jax.checkpoints import checkpointer as checkpoint; '
-  ask += "print([checkpoint.exists(paths.path_of(f'gs://our/{name}/pretrain')) for name in ('whole', 'half', 'nothing')])"
-  answer = subprocess.run([sys.executable, '-c', ask], env=world.environment, capture_output=True, text=True, check=True)
-  assert answer.stdout.strip() == '[True, False, False]'
+  code = 'from polar_jax.runtime import paths; from polar_jax.checkpoints import checkpointer as checkpoint; '
+  code += "print([checkpoint.exists(paths.path_of(f'gs://our/{name}/pretrain')) for name in ('whole', 'half', 'nothing')])"
+  result = subprocess.run([sys.executable, '-c', code], env=world.environment, capture_output=True, text=True, check=True)
+  assert result.stdout.strip() == '[True, False, False]'
 
 
 def test_starts_from_a_run_in_the_bucket(world):
@@ -174,8 +180,8 @@ def test_starts_from_a_run_in_the_bucket(world):
   for name, start in (('from_there', 'gs://our/whole/pretrain'), ('from_here', 'local/pretrain')):
     output = world.finish(name, 'data.triplets=data', f'pretrain.start_from={start}')
     assert f'starts from the parameters in {start}' in output
-    losses.append([row.get('loss') for row in world.metrics(name)])
-  assert losses[0] == losses[1] != [row.get('loss') for row in world.metrics('local')]
+    losses.append([record.get('loss') for record in world.metrics(name)])
+  assert losses[0] == losses[1] != [record.get('loss') for record in world.metrics('local')]
 
 
 @pytest.mark.parametrize(

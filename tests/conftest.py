@@ -28,7 +28,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(os.environ.get('POLAR_TEST_DATA', ROOT / '../shared/data')).resolve()
 
-# Implicit broadcasting between arrays of different rank hides mistakes.
+# Implicit broadcasting between arrays of different rank hides errors.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
@@ -70,7 +70,7 @@ def _longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  """Leave out slow tests unless asked for, and tests whose packages or data are missing; count them by reason."""
+  """Leave out slow tests unless requested, and tests whose packages or data are missing; count them by reason."""
   reasons = [_reason_to_leave_out(config, item) for item in items]
   left_out = [item for item, reason in zip(items, reasons, strict=True) if reason]
   items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]

@@ -1,4 +1,4 @@
-"""The notebooks run, and say what the library says."""
+"""The notebooks run, and print the results of the library."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def test_scaling_laws(tmp_path):
   notebook = nbformat.read(FOLDER / 'scaling_laws.ipynb', as_version=4)
   shown = text_of(notebook)
   NotebookClient(notebook, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(FOLDER)}}).execute()
-  said, found = text_of(notebook), analysis.analyze(results.read(FOLDER / 'results.csv'))
+  printed, found = text_of(notebook), analysis.analyze(results.read(FOLDER / 'results.csv'))
   for name in 'NC':
     law = found[name]
-    assert f'{law["beta"]:.4g} {name}^{law["alpha"]:.4f}, 95% interval [{law["low"]:.4f}, {law["high"]:.4f}]' in said
+    assert f'{law["beta"]:.4g} {name}^{law["alpha"]:.4f}, 95% interval [{law["low"]:.4f}, {law["high"]:.4f}]' in printed
   figures = [o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
   assert len(figures) == 5
-  # What the file shows to those who only read it is what running it gives.
+  # The stored output is that of a run.
   laws = re.compile(r'^L\([NC]\) = .*', re.MULTILINE)
-  assert laws.findall(shown) == laws.findall(said)
+  assert laws.findall(shown) == laws.findall(printed)
 
 
 def test_quickstart():

@@ -23,12 +23,17 @@ STEPS = 60
 
 
 class World:
-  """A folder with a config and rows, in which runs are started."""
+  """A folder with a config and examples, in which runs are started."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder, rng = folder, np.random.default_rng(0)
-    (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50))
-    settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.validation': 'rows.jsonl', 'checkpointing.every_steps': 2}
+    (folder / 'examples.jsonl').write_text(small_run.triplets(rng, 50))
+    settings = {
+      'tokenizer.kind': 'byte',
+      'data.triplets': 'examples.jsonl',
+      'data.validation': 'examples.jsonl',
+      'checkpointing.every_steps': 2,
+    }
     small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=4, evaluate_every=25, evaluate_examples=8)
     # All starts share a compilation cache, because a start spends nearly all its time compiling.
     cache = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
@@ -93,9 +98,9 @@ def assert_same_end(world, workdir):
 
 
 def test_uninterrupted_run_is_a_sound_oracle(world):
-  steps = [row['step'] for row in world.metrics('oracle') if 'loss' in row]
+  steps = [record['step'] for record in world.metrics('oracle') if 'loss' in record]
   assert steps == list(range(1, STEPS + 1))
-  assert [row['step'] for row in world.metrics('oracle') if 'validation_loss' in row] == [25, 50, STEPS]
+  assert [record['step'] for record in world.metrics('oracle') if 'validation_loss' in record] == [25, 50, STEPS]
   state = world.final_state('oracle')
   assert state['step'] == STEPS and state['params']['v_head'].any()
   assert sorted(world.checkpoints('oracle'), key=int)[-2:] == [str(STEPS - 2), str(STEPS)] and world.unfinished('oracle') == []
@@ -127,7 +132,7 @@ def test_killed_at_any_point(world):
 
 
 @pytest.mark.slow  # the same within one process: train/trainer_test.py
-def test_sigterm_saves_and_tells_how_to_continue(world):
+def test_sigterm_saves_and_prints_how_to_continue(world):
   process = world.start('stopped')
   world.wait_until(process, lambda: world.newest('stopped') >= 10)
   process.terminate()

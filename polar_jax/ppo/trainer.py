@@ -115,7 +115,7 @@ class Trainer:
         self.metrics.write(record)
         for sample in samples:
           self.samples.write(sample)
-        self.metrics.flush()  # steps take long, and somebody may be watching
+        self.metrics.flush()  # steps take long, so each one shows at once
         session.progress.update(record)
         alarmed = self._check_alarms()
         every = run.config.evaluate_every
@@ -330,7 +330,7 @@ class Trainer:
     shown = ('reward', 'raw', 'nll', 'shuffled_gap', 'kl', 'entropy', 'length', 'truncated', 'clip_fraction', 'explained_variance')
     summary = {
       'steps': self.step,
-      'answers': self.step * self.rollouts_per_step,
+      'responses': self.step * self.rollouts_per_step,
       'tokens': self.tokens,
       **timing,
       **{name: float(np.mean([record[name] for record in last])) for name in shown if all(name in record for record in last)},

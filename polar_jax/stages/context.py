@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from polar_jax.api import RunSettings
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
 from polar_jax.data.examples import open_triplets, report_skipped
@@ -129,20 +130,18 @@ class Context:
     key = ('examples', str(path), split, data.on_bad_example)
     return self._cached(key, lambda: report_skipped(open_triplets(path, split, data.on_bad_example), path, self.log))
 
-  def run_settings(self, run: str) -> dict[str, Any]:
-    """Return the keyword arguments of `api.train_reward_model` that are the same for all runs of this workdir."""
+  def run_arguments(self, run: str) -> dict[str, Any]:
+    """Return the keyword arguments of `api.train_reward_model` and `api.train_policy` that are the same for all runs of this workdir."""
     config = self.config
-    return {
-      'output_dir': self.workdir / run,
-      'checkpoint_dir': self.home(run),
-      'name': run,
-      'mesh': self.mesh,
-      'seed': config.seed,
-      'data': config.data,
-      'checkpointing': config.checkpointing,
-      'profile': config.profile,
-      'log': self.log,
-    }
+    settings = RunSettings(
+      seed=config.seed,
+      log=self.log,
+      name=run,
+      checkpointing=config.checkpointing,
+      checkpoint_dir=self.home(run),
+      profile=config.profile,
+    )
+    return {'output_dir': self.workdir / run, 'mesh': self.mesh, 'settings': settings}
 
   def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
     """Return the value of a key, and make it if it is not in the cache yet."""

@@ -39,6 +39,7 @@ def _run(context: Context, name: str, train: TrainConfig, *, use_reference: bool
     tokenizer=tokenizer,
     model=context.model_config(tokenizer),
     template=context.template_config(use_reference),
-    **context.run_settings(name),
+    data=context.config.data,
+    **context.run_arguments(name),
   )
   return result.summary

@@ -22,6 +22,7 @@ def pretrain(context: Context) -> dict[str, Any]:
     tokenizer=tokenizer,
     model=context.model_config(tokenizer),
     template=context.template_config(),
-    **context.run_settings(RUN),
+    data=context.config.data,
+    **context.run_arguments(RUN),
   )
   return {'pretrain': result.summary}

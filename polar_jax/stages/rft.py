@@ -54,9 +54,8 @@ def tune(context: Context, name: str, options: RftConfig) -> dict[str, Any]:
   policy = policy_lib.check_policy(open_pretrained(context.checkpoint(options.policy)), 'rft.policy')
   prompts, held_out = read_prompts(context, 'train'), read_prompts(context, 'validation')
   reward = open_reward(context, options, prompts)
-  settings = context.run_settings(name)
-  del settings['data']
-  result = api.train_policy(policy, prompts, reward, args=options, held_out=held_out or None, model=context.config.model, **settings)
+  arguments = context.run_arguments(name)
+  result = api.train_policy(policy, prompts, reward, args=options, held_out=held_out or None, model=context.config.model, **arguments)
   return result.summary
 
 

@@ -61,7 +61,7 @@ def run_job(context: Context, job: Job) -> dict[str, Any]:
     The job's result.
 
   Raises:
-    UserError, NonFiniteError, Preempted: as training does.
+    UserError, NonFiniteError, Preempted: from training.
   """
   folder = job.folder(context.workdir)
   folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def try_job(context: Context, job: Job) -> str | None:
   """Run a job and return the message of an error that the user can act on, or None when the job is done.
 
   Raises:
-    Preempted: as training does.
+    Preempted: from training.
   """
   try:
     run_job(context, job)
@@ -121,11 +121,12 @@ def _train_cell(context: Context, job: Job, start: pathlib.Path | None) -> dict[
     tokenizer=tokenizer,
     model=model,
     template=context.template_config(),
-    **context.run_settings(job.run_name),
+    data=config.data,
+    **context.run_arguments(job.run_name),
   ).summary
   count = flops.reward_model_parameters(model)
   return {
-    # Read by the fits ...
+    # Read by the fits.
     'run': cell.name,
     'parameters': count.total,
     'tokens': cell.tokens,
@@ -134,7 +135,7 @@ def _train_cell(context: Context, job: Job, start: pathlib.Path | None) -> dict[
     'learning_rate': train.learning_rate,
     'batch': cell.batch,
     'seed': config.seed,
-    # ... and for people.
+    # For people.
     'accuracy': summary['validation_accuracy'],
     'steps': steps,
     'tokens_read': summary['tokens'],

@@ -78,8 +78,8 @@ def make_config(folder: pathlib.Path, **changes) -> Config:
     model=MODEL,
     template=TemplateConfig(max_length=64),
     data=DataConfig(
-      triplets=str(folder / 'rows.jsonl'),
-      validation=str(folder / 'rows.jsonl'),
+      triplets=str(folder / 'examples.jsonl'),
+      validation=str(folder / 'examples.jsonl'),
       text=str(folder / 'text.txt'),
       prompts=str(folder / 'prompts'),
     ),
@@ -95,8 +95,8 @@ def world(tmp_path_factory) -> pathlib.Path:
   """A folder with prompts, and a workdir `base` with a policy and a reward model."""
   folder, rng = tmp_path_factory.mktemp('rft'), np.random.default_rng(0)
   word = lambda: bytes(rng.integers(97, 123, int(rng.integers(2, 9))).tolist()).decode()
-  rows = [{name: word() for name in ('prompt', 'reference', 'chosen', 'rejected')} for _ in range(20)]
-  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  examples = [{name: word() for name in ('prompt', 'reference', 'chosen', 'rejected')} for _ in range(20)]
+  (folder / 'examples.jsonl').write_text('\n'.join(map(json.dumps, examples)))
   (folder / 'text.txt').write_text('hello world, this is a text. ' * 100)
   (folder / 'prompts').mkdir()
   prompts = [{'prompt': word(), 'reference': f'{word()} {i}'} for i in range(9)]
@@ -121,11 +121,10 @@ def context(folder: pathlib.Path, workdir: str, log=None, devices: int = 1, **ch
 
 def tune(made: Context, reward: RewardSum | None = None, held_out=None):
   """Run the stage's own call of the API with another reward."""
-  prompts, settings = stage.read_prompts(made, 'train'), made.run_settings('rft')
-  del settings['data']
+  prompts, arguments = stage.read_prompts(made, 'train'), made.run_arguments('rft')
   reward = stage.open_reward(made, made.config.rft, prompts) if reward is None else reward
   policy = made.checkpoint('pretrain_lm')
-  return api.train_policy(policy, prompts, reward, args=made.config.rft, held_out=held_out, model=made.config.model, **settings)
+  return api.train_policy(policy, prompts, reward, args=made.config.rft, held_out=held_out, model=made.config.model, **arguments)
 
 
 @pytest.fixture(scope='module')
@@ -135,8 +134,8 @@ def finished(world):
   return made, stage.rft(made)['rft']['runs']['rft']
 
 
-def rows_of(folder: pathlib.Path) -> list[dict]:
-  return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(folder)]
+def records_of(folder: pathlib.Path) -> list[dict]:
+  return [{k: v for k, v in record.items() if k not in TIMED} for record in read_metrics(folder)]
 
 
 def final_state(folder: pathlib.Path):
@@ -152,15 +151,15 @@ def assert_same(one: pathlib.Path, other: pathlib.Path) -> None:
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
     assert x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
-  assert rows_of(one) == rows_of(other)
+  assert records_of(one) == records_of(other)
   assert (one / loop.SAMPLES).read_text() == (other / loop.SAMPLES).read_text()
 
 
 def test_a_run_logs_every_step_and_evaluates_held_out_prompts(finished):
   made, summary = finished
-  rows = rows_of(made.workdir / 'rft')
-  assert [r['step'] for r in rows if 'reward' in r] == list(range(1, STEPS + 1))
-  assert [r['step'] for r in rows if 'evaluation_raw' in r] == [0, 3, 6]
+  records = records_of(made.workdir / 'rft')
+  assert [r['step'] for r in records if 'reward' in r] == list(range(1, STEPS + 1))
+  assert [r['step'] for r in records if 'evaluation_raw' in r] == [0, 3, 6]
   wanted = {
     'raw',
     'rule',
@@ -173,15 +172,15 @@ def test_a_run_logs_every_step_and_evaluates_held_out_prompts(finished):
     'length_free',
     'rollout_mismatch',
   }
-  assert wanted <= set(rows[1]) and all(np.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
-  assert rows[1]['kl'] == 0 and rows[-2]['kl'] > 0  # the policy starts as the reference policy, and moves
-  assert rows[1]['rollout_mismatch'] < 1e-5
+  assert wanted <= set(records[1]) and all(np.isfinite(v) for r in records for v in r.values() if isinstance(v, float))
+  assert records[1]['kl'] == 0 and records[-2]['kl'] > 0  # the policy starts as the reference policy, and moves
+  assert records[1]['rollout_mismatch'] < 1e-5
   coef = make_config(made.workdir).rft.kl_coef
-  for row in (r for r in rows if 'reward' in r):  # steered from step to step
-    assert row['kl_coef'] == coef
-    coef = next_kl_coef(coef, row['kl'], target=0.01, horizon=10_000, responses=8)
+  for record in (r for r in records if 'reward' in r):  # steered from step to step
+    assert record['kl_coef'] == coef
+    coef = next_kl_coef(coef, record['kl'], target=0.01, horizon=10_000, responses=8)
   assert coef != make_config(made.workdir).rft.kl_coef
-  assert summary['steps'] == STEPS and summary['answers'] == 8 * STEPS and {'evaluation_before', 'evaluation_after'} <= set(summary)
+  assert summary['steps'] == STEPS and summary['responses'] == 8 * STEPS and {'evaluation_before', 'evaluation_after'} <= set(summary)
   samples = [json.loads(line) for line in (made.workdir / 'rft' / loop.SAMPLES).read_text().splitlines()]
   assert {s['step'] for s in samples} == set(range(1, STEPS + 1))
   state = final_state(made.workdir / 'rft')
@@ -290,10 +289,10 @@ def get_config():
 def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
   made, update = context(world, 'terminated'), StepProgress.update
 
-  def send(self, row):
-    if row['step'] == 3:
+  def send(self, record):
+    if record['step'] == 3:
       os.kill(os.getpid(), signal.SIGTERM)
-    update(self, row)
+    update(self, record)
 
   with monkeypatch.context() as patch:
     patch.setattr(StepProgress, 'update', send)
@@ -315,7 +314,7 @@ def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
   monkeypatch.setattr(loop.Trainer, 'one_step', first_step)
   with pytest.raises(Interrupted):
     stage.rft(made)
-  many, alone = rows_of(made.workdir / 'rft')[1], rows_of(finished[0].workdir / 'rft')[1]
+  many, alone = records_of(made.workdir / 'rft')[1], records_of(finished[0].workdir / 'rft')[1]
   for name in ('reward', 'kl_answer', 'policy_loss', 'value_loss', 'entropy', 'grad_norm', 'critic_grad_norm'):
     np.testing.assert_allclose(many[name], alone[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
@@ -373,7 +372,7 @@ def test_the_reward_rises(world, advantage):
     shuffled_every=5,
   )
   result = tune(made, RewardSum({'model': (1.0, Vowels())}, False))
-  rewards = [row['raw'] for row in result.metrics if 'raw' in row]
+  rewards = [record['raw'] for record in result.metrics if 'raw' in record]
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15, rewards
 
 
@@ -381,10 +380,10 @@ def test_references_are_imitated(world):
   made = context(
     world, 'sft', method='sft', steps=20, mini_batch_size=None, update_epochs=1, num_generations=1, kl_in='none', kl_target=None
   )
-  rows = [row for row in tune(made).metrics if 'approx_kl' in row]
-  assert rows[-1]['kl'] > rows[0]['kl'] == 0  # moved away from the reference policy
-  assert rows[-1]['nll'] < rows[0]['nll'] - 0.1  # towards the references
-  assert not any('reward' in row for row in rows)  # nothing was scored
+  records = [record for record in tune(made).metrics if 'approx_kl' in record]
+  assert records[-1]['kl'] > records[0]['kl'] == 0  # moved away from the reference policy
+  assert records[-1]['nll'] < records[0]['nll'] - 0.1  # towards the references
+  assert not any('reward' in record for record in records)  # nothing was scored
 
 
 REWARD_MODULE = """
@@ -420,11 +419,11 @@ def python_reward(name: str) -> RewardConfig:
 def test_a_python_function_is_the_reward(world, reward_module):
   made = context(world, 'python', reward=python_reward('rewards_of_test:count'))
   summary = stage.rft(made)['rft']['runs']['rft']
-  rows = [row for row in rows_of(made.workdir / 'rft') if 'reward' in row]
-  assert len(rows) == summary['steps'] == STEPS
-  for row in rows:
-    assert row['raw'] == pytest.approx(2 * row['python'] + 0.5 * row['rule'], abs=1e-6) and 'model' not in row
-  assert all(row['python'] > 0 for row in rows) and 'python' in summary['evaluation_after']
+  records = [record for record in records_of(made.workdir / 'rft') if 'reward' in record]
+  assert len(records) == summary['steps'] == STEPS
+  for record in records:
+    assert record['raw'] == pytest.approx(2 * record['python'] + 0.5 * record['rule'], abs=1e-6) and 'model' not in record
+  assert all(record['python'] > 0 for record in records) and 'python' in summary['evaluation_after']
   other = dataclasses.replace(made, config=make_config(world, reward=python_reward('rewards_of_test:other')))
   with pytest.raises(
     ConfigError, match=r"rft\.reward\.function was 'rewards_of_test:count', is 'rewards_of_test:other'.*another --workdir"

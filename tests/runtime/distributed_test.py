@@ -73,8 +73,8 @@ def test_detect_names_variables_that_are_not_numbers():
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
   folder, rng = tmp_path_factory.mktemp('distributed'), np.random.default_rng(0)
-  (folder / 'rows.jsonl').write_text(small_run.triplets(rng, 50, longest=5))
-  settings = {'tokenizer.kind': 'byte', 'data.triplets': 'rows.jsonl', 'data.validation': 'rows.jsonl', 'data.row_length': 32}
+  (folder / 'examples.jsonl').write_text(small_run.triplets(rng, 50, longest=5))
+  settings = {'tokenizer.kind': 'byte', 'data.triplets': 'examples.jsonl', 'data.validation': 'examples.jsonl', 'data.row_length': 32}
   settings['checkpointing.every_steps'] = 2
   small_run.write_config(folder / 'small.py', settings, steps=STEPS, batch_size=8, evaluate_every=12)
   return folder

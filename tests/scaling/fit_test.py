@@ -44,11 +44,11 @@ def test_power_law_minimizes_hubers_loss():
   x, loss = runs(12, 0.01, seed=5)
   loss[3] *= 1.2
   found = fit.fit_power_law(x, loss)
-  centred = np.log(x) - np.log(x).mean()
+  centered = np.log(x) - np.log(x).mean()
   cut = 1.345 * np.median(np.abs(found.residuals)) / 0.6744897501960817 * np.sqrt(12 / 10)
 
   def huber(slope: float, level: float) -> float:
-    r = np.abs(np.log(loss) - level - slope * centred)
+    r = np.abs(np.log(loss) - level - slope * centered)
     return float(np.where(r <= cut, r**2 / 2, cut * (r - cut / 2)).sum())
 
   level = np.log(found.beta) + found.alpha * np.log(x).mean()
