@@ -28,7 +28,16 @@ import timing
 from flax import nnx
 
 from polar_jax import sharding
-from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, RewardConfig, RftConfig, RolloutConfig, TemplateConfig
+from polar_jax.config import (
+  CheckpointingConfig,
+  MeshConfig,
+  ModelConfig,
+  ProfileConfig,
+  RewardConfig,
+  RftConfig,
+  RolloutConfig,
+  TemplateConfig,
+)
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model.language_model import LanguageModel
@@ -38,6 +47,7 @@ from polar_jax.ppo.rewards.sources import ModelReward, RewardSum
 from polar_jax.ppo.run import Run
 from polar_jax.ppo.trainer import Trainer
 from polar_jax.scoring.scorer import Scorer
+from polar_jax.train.session import Session
 from polar_jax.types import Prompt
 
 PHASES = ('rollout', 'reward', 'logprobs', 'update')
@@ -84,6 +94,7 @@ class Steps:
       config=config,
       model=MODEL,
       checkpointing=CheckpointingConfig(),
+      profile=ProfileConfig(),
       mesh=mesh,
       seed=0,
       prompts=PolicyPrompts([Prompt(words(20, 100), words(20, 60)) for _ in range(256)], tokenizer, None, config.rollout.max_prompt),
@@ -95,7 +106,11 @@ class Steps:
       fingerprint={},
       log=print,
     )
-    self.trainer, self.rows, self.compiled = Trainer(run), list[dict[str, Any]](), list[str]()
+    self.trainer, self.rows, self.compiled = (
+      Trainer(run, Session(run, 'evaluation_raw', best_is_lower=False)),
+      list[dict[str, Any]](),
+      list[str](),
+    )
     self.recording = False
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -108,7 +123,7 @@ class Steps:
     self.recording = bool(self.rows)
     row, _ = self.trainer.one_step()
     self.recording = False
-    self.trainer.step += 1
+    self.trainer.session.advance()
     self.rows.append(row)
     return row['step_seconds']
 
@@ -133,7 +148,7 @@ def main() -> None:
     runs = {name: Steps(name, scorer, mesh, pathlib.Path(folder), args.rounds + 1) for name in ('gae', 'grpo')}
     seconds = timing.alternate({name: run.step for name, run in runs.items()}, args.rounds)
     for run in runs.values():
-      run.trainer.close()
+      run.trainer.session.close()
   parameters = sum(p.size for p in jax.tree.leaves(runs['gae'].trainer.actor_state.params))
   responses = CONFIG.prompts_per_step * CONFIG.num_generations
   devices = f'{len(mesh.devices.flat)} x {mesh.devices.flat[0].device_kind}'

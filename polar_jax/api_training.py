@@ -24,7 +24,7 @@ from polar_jax.config import (
   TemplateConfig,
   TrainConfig,
 )
-from polar_jax.data import pipeline
+from polar_jax.data import lengths, pipeline
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
@@ -144,6 +144,7 @@ def train_reward_model(
 
   segments = _segments(train, Template(template, tokenizer), data)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
+  lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
 
@@ -157,7 +158,9 @@ def train_reward_model(
     plan=plan,
     batches=pipeline.pair_batches(segments, plan, pack, steps=steps, seed=seed),
     planned_rows=pack.rows,
-    validation=None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples),
+    validation=None
+    if held_out is None
+    else PairValidation(held_out, plan, data.row_length, args.evaluate_examples).check(data.read_threads),
     load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, fields['name'], log),
     fingerprint=run_folder.training_settings(
       RANKING.name, args, config, template, tokenizer, seed, {'rows': run_folder.examples_digest(segments.source)}
@@ -239,6 +242,7 @@ def train_policy(
     initial_params=lambda: start.params(mesh, 'float32', head='lm'),
     fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, examples) | _reward_settings(reward),
   )
+  run.check()
   run_folder.keep_tokenizer(tokenizer, run.home)
   trained = ppo_trainer.train(run)
   return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, run.folder)

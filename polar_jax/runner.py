@@ -20,7 +20,7 @@ from flax import traverse_util
 from polar_jax import sharding
 from polar_jax.config import Config, MeshConfig, requested_stages
 from polar_jax.report import report
-from polar_jax.runtime import distributed, heartbeat, paths
+from polar_jax.runtime import distributed, heartbeat, paths, preemption
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages.context import Context
 from polar_jax.train.session import NonFiniteError
@@ -73,6 +73,10 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     d = config.distributed
     context = Context(config, workdir, mesh, _say)
     with heartbeat.beating(workdir, jax.process_index(), jax.process_count(), d.beat, d.stall):
+      heartbeat.at('checks')
+      report.check(workdir)
+      if len(requested_stages(config)) > 1:
+        importlib.import_module('polar_jax.stages.checks').check(context, requested_stages(config))
       for name in requested_stages(config):
         heartbeat.at(name)
         _timed(context, name, _stage(config, workdir, name))
@@ -80,6 +84,7 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     return 0
   except Preempted as stop:
     _say(str(stop))
+    preemption.leave(0)
     return 0
   except _EXPLAINED as error:
     print(f'polar_jax: {error}', file=sys.stderr, flush=True)

@@ -75,7 +75,21 @@ class Checkpointer:
     """The newest complete step."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, iterator_state: dict[str, Any], fingerprint: dict[str, Any], metrics: dict[str, float]) -> None:
+  @property
+  def steps(self) -> list[int]:
+    """All complete steps."""
+    return list(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    iterator_state: dict[str, Any],
+    fingerprint: dict[str, Any],
+    metrics: dict[str, float],
+    *,
+    again: bool = False,
+  ) -> None:
     """Start saving a step, and return once the state may be overwritten. A step that is already saved is skipped.
 
     Args:
@@ -84,12 +98,15 @@ class Checkpointer:
       iterator_state: JSON values to restore with the state.
       fingerprint: settings that must not change while the run is resumed.
       metrics: decide which checkpoint is the best; empty if the step was not validated.
+      again: replace the step if it is saved, unless it is the only one, which a kill must not cost.
     """
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
       data=ocp.args.JsonSave(iterator_state),
       config=ocp.args.JsonSave(fingerprint | _LAYOUT),
     )
+    if again and step == self._manager.latest_step() and len(self.steps) > 1:
+      self._manager.delete(step)
     if step != self._manager.latest_step():
       self._manager.save(step, args=args, metrics=metrics)
 

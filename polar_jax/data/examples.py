@@ -217,6 +217,11 @@ def _check_text(value: Any, field: str) -> str:
     text = join_messages(value, field)
   except TemplateError as error:
     raise BadField(field, str(error)) from error
+  return _check_unicode(text, field)
+
+
+def _check_unicode(text: str, field: str) -> str:
+  """Return a text that files and tokenizers can hold: one that UTF-8 can encode."""
   if not text.isascii() and any('\ud800' <= char <= '\udfff' for char in text):
     raise BadField(field, f'{field} contains half of a surrogate pair, which is not valid Unicode')
   return text
@@ -226,7 +231,7 @@ def _check_string(value: Any, field: str) -> str:
   """Return a string; '' if it is absent."""
   if value is not None and not isinstance(value, str):
     raise BadField(field, f'{field} must be a string, not {type(value).__name__}')
-  return value or ''
+  return _check_unicode(value or '', field)
 
 
 def _triplet(example: Any) -> Triplet:

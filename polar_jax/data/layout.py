@@ -76,6 +76,17 @@ def pair_segment(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> Segm
   )
 
 
+def check_candidates(sequences: Sequence[Sequence[int]], row_length: int) -> None:
+  """Check the numbers of tokens of candidates.
+
+  Raises:
+    UserError: a sequence is empty or longer than a row; the message names the candidate.
+  """
+  for c, sequence in enumerate(sequences):
+    if not 0 < len(sequence) <= row_length:
+      raise UserError(f'candidate {c} has {len(sequence)} tokens; it must have at least 1, and at most the row length {row_length}')
+
+
 def group_segments(sequences: Sequence[Sequence[int]], row_length: int, max_members: int, max_shared: int | None = None) -> list[Segment]:
   """Lay out the sequences of one group: as one segment, or as several that each repeat the prefix if the group is too large for a row.
 
@@ -91,10 +102,8 @@ def group_segments(sequences: Sequence[Sequence[int]], row_length: int, max_memb
   Raises:
     UserError: a sequence is empty or longer than a row; the message names the candidate.
   """
+  check_candidates(sequences, row_length)
   ids = [np.asarray(sequence, np.int32) for sequence in sequences]
-  for c, sequence in enumerate(ids):
-    if not 0 < len(sequence) <= row_length:
-      raise UserError(f'candidate {c} has {len(sequence)} tokens; it must have at least 1, and at most the row length {row_length}')
   if not ids:
     return []
   # Each tail keeps at least its reward token.

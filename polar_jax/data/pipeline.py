@@ -55,6 +55,13 @@ class TripletSegments:
     """Return the segments of several examples, read together where the data set can (see `examples_at`)."""
     return [pair_segment(*self.template.encode(triplet)) for triplet in examples_at(self.source, indices)]
 
+  def most_tokens(self, indices: Sequence[int], enough: int) -> list[int]:
+    """Return a number of tokens for each example that it does not exceed: a bound if that is at most `enough`, else its exact length."""
+    bounds = [self.template.most_tokens(triplet) for triplet in examples_at(self.source, indices)]
+    long = [i for i, bound in zip(indices, bounds, strict=True) if bound is None or bound > enough]
+    lengths = {i: len(segment.tokens) for i, segment in zip(long, self.take(long), strict=True)}
+    return [lengths.get(i, bound or 0) for i, bound in zip(indices, bounds, strict=True)]
+
 
 class TextWindows:
   """Windows of `length + 1` tokens of a token stream. Each epoch starts at a different offset, so windows differ between epochs."""

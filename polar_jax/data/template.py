@@ -130,6 +130,22 @@ class Template:
     texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
     return self._sequences(prompt, reference, texts, wrapper, alone)
 
+  def most_tokens(self, triplet: Triplet) -> int | None:
+    """Return a number of tokens that the sequences of a triplet together do not exceed, without tokenizing; None if none is certain.
+
+    Raises:
+      TemplateError: a field is neither a string nor a list of messages.
+    """
+    c = self.config
+    contexts = [join_messages(triplet.prompt, 'prompt')] + ([join_messages(triplet.reference, 'reference')] if c.use_reference else [])
+    candidates = [join_messages(triplet.chosen, 'chosen'), join_messages(triplet.rejected, 'rejected')]
+    if not self._certainly_uncut(contexts + candidates):
+      return None
+    size = lambda text: len(text.encode('utf-8'))
+    context = size(contexts[0]) + sum(size(text) + size(contexts[0]) + size(c.separator) + 1 for text in contexts[1:])
+    # Each sequence has a BOS, a newline before the candidate, and the reward token, which a client's tokenizer may not know.
+    return sum(1 + context + 1 + size(candidate) + size(c.reward_token) for candidate in candidates)
+
   def candidate_texts(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
   ) -> list[str]:

@@ -45,6 +45,11 @@ class StoredSegments(TripletSegments):
     """Return the segments of several examples."""
     return [self[index] for index in indices]
 
+  def most_tokens(self, indices: Sequence[int], enough: int) -> list[int]:
+    """Return a number of tokens for each example that it does not exceed; see `TripletSegments`. Stored triplets are not tokenized."""
+    totals = [int(self._total[slot]) if (slot := self._slot[index]) >= 0 else enough + 1 for index in indices]
+    return [total if total <= enough else len(self[index].tokens) for index, total in zip(indices, totals, strict=True)]
+
 
 def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str) -> TripletSegments:
   """Open the segments of `source`, read from the store in `folder` if it was written with the same `key`.

@@ -30,7 +30,7 @@ from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
-from polar_jax.runtime.preemption import SigtermFlag
+from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain_lm import language_model_run
@@ -99,6 +99,8 @@ def _all_seeds(study: Study) -> list[dict[str, dict[str, float]]]:
   with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(_CONCURRENT_SEEDS) as threads:
     try:
       return [first, *threads.map(lambda seed: _one_seed(study, seed), seeds[1:])]
+    except StopRequested:
+      raise Preempted('rft', 'while policies were compared; their runs are saved') from None
     except BaseException:
       stop.set()  # the others save and stop too
       raise

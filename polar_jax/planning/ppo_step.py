@@ -19,12 +19,12 @@ from polar_jax.data import packing
 from polar_jax.model.attention import for_platform
 from polar_jax.model.heads import abstract_model
 from polar_jax.model.reward_model import group_rewards
-from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.topology import open_slice
 from polar_jax.ppo import experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets, ModelFunctions, build_actor, build_critic
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.runtime.chips import GIB
+from polar_jax.runtime.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.scoring.scorer import jit_rewards
 from polar_jax.train.step import TrainState
 from polar_jax.types import GroupBatch, PolicyBatch

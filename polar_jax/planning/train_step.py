@@ -20,10 +20,10 @@ from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.model import flops
 from polar_jax.model.attention import for_platform
 from polar_jax.planning import hlo
-from polar_jax.planning.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.planning.matmuls import matmul_flops
 from polar_jax.planning.topology import open_slice
 from polar_jax.runtime.chips import GIB, Chip
+from polar_jax.runtime.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.optimizer import make_optimizer

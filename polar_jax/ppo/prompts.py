@@ -77,6 +77,11 @@ class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
   def __len__(self) -> int:
     return len(self.kept)
 
+  @property
+  def longest(self) -> int:
+    """Number of tokens of the longest prompt."""
+    return max(high - low for low, high in zip([0, *self._ends], self._ends, strict=False))
+
   @overload
   def __getitem__(self, index: int) -> tuple[Prompt, list[int]]: ...
   @overload

@@ -22,6 +22,8 @@ from polar_jax.config import ModelConfig, RolloutConfig
 from polar_jax.model import generation, heads, kv_cache
 from polar_jax.model.generation import Decoded, DecodeState, NewSequences
 from polar_jax.model.transformer import Block
+from polar_jax.runtime import preemption
+from polar_jax.runtime.compiled import executables
 from polar_jax.types import Rollouts, UserError
 
 _SHORTEST_ROW, _LONGEST_ROW = 64, 512  # tokens of a row of packed prompts; longer if max_prompt requires it
@@ -78,9 +80,11 @@ class RolloutEngine:
 
     Raises:
       UserError: a prompt is empty, or longer than `max_prompt`.
+      StopRequested: SIGTERM arrived.
     """
     self._check(prompts)
     c, f = self._config, self._functions
+    prefill, decode = executables(f.prefill), executables(f.decode)
     limit_R = np.full(len(prompts), c.max_new, np.int32) if limits is None else np.clip(np.asarray(limits, np.int32), 1, c.max_new)
     out = _Responses(len(prompts), c.max_new)
     key = np.random.SeedSequence(seed).generate_state(2)
@@ -89,16 +93,18 @@ class RolloutEngine:
     with jax.set_mesh(self._mesh):
       weights, state = f.prepare(params), f.init_state()
       for length in self._lengths:  # compile all lengths now: which of them occur depends on the sampled tokens
-        state = f.prefill(weights, state, self._empty(length))
+        preemption.check()
+        state = prefill(weights, state, self._empty(length))
       self._lengths = ()
       while waiting or (running >= 0).any():
+        preemption.check()
         while waiting and (running < 0).any():
           entering = self._pack(prompts, limit_R, waiting, running)
           num_generated_B[entering.is_new_B > 0] = 0
-          state = f.prefill(weights, state, entering)
+          state = prefill(weights, state, entering)
         # Return as soon as enough responses have ended to be replaced; with an empty queue there is no reason to return early.
         leave = max(1, c.max_concurrent // 32) if waiting else c.max_concurrent + 1
-        state, decoded = f.decode(weights, state, key, np.int32(leave))
+        state, decoded = decode(weights, state, key, np.int32(leave))
         decoded = jax.device_get(decoded)
         out.append(running, num_generated_B, decoded)
         num_generated_B = decoded.num_generated_B.copy()

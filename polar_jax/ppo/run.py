@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import CheckpointingConfig, ModelConfig, ProfileConfig, RftConfig
+from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, ProfileConfig, RftConfig
 from polar_jax.data import packing
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.ppo.learner import ModelFunctions, build_actor, build_critic
@@ -94,3 +94,21 @@ class Run:
     """Number of tokens of a training row."""
     shortest = self.config.rollout.max_prompt + self.config.rollout.max_new
     return self.config.row_length or sharding.round_up(shortest, packing.LENGTH_MULTIPLE)
+
+  def check(self) -> None:
+    """Check, before the first step, what would stop a later one.
+
+    Raises:
+      ConfigError: a training row does not hold every prompt with a response.
+      UserError: a reward cannot score a prompt, whatever the response.
+    """
+    needed = self.prompts.longest + self.config.rollout.max_new - 1  # the last token of a response is only ever a target
+    if self.row_length < needed:
+      raise ConfigError(
+        f'rft.row_length is {self.row_length}, but the longest prompt with a response of rft.rollout.max_new={self.config.rollout.max_new} '
+        f'tokens takes {needed}: set rft.row_length to {needed} or more, leave it unset, or lower rft.rollout.max_prompt or max_new'
+      )
+    if self.config.method != 'sft':  # which imitates references whatever their reward
+      self.reward.check([self.prompts[i][0] for i in range(len(self.prompts))])
+    if self.held_out is not None:
+      self.reward.check([self.held_out[i][0] for i in range(min(len(self.held_out), self.config.evaluate_prompts))], 'held-out prompt')

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,14 @@ from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import PpoState, Run
 from polar_jax.runtime import distributed
 from polar_jax.runtime.clock import Clock
+from polar_jax.runtime.compiled import Executables, bytes_of_a_device, executables
+from polar_jax.train import memory as memory_lib
 from polar_jax.train.metrics import SAMPLES, read_metrics
 from polar_jax.train.optimizer import learning_rate_schedule
 from polar_jax.train.session import NonFiniteError, Session
 from polar_jax.train.step import TrainState
 from polar_jax.train.trainer import TrainedRun
-from polar_jax.types import Prompt, Rollouts, UserError
+from polar_jax.types import PolicyBatch, Prompt, Rollouts, UserError
 
 _weights = jax.jit(advantages.loss_weights, static_argnames='mode')
 _kl = jax.jit(advantages.kl, static_argnames='estimator')
@@ -46,26 +48,28 @@ def train(run: Run) -> TrainedRun:
     UserError: a reward is not finite, or the reward server or function fails; if one of those fails, the last step is saved first.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh), contextlib.closing(Trainer(run)) as trainer, distributed.leaving_when_lost():
-    return trainer.run_to_end()
+  session = Session(run, 'evaluation_raw', best_is_lower=False)
+  with jax.set_mesh(run.mesh), contextlib.closing(session), distributed.leaving_when_lost():
+    return Trainer(run, session).run_to_end()
 
 
 class Trainer:
-  """The state of one run: models, optimizers, logs and checkpoints."""
+  """The state of one run: models, optimizers, logs and checkpoints. Whoever opens the session closes it."""
 
-  def __init__(self, run: Run):
-    self.run, c = run, run.config
-    self.session = Session(run, 'evaluation_raw', best_is_lower=False)
+  def __init__(self, run: Run, session: Session):
+    self.run, self.session, c = run, session, run.config
     self.rollouts_per_step = c.prompts_per_step * c.num_generations
-    self.actor, self.critic = run.actor(), run.critic()
+    critic = run.critic()
+    self.actor, self.critic = _ahead_of_time(run.actor()), critic and _ahead_of_time(critic)
+    session.check_space((self.actor.abstract, self.critic.abstract if self.critic else None))
     self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
     self.row_length = run.row_length
     self.order = pipeline.global_order(len(run.prompts), run.seed)
     # All rates at once: computed one by one, each would wait for the running step.
     self.rates = [np.asarray(learning_rate_schedule(o, run.updates)(jnp.arange(run.updates))) for o in (c.actor, c.critic)]
     self._restore_or_init()
-    self.session.open_logs(c.log_every)
-    self.metrics, self.samples = self.session.metrics, self.session.open_log(SAMPLES)
+    session.open_logs(c.log_every, self.evaluation_due)
+    self.metrics, self.samples = session.metrics, session.open_log(SAMPLES)
     self.history = [record for record in read_metrics(run.folder) if 'step_seconds' in record]
 
   @property
@@ -77,6 +81,7 @@ class Trainer:
     """Restore the newest checkpoint, or initialize the state where there is none."""
     run, c = self.run, self.run.config
     self.tokens, self.evaluated = 0, dict[str, float]()
+    self.evaluation_due = self.alarmed = False  # saved, so that an evaluation that SIGTERM stopped is repeated
     self.kl_coef, self.base_length = c.kl_coef, None
     self.normalizer = shaping.Normalizer(c.reward.normalize)
     initial = run.initial_params() if run.needs_reference or not self.session.resumed else None
@@ -89,6 +94,7 @@ class Trainer:
       self.tokens, self.kl_coef, self.base_length = (saved[k] for k in ('tokens', 'kl_coef', 'base_length'))
       self.normalizer = shaping.Normalizer.from_json(saved['normalizer'])
       self.evaluated = saved['evaluated']
+      self.evaluation_due, self.alarmed = (saved.get(k, False) for k in ('evaluation_due', 'alarmed'))  # older checkpoints have none
     else:
       keys = jax.random.split(jax.random.key(run.seed))
       self.actor_state = self.actor.init(keys[0], initial)
@@ -98,14 +104,19 @@ class Trainer:
   def run_to_end(self) -> TrainedRun:
     """Run all remaining steps, with their evaluations and checkpoints. Return the parameters and the summary."""
     run, session, clock = self.run, self.session, self.session.clock
-    alarmed = False
     with session.running():
-      if not session.resumed:
+      if not session.is_complete:
+        with session.saving_if_stopped(self._save):
+          self._check_memory()
+      if not session.resumed or self.evaluation_due:
         self._evaluate()
         clock.lap('evaluate')
-      while not session.is_complete and not alarmed:
+      if session.resumed and self.evaluation_due:
+        self.evaluation_due = False
+        self._save(again=True)
+      while not session.is_complete and not self.alarmed:
         session.profiler.before(session.steps_taken)
-        with self._saving_if_rewards_fail():
+        with self._saving_if_rewards_fail(), session.saving_if_stopped(self._save):
           record, samples = self.one_step()
         clock.lap('compile' if session.steps_taken == 0 else 'step')
         record['goodput'] = clock.goodput
@@ -117,16 +128,46 @@ class Trainer:
           self.samples.write(sample)
         self.metrics.flush()  # steps take long, so each one shows at once
         session.progress.update(record)
-        alarmed = self._check_alarms()
+        self.alarmed = self._check_alarms()
         every = run.config.evaluate_every
-        if session.is_complete or alarmed or (every is not None and self.step % every == 0):
+        self.evaluation_due = session.is_complete or self.alarmed or (every is not None and self.step % every == 0)
+        if self.evaluation_due:
           self._evaluate()
           clock.lap('evaluate')
+        self.evaluation_due = False
         if session.is_save_due:
           self._save()
           clock.lap('save')
-        session.stop_if_preempted(self._save, finished=session.is_complete or alarmed)
+        session.stop_if_preempted(self._save, finished=session.is_complete or self.alarmed)
       return TrainedRun(self.actor_state.params, session.finish(self._save, self._summarize))
+
+  def _check_memory(self) -> None:
+    """Compile the gradients of a micro-batch and check that they fit the memory.
+
+    Raises:
+      ConfigError: they do not.
+      StopRequested: SIGTERM arrived.
+    """
+    run = self.run
+    rows, length = micro_batch_rows(run.config, run.mesh), self.row_length
+    placed = sharding.batch_sharding(run.mesh)
+    shape = lambda kind, dtype: kind._make([jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)] * len(kind._fields))
+    for name, model, targets in (('the policy', self.actor, ActorTargets), ('the critic', self.critic, CriticTargets)):
+      if model is None:
+        continue
+      params = model.abstract.params
+      sums = jax.eval_shape(model.zeros, params)[1]
+      accumulate, inputs = cast(Executables, model.accumulate), (shape(PolicyBatch, np.int32), shape(targets, np.float32))
+      memory = accumulate.prepare(params, sums, params, *inputs, np.float32(0))
+      what = f'{run.name}: a micro-batch of {name} of {rows} x {length} tokens'
+      memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params))
+
+  def _smaller(self, fit: memory_lib.Fit) -> list[str]:
+    """Return what to change so that a micro-batch fits."""
+    c, model = self.run.config, self.run.model
+    out = [f'set rft.micro_batch_rows to less than {c.micro_batch_rows}'] if c.micro_batch_rows > 1 else []
+    out += [f"model.remat to 'full' (now '{model.remat}')"] if model.remat != 'full' else []
+    return [*out, 'a smaller policy, or free memory']
 
   def one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run one step and return its (metrics, samples). Only its last part, the updates, changes the state of the models."""
@@ -294,7 +335,7 @@ class Trainer:
     run = self.run
     if run.held_out is None or not len(run.held_out):
       return
-    with self._saving_if_rewards_fail():
+    with self._saving_if_rewards_fail(), self.session.saving_if_stopped(self._save):
       result = metrics.evaluate(run, self.actor_state.params)
     self.evaluated = {f'evaluation_{name}': value for name, value in result.items()}
     self.metrics.write({'stage': run.name, 'step': self.step, **self.evaluated})
@@ -311,15 +352,17 @@ class Trainer:
         self.session.checkpointer.wait()
       raise
 
-  def _save(self) -> None:
+  def _save(self, again: bool = False) -> None:
     data = {
       'tokens': self.tokens,
       'kl_coef': self.kl_coef,
       'base_length': self.base_length,
       'normalizer': self.normalizer.to_json(),
       'evaluated': self.evaluated,
+      'evaluation_due': self.evaluation_due,
+      'alarmed': self.alarmed and self.evaluation_due,  # a run that stopped for an alarm goes on when it is started again
     }
-    self.session.save(PpoState.join(self.actor_state, self.critic_state), data, self.evaluated)
+    self.session.save(PpoState.join(self.actor_state, self.critic_state), data, self.evaluated, again=again)
 
   def _summarize(self, timing: dict[str, Any]) -> dict[str, Any]:
     records = read_metrics(self.run.folder)
@@ -340,10 +383,6 @@ class Trainer:
       summary |= {'evaluation_before': evaluations[0], 'evaluation_after': evaluations[-1]}
     return summary
 
-  def close(self) -> None:
-    """Close logs, profiler and checkpoints."""
-    self.session.close()
-
 
 def _reference_rollouts(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], run: Run) -> Rollouts:
   """Return the references as if the policy had sampled them, each with a stop token at its end, cut at `max_new` tokens."""
@@ -357,3 +396,9 @@ def _reference_rollouts(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]],
     tokens[r, : length[r]] = sequence[:width]
   stopped = np.array([len(w) <= width for w in whole])
   return Rollouts(ids, tokens, length, np.zeros(tokens.shape, np.float32), stopped)
+
+
+def _ahead_of_time(functions: ModelFunctions) -> ModelFunctions:
+  """Return functions that are compiled where SIGTERM is noticed, and whose memory is known."""
+  run = executables
+  return functions._replace(forward=run(functions.forward), accumulate=run(functions.accumulate), apply=run(functions.apply))

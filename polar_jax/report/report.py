@@ -59,7 +59,25 @@ def load_results(workdir: str | os.PathLike) -> dict[str, Any]:
     raise ReportError(f'{path}: not valid JSON ({error}); delete it and run the stages again') from error
   if not isinstance(results, dict):
     raise ReportError(f'{path}: contains a {type(results).__name__} instead of an object of sections; delete it and run the stages again')
+  for section, values in results.items():
+    if not isinstance(values, dict):
+      raise ReportError(
+        f'{path}: section {section!r} is a {type(values).__name__} instead of an object; delete it and run the stages again'
+      )
   return results
+
+
+def check(workdir: pathlib.Path) -> None:
+  """Check, before the first stage runs, that what the report will read can be read.
+
+  Raises:
+    ReportError: report.json is damaged.
+    UserError: a log of an earlier run is damaged.
+  """
+  load_results(workdir)
+  _metrics_by_stage(workdir)
+  rft_report.read_runs(workdir)
+  rft_report.read_samples(workdir)
 
 
 def update_results(workdir: str | os.PathLike, section: str, values: Mapping[str, Any]) -> dict[str, Any]:

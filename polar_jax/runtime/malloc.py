@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 # Parameters of mallopt(3).
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 
 
 def runs_on_cpu() -> bool:
@@ -48,3 +48,13 @@ def keep_freed_memory() -> bool:
   settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20))
   accepted = [libc.mallopt(name, value) for name, value in settings]
   return all(accepted)
+
+
+def map_large_blocks() -> bool:
+  """Make glibc map large blocks from the system and unmap them when they are freed. Returns whether it did.
+
+  Call it before work whose blocks are large compared with the memory: `keep_freed_memory` lets small blocks settle in a large free
+  one, so that the next large one does not fit there, and a process can grow to several times what it uses.
+  """
+  libc = _glibc()
+  return libc is not None and all([libc.mallopt(_MMAP_MAX, 1 << 16), libc.mallopt(_MMAP_THRESHOLD, 16 << 20)])

@@ -27,6 +27,7 @@ from polar_jax.config import ModelConfig
 from polar_jax.data.layout import sequence_batch
 from polar_jax.data.template import Template
 from polar_jax.model.reward_model import sequence_rewards
+from polar_jax.runtime import preemption
 from polar_jax.scoring.scorer import jit_rewards, ladder_length
 from polar_jax.types import Group, UserError
 
@@ -110,6 +111,7 @@ class ExactScorer:
     rewards = np.full(len(sequences), np.nan, np.float32)
     in_flight: collections.deque[tuple[list[int], jax.Array]] = collections.deque()
     for members, reward_B in self._dispatch(sequences):
+      preemption.check()
       in_flight.append((members, reward_B))
       if len(in_flight) > _IN_FLIGHT:
         _fetch(in_flight, rewards)

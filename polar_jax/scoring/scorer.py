@@ -17,16 +17,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from polar_jax import sharding
 from polar_jax.config import ModelConfig
 from polar_jax.data import packing
-from polar_jax.data.layout import Segment, group_batch, group_segments
+from polar_jax.data.layout import Segment, check_candidates, group_batch, group_segments
 from polar_jax.data.template import Template
 from polar_jax.model import heads
 from polar_jax.model.reward_model import RewardModel, group_rewards
+from polar_jax.runtime import preemption
 from polar_jax.types import Group, Triplet, UserError
 
 # Without a given row length, rows are at least this many times the mean length of the segments of a call, so that they pack densely.
 _MEAN_LENGTHS = 4
 # With `ladder`, a large group is divided into segments of about this many tokens, each with the prefix.
 _LADDER_ROW = 4_096
+_IN_FLIGHT = 1  # batches that wait for the device while it computes another
 
 
 class Scorer:
@@ -71,6 +73,9 @@ class Scorer:
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
     """Return the rewards of each group's candidates, float32, in order. A group may have any number of candidates, including none.
 
+    Sequences of equal tokens are computed once, wherever they are in the call, because the last bits of a reward depend on its place in
+    a batch: equal candidates tie.
+
     Args:
       groups: candidates with their prompt and reference.
       alone: truncate a long prompt for each candidate as if it were the only one of its group, so that no reward depends on the others.
@@ -80,19 +85,27 @@ class Scorer:
     """
     segments: list[Segment] = []
     starts = np.concatenate([[0], np.cumsum([len(group.candidates) for group in groups], dtype=int)])
+    first: dict[bytes, int] = {}  # token ids -> the first candidate that has them
+    twin = np.arange(starts[-1])  # the candidate whose reward each one shares
     for g, group in enumerate(groups):
       try:
         sequences = self._template.encode_candidates(group.prompt, group.reference, group.candidates, group.wrapper, alone)
         while self._grow and self._row_length and max(map(len, sequences), default=0) > self._row_length:
           self._row_length *= 2
-        of_group = group_segments(sequences, self._row_length or self._max_segment(sequences), self._candidates)
+        if self._row_length:
+          check_candidates(sequences, self._row_length)
+        keys = [np.asarray(sequence, np.int32).tobytes() for sequence in sequences]
+        twin[starts[g] : starts[g + 1]] = [first.setdefault(key, int(starts[g]) + c) for c, key in enumerate(keys)]
+        new = [c for c in range(len(sequences)) if twin[starts[g] + c] == starts[g] + c]
+        fresh = [sequences[c] for c in new]
+        of_group = group_segments(fresh, self._row_length or self._max_segment(fresh), self._candidates)
       except UserError as error:
         raise UserError(f'group {g}: {error}') from error
-      segments += [segment._replace(members=[int(starts[g]) + c for c in segment.members]) for segment in of_group]
+      segments += [segment._replace(members=[int(starts[g]) + new[c] for c in segment.members]) for segment in of_group]
     rewards = np.full(starts[-1], np.nan, np.float32)
     for index_BQ, rewards_BQ in self._batches(segments):
       rewards[index_BQ[index_BQ >= 0]] = rewards_BQ[index_BQ >= 0]
-    return np.split(rewards, starts[1:-1]) if groups else []
+    return np.split(rewards[twin], starts[1:-1]) if groups else []
 
   def score_pairs(self, triplets: Sequence[Triplet]) -> np.ndarray:
     """Return rewards (triplets, 2) of the chosen and the rejected candidates, float32."""
@@ -115,11 +128,14 @@ class Scorer:
     if self._ladder:
       rows = min(rows, sharding.round_up(1 << (len(packed) - 1).bit_length(), sharding.batch_shards(self._mesh)))
     packed += [[]] * (-len(packed) % rows)
-    scored = []
+    scored: list[tuple[np.ndarray, Any]] = []
     with jax.set_mesh(self._mesh):
       for low in range(0, len(packed), rows):
+        preemption.check()
         batch = group_batch(segments, packed[low : low + rows], row_length, self._candidates)
         scored.append((batch.index_BQ, self._forward(self.params, sharding.put_global(batch, self._mesh))))
+        if len(scored) > _IN_FLIGHT:  # further ahead the host would not notice SIGTERM, and batches would fill the memory
+          scored[-1 - _IN_FLIGHT] = jax.device_get(scored[-1 - _IN_FLIGHT])
     return jax.device_get(scored)
 
 

@@ -96,7 +96,7 @@ def main() -> int:
 
   from absl import logging
 
-  from polar_jax.runtime import malloc
+  from polar_jax.runtime import malloc, preemption
 
   logging.set_verbosity(logging.ERROR)  # TFDS and Orbax log every file they touch
   if malloc.runs_on_cpu():
@@ -111,6 +111,7 @@ def main() -> int:
     return 0
   except Preempted as stop:
     print(stop, flush=True)
+    preemption.leave(fanout.PREEMPTED)
     return fanout.PREEMPTED
   except (UserError, NonFiniteError) as error:
     print(f'polar_jax: {error}', file=sys.stderr, flush=True)

@@ -60,6 +60,11 @@ def fetch_logs(folder: pathlib.Path, home: pathlib.Path, step: int) -> None:
         paths.copy(home / name, folder / name)
 
 
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+  """Return whether a record of metrics.jsonl is that of an evaluation rather than of a step."""
+  return any(name.startswith(('validation_', 'evaluation_')) for name in record)
+
+
 class StepLog:
   """Appends records to a JSON Lines file. A resumed run drops those after the restored step and writes them again.
 
@@ -67,13 +72,14 @@ class StepLog:
     lost: seconds that the dropped steps took.
   """
 
-  def __init__(self, folder: pathlib.Path, last_step: int, file: str):
+  def __init__(self, folder: pathlib.Path, last_step: int, file: str, evaluates_again: bool = False):
     """Open the file.
 
     Args:
       folder: of the run; created if needed.
       last_step: records of later steps are dropped.
       file: its name.
+      evaluates_again: drop also an evaluation of the last step.
     """
     self._file: TextIO | None = None
     self.lost = 0.0
@@ -81,7 +87,8 @@ class StepLog:
       return
     folder.mkdir(parents=True, exist_ok=True)
     records = read_metrics(folder, file)
-    kept = [record for record in records if record['step'] <= last_step]
+    repeated = lambda record: evaluates_again and record['step'] == last_step and is_evaluation(record)
+    kept = [record for record in records if record['step'] <= last_step and not repeated(record)]
     self.lost = sum(record.get('step_seconds', 0.0) for record in records if record['step'] > last_step)
     paths.write_atomically(folder / file, ''.join(json.dumps(record) + '\n' for record in kept))
     self._file = (folder / file).open('a', encoding='utf-8')
@@ -121,9 +128,9 @@ def _import_tensorboard() -> types.ModuleType:
 class MetricsLog(StepLog):
   """metrics.jsonl, and its numbers in TensorBoard."""
 
-  def __init__(self, folder: pathlib.Path, last_step: int):
+  def __init__(self, folder: pathlib.Path, last_step: int, evaluates_again: bool = False):
     """Open both; see `StepLog`."""
-    super().__init__(folder, last_step, FILE)
+    super().__init__(folder, last_step, FILE, evaluates_again)
     self._tensorboard: Any = None
     if self._file is None:
       return

@@ -7,14 +7,15 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 
+from polar_jax.checkpoints import space
 from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, ProfileConfig
 from polar_jax.runtime import heartbeat, paths
-from polar_jax.runtime.preemption import Preempted, SigtermFlag
+from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.train.goodput import GoodputClock
 from polar_jax.train.metrics import SUMMARY, MetricsLog, StepLog, StepProgress, fetch_logs, keep_logs
 from polar_jax.train.profile import Profiler
@@ -100,6 +101,24 @@ class Session:
     self.step = self.first_step = 0
     self._earlier_seconds: dict[str, float] = {}
     self._logs: list[StepLog] = []
+    self._open = contextlib.ExitStack()
+
+  def check_space(self, abstract: Any, evaluate_every: int | None = None) -> None:
+    """Check that the disk has room for the checkpoints of all remaining steps.
+
+    Args:
+      abstract: the state that is saved, as shapes.
+      evaluate_every: steps between evaluations that are followed by a checkpoint; None: there are none.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    run, on_disk = self._run, self.checkpointer.steps
+    if jax.process_index() == 0:
+      count = space.most_at_once(run.checkpointing, max(on_disk, default=0), run.steps, evaluate_every)
+      most = run.checkpointing.keep + run.checkpointing.keep_best + 1
+      count = min(count, max(most - len(on_disk), 0))  # older ones make room for new ones
+      space.check(run.name, run.home, run.checkpointing, count * space.size_of(abstract))
 
   def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """Return the state of the newest checkpoint, laid out like `abstract`, and the data saved with it.
@@ -113,18 +132,19 @@ class Session:
     self._run.log(f'{self._run.name}: resumed from step {self.step} of {self._run.steps}')
     return state, data
 
-  def open_logs(self, log_every: int) -> None:
+  def open_logs(self, log_every: int, evaluates_again: bool = False) -> None:
     """Open metrics.jsonl and the progress display. Records of steps after the restored one are dropped.
 
     Args:
       log_every: steps between plain lines of progress.
+      evaluates_again: drop also an evaluation of the restored step, because SIGTERM stopped it and the run repeats it.
     """
     run = self._run
     fetch_logs(run.folder, run.home, self.step)
-    self.metrics = MetricsLog(run.folder, self._last_step)
+    self.metrics = MetricsLog(run.folder, self._last_step, evaluates_again)
     self._logs.append(self.metrics)
     self.clock.resume(self._earlier_seconds, self.metrics.lost)
-    self.progress = StepProgress(run.name, run.steps, self.step, log_every)
+    self.progress = self._open.enter_context(contextlib.closing(StepProgress(run.name, run.steps, self.step, log_every)))
 
   def open_log(self, file: str) -> StepLog:
     """Open one more log of steps, which is flushed and closed with the session. Call it after `open_logs`."""
@@ -164,20 +184,21 @@ class Session:
     """Whether a checkpoint is due by the number of steps; the one after the last step is written by `finish`."""
     return not self.is_complete and self.step % self._run.checkpointing.every_steps == 0
 
-  def save(self, state: Any, data: Mapping[str, Any], metrics: dict[str, float]) -> None:
+  def save(self, state: Any, data: Mapping[str, Any], metrics: dict[str, float], *, again: bool = False) -> None:
     """Start saving a checkpoint.
 
     Args:
       state: named tuple of arrays, which may be overwritten when this returns.
       data: JSON values that a resumed run needs, in addition to the step and the seconds.
       metrics: decide which checkpoint is the best; empty: this one is not a candidate.
+      again: replace the checkpoint of this step, whose evaluation SIGTERM had stopped.
     """
     # A checkpoint promises that its steps are logged, so their records are on disk first.
     for log in self._logs:
       log.flush()
     keep_logs(self._run.folder, self._run.home)
     data = {'step': self.step, **data, 'seconds': self.clock.seconds}
-    self.checkpointer.save(self.step, state, data, self._run.fingerprint, metrics)
+    self.checkpointer.save(self.step, state, data, self._run.fingerprint, metrics, again=again)
 
   def stop_if_preempted(self, save: Callable[[], None], *, finished: bool) -> None:
     """Save and stop after SIGTERM. All processes must call this equally often.
@@ -190,9 +211,29 @@ class Session:
       Preempted: SIGTERM arrived; the state is saved.
     """
     if self._sigterm.is_set() and not finished:
-      save()
-      self.checkpointer.wait()
-      raise Preempted(self._run.name, self.step)
+      self._save_and_stop(save)
+
+  @contextlib.contextmanager
+  def saving_if_stopped(self, save: Callable[[], None]) -> Iterator[None]:
+    """Scope of work that may take long and changes nothing that `save` saves until it is done, so that a resumed run can repeat it.
+
+    Args:
+      save: calls `save` of this session.
+
+    Raises:
+      Preempted: SIGTERM arrived in a loop of this work; the state is saved.
+    """
+    try:
+      yield
+    except StopRequested:
+      self._save_and_stop(save)
+
+  def _save_and_stop(self, save: Callable[[], None]) -> NoReturn:
+    if self.step == 0:
+      raise Preempted(self._run.name, 'before its first step') from None
+    save()
+    self.checkpointer.wait()
+    raise Preempted(self._run.name, self.step) from None
 
   def finish(self, save: Callable[[], None], summarize: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """Save the last step, unless it is saved already, wait for all checkpoints, and write summary.json.
@@ -232,7 +273,7 @@ class Session:
   def close(self) -> None:
     """Close everything, and wait for checkpoints that are being written."""
     self.profiler.close()
-    self.progress.close()
+    self._open.close()
     for log in self._logs:
       log.close()
     self.checkpointer.close()

@@ -26,6 +26,8 @@ from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, 
 from polar_jax.data import pipeline
 from polar_jax.model import flops
 from polar_jax.runtime import distributed
+from polar_jax.runtime.compiled import executables
+from polar_jax.train import memory as memory_lib
 from polar_jax.train import step as step_lib
 from polar_jax.train.metrics import read_metrics, reward_histogram
 from polar_jax.train.objectives import NEXT_TOKEN, Objective
@@ -103,12 +105,16 @@ def train(run: Run) -> TrainedRun:
   """Train to the last step, resuming from the newest checkpoint.
 
   Raises:
+    ConfigError: memory or disk space is not enough; the message says what to change.
     NonFiniteError: naming the step and the examples of its batch that gave a non-finite reward.
     Preempted: after SIGTERM, once the state is saved.
   """
   distributed.agree(run.name, run.fingerprint)
-  with jax.set_mesh(run.mesh), contextlib.closing(_Trainer(run)) as trainer, distributed.leaving_when_lost():
-    return trainer.run_to_end()
+  is_lm = run.objective is NEXT_TOKEN
+  best_metric = 'validation_loss' if is_lm else 'validation_accuracy'
+  session = Session(run, best_metric, best_is_lower=is_lm, started=run.started)
+  with jax.set_mesh(run.mesh), contextlib.closing(session), distributed.leaving_when_lost():
+    return _Trainer(run, session).run_to_end()
 
 
 class _PendingStep(NamedTuple):
@@ -131,29 +137,33 @@ class _PendingStep(NamedTuple):
 class _Trainer:
   """One start of a run."""
 
-  def __init__(self, run: Run):
-    self.run, config = run, run.train
-    is_lm = run.objective is NEXT_TOKEN
-    best_metric = 'validation_loss' if is_lm else 'validation_accuracy'
-    self.session = Session(run, best_metric, best_is_lower=is_lm, started=run.started)
+  def __init__(self, run: Run, session: Session):
+    self.run, self.session, config = run, session, run.train
     # All at once: evaluated step by step they would queue after the running step, and the host would wait for them.
     self.learning_rates = np.asarray(learning_rate_schedule(config, run.steps)(jnp.arange(run.steps)))
     self.functions = _functions(run)
-    self.count_flops = flops.language_model_flops if is_lm else flops.reward_model_flops
+    self.train_step, self.evaluate_step = executables(self.functions.train), executables(self.functions.evaluate)
+    session.check_space(self.functions.abstract, None if run.validation is None else config.evaluate_every)
+    self.count_flops = flops.language_model_flops if run.objective is NEXT_TOKEN else flops.reward_model_flops
     given = run.profile.peak_flops
     self.peak_flops, self.peak_source = (given, 'profile.peak_flops') if given else flops.peak_flops(jax.devices()[0])
     self.compiled_rows = set[int]()
+    # A CPU allocates the temporaries of a call when it is dispatched, and two steps at a time would need twice the memory.
+    self.one_at_a_time = run.mesh.devices.flat[0].platform == 'cpu'
     self.iterator = pipeline.iterate(run.batches, threads=run.threads, prefetch=run.prefetch)
     self.tokens, self.flops = 0, 0.0
     self.validation: dict[str, float] = {}  # means of the last pass, by name in metrics.jsonl
     self.validated_step = -1
-    if self.session.resumed:
-      self.state, saved = self.session.restore(self.functions.abstract)
+    self.validation_due = False  # at this step; saved, so that a pass that SIGTERM stopped is repeated
+    if session.resumed:
+      self.state, saved = session.restore(self.functions.abstract)
       self.iterator.set_state(saved['iterator'])
       self.tokens, self.flops, self.validation = saved['tokens'], saved['flops'], saved['validated']
+      self.validation_due = run.validation is not None and saved.get('validation_due', False)  # older checkpoints have none
     else:
       self.state = self.functions.init(jax.random.key(run.seed), None if run.load_start is None else run.load_start())
-    self.session.open_logs(config.log_every)
+    self.iterator_state = self.iterator.get_state()  # after the last step taken, when the next batch may have been read already
+    session.open_logs(config.log_every, self.validation_due)
     self.pending: _PendingStep | None = None
     self.fetched_at = time.perf_counter()
 
@@ -161,9 +171,18 @@ class _Trainer:
     """Take all remaining steps."""
     session = self.session
     with session.running():
+      if self.validation_due:
+        with session.saving_if_stopped(self._save):
+          self._validate()
+        self._save(again=True)
       while not session.is_complete:
-        self._take_step()
-        self._maybe_validate()
+        with session.saving_if_stopped(self._save):
+          self._take_step()
+          every = self.run.train.evaluate_every
+          due = session.is_complete or (every is not None and session.step % every == 0)
+          self.validation_due = due and self.run.validation is not None
+          if self.validation_due:
+            self._validate()
         session.clock.lap('evaluate')
         if session.is_save_due or (self.validated_step == session.step and not session.is_complete):
           self._save()
@@ -178,10 +197,15 @@ class _Trainer:
     clock.lap('data')
     batch = sharding.put_local(host_batch, self.run.mesh)
     is_new_shape = self._note_shape(len(batch.tokens_BT))
+    if is_new_shape:
+      self._compile(batch)
+    if self.one_at_a_time:
+      jax.block_until_ready(self.state)
     session.profiler.before(session.steps_taken)
-    self.state, output = self.functions.train(self.state, batch)
+    self.state, output = self.train_step(self.state, batch)
     clock.lap('compile' if is_new_shape else 'step')
     session.advance()
+    self.iterator_state = self.iterator.get_state()
     self._write_pending()
     self.pending = self._pending_step(host_batch, output)
     session.profiler.after(session.steps_taken, output)
@@ -196,6 +220,22 @@ class _Trainer:
     if rows != planned:
       self.run.log(f'{self.run.name}: step {self.session.step + 1} needs {rows} rows, planned {planned}: one more compilation')
     return True
+
+  def _compile(self, batch: Any) -> None:
+    """Compile a step of a new shape, and before the first step also that of validation, and check that they fit the memory.
+
+    Raises:
+      ConfigError: one does not.
+      StopRequested: SIGTERM arrived.
+    """
+    run, first = self.run, len(self.compiled_rows) == 1
+    validation = sharding.put_local(next(iter(run.validation)), run.mesh) if first and run.validation is not None else None
+    calls = [('a step', self.train_step, (self.state, batch))]
+    calls += [] if validation is None else [('validation', self.evaluate_step, (self.state.params, validation))]
+    for what, call, arguments in calls:
+      rows, length = arguments[-1].tokens_BT.shape
+      remedies = functools.partial(memory_lib.remedies, run.model, run.train, rows // sharding.batch_shards(run.mesh))
+      memory_lib.check(f'{run.name}: {what} of {rows} x {length} tokens', call.prepare(*arguments), run.mesh, run.log, remedies)
 
   def _pending_step(self, host_batch: Any, output: dict[str, Any]) -> _PendingStep:
     """Return the step just started. Each process knows only its share of the batch, so its counts are scaled up."""
@@ -249,25 +289,30 @@ class _Trainer:
     norm = record['grad_norm']
     return f'{self.run.name}: step {record["step"]} has loss {record["loss"]} and gradient norm {norm}; non-finite outputs: {where}'
 
-  def _maybe_validate(self) -> None:
-    """Run a validation pass if one is due."""
-    run, session, every = self.run, self.session, self.run.train.evaluate_every
-    due = session.is_complete or (every is not None and session.step % every == 0)
-    if not due or run.validation is None:
-      return
+  def _validate(self) -> None:
+    """Run a validation pass."""
+    run, session = self.run, self.session
+    assert run.validation is not None
     self._write_pending()
-    means = evaluate(self.functions, self.state.params, run.validation, run.mesh)
+    means = evaluate(self.evaluate_step, self.state.params, run.validation, run.mesh)
     self.validation, self.validated_step = {f'validation_{name}': value for name, value in means.items()}, session.step
+    self.validation_due = False
     record = {'stage': run.name, 'step': session.step, **self.validation}
     session.metrics.write(record)
     session.progress.update(record)
     self.fetched_at = time.perf_counter()
 
-  def _save(self) -> None:
+  def _save(self, again: bool = False) -> None:
     # A checkpoint promises that its steps are finite and logged.
     self._write_pending()
-    data = {'iterator': self.iterator.get_state(), 'tokens': self.tokens, 'flops': self.flops, 'validated': self.validation}
-    self.session.save(self.state, data, self.validation if self.validated_step == self.session.step else {})
+    data = {
+      'iterator': self.iterator_state,
+      'tokens': self.tokens,
+      'flops': self.flops,
+      'validated': self.validation,
+      'validation_due': self.validation_due,
+    }
+    self.session.save(self.state, data, self.validation if self.validated_step == self.session.step else {}, again=again)
 
   def _summarize(self, timing: dict[str, Any]) -> dict[str, Any]:
     records = [record for record in read_metrics(self.run.folder) if 'loss' in record]
@@ -288,10 +333,6 @@ class _Trainer:
       'peak_source': self.peak_source,
       **self.validation,
     }
-
-  def close(self) -> None:
-    """Close the logs and checkpoints."""
-    self.session.close()
 
 
 def _functions(run: Run) -> step_lib.StepFunctions:

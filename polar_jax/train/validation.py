@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.data import pipeline
-from polar_jax.train import step as step_lib
+from polar_jax.data import lengths, pipeline
+from polar_jax.runtime import preemption
 from polar_jax.types import PairBatch, Triplet
 
 
@@ -38,6 +38,23 @@ class PairValidation:
   def __iter__(self) -> Iterator[PairBatch]:
     return iter(self._batches)
 
+  def check(self, threads: int) -> PairValidation:
+    """Plan the batches now, so that a validation example that cannot be packed is reported before the first step of a run.
+
+    Args:
+      threads: that read and tokenize.
+
+    Returns:
+      The object itself.
+
+    Raises:
+      UserError: an example is longer than a row, or cannot be tokenized.
+    """
+    if self._row_length is not None:
+      lengths.check(self._tokens, range(len(self._tokens)), self._row_length, split='validation', threads=threads)
+    _ = self._batches
+    return self
+
   @functools.cached_property
   def _batches(self) -> grain.MapDataset:
     order: Any = {'steps': math.ceil(len(self._tokens) / self._plan.size), 'seed': None, 'once': True}
@@ -51,18 +68,22 @@ def text_validation(windows: pipeline.TextWindows, plan: pipeline.BatchPlan, max
   return pipeline.text_batches(windows, plan, steps=steps, seed=None, once=True)
 
 
-def evaluate(functions: step_lib.StepFunctions, params: Any, batches: Iterable[Any], mesh: Mesh) -> dict[str, float]:
+def evaluate(call: Callable[[Any, Any], dict[str, Any]], params: Any, batches: Iterable[Any], mesh: Mesh) -> dict[str, float]:
   """Return the means of the loss and metrics over `batches`. Sums are added in float64 on the host.
 
   Args:
-    functions: the compiled step.
-    params: parameters to evaluate.
-    batches: host arrays of this process.
-    mesh: devices of the parameters.
+    call: `StepFunctions.evaluate`.
+    params: of the model.
+    batches: of one pass.
+    mesh: the devices.
+
+  Raises:
+    StopRequested: SIGTERM arrived.
   """
   count, totals = 0.0, dict[str, float]()
   for batch in batches:
-    output = jax.device_get(functions.evaluate(params, sharding.put_local(batch, mesh)))
+    preemption.check()
+    output = jax.device_get(call(params, sharding.put_local(batch, mesh)))
     count += float(output['count'])
     for name, value in output['sums'].items():
       totals[name] = totals.get(name, 0.0) + float(value)
@@ -73,7 +94,7 @@ class _Head(Sequence[Triplet]):
   """The first `size` examples of a sequence, read only on access."""
 
   def __init__(self, examples: Sequence[Triplet], size: int):
-    self._examples, self._size = examples, size
+    self._examples, self._size, self.path = examples, size, getattr(examples, 'path', None)
 
   def __len__(self) -> int:
     return self._size

@@ -76,6 +76,7 @@ BAD = [
   ({**GOOD, 'reference': [{'content': None}]}, 'reference', 'reference[0].content must be a string, not null'),
   ({**GOOD, 'reference': ['text']}, 'reference', 'reference[0] must be a message'),
   ({**GOOD, 'chosen': '\ud83e'}, 'chosen', 'surrogate'),
+  ({**GOOD, 'category': 'a\ud83e'}, 'category', 'surrogate'),  # the report could not be written
   ({**GOOD, 'wrapper': 'chat'}, 'wrapper', "wrapper is 'chat'"),
   ({**GOOD, 'wrapper': ['sft']}, 'wrapper', 'wrapper is'),
   ({**GOOD, 'category': 3}, 'category', 'category must be a string, not int'),

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from polar_jax.planning.compiled import Memory
 from polar_jax.planning.ppo_step import Measured, Plan, changes
+from polar_jax.runtime.compiled import Memory
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """

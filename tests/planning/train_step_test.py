@@ -19,10 +19,10 @@ from polar_jax.data import packing
 from polar_jax.data.layout import pair_batch, pair_segment
 from polar_jax.model import flops
 from polar_jax.planning import topology, train_step
-from polar_jax.planning.compiled import Memory
 from polar_jax.planning.hlo import Traffic
 from polar_jax.planning.train_step import Plan
 from polar_jax.runtime import chips
+from polar_jax.runtime.compiled import Memory
 from polar_jax.stages import plan as stage
 
 ROOT = pathlib.Path(__file__).parents[2]

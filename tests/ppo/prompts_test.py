@@ -56,6 +56,7 @@ def test_order_is_kept_over_many_chunks_and_threads(monkeypatch):
   rows = [Prompt('ab' * (i * 7919 % 101), 'r') for i in range(1, 500)]
   read = PolicyPrompts(rows, BYTES, None, 150)
   wanted = [i for i, row in enumerate(rows) if len(row.prompt) + 1 <= 150]
+  assert read.longest == max(len(rows[i].prompt) for i in wanted) + 1
   assert read.kept == wanted and sorted(read.kept + read.dropped) == list(range(len(rows)))
   assert [(prompt, text(ids)) for prompt, ids in read] == [(rows[i], '<s>' + rows[i].prompt) for i in wanted]
 

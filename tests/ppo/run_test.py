@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 
-from polar_jax.config import RftConfig, RolloutConfig
+from polar_jax.config import ConfigError, RftConfig, RolloutConfig
 from polar_jax.ppo.run import Run
 
 
@@ -49,3 +50,16 @@ def test_row_length_is_a_multiple_that_holds_prompt_and_response():
   length = make_run(rollout=rollout).row_length
   assert 129 <= length < 129 + 128 and length % 128 == 0
   assert make_run(rollout=rollout, row_length=150).row_length == 150
+
+
+def test_rows_that_do_not_hold_the_longest_prompt_with_a_response_are_refused_before_the_first_step():
+  class Prompts(list):
+    longest = 20
+
+  reward = types.SimpleNamespace(check=lambda *_: None)
+  made = lambda **settings: dataclasses.replace(make_run(**settings), prompts=Prompts(), reward=reward)
+  rollout = RolloutConfig(max_prompt=20, max_new=10)
+  with pytest.raises(ConfigError, match=r'rft\.row_length is 28, .* takes 29: set rft\.row_length to 29 or more'):
+    made(rollout=rollout, row_length=28).check()
+  made(rollout=rollout, row_length=29).check()
+  made(rollout=rollout).check()

@@ -42,7 +42,9 @@ from polar_jax.ppo.advantages import next_kl_coef
 from polar_jax.ppo.rewards.http import RewardServerError
 from polar_jax.ppo.rewards.python import RewardFunctionError
 from polar_jax.ppo.rewards.sources import RewardError, RewardSum
+from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.runtime.preemption import Preempted
+from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages import rft as stage
 from polar_jax.stages.context import Context
 from polar_jax.stages.pretrain import pretrain
@@ -298,6 +300,26 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
     patch.setattr(StepProgress, 'update', send)
     with pytest.raises(Preempted, match='stopped by SIGTERM, saved at step 3'):
       stage.rft(made)
+  stage.rft(made)
+  assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
+
+
+@pytest.mark.parametrize(('owner', 'method', 'call', 'step'), [(RolloutEngine, 'generate', 3, 1), (Scorer, 'score', 4, 1)])
+def test_sigterm_while_sampling_or_scoring_is_answered_before_the_step_ends(world, finished, monkeypatch, owner, method, call, step):
+  made, original, calls, updates = context(world, f'stopped_{method}'), getattr(owner, method), [], []
+
+  def send(self, *args, **kwargs):
+    calls.append(len(updates))
+    if len(calls) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *args, **kwargs)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(owner, method, send)
+    patch.setattr(loop.Trainer, '_check_alarms', lambda self: bool(updates.append(self.step)))
+    with pytest.raises(Preempted, match=rf'stopped by SIGTERM, saved at step {step}\.'):
+      stage.rft(made)
+  assert len(updates) == step
   stage.rft(made)
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 

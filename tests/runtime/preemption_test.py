@@ -5,8 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import signal
+import threading
+import time
 
-from polar_jax.runtime.preemption import SigtermFlag
+import pytest
+
+from polar_jax.runtime import preemption
+from polar_jax.runtime.preemption import SigtermFlag, StopRequested
 
 
 def test_runs_in_other_threads_share_the_flag_of_the_main_thread():
@@ -28,3 +33,47 @@ def test_the_handler_is_restored():
     os.kill(os.getpid(), signal.SIGTERM)
     assert flag.wait(10) and not outer.is_set()
   assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_loops_stop_only_in_the_scope_of_a_flag():
+  preemption.check()
+  with SigtermFlag():
+    preemption.check()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(StopRequested):
+      preemption.check()
+    with pytest.raises(StopRequested), preemption.interruptible():  # it came before
+      pytest.fail('entered')
+  preemption.check()
+
+
+def test_a_wait_is_interrupted_and_work_after_it_is_not():
+  with SigtermFlag() as flag:
+    with pytest.raises(StopRequested), preemption.interruptible():
+      try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+      except Exception:  # as a reward function may do
+        pytest.fail('taken for an error')
+    assert flag.is_set()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_work_in_a_thread_returns_raises_and_is_given_up():
+  release, done = threading.Event(), threading.Event()
+
+  def slow():
+    os.kill(os.getpid(), signal.SIGTERM)
+    release.wait(60)
+    done.set()
+
+  assert preemption.in_thread(lambda: 3) == 3
+  with SigtermFlag():
+    assert preemption.in_thread(lambda: threading.current_thread() is threading.main_thread()) is False
+    with pytest.raises(ZeroDivisionError):
+      preemption.in_thread(lambda: 1 // 0)
+    with pytest.raises(StopRequested):
+      preemption.in_thread(slow)
+  assert not done.is_set()
+  release.set()
+  assert done.wait(60)

@@ -114,3 +114,25 @@ def test_ladder_gives_the_same_rewards_in_few_shapes(make_scorer, groups):
     for a, b in zip(fixed.score(few), ladder.score(few), strict=True):
       np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
   assert ladder._forward._cache_size() <= 3  # one, two and more rows of one length
+
+
+@pytest.mark.parametrize('shape', [{}, {'rows': 2, 'row_length': 128, 'candidates': 3}, {'ladder': True}])
+def test_equal_sequences_tie_wherever_they_are(make_scorer, shape):
+  """The last bits of a reward depend on its place in a batch, which must not decide between equal candidates."""
+  rng = np.random.default_rng(3)
+  words = [_word(rng) for _ in range(60)]
+  triplets = [Triplet(f'p{i % 7}', 'r', word, word) for i, word in enumerate(words)]
+  rewards_NC = make_scorer(**shape).score_pairs(triplets)
+  np.testing.assert_array_equal(rewards_NC[:, 0], rewards_NC[:, 1])
+  groups = [
+    Group('p', 'r', ['one', 'two', 'one']),
+    *(Group(f'q{i}', 'r', [word]) for i, word in enumerate(words)),
+    Group('p', 'r', ['two']),
+  ]
+  first, *_, last = make_scorer(**shape).score(groups, alone=True)
+  assert first[0] == first[2] and first[1] == last[0] != first[0]
+
+
+def test_a_repeated_candidate_does_not_change_the_number_of_the_one_at_fault(make_scorer):
+  with pytest.raises(UserError, match='group 0: candidate 3 has'):
+    make_scorer(row_length=64).score([Group('p', 'r', ['a', 'a', 'a', 'c' * 80])])

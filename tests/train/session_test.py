@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polar_jax.config import CheckpointingConfig, ProfileConfig
+from polar_jax.checkpoints import space
+from polar_jax.config import CheckpointingConfig, ConfigError, ProfileConfig
+from polar_jax.runtime import preemption
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.train.metrics import SAMPLES, read_metrics
 from polar_jax.train.session import Session
@@ -70,7 +72,7 @@ def test_records_are_on_disk_before_their_steps_are_saved(settings, monkeypatch)
   session, state, _ = start(settings)
   samples, on_disk = session.open_log(SAMPLES), []
 
-  def save(step, *_):
+  def save(step, *_, **__):
     on_disk.append((step, *(len(read_metrics(f, file)) for f in (settings.folder, settings.home) for file in ('metrics.jsonl', SAMPLES))))
 
   monkeypatch.setattr(session.checkpointer, 'save', save)
@@ -122,3 +124,66 @@ def test_checkpoints_are_due_by_steps_but_not_at_the_end(settings):
       due.append(session.is_save_due)
   session.close()
   assert due == [False, True, False, False]
+
+
+def test_a_stop_before_the_first_step_saves_nothing(settings):
+  session, *_ = start(settings)
+  stopped = pytest.raises(Preempted, match=r'run: stopped by SIGTERM, before its first step\. The same command')
+  with stopped, session.running(), session.saving_if_stopped(lambda: pytest.fail('there is nothing to save')):
+    os.kill(os.getpid(), signal.SIGTERM)
+    preemption.check()
+  session.close()
+
+
+def test_an_evaluation_that_was_stopped_is_logged_and_ranked_once(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    for step in (1, 2):
+      session.advance()
+      session.metrics.write({'step': step, 'loss': 0.0})
+      session.save(state, {'tokens': 0}, {})
+    session.metrics.write({'step': 2, 'validation_loss': 1.0})
+  session.close()
+  session = Session(settings, 'loss', best_is_lower=True)
+  session.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+  session.open_logs(100, evaluates_again=True)
+  assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2]
+  session.save(state, {'tokens': 7}, {'loss': 0.5}, again=True)
+  session.close()
+  session, _, tokens = start(settings)
+  assert tokens == 7 and session.step == 2
+  session.close()
+
+
+def test_the_only_checkpoint_is_never_given_up_for_another(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    session.advance()
+    session.save(state, {'tokens': 1}, {})
+    session.checkpointer.wait()
+    session.save(state, {'tokens': 2}, {}, again=True)
+  session.close()
+  session, _, tokens = start(settings)
+  assert tokens == 1
+  session.close()
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused_before_the_first_step(settings, monkeypatch):
+  session, *_ = start(settings)
+  usage = types.SimpleNamespace(free=4 * 3 * 4 - 1)  # a state has three float32; checkpoints: keep 2, keep_best 1, one being written
+  monkeypatch.setattr(space.shutil, 'disk_usage', lambda _: usage)
+  abstract = State({'w': jax.ShapeDtypeStruct((3,), jnp.float32)})
+  settings.steps = 100
+  with pytest.raises(
+    ConfigError, match=r'run: checkpoints will take up to 48 bytes .* has 47 bytes free: make room, .* lower check'
+  ) as error:
+    session.check_space(abstract)
+  assert len(str(error.value)) <= 500
+  settings.checkpointing = CheckpointingConfig(every_steps=2, keep=1)  # a remedy of the message
+  session.check_space(abstract)
+  settings.checkpointing, settings.steps = CheckpointingConfig(every_steps=40), 100
+  session.check_space(abstract)  # three checkpoints in all
+  session.check_space(State({'w': jax.ShapeDtypeStruct((3,), jnp.float32)}), evaluate_every=None)
+  with pytest.raises(ConfigError):
+    session.check_space(abstract, evaluate_every=50)
+  session.close()

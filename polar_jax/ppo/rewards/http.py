@@ -82,7 +82,10 @@ class HttpReward:
       for prompt, response in zip(prompts, responses, strict=True)
     ]
     failed = RewardServerError(f'{self._url}: the first process got no rewards; see its log')
-    rewards = score_on_first_process(lambda: self._score_all(texts), len(texts), RewardServerError, failed)
+    # Equal texts are sent once, because the last bits of a reward may depend on its place in a batch of the server: they tie.
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    distinct = score_on_first_process(lambda: self._score_all(list(place)), len(place), RewardServerError, failed)
+    rewards = distinct[np.array([place[text] for text in texts], int)]
     return check_rewards(rewards, self._url, prompts, responses)
 
   def _score_all(self, texts: list[str]) -> np.ndarray:

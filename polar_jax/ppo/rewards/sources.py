@@ -17,6 +17,7 @@ from polar_jax import sharding
 from polar_jax.config import RewardConfig
 from polar_jax.data.template import Template, join_messages
 from polar_jax.ppo.rewards import rules
+from polar_jax.runtime import preemption
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, Text, UserError
 
@@ -87,6 +88,29 @@ class RuleReward:
   def __init__(self, rule: str):
     self._rule = rules.RULES[rule]
 
+  def check(self, prompts: Sequence[Prompt], what: str) -> None:
+    """Check that the rule can read the answer of every prompt.
+
+    Args:
+      prompts: of the data set.
+      what: name of an entry, for messages.
+
+    Raises:
+      RewardError: it cannot; the message counts such prompts.
+    """
+    bad: list[tuple[int, rules.NoAnswerError]] = []
+    for i, prompt in enumerate(prompts):
+      try:
+        self._rule('', _answer(prompt))
+      except rules.NoAnswerError as error:
+        bad.append((i, error))
+    if bad:
+      i, reason = bad[0]
+      raise RewardError(
+        f'{what} {i} {shorten(prompts[i].prompt)}: {reason} ({len(bad)} of {len(prompts)} such prompts); remove them, give them '
+        'an `answer`, or do not set rft.reward.rule'
+      )
+
   def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
     """Return rewards (n,), float32, each 0 or 1.
 
@@ -96,10 +120,15 @@ class RuleReward:
     rewards = np.zeros(len(responses), np.float32)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
       try:
-        rewards[i] = self._rule(response, prompt.answer or join_messages(prompt.reference, 'reference'))
+        rewards[i] = self._rule(response, _answer(prompt))
       except rules.NoAnswerError as error:
         raise RewardError(f'prompt {i} {shorten(prompt.prompt)}: {error}; remove this example, or do not set rft.reward.rule') from error
     return rewards
+
+
+def _answer(prompt: Prompt) -> str:
+  """Return the text that a rule compares with."""
+  return prompt.answer or join_messages(prompt.reference, 'reference')
 
 
 class RewardSum:
@@ -114,6 +143,20 @@ class RewardSum:
     if not parts:
       raise ValueError('a sum of rewards needs at least one source')
     self._parts, self._strip = dict(parts), strip_thinking
+
+  def check(self, prompts: Sequence[Prompt], what: str = 'prompt') -> None:
+    """Check, before any response is sampled, that no source will refuse one of the prompts.
+
+    Args:
+      prompts: of the data set.
+      what: name of an entry, for messages.
+
+    Raises:
+      RewardError: a rule finds no answer to compare with.
+    """
+    for _, source in self._parts.values():
+      if isinstance(source, RuleReward):
+        source.check(prompts, what)
 
   def components(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the raw rewards (n,), float32, of every source by its name.
@@ -154,7 +197,8 @@ def score_on_first_process(score: Callable[[], np.ndarray], count: int, expected
   rewards, failure = np.zeros(count, np.float32), None
   if jax.process_index() == 0:
     try:
-      rewards = score()
+      with preemption.interruptible():
+        rewards = score()
     except expected as error:
       failure = error
   if jax.process_count() > 1:

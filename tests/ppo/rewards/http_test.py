@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +18,7 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.ppo.rewards.http import HttpReward, RewardServerError
 from polar_jax.ppo.rewards.sources import RewardError
+from polar_jax.runtime.preemption import SigtermFlag, StopRequested
 from polar_jax.types import Prompt, UserError
 
 TEMPLATE = Template(TemplateConfig(), ByteTokenizer())
@@ -432,3 +435,20 @@ def test_an_invalid_address_is_named(address):
 def test_prompts_and_responses_must_have_equal_lengths():
   with pytest.raises(ValueError, match='zip'):
     reward('127.0.0.1:1').score(PROMPTS, RESPONSES[:3])
+
+
+def test_equal_texts_are_sent_once_and_tie():
+  prompts, responses = [Prompt('p', 'r')] * 5, ['a', 'b', 'a', 'c', 'a']
+  noisy = send(lambda answer: [{'embedding': [i + 0.5]} for i in range(len(answer))])  # the place in the batch decides
+  with Server('sglang', [noisy]) as server:
+    rewards = HttpReward(TEMPLATE, RewardConfig(source='http', address=server.address, server='sglang')).score(prompts, responses)
+  assert rewards.tolist() == [0.5, 1.5, 0.5, 2.5, 0.5] and len(server.requests[0][1]['text']) == 3
+
+
+def test_sigterm_does_not_wait_for_a_server():
+  def stop(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+  with Server('sglang', [stop]) as server, SigtermFlag(), pytest.raises(StopRequested):
+    HttpReward(TEMPLATE, RewardConfig(source='http', address=server.address, server='sglang')).score([Prompt('p', 'r')], ['a'])

@@ -210,3 +210,13 @@ def test_rewards_of_another_type_or_shape_are_refused():
 )
 def test_strip_thinking(text, expected):
   assert strip_thinking(text) == expected
+
+
+def test_prompts_that_no_response_can_answer_are_counted_before_sampling():
+  good, bad = Prompt('add', 'one', '1'), Prompt('spell', 'two')
+  RewardSum({'rule': (1.0, RuleReward('last_number'))}, False).check([good, Prompt('p', 'is 3')])
+  with pytest.raises(
+    RewardError, match=r"^prompt 1 'spell': .* no number .*\(2 of 3 such prompts\); remove them, give them an `answer`"
+  ) as error:
+    RewardSum({'rule': (1.0, RuleReward('last_number'))}, False).check([good, bad, bad])
+  assert len(str(error.value)) <= 500

@@ -1,0 +1,94 @@
+"""Memory of a compiled step, compared with what its devices have before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from polar_jax.config import ConfigError, ModelConfig, TrainConfig
+from polar_jax.runtime import malloc
+from polar_jax.runtime import memory as memory_lib
+from polar_jax.runtime.compiled import Memory
+from polar_jax.runtime.units import in_units
+
+# With less free memory than this many times the need, the allocator gives freed blocks back, which costs time.
+_ROOMY = 4
+
+
+class Fit(NamedTuple):
+  """Memory that a call needs beyond its arguments, which are allocated already, and that which is free, in bytes."""
+
+  needed: int
+  free: int | None  # None: the device does not say
+  where: str  # 'host' or 'device'
+
+  @property
+  def fits(self) -> bool:
+    """Whether the call fits, as far as is known."""
+    return self.free is None or self.needed <= self.free
+
+
+def fit_of(memory: Memory, mesh: Mesh, extra: int = 0) -> Fit:
+  """Compare the memory of a call with that which is free on the devices of this process.
+
+  Args:
+    memory: of the call, per device.
+    mesh: the devices.
+    extra: bytes per device of arguments that are not allocated yet.
+  """
+  local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+  own = memory.refused or memory.output - memory.alias + memory.temporary + memory.code + extra
+  if local[0].platform == 'cpu':  # all devices of a process share the host's memory
+    return Fit(own * len(local), memory_lib.available(local[0]), 'host')
+  free = [size for device in local if (size := memory_lib.available(device)) is not None]
+  return Fit(own, min(free, default=None), 'device')
+
+
+def check(
+  what: str, memory: Memory, mesh: Mesh, log: Callable[[str], None], remedies: Callable[[Fit], Sequence[str]], extra: int = 0
+) -> None:
+  """Log the memory of a call, and refuse it if there is not enough.
+
+  Args:
+    what: the run and the call, for messages.
+    memory: of the call, per device.
+    mesh: the devices.
+    log: receives one line.
+    remedies: returns what to change.
+    extra: bytes per device of arguments that are not allocated yet.
+
+  Raises:
+    ConfigError: there is not enough memory; the message says what to change.
+  """
+  fit = fit_of(memory, mesh, extra)
+  free = 'an unknown amount' if fit.free is None else in_units(fit.free)
+  facts = f'{what} needs {in_units(fit.needed)} of memory besides parameters and moments, and the {fit.where} has {free} free'
+  if memory.refused or not fit.fits:
+    raise ConfigError(f'{facts}: {"; or ".join(remedies(fit))}')
+  log(facts)
+  if fit.where == 'host' and fit.free is not None and _ROOMY * fit.needed > fit.free:
+    malloc.map_large_blocks()
+
+
+def remedies(model: ModelConfig, train: TrainConfig, rows: int, fit: Fit) -> list[str]:
+  """Return what to change so that a step of supervised training fits, cheapest first.
+
+  Args:
+    model: how it is computed.
+    train: options of the run.
+    rows: of a batch on one device.
+    fit: what the step needs and what is free.
+  """
+  accumulation, out = train.gradient_accumulation_steps, list[str]()
+  at_once = math.ceil(rows / accumulation)
+  if at_once > 1:
+    wanted = accumulation * min(math.ceil(1.1 * fit.needed / max(fit.free or 1, 1)), at_once)  # gradients stay whole, activations do not
+    out.append(f'set gradient_accumulation_steps to {wanted} or more (now {accumulation})')
+  if model.remat != 'full':
+    out.append(f"model.remat to 'full' (now '{model.remat}')")
+  out.append(f'a smaller batch_size (now {train.batch_size}) or model, or free memory')
+  return out

@@ -1,0 +1,82 @@
+"""The memory of a compiled step against that of its devices, and what a message says to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from polar_jax import sharding
+from polar_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from polar_jax.data import pipeline
+from polar_jax.runtime import malloc
+from polar_jax.runtime.compiled import Executables, Memory
+from polar_jax.train import memory
+from polar_jax.train import step as step_lib
+from polar_jax.train.objectives import NEXT_TOKEN
+from polar_jax.train.optimizer import make_optimizer
+
+ROWS, LENGTH = 16, 64
+MODEL = ModelConfig(num_layers=4, d_model=16, d_ff=64, num_heads=2, num_kv_heads=2, head_dim=8, vocab_size=64)
+
+
+def mesh(devices: int = 1):
+  return sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+
+
+@functools.cache
+def memory_of(train: TrainConfig, model: ModelConfig) -> Memory:
+  windows = pipeline.TextWindows(np.arange(3_000, dtype=np.int32) % 64, LENGTH, 0)
+  plan = pipeline.BatchPlan(train.batch_size, train.gradient_accumulation_steps)
+  batch = pipeline.text_batches(windows, plan, steps=1, seed=0)[0]
+  with jax.set_mesh(mesh()):
+    functions = step_lib.build(NEXT_TOKEN, model, make_optimizer(train, 1), mesh(), train.gradient_accumulation_steps)
+    return Executables(functions.train).prepare(functions.abstract, sharding.put_local(batch, mesh()))
+
+
+def checked(train: TrainConfig, model: ModelConfig, log) -> None:
+  remedies = functools.partial(memory.remedies, model, train, train.batch_size)
+  memory.check('run: a step', memory_of(train, model), mesh(), log, remedies)
+
+
+def test_every_remedy_of_the_message_makes_the_step_fit(monkeypatch):
+  train, lines = TrainConfig(batch_size=ROWS), []
+  needed = memory.fit_of(memory_of(train, MODEL), mesh()).needed
+  monkeypatch.setattr(memory.memory_lib, 'available', lambda _: int(0.7 * needed))
+  with pytest.raises(ConfigError) as error:
+    checked(train, MODEL, lines.append)
+  message = str(error.value)
+  found = re.fullmatch(
+    r'run: a step needs \S+ [KM]iB of memory besides parameters and moments, and the host has \S+ [KM]iB free: '
+    r"set gradient_accumulation_steps to (\d+) or more \(now 1\); or model\.remat to 'full' \(now 'none'\); "
+    r'or a smaller batch_size \(now 16\) or model, or free memory',
+    message,
+  )
+  assert found, message
+  assert lines == [] and len(message) <= 500
+  checked(dataclasses.replace(train, gradient_accumulation_steps=int(found[1])), MODEL, lines.append)
+  checked(train, dataclasses.replace(MODEL, remat='full'), lines.append)
+  checked(dataclasses.replace(train, batch_size=ROWS // 2), MODEL, lines.append)
+  assert len(lines) == 3 and all('free' in line for line in lines)
+
+
+def test_devices_of_one_host_share_its_memory(monkeypatch):
+  monkeypatch.setattr(memory.memory_lib, 'available', lambda _: 100)
+  one = Memory(argument=1_000, output=50, alias=40, temporary=7, code=3)  # arguments are allocated already
+  assert memory.fit_of(one, mesh()) == memory.Fit(20, 100, 'host') and memory.fit_of(one, mesh()).fits
+  assert memory.fit_of(one, mesh(8)) == memory.Fit(160, 100, 'host') and not memory.fit_of(one, mesh(8)).fits
+  assert memory.fit_of(one, mesh(), extra=81).needed == 101
+  assert memory.fit_of(Memory(refused=5_000), mesh()).needed == 5_000
+
+
+@pytest.mark.parametrize(('free', 'maps'), [(39, True), (40, False), (None, False)])
+def test_the_allocator_gives_blocks_back_when_memory_is_short(monkeypatch, free, maps):
+  calls = []
+  monkeypatch.setattr(malloc, 'map_large_blocks', lambda: calls.append(1))
+  monkeypatch.setattr(memory.memory_lib, 'available', lambda _: free)
+  memory.check('run: a step', Memory(temporary=10), mesh(), lambda _: None, lambda _: [])
+  assert bool(calls) is maps
