@@ -59,11 +59,28 @@ _JOIN = rf"""(?:
 )"""
 _CLUSTER = re.compile(rf'(?P<before>{_BEFORE})(?P<body>{_PART}(?:{_JOIN}{_PART})*+)', re.VERBOSE)
 
-# What makes a cluster a part of something else: of a root, a fraction, a sum with an error, an imaginary number, a multiple of pi.
+# What makes a cluster a part of something else: of a root, a fraction, a power, a sum with an error or an imaginary number, a multiple of
+# pi, digits with a letter for thousands or more.
 _PART_OF_BEFORE = re.compile(
-  r'(?:√|\\sqrt|\\over|±|\\pm)[\s{(]*$|\\frac\s?\{?[^{}\s]{0,20}$|\\frac\s?\{[^{}]*\}\s?\{[^{}\s]{0,20}$|\^\s?[{(]?\s?$'
+  r'(?:√|\\sqrt|\\over|±|\\pm)[\s{(]*$|\\frac\s?\{?[^{}\s]{0,20}$|\\frac\s?\{[^{}]*\}\s?\{[^{}\s]{0,20}$|\^\s?[{(]?\s?$|[0-9] ?[eE] ?\+?$'
 )
-_PART_OF_AFTER = re.compile(rf'\s?(?:[{_TIMES}^±√π]|\\(?:pi|sqrt|pm|over|choose)(?![a-zA-Z]))|i(?!\w)|[0-9]')
+_PART_OF_AFTER = re.compile(rf'\s?(?:[{_TIMES}^±√π]|\\(?:pi|sqrt|pm|over|choose)(?![a-zA-Z]))|[ikKMB](?!\w)|[0-9]')
+# Pairs of (before, after) that make it the last part of a measure such as `2 hours 30 minutes`, and of a tuple or an interval.
+_LAST_PARTS = [
+  (
+    re.compile(
+      r"[0-9] ?(?:\u00b0|'|(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|miles?|yards?|yd|feet|foot|ft|km|m|meters?|metres?"
+      r'|pounds?|lbs?|kg|dollars?|gallons?|quarts?|degrees?),?(?: and)?) ?$'
+    ),
+    re.compile(
+      r' ?(?:[\'\u2032"\u2033]|(?:months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|yards?|feet|ft|inch(?:es)?|in|ounces?'
+      r'|oz|cents?|grams?|g|m|meters?|metres?|centimeters?|cm|quarts?|pints?|cups?)\b)'
+    ),
+  ),
+  (re.compile(r'[(\[{][^()\[\]{}]*[0-9}],\s?$'), re.compile(r'\s?\\?[)\]}]')),
+]
+_SCALES = {'dozen': 12, 'hundred': 10**2, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
+_SCALE = re.compile(rf'[ {_THIN}-]?({"|".join(_SCALES)})\b', re.IGNORECASE)
 # Not numbers but powers of units and indices: `25 cm^2` is 25.
 _UNIT = r'(?<![a-zA-Z])(?:[kcdm\u00b5]?m|in|ft|yd|mi|inch(?:es)?|feet|foot|yards?|miles?|(?:[a-z]+)?met(?:er|re)s?|units?|s|sec(?:onds?)?)'
 _OF_A_UNIT = re.compile(rf'{_UNIT}\s?\}}?\s?\^\s?\{{?$')
@@ -83,11 +100,13 @@ def last_number(text: str) -> Fraction | None:
   """Return the exact value of the last number in a text; None if there is none, or if it is written in a way that is not understood.
 
   Understood are `1,234.50`, with commas, LaTeX's `{,}`, spaces, apostrophes or underscores before every three digits, `.5`, `-3` (also
-  with U+2212), `$5`, `-$5`, `$-5`, `3/4`, `\\frac{3}{4}`, `1 1/2`, `1.5e3`, `1.5 \\times 10^3` and `2^{10}`, with signs and superscripts
-  of Unicode or LaTeX. A full stop does not belong to the number, and a unit or percent sign is ignored: `50%` is 50, `25 cm^2` is 25.
+  with U+2212), `$5`, `-$5`, `$-5`, `3/4`, `\\frac{3}{4}`, `1 1/2`, `1.5e3`, `1.5 \\times 10^3`, `2^{10}` and `5 million`, with signs and
+  superscripts of Unicode or LaTeX. A full stop does not belong to the number, and a unit or percent sign is ignored: `50%` is 50, `25 cm^2`
+  is 25.
 
   A minus counts unless a word, a number or a closing bracket comes right before it: `10-5` ends in 5, `x = -5` in -5. `1,2`, `3:30`,
-  `2024/05/03`, `3 * 4`, `2\\sqrt{3}`, `x^2` and numbers of more than 400 digits are None: no part of them is the number.
+  `2024/05/03`, `3 * 4`, `(3, 4)`, `2 h 30 min`, `2\\sqrt{3}`, `x^2` and numbers of more than 400 digits are None: no part of them is the
+  number.
   """
   for pattern, replacement in _SPELLINGS:
     text = pattern.sub(replacement, text)
@@ -97,7 +116,10 @@ def last_number(text: str) -> Fraction | None:
       continue
     if _PART_OF_BEFORE.search(before) or _PART_OF_AFTER.match(text, match.end()) or len(match.group()) > _MAX_DIGITS:
       return None
-    value = _read(match['body'])
+    if any(first.search(before) and second.match(text, match.end()) for first, second in _LAST_PARTS):
+      return None
+    value, scale = _read(match['body']), _SCALE.match(text, match.end())
+    value = _times(value, Fraction(_SCALES[scale[1].lower()] if scale else 1))
     return -value if value is not None and re.search(_MINUS, match['before']) else value
   return None
 

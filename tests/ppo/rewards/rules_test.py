@@ -113,7 +113,24 @@ from polar_jax.ppo.rewards.last_number import last_number
     ('\\boxed{1\\,000}', '1000'),
     ('$1,234$', '1234'),
     ('\\(x=\\frac{7}{2}\\)', '7/2'),
-    ('3.5 million', '3.5'),
+    ('3.5 million', '3500000'),
+    ('5 Million people', '5000000'),
+    ('2 dozen', '24'),
+    ('-3 hundred', '-300'),
+    ('5-thousand', '5000'),
+    ('In 5 days 3 workers', '3'),
+    ('lasts 2 hours, then 5 more', '5'),
+    ('f(2)', '2'),
+    ('(12)', '12'),
+    ('{5}', '5'),
+    ('5 m', '5'),
+    ('It has 30 minutes', '30'),
+    ('\\boxed{12}', '12'),
+    ('for 3 people (4)', '4'),
+    ('3 km and 20 people', '20'),
+    ('$1{,}234{,}567$', '1234567'),
+    ('1.2e+5', '120000'),
+    ('10 ^ {5}', '100000'),
   ],
 )
 def test_last_number(text, expected):
@@ -174,6 +191,22 @@ def test_last_number(text, expected):
     '\\binom{5}{2}',
     '2 \\times 3 \\times 10^4',
     '10 000,5',
+    '1.2 E 5',
+    '1.2 E5',
+    '5k',
+    '$5M',
+    '2 hours 30 minutes',
+    '2 h 30 min',
+    '5 ft 3 in',
+    '5\xb0 30\u2032',
+    '3 pounds, 4 ounces',
+    '5 dollars and 25 cents',
+    '(3, 4)',
+    '[1, 2]',
+    '\\{1, 2\\}',
+    '1.000.000',
+    '1,00,000',
+    '10^{+5}',
     '9' * 401,
     '10^{400}',
   ],
@@ -282,7 +315,7 @@ NOISE = [
   'cm^2',
   'x_1',
 ]
-NOISE += ['1 ', '1 234 ', '\\text{', '1-', '{}', '\\sqrt[', '1e', '\u00b2', '1:', '\u00bd', '~']
+NOISE += ['1 h ', '(1, ', '1 million ', '1 ', '1 234 ', '\\text{', '1-', '{}', '\\sqrt[', '1e', '\u00b2', '1:', '\u00bd', '~']
 
 
 @pytest.mark.parametrize('text', NOISE)
