@@ -47,7 +47,7 @@ _DIGITS = r"[0-9]++(?:[.,'\u2019_]?[0-9])*+"  # with single separators inside
 _POWER = rf'(?:\s?\^\s?(?:\{{[^{{}}]*+\}}|\([^()]*+\)|{_MINUS}?[0-9]++|\\?\w++|(?=\W|$)))'
 # The second line: dates, and what is a mixed number or a difference.
 _PART = rf"""(?:
-  \\(?:frac|[dt]?binom){_ARGUMENT}{_ARGUMENT} | \\sqrt(?:\[[^\]]*+\])?{_ARGUMENT}
+  \\(?:frac|[dt]?binom){_ARGUMENT}{_ARGUMENT} | \\sqrt(?:\[[^\[\]]*+\])?{_ARGUMENT}
   | [0-9]++(?:-[0-9]++){{2,}}+ | [0-9]++-[0-9]++/[0-9]++
   | (?:(?<![\w.])\.)?{_DIGITS}(?:[eE][+-]?[0-9]++)?+
 ){_POWER}*+"""
