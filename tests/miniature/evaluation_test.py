@@ -1,0 +1,29 @@
+"""What the ceiling of the miniature knows: the policies that a split was drawn from, and no others."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from polar_jax.miniature import pool
+from polar_jax.miniature.evaluation import BayesOptimal
+from polar_jax.types import Triplet
+
+
+@pytest.mark.parametrize(('split', 'known'), [('validation', ['a', 'c']), ('unseen_prompts', ['a', 'c']), ('unseen_policies', ['b'])])
+def test_the_ceiling_knows_only_the_policies_of_its_split(monkeypatch, split, known):
+  policies = [types.SimpleNamespace(name=name, params=types.SimpleNamespace(held_out=held_out)) for name, held_out in zip('abc', (0, 1, 0), strict=False)]
+  calls = []
+
+  def logprobs(drawn, prefixes, ids, workers):
+    calls.append(([p.name for p in drawn], prefixes, ids, workers))
+    return np.zeros((len(ids), len(drawn)))
+
+  monkeypatch.setattr(pool, 'pool_logprobs', logprobs)
+  ceiling = object.__new__(BayesOptimal)
+  ceiling._pool, ceiling._workers = policies, 3
+  ids = {'prompt_ids': [1], 'reference_ids': [2], 'chosen_ids': [3], 'rejected_ids': [4]}
+  assert ceiling([Triplet('p', 'r', 'c', 'd', metadata=ids)], split)['bayes'].shape == (1,)
+  assert calls == [(known, [[1]], [[i]], 3) for i in (2, 3, 4)]
