@@ -14,7 +14,10 @@ from polar_jax.types import Triplet
 
 @pytest.mark.parametrize(('split', 'known'), [('validation', ['a', 'c']), ('unseen_prompts', ['a', 'c']), ('unseen_policies', ['b'])])
 def test_the_ceiling_knows_only_the_policies_of_its_split(monkeypatch, split, known):
-  policies = [types.SimpleNamespace(name=name, params=types.SimpleNamespace(held_out=held_out)) for name, held_out in zip('abc', (0, 1, 0), strict=False)]
+  policies = [
+    types.SimpleNamespace(name=name, params=types.SimpleNamespace(held_out=held_out))
+    for name, held_out in zip('abc', (0, 1, 0), strict=False)
+  ]
   calls = []
 
   def logprobs(drawn, prefixes, ids, workers):
