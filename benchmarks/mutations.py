@@ -61,6 +61,8 @@ _COMPARISONS = {ast.Lt: '<=', ast.LtE: '<', ast.Gt: '>=', ast.GtE: '>', ast.Eq: 
 _COMPARISONS |= {ast.In: 'not in', ast.NotIn: 'in', ast.Is: 'is not', ast.IsNot: 'is'}
 _OPERATORS = {ast.Add: '-', ast.Sub: '+', ast.Mult: '/', ast.Div: '*', ast.FloorDiv: '*', ast.Mod: '*', ast.Pow: '*'}
 _NAMES = {'min': 'max', 'max': 'min', 'minimum': 'maximum', 'maximum': 'minimum', 'sum': 'mean', 'mean': 'sum', 'any': 'all', 'all': 'any'}
+# Calls that are replaced by their argument.
+_UNWRAPPED = ('stop_gradient', 'abs', 'square', 'sqrt', 'log', 'exp', 'cumsum', 'sorted', 'reversed', 'round', 'float32')
 _UNORDERED = (
   'min',
   'max',
@@ -146,6 +148,8 @@ def _changes(node: ast.expr | ast.stmt, source: str) -> Iterator[tuple[ast.expr 
       yield node, f'{text(value)}.{_NAMES[name]}'
     case ast.Name(id=name) if name in _NAMES:
       yield node, _NAMES[name]
+    case ast.Call(func=function, args=[argument]) if text(function).rpartition('.')[2] in _UNWRAPPED:
+      yield node, f'({text(argument)})'
     case ast.If(test=test):
       yield test, 'True'
       yield test, 'False'
