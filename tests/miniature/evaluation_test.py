@@ -12,17 +12,14 @@ from polar_jax.miniature.evaluation import BayesOptimal
 from polar_jax.types import Triplet
 
 
-@pytest.mark.parametrize(('split', 'known'), [('validation', ['a', 'c']), ('unseen_prompts', ['a', 'c']), ('unseen_policies', ['b'])])
+@pytest.mark.parametrize(('split', 'known'), [('validation', ['a', 'c']), ('unseen_prompts', ['a', 'c']), ('unseen_policies', ['b', 'd'])])
 def test_the_ceiling_knows_only_the_policies_of_its_split(monkeypatch, split, known):
-  policies = [
-    types.SimpleNamespace(name=name, params=types.SimpleNamespace(held_out=held_out))
-    for name, held_out in zip('abc', (0, 1, 0), strict=False)
-  ]
+  policies = [types.SimpleNamespace(name=name, params=types.SimpleNamespace(held_out=name in 'bd')) for name in 'abcd']
   calls = []
 
   def logprobs(drawn, prefixes, ids, workers):
     calls.append(([p.name for p in drawn], prefixes, ids, workers))
-    return np.zeros((len(ids), len(drawn)))
+    return np.zeros((len(drawn), len(ids)))
 
   monkeypatch.setattr(pool, 'pool_logprobs', logprobs)
   ceiling = object.__new__(BayesOptimal)
