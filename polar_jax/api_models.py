@@ -18,6 +18,7 @@ from polar_jax.checkpoints.loaded import Loaded
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import MeshConfig, ModelConfig, RftConfig, RolloutConfig, TemplateConfig
 from polar_jax.data.chat import ChatTemplate
+from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -136,7 +137,7 @@ class RewardModel(Model):
     """Turns prompt, reference and candidate into token ids."""
     if self.tokenizer is None:
       raise UserError('the reward model has no tokenizer; pass one to load(..., tokenizer=...)')
-    return Template(self.template_config, self.tokenizer)
+    return open_template(self.template_config, self.tokenizer)
 
   @functools.cached_property
   def scorer(self) -> Scorer:
@@ -241,11 +242,12 @@ class RewardModel(Model):
     """
 
     def reward(prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
-      if reference not in columns:
+      if reference not in columns and self.template_config.use_reference:
         raise UserError(
           f'the data set has no column {reference!r} with the reference responses; its columns are: {", ".join(sorted(columns)) or "none"}'
         )
-      examples = zip(prompts, columns[reference], completions, strict=True)
+      references = columns.get(reference) or [''] * len(prompts)
+      examples = zip(prompts, references, completions, strict=True)
       return self.score_batch([{'prompt': p, 'reference': r, 'output': c, 'wrapper': wrapper} for p, r, c in examples]).tolist()
 
     reward.__name__ = 'polar_reward'  # TRL names its metrics after the function

@@ -25,6 +25,7 @@ from polar_jax.config import (
   TrainConfig,
 )
 from polar_jax.data import lengths, pipeline
+from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
@@ -142,7 +143,7 @@ def train_reward_model(
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
 
-  segments = _segments(train, Template(template, tokenizer), data)
+  segments = _segments(train, open_template(template, tokenizer), data)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)

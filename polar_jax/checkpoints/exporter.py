@@ -122,7 +122,7 @@ def _write_small_files(
       special_ids = {f'{name}_token_id': getattr(tokenizer, f'{name}_id') for name in ('bos', 'eos', 'pad')}
       if special_ids['pad_token_id'] is None:  # transformers scores no batch without one; any id will do
         special_ids['pad_token_id'] = tokenizer.eos_id
-      if reward_token_id is None:
+      if reward_token_id is None and template.chat != 'always':
         reward_token_id = tokenizer.special_id(template.reward_token)
       added = {} if template.separator_id is None else {template.separator: template.separator_id}
       tokenizer_files.write_for_transformers(tokenizer, folder, model.family, added)

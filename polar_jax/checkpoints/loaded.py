@@ -71,4 +71,5 @@ class Loaded(Pretrained):
     """Return the model's template, overridden by the fields of `given` that differ from their defaults."""
     default = TemplateConfig()
     chosen = {f.name: v for f in dataclasses.fields(default) if (v := getattr(given, f.name)) != getattr(default, f.name)}
-    return dataclasses.replace(self.reward_template, **chosen)
+    config = dataclasses.replace(self.reward_template, **chosen)
+    return dataclasses.replace(config, use_reference=False) if config.chat == 'always' else config

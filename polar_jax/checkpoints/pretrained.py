@@ -19,6 +19,7 @@ from polar_jax.checkpoints import checkpointer, config_json, families, importer,
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
 from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
+from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from polar_jax.model import heads
@@ -112,13 +113,31 @@ class Pretrained:
     return open_tokenizer(self.assets)
 
   def template(self, given: TemplateConfig) -> TemplateConfig:
-    """Return the template the model was trained with, with every field that `given` sets to something other than its default."""
+    """Return the template the model was trained with, with every field that `given` sets to something other than its default.
+
+    Raises:
+      ConfigError: `given` contradicts the chat template of a reward model of another kind than POLAR.
+    """
     default = TemplateConfig()
     trained = {f.name: self.settings.get(f'template.{f.name}', getattr(default, f.name)) for f in dataclasses.fields(default)}
     if self.reward_token_id is not None:
       trained['reward_token_id'] = self.reward_token_id
     chosen = {name: value for name in trained if (value := getattr(given, name)) != getattr(default, name)}
-    return TemplateConfig(**trained | chosen)
+    config = TemplateConfig(**trained | chosen)
+    if config.chat == 'auto' and self._is_conversational():
+      own = [f'template.{name}' for name in ('separator', 'separator_id', 'reward_token', 'reward_token_id') if name in chosen]
+      if own:
+        raise ConfigError(
+          f'{self.path}: has a chat template and no reward_token_id in its config.json, but {own[0]} is set; say which of both its texts '
+          'have: template.chat=always (the chat template) or template.chat=never'
+        )
+      config = dataclasses.replace(config, chat='always')
+    return dataclasses.replace(config, use_reference=False) if config.chat == 'always' else config
+
+  def _is_conversational(self) -> bool:
+    """Return whether this is a reward model of another kind than POLAR, which reads conversations through its chat template."""
+    is_candidate = self.kind == 'hugging_face' and self.head == 'reward' and self.reward_token_id is None
+    return is_candidate and ChatTemplate.exists(self.assets)
 
   def compute_like(self, config: ModelConfig) -> ModelConfig:
     """Return the checkpoint's model with the compute settings of `config`: precision, attention backend, rematerialization."""

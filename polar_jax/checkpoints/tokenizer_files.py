@@ -16,7 +16,8 @@ from typing import Any
 
 from polar_jax.checkpoints import sentencepiece_to_bpe
 from polar_jax.data.special_tokens import NAMES, TokenizerError, read_json, read_special_tokens
-from polar_jax.data.tokenizer import SPECIAL_TOKENS, BpeTokenizer, SentencePieceTokenizer, Tokenizer, byte_symbols, sentencepiece_proto
+from polar_jax.data.spelling import byte_symbols
+from polar_jax.data.tokenizer import SPECIAL_TOKENS, BpeTokenizer, SentencePieceTokenizer, Tokenizer, prefix_of, sentencepiece_proto
 
 TOKENIZER_FILES = (
   'tokenizer.json',
@@ -258,8 +259,9 @@ def write_for_transformers(
     changed = True
   config_path = folder / 'tokenizer_config.json'
   settings, bare = read_json(config_path), not config_path.is_file()
-  if tokenizer.bos_id is not None and (changed or bare) and spec.get('post_processor') != (bos_first := _bos_first(spec, tokenizer.bos_id)):
-    spec['post_processor'] = bos_first
+  spec.setdefault('post_processor', None)
+  if (spec['post_processor'] is None and tokenizer.prefix_ids) or prefix_of(spec) != tokenizer.prefix_ids:
+    spec['post_processor'] = _put_first(spec, tokenizer.prefix_ids)
     changed = True
   if changed:
     path.write_text(json.dumps(spec, ensure_ascii=False), 'utf-8')
@@ -290,7 +292,7 @@ def _settings_for(tokenizer: Tokenizer, path: pathlib.Path) -> dict[str, Any]:
   ids = {'bos': tokenizer.bos_id, 'eos': tokenizer.eos_id, 'pad': pad, 'unk': tokenizer.unk_id}
   named = {f'{name}_token': None if i is None else model.id_to_token(i) for name, i in ids.items()}
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-  return {**settings, 'add_bos_token': tokenizer.bos_id is not None, **named}
+  return {**settings, 'add_bos_token': bool(tokenizer.prefix_ids), **named}
 
 
 def _is_like_qwen(spec: Mapping[str, Any]) -> bool:
@@ -325,16 +327,21 @@ def _spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
   return spec
 
 
-def _bos_first(spec: Mapping[str, Any], bos: int) -> dict[str, Any]:
-  """Return the post-processor that adds BOS before each text. transformers needs it in addition to `add_bos_token`."""
-  names = {token['id']: token['content'] for token in spec['added_tokens']}
-  name = names[bos] if bos in names else next(token for token, i in spec['model']['vocab'].items() if i == bos)
-  special, first, second = ({'SpecialToken': {'id': name, 'type_id': 0}}, *({'Sequence': {'id': x, 'type_id': 0}} for x in 'AB'))
+def _put_first(spec: Mapping[str, Any], prefix: Sequence[int]) -> dict[str, Any] | None:
+  """Return the post-processor that puts `prefix` (usually the BOS) before each text. transformers 5 heeds nothing else."""
+  if not prefix:
+    return None
+  vocab = spec['model']['vocab']
+  known = vocab.items() if isinstance(vocab, dict) else ((token, i) for i, (token, _) in enumerate(vocab))
+  names = {i: token for token, i in known if i in prefix}
+  names |= {token['id']: token['content'] for token in spec['added_tokens'] if token['id'] in prefix}
+  special = [{'SpecialToken': {'id': names[i], 'type_id': 0}} for i in prefix]
+  first, second = ({'Sequence': {'id': x, 'type_id': 0}} for x in 'AB')
   return {
     'type': 'TemplateProcessing',
-    'single': [special, first],
-    'pair': [special, first, special, second],
-    'special_tokens': {name: {'id': name, 'ids': [bos], 'tokens': [name]}},
+    'single': [*special, first],
+    'pair': [*special, first, *special, second],
+    'special_tokens': {names[i]: {'id': names[i], 'ids': [i], 'tokens': [names[i]]} for i in prefix},
   }
 
 

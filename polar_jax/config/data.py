@@ -34,6 +34,13 @@ class TemplateConfig:
   reward_token_id: int | None = option(None, "Id of `reward_token`. None: the tokenizer's.", min=0)
   rule: str = option('trainer', 'Which one to follow where the official trainer and client disagree.', choices=('trainer', 'client'))
   use_reference: bool = option(True, 'Show the reference to the reward model. False: a classic reward model of (prompt, candidate).')
+  chat: str = option(
+    'auto',
+    'always: the conversation of prompt and candidate, rendered with the chat template next to the tokenizer, without a reference; '
+    'never: the template above. auto: always for a Hugging Face reward model that has a chat template and, in its config.json, no '
+    'reward_token_id: one of another kind than POLAR.',
+    choices=('auto', 'always', 'never'),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

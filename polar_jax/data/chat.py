@@ -1,26 +1,31 @@
-"""Chat templates of policies, which turn messages into the text that a policy was trained on.
+"""Chat templates of policies, and of reward models of other families, which turn messages into the text that a model was trained on.
 
-A checkpoint contains its template as Jinja source. This is untrusted code, so it runs in Jinja's immutable sandbox, with the filters,
-functions and settings of the Hugging Face tokenizers. The reward model itself uses no chat template (template.py).
+A checkpoint contains its template as Jinja source. This is untrusted code: it runs in a process of its own (chat_worker.py), in Jinja's
+sandbox, with limits of time, memory and output. POLAR's reward models use no chat template (template.py).
 """
 
 from __future__ import annotations
 
-import datetime
+import atexit
+import contextlib
 import json
+import os
 import pathlib
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
-
+from polar_jax.data import chat_worker
 from polar_jax.data.special_tokens import read_json, read_special_tokens
 from polar_jax.types import UserError
+
+_PATIENCE = 60.0  # seconds until a reply; the worker itself counts processor time, which is less where the processors are busy
 
 
 class ChatTemplateError(UserError):
@@ -44,10 +49,7 @@ class ChatTemplate:
     self.source = source
     self.special_tokens = dict(special_tokens or {})
     self.where = where
-    try:
-      self._template = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-      raise ChatTemplateError(f'{where}: not a Jinja template: line {error.lineno}: {_one_line(error)}') from error
+    self._ask(None)
 
   def __reduce__(self) -> tuple:
     return type(self), (self.source, self.special_tokens, self.where)
@@ -79,6 +81,12 @@ class ChatTemplate:
       raise ChatTemplateError(f'{where} must be a string or a list of named templates, not {type(value).__name__}')
     return cls(value, tokens, where)
 
+  @staticmethod
+  def exists(folder: str | pathlib.Path) -> bool:
+    """Return whether a folder has a chat template, usable or not."""
+    folder = pathlib.Path(folder)
+    return (folder / 'chat_template.jinja').is_file() or read_json(folder / 'tokenizer_config.json').get('chat_template') is not None
+
   def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
     """Render a conversation as text. The text includes the BOS if the model uses one, so it must be tokenized without adding another.
 
@@ -88,7 +96,7 @@ class ChatTemplate:
       variables: other variables that the template may read, such as `tools` or `enable_thinking`.
 
     Raises:
-      ChatTemplateError: there are no messages, one is not an object, or the template fails on them.
+      ChatTemplateError: there are no messages, one is not an object, or the template fails on them or exceeds a limit.
     """
     if not messages:
       raise ChatTemplateError(f'{self.where}: there are no messages to render')
@@ -97,72 +105,110 @@ class ChatTemplate:
         raise ChatTemplateError(f'{self.where}: messages[{i}] must be a message with a role and a content, not {type(message).__name__}')
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     known = {'tools': None, 'documents': None, **self.special_tokens, **variables}
+    return self._ask({'messages': present, 'add_generation_prompt': add_generation_prompt, **known})
+
+  def _ask(self, variables: Mapping[str, Any] | None) -> str:
+    """Render the template, or compile it if `variables` is None."""
     try:
-      return self._template.render(messages=present, add_generation_prompt=add_generation_prompt, **known)
-    except Exception as error:  # a template is a program: it can raise Jinja's errors, TypeError, IndexError, ...
-      raise ChatTemplateError(f'{self.where}: {_line(error)}{_one_line(error)}') from error
+      request = pickle.dumps((self.source, variables))
+    except Exception as error:  # pickle passes on whatever the objects raise
+      raise ChatTemplateError(f'{self.where}: the messages must consist of plain values: {" ".join(str(error).split())[:200]}') from error
+    reply = _WORKER.ask(request)
+    if 'syntax' in reply:
+      raise ChatTemplateError(f'{self.where}: not a Jinja template: {reply["syntax"]}')
+    if 'error' in reply:
+      raise ChatTemplateError(f'{self.where}: {reply["error"]}')
+    return reply['text']
 
 
-def _one_line(error: Exception) -> str:
-  text = ' '.join(str(error).split())
-  return text if isinstance(error, jinja2.TemplateError) and text else f'{type(error).__name__}: {text}'
+class _Worker:
+  """The process that renders templates: started at the first request, and anew after a template that ended it."""
+
+  def __init__(self) -> None:
+    self._lock = threading.Lock()
+    self._process: subprocess.Popen[bytes] | None = None
+
+  def ask(self, request: bytes) -> dict[str, str]:
+    """Return the reply to a request of chat_worker.py, or an error if the worker ends before it has one."""
+    with self._lock:
+      process = self._process or self._start()
+      reply = None
+      try:
+        assert process.stdin is not None
+        process.stdin.write(chat_worker.LENGTH.pack(len(request)) + request)
+        process.stdin.flush()
+        deadline = time.monotonic() + _PATIENCE
+        if header := _read(process, chat_worker.LENGTH.size, deadline):
+          reply = _read(process, chat_worker.LENGTH.unpack(header)[0], deadline)
+      except BrokenPipeError:
+        pass
+      except BaseException:  # an interrupt, after which the next reply would be that of this request
+        self.stop()
+        raise
+      answer = {'error': self._reason(process)} if reply is None else json.loads(reply)
+      if answer.get('error') == chat_worker.TOO_LARGE:  # the worker ends itself
+        self.stop()
+      return answer
+
+  def _start(self) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[2]), *filter(None, sys.path)])
+    try:
+      self._process = subprocess.Popen(
+        [sys.executable, '-m', 'polar_jax.data.chat_worker'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, 'PYTHONPATH': path, 'PYTHONSAFEPATH': '1'},
+        start_new_session=True,  # no signal of the terminal reaches it; it ends when its input does
+      )
+    except OSError as error:
+      raise ChatTemplateError(f'the process that renders chat templates cannot be started: {sys.executable}: {error}') from error
+    return self._process
+
+  def _reason(self, process: subprocess.Popen[bytes]) -> str:
+    """Return why a worker gave no reply, after it has ended."""
+    self.stop(wait=2.0)
+    if process.returncode == -signal.SIGPROF:
+      return f'takes more than {chat_worker.SECONDS:g} s'
+    if process.returncode == -signal.SIGKILL:
+      return f'takes more than {_PATIENCE:g} s, or more memory than there is'
+    return f'ends the process that renders it (exit status {process.returncode})'
+
+  def stop(self, wait: float = 0.0) -> None:
+    """End the process, if there is one, if it does not end by itself within `wait` seconds."""
+    process, self._process = self._process, None
+    if process is None:
+      return
+    try:
+      process.wait(wait)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+    for pipe in (process.stdin, process.stdout):
+      assert pipe is not None
+      with contextlib.suppress(BrokenPipeError):  # of a request that was not read
+        pipe.close()
+
+  def forget(self) -> None:
+    """Leave the process to the parent of this one, which has been forked."""
+    self._lock, self._process = threading.Lock(), None
 
 
-def _line(error: Exception) -> str:
-  """Return 'line N of the template: ' for the innermost line. Jinja rewrites tracebacks to point into its source."""
-  line, traceback = None, error.__traceback__
-  while traceback is not None:
-    if traceback.tb_frame.f_code.co_filename == '<template>':
-      line = traceback.tb_lineno
-    traceback = traceback.tb_next
-  return '' if line is None else f'line {line} of the template: '
+def _read(process: subprocess.Popen[bytes], count: int, deadline: float) -> bytes | None:
+  """Return `count` bytes of the process's output; None if it ends or is not ready before the deadline."""
+  assert process.stdout is not None
+  poll = select.poll()
+  poll.register(process.stdout, select.POLLIN)
+  data = bytearray()
+  while len(data) < count:
+    ready = poll.poll(max(deadline - time.monotonic(), 0.0) * 1_000)
+    part = os.read(process.stdout.fileno(), count - len(data)) if ready else b''
+    if not part:
+      return None
+    data += part
+  return bytes(data)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-  )
-  environment.filters['tojson'] = _to_json
-  environment.globals['raise_exception'] = _raise_exception
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
-  # A function, because the class has attributes that a template must not reach.
-  environment.globals['dict'] = lambda *args, **values: dict(*args, **values)
-  environment.globals['namespace'] = _Namespace
-  return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
-  """Convert to JSON without escaping <, >, & and ' for HTML, as Jinja's own filter does."""
-  return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-  raise jinja2.TemplateError(message)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-  """The tag `{% generation %}...{% endgeneration %}`, which marks the assistant's text. It has no effect here."""
-
-  tags = {'generation'}  # noqa: RUF012 (Jinja's interface)
-
-  def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-    line = next(parser.stream).lineno
-    return jinja2.nodes.Scope(parser.parse_statements(('name:endgeneration',), drop_needle=True)).set_lineno(line)
-
-
-class _Namespace(jinja2.utils.Namespace):
-  """The mutable variables of a template, without names that Python looks up on every object."""
-
-  def __init__(*args: Any, **values: Any) -> None:  # `self` may be one of the values
-    for name in dict(*args[1:], **values):
-      _check_name(name)
-    jinja2.utils.Namespace.__init__(*args, **values)
-
-  def __setitem__(self, name: str, value: Any) -> None:
-    _check_name(name)
-    super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-  if str(name).startswith('_'):
-    raise jinja2.sandbox.SecurityError(f'a namespace cannot contain {name!r}: names that begin with an underscore are not allowed')
+_WORKER = _Worker()
+atexit.register(_WORKER.stop)
+os.register_at_fork(after_in_child=_WORKER.forget)

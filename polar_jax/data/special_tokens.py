@@ -36,11 +36,13 @@ class SpecialTokens(NamedTuple):
     named: string of 'bos', 'eos', 'pad' and 'unk'; None where a file has null. A name that no file mentions is absent.
     marked: strings that a file lists as special without their id.
     added: id and flags by string, in the order of ids.
+    adds_bos: `add_bos_token`: whether a text begins with BOS; None if no file says.
   """
 
   named: Mapping[str, str | None]
   marked: frozenset[str]
   added: Mapping[str, AddedToken]
+  adds_bos: bool | None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -88,7 +90,10 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
     entry = value if isinstance(value, dict) else {}
     flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
     added[content] = AddedToken(int(key), bool(entry.get('special')) or content in special, flags)
-  return SpecialTokens(named, frozenset(marked), dict(sorted(added.items(), key=lambda item: item[1].id)))
+  adds_bos = settings[0].get('add_bos_token')
+  if adds_bos is not None and not isinstance(adds_bos, bool):
+    raise TokenizerError(f'{files[0]}: add_bos_token must be true, false or null, not {json.dumps(adds_bos)[:60]}')
+  return SpecialTokens(named, frozenset(marked), dict(sorted(added.items(), key=lambda item: item[1].id)), adds_bos)
 
 
 def _content(value: Any, where: str) -> str | None:

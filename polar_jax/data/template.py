@@ -6,11 +6,14 @@ set) token for token, and those of the official serving client under the name 'c
                            trainer                                   client
   prompt is truncated for  all candidates alike (the smallest room)  each candidate separately
   empty candidate, 'sft'   no newline                                newline as for any other
-  reward token             appended as an id                         appended as text
 
 Both keep the head of a response and the tail of a prompt. Lengths are those of the separately encoded pieces, BOS included; the
 truncated pieces are decoded without special tokens, joined as text and encoded again. The final length may therefore differ from the
 budget by a few tokens either way, and it exceeds `max_length` if two responses of `max_response_length` do so by themselves.
+
+In one respect we are stricter. Where the official rule drops a control token, the text around it may join to another one
+(`<|rew</s>ard|>`), and so may the end of a prompt and the beginning of a response. Here no text of a prompt, reference or candidate ever
+becomes a control token, the separator or the reward token.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from polar_jax.config import TemplateConfig
-from polar_jax.data.tokenizer import SpecialStrings, Tokenizer
+from polar_jax.data.special_strings import SpecialStrings
+from polar_jax.data.tokenizer import Tokenizer, holds_unknown
 from polar_jax.types import Text, Triplet, UserError
 
 WRAPPERS = ('sft', 'pretrain')
 _RESERVED = 4  # separator, reward token and two newlines; the final BOS is not counted (official rule)
+_ROUNDS = 8  # in which a text must have lost its control tokens; two suffice for all but odd normalizers
 
 
 class TemplateError(UserError):
@@ -77,7 +82,7 @@ class Template:
 
   Attributes:
     separator_id: id of the separator; None: it is tokenized as ordinary text.
-    reward_token_id: id at which the reward is read.
+    reward_token_id: id at which the reward is read; None only with a chat template (conversation_template.py).
   """
 
   def __init__(self, config: TemplateConfig, tokenizer: Tokenizer):
@@ -90,7 +95,7 @@ class Template:
         f'template.reward_token {config.reward_token!r} is not a token of this tokenizer; set template.reward_token_id to its id, '
         'or template.reward_token to a token that the tokenizer has'
       )
-    self.reward_token_id: int = reward_token_id
+    self.reward_token_id: int | None = reward_token_id
     self.separator_id = own_separator if config.separator_id is None else config.separator_id
     added = {}
     if self.separator_id is None:
@@ -100,7 +105,11 @@ class Template:
     if reward_token_id != own_reward:
       added[config.reward_token] = reward_token_id
     self._added = SpecialStrings(added)
-    self._added_ids = frozenset(added.values())
+    own = {config.reward_token: reward_token_id} | ({} if self.separator_id is None else {config.separator: self.separator_id})
+    self._own_ids = frozenset(own.values())
+    self._forbidden = SpecialStrings({**tokenizer.control, **own})
+    # Characters that the tokenizer cannot spell become the unknown token, which is no sign of a control token.
+    self._forbidden_ids = frozenset(self._forbidden.ids.values()) - {tokenizer.unk_id}
 
   def encode(self, triplet: Triplet) -> tuple[list[int], list[int]]:
     """Return the token ids of (prompt, reference, prompt, candidate) for the chosen and for the rejected candidate.
@@ -157,16 +166,49 @@ class Template:
       TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
     texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
-    return [text + self.config.reward_token for text in self._texts(prompt, reference, texts, wrapper, alone)]
+    return [text + self.config.reward_token for text, _ in self._encoded(prompt, reference, texts, wrapper, alone)]
 
   def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool = False) -> list[list[int]]:
-    texts = self._texts(prompt, reference, candidates, wrapper, alone)
-    if self.config.rule == 'client':
-      return self._encode_texts([text + self.config.reward_token for text in texts])
-    return [[*ids, self.reward_token_id] for ids in self._encode_texts(texts)]
+    encoded = self._encoded(prompt, reference, candidates, wrapper, alone)
+    assert self.reward_token_id is not None
+    return [[*ids, self.reward_token_id] for _, ids in encoded]
 
-  def _texts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[str]:
-    """Return the text of each candidate, without the reward token."""
+  def _encoded(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[tuple[str, list[int]]]:
+    """Return the text of each candidate, without the reward token, and its token ids."""
+    all_parts = self._parts(prompt, reference, candidates, wrapper, alone)
+    texts = [self.config.separator.join(parts) for parts in all_parts]
+    out = list(zip(texts, self._encode_texts(texts), strict=True))
+    for c, parts in enumerate(all_parts):
+      if self._has_own_tokens_only(out[c][1], len(parts)):
+        continue
+      text = self.config.separator.join(map(self._without_control_tokens, parts))
+      (ids,) = self._encode_texts([text])
+      if not self._has_own_tokens_only(ids, len(parts)):
+        raise TemplateError(f'the text {shortened(text)} forms a control token with the separator next to it; remove it from the text')
+      out[c] = text, ids
+    return out
+
+  def _has_own_tokens_only(self, ids: list[int], parts: int) -> bool:
+    """Return whether the only control tokens in `ids` are those of the template: what precedes a text, and separators."""
+    prefix = self.tokenizer.prefix_ids
+    separators = 0 if self.separator_id is None else parts - 1
+    present = self._forbidden_ids.intersection(ids)
+    expected = [*prefix, *[self.separator_id] * separators]
+    return present <= set(expected) and all(ids.count(i) == expected.count(i) for i in present)
+
+  def _without_control_tokens(self, text: str) -> str:
+    """Return a text that becomes no control token, by removing all that would, until none is left."""
+    for _ in range(_ROUNDS):
+      text = self._forbidden.remove(text)
+      (ids,) = self._encode_texts([text])
+      own = ids[len(self.tokenizer.prefix_ids) :]
+      if self._forbidden_ids.isdisjoint(own):
+        return text
+      text = self._decode(own)
+    raise TemplateError(f'the tokenizer makes a control token of the text {shortened(text)} each time it is removed; remove it yourself')
+
+  def _parts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[list[str]]:
+    """Return the texts between separators of each candidate: (prompt, reference), if it is used, and (prompt, candidate)."""
     check_wrapper(wrapper)
     if not candidates:
       return []
@@ -178,28 +220,42 @@ class Template:
     prompts, answers = ([texts[0]] * len(candidates), texts[1:]) if self._certainly_uncut(texts) else self._cut(texts, alone)
     out = []
     for prompt_text, candidate in zip(prompts, answers[-len(candidates) :], strict=True):
-      text = self._join(prompt_text, candidate, wrapper)
-      if c.use_reference:
-        text = self._join(prompt_text, answers[0], wrapper) + c.separator + text
-      out.append(text)
+      first = [self._join(prompt_text, answers[0], wrapper)] if c.use_reference else []
+      out.append([*first, self._join(prompt_text, candidate, wrapper)])
     return out
 
   def _cut(self, texts: list[str], alone: bool) -> tuple[list[str], list[str]]:
     """Truncate the texts (prompt, reference if used, candidates): a prompt for each candidate, and the other texts."""
-    prompt, *answers = self._encode_texts(texts)
-    answers = [ids[: self.config.max_response_length] for ids in answers]
-    rooms = self._prompt_rooms([len(ids) for ids in answers])
+    encoded = self._encode_texts(texts)
+    cut = [ids[: self.config.max_response_length] for ids in encoded[1:]]
+    rooms = self._prompt_rooms([len(ids) for ids in cut])
     if self.config.rule == 'trainer' and not alone:
       rooms = [min(rooms)] * len(rooms)
-    prompts = {room: self._decode(_last(prompt, room)) for room in set(rooms)}
-    return [prompts[room] for room in rooms], [self._decode(ids) for ids in answers]
+    prompts = {room: self._text_of(_last(encoded[0], room), encoded[0], texts[0]) for room in set(rooms)}
+    return [prompts[room] for room in rooms], [self._text_of(*answer) for answer in zip(cut, encoded[1:], texts[1:], strict=True)]
+
+  def _text_of(self, kept: list[int], ids: list[int], text: str) -> str:
+    """Return the text of the ids that truncation kept, without control tokens.
+
+    Args:
+      kept: the first or last of `ids`, or all of them.
+      ids: those of `text`, with what precedes a text.
+      text: the whole text.
+    """
+    if not holds_unknown(self.tokenizer, text, ids):
+      return self._decode(kept)
+    # Decoding without special tokens would drop what the tokenizer cannot spell, as if it were not there.
+    if len(kept) == len(ids):
+      return self._forbidden.remove(text)
+    return self._forbidden.remove(self.tokenizer.decode([i for i in kept if i not in self._forbidden_ids], skip_special=False))
 
   def _certainly_uncut(self, texts: list[str]) -> bool:
     """Return True only if `_cut` is certain to leave the pieces unchanged, which saves tokenizing them: a third of the work."""
     if not all(self.tokenizer.is_exact(text) and not self._added.occur_in(text) for text in texts):
       return False
-    # BOS and the largest possible number of bytes.
-    prompt, *answers = (1 + (len(text) if text.isascii() else 4 * len(text)) for text in texts)
+    # What precedes a text, and the largest possible number of bytes.
+    prefix = len(self.tokenizer.prefix_ids)
+    prompt, *answers = (prefix + (len(text) if text.isascii() else 4 * len(text)) for text in texts)
     return max(answers) <= self.config.max_response_length and prompt <= min(self._prompt_rooms(answers))
 
   def _prompt_rooms(self, lengths: list[int]) -> list[int]:
@@ -219,13 +275,11 @@ class Template:
   def _encode_texts(self, texts: list[str]) -> list[list[int]]:
     if not any(map(self._added.occur_in, texts)):
       return self.tokenizer.encode_batch(texts, add_bos=True)
-    bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-    return [bos + self._added.encode(text, self.tokenizer.encode) for text in texts]
+    return [[*self.tokenizer.prefix_ids, *self._added.encode(text, self.tokenizer.encode)] for text in texts]
 
   def _decode(self, ids: list[int]) -> str:
-    if self._added_ids:
-      ids = [i for i in ids if i not in self._added_ids]
-    return self.tokenizer.decode(ids, skip_special=True)
+    """Return the text of `ids` without control tokens, nor those that it would spell without them."""
+    return self._forbidden.remove(self.tokenizer.decode([i for i in ids if i not in self._own_ids], skip_special=True))
 
 
 @functools.cache
@@ -236,6 +290,11 @@ def _warn_of_textual_separator(separator: str) -> None:
     'set template.separator_id if the model was trained with a single token',
     stacklevel=3,
   )
+
+
+def shortened(text: str) -> str:
+  """Return the beginning of a text, quoted on one line."""
+  return repr(text[:60]) + ('...' if len(text) > 60 else '')
 
 
 def _last(ids: list[int], count: int) -> list[int]:

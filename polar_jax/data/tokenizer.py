@@ -1,7 +1,8 @@
 """Tokenizers with one small interface: bytes, a tokenizer.json, a SentencePiece model.
 
 Special strings inside a text become their single ids everywhere, because the official servers tokenize a whole template as text and
-rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`). No tokenizer adds an EOS; BOS is added on request only.
+rely on it (`<|reward|>`, `[UNUSED_TOKEN_130]`); `control` lists those that the text of a user must not contain. No tokenizer adds an EOS.
+On request a tokenizer adds what the model's own adds before a text: that it has a BOS does not mean that it adds one.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import abc
 import importlib
 import json
 import pathlib
-import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from polar_jax.config import TokenizerConfig
+from polar_jax.data.special_strings import SpecialStrings
 from polar_jax.data.special_tokens import NAMES, SpecialTokens, TokenizerError, read_json, read_special_tokens
+from polar_jax.data.spelling import Speller, byte_alphabet, speller
 
 PAD, BOS, EOS, SEPARATOR, REWARD = '<pad>', '<s>', '</s>', '<|reward|>', '[UNUSED_TOKEN_130]'
 UNK = '<unk>'
@@ -33,7 +36,11 @@ class Tokenizer(Protocol):
 
   @property
   def bos_id(self) -> int | None:
-    """The beginning-of-sequence id; None: the tokenizer has none, and `add_bos` adds nothing (Qwen)."""
+    """The beginning-of-sequence id; None: the tokenizer has none (Qwen)."""
+
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    """The ids that `add_bos` puts before a text, as the model's own tokenizer does: the BOS, or none even if the tokenizer has a BOS."""
 
   @property
   def eos_id(self) -> int | None:
@@ -47,8 +54,16 @@ class Tokenizer(Protocol):
   def unk_id(self) -> int | None:
     """The id of unknown text; None: the tokenizer has none."""
 
+  @property
+  def control(self) -> Mapping[str, int]:
+    """The ids of control tokens by their strings: those that decoding with `skip_special` drops."""
+
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
-    """Convert a text to token ids."""
+    """Convert a text to token ids, after `prefix_ids` if `add_bos`.
+
+    Raises:
+      UserError: the tokenizer has no token for a character, not even an unknown token.
+    """
 
   def encode_batch(self, texts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
     """Convert several texts to token ids."""
@@ -63,40 +78,20 @@ class Tokenizer(Protocol):
     """Return the id that the string `token` always becomes inside a text; None if it is not a single special or user-defined token."""
 
 
-class SpecialStrings:
-  """Strings that become one id anywhere in a text. The text between them is tokenized separately."""
-
-  def __init__(self, ids: Mapping[str, int]):
-    self.ids = dict(ids)
-    longest_first = sorted(self.ids, key=len, reverse=True)
-    self._pattern = re.compile('(' + '|'.join(map(re.escape, longest_first)) + ')') if self.ids else None
-
-  def occur_in(self, text: str) -> bool:
-    """Return whether the text contains one of the strings."""
-    return self._pattern is not None and self._pattern.search(text) is not None
-
-  def encode(self, text: str, encode_plain: Callable[[str], Iterable[int]]) -> list[int]:
-    """Convert a text to ids, using `encode_plain` for the text between the strings."""
-    if self._pattern is None or not self._pattern.search(text):
-      return list(encode_plain(text))
-    out: list[int] = []
-    for i, part in enumerate(self._pattern.split(text)):  # odd parts are the separators themselves
-      if i % 2:
-        out.append(self.ids[part])
-      elif part:
-        out.extend(encode_plain(part))
-    return out
-
-
 class ByteTokenizer:
   """UTF-8 bytes 0..255, then `SPECIAL_TOKENS` from 256 on."""
 
   vocab_size = 256 + len(SPECIAL_TOKENS)
   pad_id, bos_id, eos_id = 256, 257, 258
+  prefix_ids = (bos_id,)
   unk_id = None
 
   def __init__(self) -> None:
     self._specials = SpecialStrings({token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)})
+
+  @property
+  def control(self) -> Mapping[str, int]:
+    return self._specials.ids
 
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
     """Convert a text to token ids."""
@@ -131,13 +126,14 @@ class _FileTokenizer(abc.ABC):
       raise TokenizerError(f'{self.path}: no such tokenizer file')
     self._lock = threading.Lock()
     self._loaded: Any = None
+    self._warned = False  # of unknown text
 
   def __reduce__(self) -> tuple:
     return type(self), (self.path,)
 
   @abc.abstractmethod
   def _load(self) -> Any:
-    """Read the file into an object with `specials` and `ids` (of 'bos', 'eos', 'pad', 'unk')."""
+    """Read the file into an object with `specials`, `ids` (of 'bos', 'eos', 'pad', 'unk'), `prefix` and `control`."""
 
   @property
   def bos_id(self) -> int | None:
@@ -155,10 +151,26 @@ class _FileTokenizer(abc.ABC):
   def unk_id(self) -> int | None:
     return self._model.ids['unk']
 
+  @property
+  def prefix_ids(self) -> tuple[int, ...]:
+    return self._model.prefix
+
+  @property
+  def control(self) -> Mapping[str, int]:
+    return self._model.control
+
   def encode(self, text: str, add_bos: bool = False) -> list[int]:
     """Convert a text to token ids."""
     ids = self._encode(text)
-    return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+    if not self._warned and holds_unknown(self, text, ids):
+      self._warned = True
+      character = next((c for c in text if self.unk_id in self._encode(c)), text[:40])
+      warnings.warn(
+        f'{self.path} has no token for {character!r} (in {text[:40]!r}), which becomes its unknown token; use another tokenizer if such '
+        'text matters. Further unknown text is not reported',
+        stacklevel=2,
+      )
+    return [*self.prefix_ids, *ids] if add_bos else ids
 
   @abc.abstractmethod
   def _encode(self, text: str) -> list[int]: ...
@@ -184,26 +196,13 @@ class _FileTokenizer(abc.ABC):
     return self._loaded
 
 
-def byte_symbols() -> list[str]:
-  """Return the printable character that a byte-level BPE writes for each byte: itself if printable, else one from U+0100 on."""
-  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-  others = iter(range(256, 512))
-  return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-def _byte_alphabet(spec: Mapping[str, Any]) -> bytes | None:
-  """Return the bytes that a plain byte-level BPE can represent; None for a tokenizer.json that normalizes, adds or drops anything.
-
-  A text of these bytes is reproduced exactly. The library silently drops other bytes.
-  """
-  model, steps = spec['model'], spec['pre_tokenizer'] or {}
-  steps = steps['pretokenizers'] if steps.get('type') == 'Sequence' else [steps]
-  keeps_text = all(step.get('type') == 'Digits' or (step.get('type') == 'Split' and step['behavior'] != 'Removed') for step in steps[:-1])
-  bytes_last = steps[-1].get('type') == 'ByteLevel' and not steps[-1]['add_prefix_space']
-  plain_bpe = model['type'] == 'BPE' and not any(model.get(key) for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'))
-  if spec['normalizer'] is not None or (spec['decoder'] or {}).get('type') != 'ByteLevel' or not (keeps_text and bytes_last and plain_bpe):
-    return None
-  return bytes(b for b, symbol in enumerate(byte_symbols()) if symbol in model['vocab'])
+def holds_unknown(tokenizer: Tokenizer | _FileTokenizer, text: str, ids: Sequence[int]) -> bool:
+  """Return whether `ids`, those of `text`, have the unknown token for text that the tokenizer cannot spell, and not for its own string."""
+  unknown = tokenizer.unk_id
+  if unknown is None or unknown not in ids:
+    return False
+  spelled = sum(text.count(string) for string, i in tokenizer.control.items() if i == unknown)
+  return ids.count(unknown) > spelled
 
 
 class _Bpe(NamedTuple):
@@ -211,14 +210,18 @@ class _Bpe(NamedTuple):
   specials: SpecialStrings
   ids: Mapping[str, int | None]
   size: int
-  alphabet: bytes | None  # the result of _byte_alphabet
+  prefix: tuple[int, ...]
+  control: Mapping[str, int]
+  alphabet: bytes | None  # the result of byte_alphabet
+  speller: Speller | None
 
 
 class BpeTokenizer(_FileTokenizer):
   """A tokenizer.json of the `tokenizers` package.
 
   The file does not define which token is BOS; the files next to it do (special_tokens.py). Without them it is the token that the file's
-  post-processor prepends, or else `<s>`; the others default to `</s>`, `<pad>` and `<unk>`.
+  post-processor prepends, or else `<s>`; the others default to `</s>`, `<pad>` and `<unk>`. Whether BOS is added is decided by the
+  post-processor alone, as in transformers 5.
   """
 
   def _load(self) -> _Bpe:
@@ -231,13 +234,16 @@ class BpeTokenizer(_FileTokenizer):
     self._add_missing(model, special)
     spec = json.loads(model.to_str())
     added = {token.content: i for i, token in model.get_added_tokens_decoder().items()}
-    defaults = {'bos': _leading_token(spec['post_processor']) or BOS, 'eos': EOS, 'pad': PAD, 'unk': spec['model'].get('unk_token') or UNK}
+    names = {i: token for token, i in added.items()}
+    leading = [names[i] for i in prefix_of(spec) if i in names]
+    defaults = {'bos': leading[0] if leading else BOS, 'eos': EOS, 'pad': PAD, 'unk': spec['model'].get('unk_token') or UNK}
     ids = {}
     for name in NAMES:
       token = special.named[name] if name in special.named else defaults[name]
       ids[name] = None if token is None else added.get(token)
     size = max(model.get_vocab(with_added_tokens=True).values()) + 1
-    return _Bpe(model, SpecialStrings(added), ids, size, _byte_alphabet(spec))
+    control = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    return _Bpe(model, SpecialStrings(added), ids, size, prefix_of(spec), control, byte_alphabet(spec), speller(model, spec))
 
   def _add_missing(self, model: Any, special: SpecialTokens) -> None:
     """Add the tokens that are defined only in the files next to tokenizer.json, as the Hugging Face tokenizers do.
@@ -266,14 +272,25 @@ class BpeTokenizer(_FileTokenizer):
     return self._model.size
 
   def _encode(self, text: str) -> list[int]:
-    model, alphabet = self._model.model, self._model.alphabet
-    if alphabet is not None and (unknown := text.encode('utf-8').translate(None, alphabet)):
-      character = next(c for c in text if any(b in unknown for b in c.encode('utf-8')))
+    model = self._model
+    missing = None
+    if model.alphabet is not None:
+      if unknown := text.encode('utf-8').translate(None, model.alphabet):
+        missing = next(c for c in text if any(b in unknown for b in c.encode('utf-8')))
+    elif model.speller is not None:
+      missing = model.speller.missing(text)
+    if missing is not None:
       raise TokenizerError(
-        f'{self.path} has no token for {character!r} (in {text[:40]!r}...), because it was trained on other text; use '
+        f'{self.path} has no token for {missing[:40]!r} (in {text[:40]!r}...), because it was trained on other text; use '
         'tokenizer.kind=byte, or another tokenizer file'
       )
-    return model.encode(text, add_special_tokens=False).ids  # the file's post-processor might add an EOS too
+    try:
+      return model.model.encode(text, add_special_tokens=False).ids  # the file's post-processor might add an EOS too
+    except Exception as error:  # the library raises bare Exception, such as for a missing unknown token
+      reason = (str(error).splitlines() or [repr(error)])[0][:200]
+      raise TokenizerError(
+        f'{self.path} cannot tokenize {text[:40]!r}: {reason}; use tokenizer.kind=byte, or another tokenizer file'
+      ) from error
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Convert token ids to a text."""
@@ -290,13 +307,30 @@ class BpeTokenizer(_FileTokenizer):
     return self._model.specials.ids.get(token)
 
 
-def _leading_token(post_processor: Mapping[str, Any] | None) -> str | None:
-  """Return the special token that the post-processor of a tokenizer.json prepends to a text."""
-  steps = (post_processor or {}).get('processors') or [post_processor or {}]
-  for step in steps:
-    if step.get('type') == 'TemplateProcessing' and step['single'] and 'SpecialToken' in step['single'][0]:
-      return step['single'][0]['SpecialToken']['id']
-  return None
+def prefix_of(spec: Mapping[str, Any]) -> tuple[int, ...]:
+  """Return the ids that a tokenizer.json puts before a text.
+
+  A file without a post-processor adds none, except for the tokenizers of this package, which are trained without one.
+  """
+  if spec['post_processor'] is None:
+    own = {token['content']: token['id'] for token in spec['added_tokens']}
+    is_own = [own.get(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
+    return (own[BOS],) if is_own else ()
+  return tuple(_leading_ids(spec['post_processor']))
+
+
+def _leading_ids(step: Mapping[str, Any]) -> Iterator[int]:
+  kind = step.get('type')
+  if kind == 'Sequence':
+    for inner in step['processors']:
+      yield from _leading_ids(inner)
+  elif kind in ('BertProcessing', 'RobertaProcessing'):
+    yield step['cls'][1]
+  elif kind == 'TemplateProcessing':
+    for piece in step['single']:
+      if 'SpecialToken' not in piece:
+        return
+      yield from step['special_tokens'][piece['SpecialToken']['id']]['ids']
 
 
 def sentencepiece_proto() -> Any:
@@ -309,6 +343,8 @@ class _SentencePiece(NamedTuple):
   specials: SpecialStrings
   user_defined: Mapping[str, int]  # pieces that the model never splits, such as [UNUSED_TOKEN_130]
   ids: Mapping[str, int | None]
+  prefix: tuple[int, ...]
+  control: Mapping[str, int]
   names: Mapping[int, str]  # string of each special id, for decoding; the model itself decodes user-defined pieces
   dropped: frozenset[int]  # ids that decoding with `skip_special` drops
 
@@ -317,7 +353,8 @@ class SentencePieceTokenizer(_FileTokenizer):
   """A SentencePiece tokenizer.model, with the tokens that the files next to it add, if any (special_tokens.py).
 
   As in the Hugging Face tokenizers of such models, `<s>` and other control pieces inside a text become their ids, and decoding with
-  `skip_special` drops control pieces, the unknown piece and added tokens marked special.
+  `skip_special` drops control pieces, the unknown piece and added tokens marked special. BOS is added unless a file says otherwise, as
+  the tokenizers of Llama and InternLM do.
   """
 
   def _load(self) -> _SentencePiece:
@@ -345,7 +382,9 @@ class SentencePieceTokenizer(_FileTokenizer):
         dropped.add(known)
     ids |= {name: None if token is None else strings.get(token) for name, token in special.named.items()}
     names = {i: token for token, i in strings.items()}
-    return _SentencePiece(model, SpecialStrings(strings), user_defined, ids, names, frozenset(dropped))
+    prefix = (ids['bos'],) if ids['bos'] is not None and special.adds_bos is not False else ()
+    dropped_strings = {token: i for token, i in {**user_defined, **strings}.items() if i in dropped}
+    return _SentencePiece(model, SpecialStrings(strings), user_defined, ids, prefix, dropped_strings, names, frozenset(dropped))
 
   def added_tokens(self) -> dict[str, tuple[int, bool]]:
     """Return the (id, dropped by decoding with `skip_special`) of each control piece and added token."""

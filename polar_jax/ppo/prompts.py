@@ -12,9 +12,10 @@ from typing import Any, overload
 from polar_jax.config import ConfigError
 from polar_jax.data import tokenizer as tokenizer_lib
 from polar_jax.data.chat import ChatTemplate, ChatTemplateError, NoChatTemplateError
+from polar_jax.data.conversation import ConversationEncoder, as_messages
 from polar_jax.data.template import join_messages
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.types import Prompt, UserError
+from polar_jax.types import Prompt, Text, UserError
 
 _CHUNK = 512  # prompts that a thread renders and tokenizes at a time
 _PROBE = 'a response that ends here'
@@ -23,8 +24,9 @@ _PROBE = 'a response that ends here'
 class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
   """A sequence of (prompt, its token ids for the policy). All prompts are tokenized once, by the constructor.
 
-  With a chat template a string becomes one message of the user, and the template writes the BOS if its model needs one. Without a
-  template, messages are joined by newlines. The policy reads a prompt's metadata 'policy_prompt' instead of the prompt, if there is one.
+  With a chat template a string becomes one message of the user, and the template writes the BOS if its model needs one; no text of a
+  message becomes a control token. Without a template, messages are joined by newlines, and text is read as it is, control tokens included:
+  it may have been rendered elsewhere. The policy reads a prompt's metadata 'policy_prompt' instead of the prompt, if there is one.
 
   Attributes:
     kept: indices of the given prompts that this sequence holds.
@@ -95,10 +97,13 @@ class PolicyPrompts(Sequence[tuple[Prompt, list[int]]]):
 
 def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTemplate | None, bos: bool) -> Iterable[list[int]]:
   """Yield the token ids of each prompt, in order."""
+  conversations = None if chat is None else ConversationEncoder(chat, tokenizer)
 
   def encode(start: int) -> list[list[int]]:
     numbers = range(start, min(start + _CHUNK, len(prompts)))
-    return tokenizer.encode_batch([_text(i, prompts[i], chat) for i in numbers], add_bos=bos and chat is None)
+    if conversations is None:
+      return tokenizer.encode_batch([join_messages(_given(prompts[i]), f'prompt {i}') for i in numbers], add_bos=bos)
+    return [_conversation(i, prompts[i], conversations) for i in numbers]
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     try:
@@ -107,13 +112,15 @@ def _tokenize(prompts: Sequence[Prompt], tokenizer: Tokenizer, chat: ChatTemplat
       pool.shutdown(cancel_futures=True)  # an error must not wait for later prompts
 
 
-def _text(number: int, prompt: Prompt, chat: ChatTemplate | None) -> str:
-  """Return the text that the policy reads."""
-  given = prompt.metadata.get('policy_prompt', prompt.prompt)
-  if chat is None:
-    return join_messages(given, f'prompt {number}')
+def _given(prompt: Prompt) -> Text:
+  """Return what the policy reads."""
+  return prompt.metadata.get('policy_prompt', prompt.prompt)
+
+
+def _conversation(number: int, prompt: Prompt, conversations: ConversationEncoder) -> list[int]:
+  """Return the token ids of a prompt through the chat template."""
   try:
-    return chat.render([{'role': 'user', 'content': given}] if isinstance(given, str) else given)
+    return conversations.render(as_messages(_given(prompt), 'user'), add_generation_prompt=True)[1]
   except ChatTemplateError as error:
     raise ChatTemplateError(f'prompt {number}: {error}') from error
 

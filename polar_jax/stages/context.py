@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from polar_jax.api import RunSettings
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
+from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import open_triplets, report_skipped
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -87,7 +88,7 @@ class Context:
 
   def template(self, tokenizer: Tokenizer | None = None) -> Template:
     """Return the template with a tokenizer; None: the config's."""
-    return Template(self.config.template, tokenizer or self.tokenizer())
+    return open_template(self.config.template, tokenizer or self.tokenizer())
 
   def model_config(self, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """Return the model's shape with the vocabulary of a tokenizer; None: the config's.

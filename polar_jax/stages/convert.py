@@ -17,7 +17,7 @@ from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.checkpoints import exporter, importer, run_folder, tokenizer_files
 from polar_jax.checkpoints.certificate import Certificate, fixed_rows_scores
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
-from polar_jax.config import ConfigError
+from polar_jax.config import ConfigError, TemplateConfig
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model.heads import HEADS
 from polar_jax.runtime import malloc
@@ -190,7 +190,9 @@ def _count(params: dict[str, Any]) -> int:
 def _settings(opened: Pretrained) -> dict[str, Any]:
   """Return the settings to store with the converted checkpoint, in the form of a run's fingerprint."""
   model = {f'model.{name}': value for name, value in dataclasses.asdict(opened.model).items()}
-  reward = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
+  reward: dict[str, Any] = {} if opened.reward_token_id is None else {'template.reward_token_id': opened.reward_token_id}
+  if opened.head == 'reward' and opened.template(TemplateConfig()).chat == 'always':  # the checkpoint alone would not say so
+    reward |= {'template.chat': 'always', 'template.use_reference': False}
   return {'objective': HEADS[opened.head].objective, 'converted_from': opened.kind, **model, **reward}
 
 

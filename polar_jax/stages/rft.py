@@ -9,6 +9,7 @@ from typing import Any
 from polar_jax import api
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import Config, ConfigError, RewardConfig, RftConfig
+from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import NoSplitError, open_prompts, report_skipped
 from polar_jax.data.template import Template
 from polar_jax.ppo import policy as policy_lib
@@ -128,6 +129,8 @@ def _model_reward(context: Context, options: RftConfig, prompts: Sequence[Prompt
     raise ConfigError(f'rft.reward.checkpoint {opened.path}: has a {opened.head} head; the reward must be a reward model')
   config = context.config
   model = api.load(opened, mesh=context.mesh, dtype=config.model.compute_dtype, compute=config.model, template=config.template)
+  if model.template_config.chat == 'always':
+    context.log(f'rft: the reward model {opened.path} reads prompt and response through its chat template (see template.chat)')
   return ModelReward(model.policy_scorer(options, prompts), options.reward)
 
 
@@ -141,4 +144,4 @@ def _server_template(context: Context, config: RewardConfig) -> Template:
   if not context.checkpoint(config.checkpoint).exists():
     return context.template()
   opened = _reward_checkpoint(context, config)
-  return Template(opened.template(context.config.template), opened.tokenizer())
+  return open_template(opened.template(context.config.template), opened.tokenizer())

@@ -1,4 +1,7 @@
-"""The template against the official rule, implemented step by step from its description with the libraries' own tokenizers."""
+"""The template against the official rule, implemented step by step from its description with the libraries' own tokenizers.
+
+In one respect ours is stricter: texts lose the template's own two tokens even where the tokenizer does not count them as special.
+"""
 
 from __future__ import annotations
 
@@ -102,6 +105,8 @@ def official(tokenizer, rule, limits, prompt, reference, candidates, wrapper, se
     limits: max_length, max_response_length.
     reward: the string of the reward token, and its id.
   """
+  own = [reward[1], *(ids if len(ids := tokenizer.encode(separator)) == 1 else [])]
+  decode = lambda ids: tokenizer.decode([i for i in ids if i not in own])
   max_length, max_response_length = limits
   # 1. Encode separately, each with its BOS, which counts.
   prompt_ids = [*tokenizer.bos, *tokenizer.encode(joined(prompt))]
@@ -123,9 +128,9 @@ def official(tokenizer, rule, limits, prompt, reference, candidates, wrapper, se
   # 5. Decode without special tokens, assemble, and tokenize again after one BOS.
   out = []
   for ids, room in zip(candidate_ids, rooms, strict=True):
-    prompt_text = tokenizer.decode(prompt_ids[len(prompt_ids) - room :] if room < len(prompt_ids) else prompt_ids)
+    prompt_text = decode(prompt_ids[len(prompt_ids) - room :] if room < len(prompt_ids) else prompt_ids)
     parts = []
-    for answer in (tokenizer.decode(reference_ids), tokenizer.decode(ids)):
+    for answer in (decode(reference_ids), decode(ids)):
       newline = wrapper == 'sft' and not (rule == 'trainer' and answer == '')
       parts.append(prompt_text + ('\n' if newline else '') + answer)
     text = separator.join(parts)

@@ -83,7 +83,7 @@ def byte_functions():
 
 
 def piece_functions(path, separator_id):
-  """Control strings and the separator split the text and are dropped by decoding; [UNUSED_TOKEN_130] is a piece of the model."""
+  """Control strings and the separator split the text and are dropped by decoding; so is [UNUSED_TOKEN_130], a piece of the model."""
   model = sentencepiece.SentencePieceProcessor(model_file=str(path))
   ids = {'<unk>': 0, '<s>': 1, '</s>': 2, '<|reward|>': separator_id}
 
@@ -93,7 +93,7 @@ def piece_functions(path, separator_id):
       out += [ids[part]] if part in ids else model.encode(part)
     return out
 
-  return encode, lambda tokens: model.decode([i for i in tokens if i not in ids.values()]), 1, 92527
+  return encode, lambda tokens: model.decode([i for i in tokens if i not in (*ids.values(), 92527)]), 1, 92527
 
 
 @pytest.fixture(scope='module')

@@ -126,8 +126,9 @@ def test_bpe_takes_special_tokens_from_the_config_next_to_it(bpe_path, tmp_path)
   (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
   tokenizer = tokenizer_lib.BpeTokenizer(copy)
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 3, 1)
-  assert tokenizer.encode('cat', add_bos=True) == tokenizer.encode('cat')
-  assert tokenizer.encode_batch(['cat'], add_bos=True) == [tokenizer.encode('cat')]
+  # The post-processor adds its token all the same, as in transformers.
+  assert tokenizer.encode('cat', add_bos=True) == [1, *tokenizer.encode('cat')]
+  assert tokenizer.encode_batch(['cat'], add_bos=True) == [[1, *tokenizer.encode('cat')]]
 
 
 @pytest.mark.data

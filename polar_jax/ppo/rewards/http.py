@@ -47,7 +47,7 @@ class HttpReward:
   """A reward server, which scores every (prompt, reference, response) in the template's text (see `Template.candidate_texts`).
 
   Args:
-    template: of the model that is served. Its tokenizer is used only for texts that may have to be cut.
+    template: of the model that is served. Its tokenizer cuts texts and removes control tokens; the server tokenizes the result.
     config: address and kind of the server, timeouts and wrapper.
     batch: texts per request.
     clock: returns seconds; for tests.

@@ -57,11 +57,15 @@ class ModelReward:
       RewardError: a reward is not finite.
     """
     candidates_of: dict[tuple[str, str], dict[str, int]] = {}
+    texts_of: dict[tuple[str, str], tuple[Text, Text]] = {}
     entries = []
     for prompt, response in zip(prompts, responses, strict=True):
-      candidates = candidates_of.setdefault((join_messages(prompt.prompt, 'prompt'), join_messages(prompt.reference, 'reference')), {})
+      texts = prompt.prompt, prompt.reference
+      key = repr(texts[0]), repr(texts[1])  # messages with their roles, which a chat template reads
+      candidates = candidates_of.setdefault(key, {})
+      texts_of.setdefault(key, texts)
       entries.append((candidates, candidates.setdefault(response, len(candidates))))
-    groups = [Group(*texts, tuple(candidates), self._wrapper) for texts, candidates in candidates_of.items()]
+    groups = [Group(*texts_of[key], tuple(candidates), self._wrapper) for key, candidates in candidates_of.items()]
     scored = self._scorer.score(groups, alone=True)
     rewards_of = {id(candidates): rewards for candidates, rewards in zip(candidates_of.values(), scored, strict=True)}
     rewards = np.array([rewards_of[id(candidates)][c] for candidates, c in entries], np.float32)
