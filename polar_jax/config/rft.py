@@ -54,7 +54,9 @@ class RewardConfig:
   wrapper: str = option(
     'sft', 'How prompt and trajectory are joined: by a newline (sft), or directly (pretrain).', choices=('sft', 'pretrain')
   )
-  strip_thinking: bool = option(True, 'Score only what follows the first `</think>`, as the official code does.')
+  strip_thinking: bool = option(
+    True, 'Score only what follows the first `</think>`, as the official code does, also if the prompt has the `<think>`.'
+  )
   model_weight: float = option(1.0, 'Weight of the score from `source`; 0: it is not computed.')
   rule_weight: float = option(0.0, 'Weight of the rule; 0: it is only measured.')
   rule: str | None = option(

@@ -24,6 +24,8 @@ class ConversationTemplate(Template):
   A string is one message: of the user as a prompt, of the assistant as a candidate. References are ignored, and nothing is cut.
   """
 
+  reads_roles = True
+
   def __init__(self, config: TemplateConfig, tokenizer: Tokenizer):
     self.config = dataclasses.replace(config, use_reference=False)
     self.tokenizer = tokenizer

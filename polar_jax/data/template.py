@@ -6,6 +6,7 @@ set) token for token, and those of the official serving client under the name 'c
                            trainer                                   client
   prompt is truncated for  all candidates alike (the smallest room)  each candidate separately
   empty candidate, 'sft'   no newline                                newline as for any other
+  reward token             appended as an id                         appended as text
 
 Both keep the head of a response and the tail of a prompt. Lengths are those of the separately encoded pieces, BOS included; the
 truncated pieces are decoded without special tokens, joined as text and encoded again. The final length may therefore differ from the
@@ -83,7 +84,10 @@ class Template:
   Attributes:
     separator_id: id of the separator; None: it is tokenized as ordinary text.
     reward_token_id: id at which the reward is read; None only with a chat template (conversation_template.py).
+    reads_roles: whether messages differ from their contents joined by newlines.
   """
+
+  reads_roles = False
 
   def __init__(self, config: TemplateConfig, tokenizer: Tokenizer):
     self.config = config
@@ -110,6 +114,7 @@ class Template:
     self._forbidden = SpecialStrings({**tokenizer.control, **own})
     # Characters that the tokenizer cannot spell become the unknown token, which is no sign of a control token.
     self._forbidden_ids = frozenset(self._forbidden.ids.values()) - {tokenizer.unk_id}
+    self._forbidden_but_unknown = SpecialStrings({string: i for string, i in self._forbidden.ids.items() if i in self._forbidden_ids})
 
   def encode(self, triplet: Triplet) -> tuple[list[int], list[int]]:
     """Return the token ids of (prompt, reference, prompt, candidate) for the chosen and for the rejected candidate.
@@ -171,7 +176,13 @@ class Template:
   def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool = False) -> list[list[int]]:
     encoded = self._encoded(prompt, reference, candidates, wrapper, alone)
     assert self.reward_token_id is not None
-    return [[*ids, self.reward_token_id] for _, ids in encoded]
+    if self.config.rule == 'trainer':
+      return [[*ids, self.reward_token_id] for _, ids in encoded]
+    sequences = self._encode_texts([text + self.config.reward_token for text, _ in encoded])
+    for (text, _), ids in zip(encoded, sequences, strict=True):
+      if ids[-1] != self.reward_token_id or ids.count(self.reward_token_id) != 1 + (self.reward_token_id == self.separator_id):
+        raise TemplateError(f'the text {shortened(text)} forms another token with the reward token after it; remove its end')
+    return sequences
 
   def _encoded(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[tuple[str, list[int]]]:
     """Return the text of each candidate, without the reward token, and its token ids."""
@@ -247,7 +258,8 @@ class Template:
     # Decoding without special tokens would drop what the tokenizer cannot spell, as if it were not there.
     if len(kept) == len(ids):
       return self._forbidden.remove(text)
-    return self._forbidden.remove(self.tokenizer.decode([i for i in kept if i not in self._forbidden_ids], skip_special=False))
+    kept = [i for i in kept if i not in self._forbidden_ids]
+    return self._forbidden_but_unknown.remove(self.tokenizer.decode(kept, skip_special=False))
 
   def _certainly_uncut(self, texts: list[str]) -> bool:
     """Return True only if `_cut` is certain to leave the pieces unchanged, which saves tokenizing them: a third of the work."""

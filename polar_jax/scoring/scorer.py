@@ -70,6 +70,11 @@ class Scorer:
     self._rows = sharding.round_up(rows, shards)
     self._forward = jit_rewards(group_rewards, model, mesh)
 
+  @property
+  def template(self) -> Template:
+    """What turns examples into token ids."""
+    return self._template
+
   def score(self, groups: Sequence[Group], alone: bool = False) -> list[np.ndarray]:
     """Return the rewards of each group's candidates, float32, in order. A group may have any number of candidates, including none.
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from polar_jax.checkpoints import checkpointer as checkpoint
 from polar_jax.checkpoints import exporter, importer, run_folder, tokenizer_files
-from polar_jax.checkpoints.certificate import Certificate, fixed_rows_scores
+from polar_jax.checkpoints.certificate import Certificate, TextIds, fixed_rows_scores, fixed_texts
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError, TemplateConfig
 from polar_jax.data.tokenizer import Tokenizer
@@ -90,9 +90,10 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
 
   stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
   exact = dtype is None or stored_dtypes == {dtype}
-  scores = [] if exact else fixed_rows_scores(opened.params(mesh), opened.model, opened.head, mesh)
+  texts, skipped = _texts(context, opened)
+  scores = [] if exact else fixed_rows_scores(opened.params(mesh), opened.model, opened.head, mesh, texts)
   params = opened.params(mesh, dtype, on_tensor=note)
-  scores = scores or fixed_rows_scores(params, opened.model, opened.head, mesh)
+  scores = scores or fixed_rows_scores(params, opened.model, opened.head, mesh, texts)
   checkpoint.save_params(folder, params, _settings(opened))
   parameters = _count(params)
   del params
@@ -106,7 +107,7 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   written = open_pretrained(folder)
   back = written.params(mesh)
   after = {name: importer.checksum(array) for name, array in exporter.stored_arrays(back, opened.stored()) if name in before}
-  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores, texts, skipped)
 
 
 def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
@@ -114,7 +115,8 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   dtype, mesh = context.config.convert.dtype, context.mesh
   params, stored = opened.params(mesh), opened.stored()
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
-  scores = fixed_rows_scores(params, opened.model, opened.head, mesh)
+  texts, skipped = _texts(context, opened)
+  scores = fixed_rows_scores(params, opened.model, opened.head, mesh, texts)
   exporter.write_folder(
     folder,
     params,
@@ -137,7 +139,15 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   written = open_pretrained(folder)
   back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))
   exact = dtype is None or dtypes == {dtype}
-  return _certificate(context, opened, written, back, parameters, exact, before, after, scores)
+  return _certificate(context, opened, written, back, parameters, exact, before, after, scores, texts, skipped)
+
+
+def _texts(context: Context, opened: Pretrained) -> tuple[TextIds, str]:
+  """Return the token ids of the certificate's texts, through a checkpoint's own tokenizer and template; or none, and why."""
+  try:
+    return fixed_texts(opened.tokenizer(), opened.template(context.config.template), opened.head, opened.model), ''
+  except UserError as error:
+    return [], str(error)
 
 
 def _certificate(
@@ -150,6 +160,8 @@ def _certificate(
   before: dict[str, str],
   after: dict[str, str],
   scores: list[float],
+  texts: TextIds,
+  skipped: str,
 ) -> Certificate:
   """Compare the written checkpoint with the original.
 
@@ -162,13 +174,23 @@ def _certificate(
     exact: whether the conversion keeps every bit.
     before: checksums of the original's tensors by name.
     after: checksums of the written tensors.
-    scores: the original's scores of fixed rows.
+    scores: the original's scores of fixed rows, and of `texts` after them.
+    texts: the token ids of the certificate's texts in the original.
+    skipped: why there are none.
 
   Raises:
     UserError: the two differ in their number of parameters or in the names of their tensors.
   """
   if _count(back) != parameters or before.keys() != after.keys():
     raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; output discarded')
+  if not skipped:
+    texts_after, skipped = _texts(context, written)
+    if skipped:
+      raise UserError(f'{context.config.output}: its texts cannot be tokenized as those of {opened.path}: {skipped}; output discarded')
+  else:
+    texts_after = []
+  scores_after = fixed_rows_scores(back, written.compute_like(opened.model), opened.head, context.mesh, texts)  # equal if all is well
+  rows = len(scores) - sum(ids is not None for ids in texts)
   return Certificate(
     source=str(opened.path),
     output=str(context.config.output),
@@ -178,7 +200,10 @@ def _certificate(
     dtypes=tuple(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(back)})),
     exact=exact,
     tensors={name: (before[name], after[name]) for name in before},
-    scores=(scores, fixed_rows_scores(back, written.compute_like(opened.model), opened.head, context.mesh)),
+    scores=(scores[:rows], scores_after[:rows]),
+    text_ids=(texts, texts_after),
+    text_scores=(scores[rows:], scores_after[rows:]),
+    texts_skipped=skipped,
   )
 
 

@@ -38,9 +38,9 @@ def test_policy_prompts_with_and_without_a_chat_template():
     '<s>u:Why?\na:',
     '<s>s:S</s>u:U\na:',
     '<s>s:S</s>u:U\na:',
-    '<s>u:<s>\na:',
+    '<s>u:\na:',  # the template writes the only control token
   ]
-  assert [ids.count(BYTES.bos_id) for _, ids in with_chat] == [1, 1, 1, 2]
+  assert [ids.count(BYTES.bos_id) for _, ids in with_chat] == [1, 1, 1, 1]
   plain = PolicyPrompts(rows, BYTES, None, 100)
   assert [text(ids) for _, ids in plain] == ['<s>Why?', '<s>S\nU', '<s>S\nU', '<s><s>']
   assert [text(ids) for _, ids in PolicyPrompts(rows, BYTES, None, 100, bos=False)] == ['Why?', 'S\nU', 'S\nU', '<s>']

@@ -60,10 +60,12 @@ class ModelReward:
     texts_of: dict[tuple[str, str], tuple[Text, Text]] = {}
     entries = []
     for prompt, response in zip(prompts, responses, strict=True):
-      texts = prompt.prompt, prompt.reference
-      key = repr(texts[0]), repr(texts[1])  # messages with their roles, which a chat template reads
-      candidates = candidates_of.setdefault(key, {})
+      texts: tuple[Text, Text] = prompt.prompt, prompt.reference
+      if not self._scorer.template.reads_roles:
+        texts = join_messages(prompt.prompt, 'prompt'), join_messages(prompt.reference, 'reference')
+      key = repr(texts[0]), repr(texts[1])
       texts_of.setdefault(key, texts)
+      candidates = candidates_of.setdefault(key, {})
       entries.append((candidates, candidates.setdefault(response, len(candidates))))
     groups = [Group(*texts_of[key], tuple(candidates), self._wrapper) for key, candidates in candidates_of.items()]
     scored = self._scorer.score(groups, alone=True)
@@ -183,10 +185,13 @@ def strip_thinking(text: str) -> str:
   """Return the text after the first `</think>` that follows the first `<think>`, stripped; without such tags, the text unchanged.
 
   This is the official rule: POLAR's reward function searches anywhere in the response (re.search), so words before `<think>` are
-  dropped too, and later tags stay. A response cut while thinking, or whose `<think>` was part of the prompt, is scored whole.
+  dropped too, and later tags stay. In one case it is extended: where a chat template ends the prompt with `<think>`, the response has only
+  `</think>`, and what follows it is returned. A response cut while thinking is scored whole.
   """
-  match = _THINKING.search(text)
-  return match.group(2).strip() if match else text
+  if match := _THINKING.search(text):
+    return match.group(2).strip()
+  _, tag, answer = text.partition('</think>')
+  return answer.strip() if tag else text
 
 
 def score_on_first_process(score: Callable[[], np.ndarray], count: int, expected: type[UserError], elsewhere: UserError) -> np.ndarray:

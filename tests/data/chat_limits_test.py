@@ -1,0 +1,123 @@
+"""Chat templates are programs of strangers: what loops, grows or crashes ends in one line, and the next template is rendered as usual."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from polar_jax.data import chat as chat_lib
+from polar_jax.data import chat_worker
+from polar_jax.data.chat import ChatTemplate, ChatTemplateError
+
+MESSAGES = [{'role': 'user', 'content': 'x'}]
+LOOP = '{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}'
+
+
+@pytest.fixture(autouse=True)
+def short_limits(monkeypatch):
+  """Start workers with a limit of half a second of processor time, and 400 MiB."""
+  started = subprocess.Popen
+
+  def start(command, **settings):
+    code = (
+      'import runpy, sys; from polar_jax.data import chat_worker as w; w.SECONDS, w.MEMORY = 0.5, 400 * 2**20; '
+      'import io, os; out = os.fdopen(os.dup(1), "wb"); os.dup2(2, 1); w._limit(); w.serve(sys.stdin.buffer, out)'
+    )
+    return started([sys.executable, '-c', code], **settings)
+
+  chat_lib._WORKER.stop()
+  monkeypatch.setattr(chat_lib.subprocess, 'Popen', start)
+  yield
+  chat_lib._WORKER.stop()
+
+
+BOMBS = {
+  'loop': LOOP,
+  'string': "{{ 'x' * 10 ** 10 }}",
+  'list': '{{ [messages] * 10 ** 10 }}',
+  'power': '{{ 10 ** (10 ** 10) }}',
+  'doubling': "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+  'lipsum': '{{ lipsum(n=99999, max=99999, min=99998) }}',
+  'dates': "{{ strftime_now('%A' * 10 ** 8) }}",
+  'format': "{{ '%09999999999d' % 1 }}",
+  'format method': "{{ '{:>9999999999}'.format('x') }}",
+  'center': "{{ 'x' | center(10 ** 10) }}",
+  'indent': '{{ messages | tojson(indent=10 ** 10) }}',
+  'batch': "{{ [1] | batch(10 ** 10, 'x') | list }}",
+  'recursion': '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+  'output': "{% for i in range(20000) %}{{ 'x' * 1000 }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize('bomb', BOMBS)
+def test_a_bomb_is_one_line_and_the_next_template_works(bomb):
+  with pytest.raises(ChatTemplateError) as error:
+    ChatTemplate(BOMBS[bomb], where='here').render(MESSAGES)
+  assert str(error.value).startswith('here: ') and len(str(error.value)) <= 500 and '\n' not in str(error.value)
+  assert ChatTemplate('{{ messages[0].content }}y').render(MESSAGES) == 'xy'
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('{% for i in range(3) %}' * 30 + '{% endfor %}' * 30, 'here: not a Jinja template: SyntaxError: too many statically nested blocks'),
+    ('{{ ' + '(' * 3000 + '1' + ')' * 3000 + ' }}', 'here: not a Jinja template: '),
+    ('{{ ' + '9' * 10_000 + ' }}', 'here: not a Jinja template: '),
+    ('{% if %}', 'here: not a Jinja template: line 1: '),
+  ],
+)
+def test_sources_that_do_not_compile(source, message):
+  with pytest.raises(ChatTemplateError) as error:
+    ChatTemplate(source, where='here')
+  assert str(error.value).startswith(message) and len(str(error.value)) <= 500
+
+
+def test_long_messages_of_a_template_are_cut():
+  with pytest.raises(ChatTemplateError, match='here: line 1 of the template: xxx') as error:
+    ChatTemplate("{{ raise_exception('x\n' * 10000) }}".replace("'x\n'", "'xxx '"), where='here').render(MESSAGES)
+  assert len(str(error.value)) <= 500
+
+
+def test_one_process_serves_all_renderings():
+  template = ChatTemplate('{{ messages[0].content }}')
+  first = chat_lib._WORKER._process.pid
+  texts: dict[int, str] = {}
+
+  def render(i):
+    texts[i] = template.render([{'role': 'user', 'content': f'é{i}' * 50_000}])
+
+  threads = [threading.Thread(target=render, args=(i,)) for i in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert texts == {i: f'é{i}' * 50_000 for i in range(8)} and chat_lib._WORKER._process.pid == first
+
+
+def test_a_process_that_dies_is_replaced():
+  template = ChatTemplate('{{ messages[0].content }}')
+  os.kill(chat_lib._WORKER._process.pid, signal.SIGKILL)
+  with pytest.raises(ChatTemplateError, match='or more memory than there is'):
+    template.render(MESSAGES)
+  assert template.render(MESSAGES) == 'x'
+
+
+def test_messages_that_cannot_be_sent_are_refused():
+  with pytest.raises(ChatTemplateError, match='must consist of plain values'):
+    ChatTemplate('').render([{'role': 'user', 'content': lambda: None}])
+
+
+def test_the_worker_answers_without_a_process():
+  """The same function in this process, where coverage sees it."""
+  env = chat_worker.environment()
+  assert chat_worker.answer(env, {}, '{{ x }}', {'x': 'é'}) == {'text': 'é'}
+  assert chat_worker.answer(env, {}, '{{ x }}', None) == {'text': ''}
+  assert chat_worker.answer(env, {}, '{{ 1 + "a" }}', {})['error'].startswith('line 1 of the template: TypeError')
+  assert 'more than' in chat_worker.answer(env, {}, '{{ x * 2 }}', {'x': 'x' * chat_worker.MAX_OUTPUT})['error']
+  many = dict.fromkeys(map(str, range(chat_worker._CACHED)))
+  assert chat_worker.answer(env, many, 'a', {}) == {'text': 'a'} and len(many) == 1
