@@ -36,9 +36,8 @@ class TemplateConfig:
   use_reference: bool = option(True, 'Show the reference to the reward model. False: a classic reward model of (prompt, candidate).')
   chat: str = option(
     'auto',
-    'always: the conversation of prompt and candidate, rendered with the chat template next to the tokenizer, without a reference; '
-    'never: the template above. auto: always for a Hugging Face reward model that has a chat template and, in its config.json, no '
-    'reward_token_id: one of another kind than POLAR.',
+    'Score (prompt, candidate) through the chat template: always, never, or auto: if a Hugging Face reward model has one, but no '
+    'reward_token_id in its config.json.',
     choices=('auto', 'always', 'never'),
   )
 
