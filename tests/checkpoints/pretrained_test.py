@@ -19,7 +19,8 @@ from polar_jax.checkpoints import checkpointer, config_json, exporter, families,
 from polar_jax.checkpoints.formats.storage import CheckpointFileError
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, MeshConfig, ModelConfig, TemplateConfig
-from polar_jax.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer, byte_symbols
+from polar_jax.data.spelling import byte_symbols
+from polar_jax.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer
 from polar_jax.model.heads import HEADS, abstract_model
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
