@@ -14,8 +14,8 @@ import jax
 from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import lengths
+from polar_jax.data.conversation_template import open_template
 from polar_jax.data.pipeline import TripletSegments
-from polar_jax.data.template import Template
 from polar_jax.model import flops
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
@@ -152,7 +152,7 @@ def _check_examples(
   examples, held_out = read('train'), read('validation')
   if data.row_length is None or (config.tokenizer.kind == 'trained' and 'synthesize' in earlier):
     return
-  template = Template(context.template_config(), context.tokenizer(train.start_from))
+  template = open_template(context.template_config(), context.tokenizer(train.start_from))
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(examples))
   lengths.check_run(TripletSegments(examples, template), plan, data, steps=steps, seed=config.seed)
   PairValidation(TripletSegments(held_out, template), plan, data.row_length, train.evaluate_examples).check(data.read_threads)
