@@ -24,7 +24,7 @@ from polar_jax.config import (
   TemplateConfig,
   TrainConfig,
 )
-from polar_jax.data import lengths, pipeline
+from polar_jax.data import identity, lengths, pipeline, survey
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
@@ -148,6 +148,9 @@ def train_reward_model(
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
+  surveys = {'training': segments} | ({} if held_out is None else {'validation': held_out})
+  if isinstance(train, pipeline.TripletSegments):  # of a sweep, whose runs share their data
+    surveys = {}
 
   run = trainer.Run(
     **fields,
@@ -163,11 +166,10 @@ def train_reward_model(
     if held_out is None
     else PairValidation(held_out, plan, data.row_length, args.evaluate_examples).check(data.read_threads),
     load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, fields['name'], log),
-    fingerprint=run_folder.training_settings(
-      RANKING.name, args, config, template, tokenizer, seed, {'rows': run_folder.examples_digest(segments.source)}
-    ),
+    fingerprint=run_folder.training_settings(RANKING.name, args, config, template, tokenizer, seed, _examples_settings(segments, held_out)),
     threads=data.read_threads,
     prefetch=data.prefetch,
+    facts={'examples': {split: _survey(fields['name'], split, of, data, log) for split, of in surveys.items()}},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
@@ -229,19 +231,26 @@ def train_policy(
   examples = as_prompts(prompts, optional=optional)
   measured = None if held_out is None else as_prompts(held_out, 'validation', optional=optional)
   total = _reward_sum(reward, args, examples)
+  tuning, held_out_prompts = encode(examples), encode(measured) if measured else None
+  fields = settings.run_fields(output_dir)
+  sets: dict[str, tuple[Any, Any]] = {'training': (examples, tuning)} | ({'held-out': (measured, held_out_prompts)} if measured else {})
+  prompts_settings = _prompts_settings(examples, measured, chat, with_metadata=_reads_columns(reward, args))
 
   run = Run(
-    **settings.run_fields(output_dir),
+    **fields,
+    facts={
+      'examples': {split: _survey_prompts(f'{fields["name"]}: {split}', of, total.template, settings.log) for split, of in sets.items()}
+    },
     config=args,
     model=config,
     mesh=mesh,
-    prompts=encode(examples),
-    held_out=encode(measured) if measured else None,
+    prompts=tuning,
+    held_out=held_out_prompts,
     tokenizer=tokenizer,
     stop_ids=prompts_lib.stop_ids(tokenizer, assets, args.rollout.stop, chat),
     reward=total,
     initial_params=lambda: start.params(mesh, 'float32', head='lm'),
-    fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, examples) | _reward_settings(reward),
+    fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, prompts_settings) | _reward_settings(reward),
   )
   run.check()
   run_folder.keep_tokenizer(tokenizer, run.home)
@@ -287,6 +296,30 @@ def _segments(examples: Any, template: Template, data: DataConfig, split: str = 
   return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
 
 
+def _survey(name: str, split: str, segments: pipeline.TripletSegments, data: DataConfig, log: Callable[[str], None]) -> dict[str, Any]:
+  """Log and return what of the examples cannot be learned from, or is cut off."""
+  found = survey.survey(segments, range(len(segments)), data.read_threads)
+  for line in found.lines():
+    log(f'{name}: {split} data: {line}')
+  return found.asdict()
+
+
+def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:
+  """Log and return what the reward model does not see of prompts and references, and which prompts the policy does not read.
+
+  Args:
+    name: of the run and the split.
+    prompts: those of the data set, and the `PolicyPrompts` made of them.
+    template: of the reward model, if it is one.
+    log: receives lines.
+  """
+  given, read = prompts
+  found = survey.survey_prompts(given, template, read.dropped)
+  for line in found.lines():
+    log(f'{name} prompts: {line}')
+  return found.asdict()
+
+
 def _reward_parts(reward: Any) -> list[tuple[float, Any]]:
   """Return a reward in any of the accepted forms as a list of (weight, RewardModel or function)."""
   parts = [(1.0, reward)] if isinstance(reward, RewardModel) or callable(reward) else list(reward)
@@ -304,6 +337,28 @@ def _needs_reference(reward: Any) -> bool:
   from polar_jax.ppo.rewards.sources import RewardSum
 
   return isinstance(reward, RewardSum) or any(isinstance(part, RewardModel) for _, part in _reward_parts(reward))
+
+
+def _reads_columns(reward: Any, args: RftConfig) -> bool:
+  """Return whether a reward is a function, which receives every field of the prompts."""
+  from polar_jax.ppo.rewards.sources import RewardSum
+
+  if isinstance(reward, RewardSum):
+    return args.reward.source == 'python'
+  return not all(isinstance(part, RewardModel) for _, part in _reward_parts(reward))
+
+
+def _examples_settings(train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None) -> dict[str, str]:
+  """Return the settings that identify ranked examples."""
+  digests = {'rows': identity.triplets_digest(train.source)}
+  return digests if validation is None else digests | {'validation_rows': identity.triplets_digest(validation.source)}
+
+
+def _prompts_settings(prompts: Sequence[Prompt], held_out: Sequence[Prompt] | None, chat: Any, *, with_metadata: bool) -> dict[str, str]:
+  """Return the settings that identify prompts and the chat template that makes token ids of them."""
+  digest = functools.partial(identity.prompts_digest, with_metadata=with_metadata)
+  digests = {'rows': digest(prompts), 'chat': identity.chat_digest(chat)}
+  return digests | {'validation_rows': digest(held_out)} if held_out else digests
 
 
 def _reward_sum(reward: Any, args: RftConfig, prompts: Sequence[Prompt]) -> Any:

@@ -19,7 +19,7 @@ from polar_jax.config.reference import help_text
 from polar_jax.config.renamed import present_names
 from polar_jax.config.stages import check_overrides
 from polar_jax.planning import environment
-from polar_jax.runtime import malloc
+from polar_jax.runtime import malloc, text_files
 from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
@@ -74,6 +74,14 @@ def _print_help(arguments: Sequence[str]) -> None:
 
 def _explain(error: Exception, argv: Sequence[str]) -> str | None:
   """Return one line for an error of absl, config_flags or the config file itself; None if the user did not cause it."""
+  if isinstance(error, (SyntaxError, ValueError)) and not isinstance(error, flags.Error):
+    for path in re.findall(r'^-{1,2}config=(.+)$', '\n'.join(argv), re.MULTILINE):
+      try:
+        text_files.read_text(pathlib.Path(path.partition(':')[0]))
+      except text_files.TextError as unreadable:
+        return str(unreadable)
+      except OSError:
+        pass
   cause: BaseException | None = error
   while cause is not None:  # the flag libraries wrap what the config file raised
     frames = [f for f in traceback.walk_tb(cause.__traceback__) if f[0].f_globals.get('__name__') == 'config_config']

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import pathlib
 import sys
@@ -20,7 +19,7 @@ from flax import traverse_util
 from polar_jax import sharding
 from polar_jax.config import Config, MeshConfig, requested_stages
 from polar_jax.report import report
-from polar_jax.runtime import distributed, heartbeat, paths, preemption
+from polar_jax.runtime import distributed, heartbeat, json_files, paths, preemption
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages.context import Context
 from polar_jax.train.session import NonFiniteError
@@ -132,7 +131,7 @@ def _start_facts(config: Config) -> dict[str, Any]:
 
 def _write_config(config: Config, workdir: pathlib.Path) -> None:
   if jax.process_index() == 0:
-    paths.write_atomically(workdir / 'config.json', json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+    paths.write_atomically(workdir / 'config.json', json_files.dumps(dataclasses.asdict(config), indent=2) + '\n')
 
 
 def _timed(context: Context, name: str, stage: Callable[[Context], dict[str, Any] | None]) -> None:

@@ -55,6 +55,13 @@ def one_line(result, status=2):
   return line.removeprefix('polar_jax: ')
 
 
+@pytest.mark.parametrize(('encoding', 'named'), [('utf-16', 'UTF-16'), ('cp1252', 'WINDOWS-1252')])
+def test_a_config_file_in_another_encoding(command, tmp_path, encoding, named):
+  (tmp_path / 'bad.py').write_bytes(GOOD.replace("'byte'", "'é' and 'byte'").encode(encoding))
+  message = one_line(command('--config=bad.py'))
+  assert message.startswith('bad.py: not UTF-8') and f'it seems to be {named}: ' in message
+
+
 def test_config_is_required(command):
   assert one_line(command()) == '--config=FILE is required, for example --config=configs/tiny.py; --help lists all settings'
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ from flax import traverse_util
 
 from polar_jax.checkpoints import checkpointer, tokenizer_files
 from polar_jax.config import ModelConfig, RftConfig, TemplateConfig, TrainConfig
+from polar_jax.data.identity import tokenizer_digest
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model.heads import HEADS
 from polar_jax.runtime import paths
-from polar_jax.types import Prompt, Triplet
 
 ASSETS = 'assets'  # folder next to the checkpoints: tokenizer files and, for imported models, config.json and other small files
 
@@ -43,15 +42,15 @@ def training_settings(
     train: batch size, learning rate, steps and so on.
     model: shape of the model.
     template: how examples become token sequences.
-    tokenizer: identified by a digest of its file.
+    tokenizer: identified by a digest (see `polar_jax.data.identity`).
     seed: of initialization and data order.
-    data: settings that identify the training data.
+    data: digests that identify the training and validation data.
   """
   settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _TRAIN_REPORTING}
   return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **data}
 
 
-def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, seed: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
   """Return the settings that must not change while a run of reinforcement fine-tuning is resumed.
 
   Args:
@@ -59,11 +58,10 @@ def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, se
     model: shape of the policy.
     tokenizer: the policy's.
     seed: of initialization, sampling and prompt order.
-    prompts: identified by a digest.
+    data: digests that identify prompts and chat template.
   """
   options = {k: v for k, v in _dotted('rft', rft).items() if k.split('.')[1] not in _RFT_FREE and k not in _RFT_COMPUTE}
-  digest = texts_digest(prompts, lambda p: (p.prompt, p.reference, p.answer, p.metadata.get('policy_prompt')))
-  return {**_common('next_token', model, tokenizer, seed), **options, 'rows': digest}
+  return {**_common('next_token', model, tokenizer, seed), **options, **data}
 
 
 def model_settings(head: str, model: ModelConfig, template: TemplateConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -88,24 +86,6 @@ def _common(objective: str, model: ModelConfig, tokenizer: Tokenizer, seed: int)
 def _dotted(prefix: str, section: Any) -> dict[str, Any]:
   """Return the fields of a config section by dotted name."""
   return traverse_util.flatten_dict({prefix: dataclasses.asdict(section)}, sep='.')
-
-
-def examples_digest(examples: Sequence[Triplet]) -> str:
-  """Return a digest that identifies a sequence of examples; see `texts_digest`."""
-  return texts_digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected))
-
-
-def texts_digest(examples: Sequence[Any], read: Callable[[Any], tuple]) -> str:
-  """Return the number of examples and a digest of a few of them, enough to notice that a resumed run reads other data."""
-  size = len(examples)
-  texts = [read(examples[i]) for i in sorted({0, size // 3, size // 2, size - 1})]
-  return f'{size}:{hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}'
-
-
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-  """Return a digest of the tokenizer's file, or 'byte' for the byte tokenizer."""
-  path = getattr(tokenizer, 'path', None)
-  return 'byte' if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ A training run stores the fields of its own section without a prefix (`learning_
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,16 @@ from polar_jax.config import current_name
 
 _STAGE_VALUES = {'lm': 'pretrain_lm'}  # stages that were renamed, as values of the two options below
 _STAGE_OPTIONS = ('start_from', 'rft.policy')
+# Digests that earlier versions did not store, or that a run has only if it has such data: compared only where both have one.
+_OPTIONAL = ('text', 'validation_text', 'validation_rows', 'chat')
+_EARLIER_DIGEST = re.compile(r'(\d+:)?[0-9a-f]{16}')
+_MEANING = {
+  'rows': 'the training data (`rows`)',
+  'validation_rows': 'the held-out data (`validation_rows`)',
+  'text': 'the training text (`text`)',
+  'validation_text': 'the held-out text (`validation_text`)',
+  'chat': 'the chat template (`chat`)',
+}
 
 
 def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,10 +47,23 @@ def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
   """Return a description of every setting whose value differs, sorted by name; earlier names are translated first.
 
+  Digests of data (`polar_jax.data.identity`) that earlier versions stored are compared as far as they go.
+
   Args:
     stored: as read back from JSON.
     current: settings of this run, which may hold tuples.
   """
   before, now = translate(stored), translate(json.loads(json.dumps(current)))
-  names = sorted(before.keys() | now.keys())
-  return [f'{name} was {before.get(name)!r}, is {now.get(name)!r}' for name in names if before.get(name) != now.get(name)]
+  names = (before.keys() | now.keys()) - {name for name in _OPTIONAL if name not in before or name not in now}
+  if 'text' in names:  # the content of the file counts, not its name
+    names.discard('data.text')
+  different = [name for name in sorted(names) if not _is_same(before.get(name), now.get(name))]
+  return [f'{_MEANING.get(name, name)} was {before.get(name)!r}, is {now.get(name)!r}' for name in different]
+
+
+def _is_same(before: Any, now: Any) -> bool:
+  """Return whether two values are equal, or `before` is the shorter digest that an earlier version stored of the same data."""
+  if before == now:
+    return True
+  is_earlier = isinstance(before, str) and isinstance(now, str) and _EARLIER_DIGEST.fullmatch(before)
+  return bool(is_earlier) and now.startswith(f'{before}:')

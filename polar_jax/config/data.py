@@ -47,13 +47,15 @@ class DataConfig:
   """Data sets of the stages. Unset ones are those that the synthesize stage wrote to the workdir."""
 
   triplets: str | None = option(
-    None, 'Triplets for pretrain: a TFDS folder, or a .jsonl, .jsonl.gz or .parquet file. None: data/triplets in the workdir.'
+    None,
+    'Triplets for pretrain: a folder of TFDS or `save_to_disk`, or a .jsonl(.gz) or .parquet file. None: data/triplets in the workdir.',
   )
   preferences: str | None = option(
     None, 'Ranked examples for finetune, in the same formats as `triplets`. None: data/preferences in the workdir.'
   )
   validation: str | None = option(
-    None, 'Held-out examples; needed if the training examples are a single file. None: the other splits of the same folder.'
+    None,
+    'Held-out examples; needed if the training examples are a single file or saved data set. None: the other splits of the same folder.',
   )
   prompts: str | None = option(
     None,

@@ -21,7 +21,7 @@ class Config:
   checkpoint: str | None = option(
     None, "Checkpoint to convert or to score with, and that of tokenizer.kind 'checkpoint' (None: what the stage starts from)."
   )
-  input: str | None = option(None, 'Required by score: its examples, a .jsonl, .jsonl.gz or .parquet file.')
+  input: str | None = option(None, 'Required by score: its examples, a .jsonl, .jsonl.gz or .parquet file, or a folder of `save_to_disk`.')
   output: str | None = option(
     None, 'Required by convert and score: the folder of the converted checkpoint, or the .jsonl or .jsonl.gz file of scored examples.'
   )

@@ -23,6 +23,7 @@ from typing import Any
 
 from polar_jax.data import chat_worker
 from polar_jax.data.special_tokens import read_json, read_special_tokens
+from polar_jax.runtime import text_files
 from polar_jax.types import UserError
 
 _PATIENCE = 60.0  # seconds until a reply; the worker itself counts processor time, which is less where the processors are busy
@@ -60,13 +61,14 @@ class ChatTemplate:
 
     Raises:
       NoChatTemplateError: the folder has no template.
+      TextError: chat_template.jinja is not UTF-8.
       ChatTemplateError: the template is not a text, or not valid Jinja.
     """
     folder = pathlib.Path(folder)
     tokens = {f'{name}_token': token for name, token in read_special_tokens(folder).named.items() if token is not None}
     path = folder / 'chat_template.jinja'
     if path.is_file():
-      return cls(path.read_text('utf-8'), tokens, str(path))
+      return cls(text_files.read_text(path), tokens, str(path))
     path = folder / 'tokenizer_config.json'
     where = f'{path}: chat_template'
     value = read_json(path).get('chat_template')

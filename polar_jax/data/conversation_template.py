@@ -13,7 +13,7 @@ from typing import Any
 from polar_jax.config import TemplateConfig
 from polar_jax.data.chat import ChatTemplate, NoChatTemplateError
 from polar_jax.data.conversation import ConversationEncoder, as_messages
-from polar_jax.data.template import Template, TemplateError, check_wrapper, join_messages
+from polar_jax.data.template import Template, TemplateError, Truncated, check_wrapper, join_messages
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import Text, Triplet
 
@@ -86,6 +86,13 @@ class ConversationTemplate(Template):
         'correct the tokenizer of the served model'
       )
     return [text[len(added) :] + (self.config.reward_token if self.reward_token_id is not None else '') for text in texts]
+
+  def most_tokens(self, triplet: Triplet) -> None:
+    """Return None: a chat template may write any number of tokens."""
+
+  def truncated(self, triplet: Triplet) -> Truncated:
+    """Return that nothing is cut off; a conversation that is too long is an error."""
+    return Truncated(False, False)
 
   def _conversation(self, prompt: Text, candidate: Text, field: str) -> tuple[str, list[int]]:
     """Return the rendered conversation and its token ids."""

@@ -1,34 +1,29 @@
-"""Examples in files of users (.jsonl, .jsonl.gz, .parquet; local or in a bucket) and in TFDS folders: triplets and prompts.
+"""Examples in files of users (.jsonl, .jsonl.gz, .parquet, folders of `save_to_disk`; local or in a bucket) and in TFDS folders.
 
-A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional wrapper and category; a
-prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format
-(docs/rft.md). Other fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
+They are triplets and prompts. A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional
+wrapper and category; a prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or an example of
+the official format (docs/rft.md). Other fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
 """
 
 from __future__ import annotations
 
-import contextlib
+import array
 import dataclasses
-import gzip
-import json
 import pathlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
+from polar_jax.data import readers
+from polar_jax.data.readers import SUFFIXES, DataError
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
+from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import in_bucket, path_of
 from polar_jax.types import Prompt, Triplet, UserError
 
-SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
 STYLE = 'polar'  # the reward_model.style of the official format
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
 _Checked = TypeVar('_Checked')
 _TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # in the folder itself, or in name/version below it
-
-
-class DataError(UserError):
-  """A data set cannot be opened. The message is one line for the user."""
 
 
 class NoSplitError(DataError):
@@ -59,10 +54,17 @@ class ExampleFile(Sequence[_Checked], Generic[_Checked]):
   Attributes:
     path: the file, or for a TFDS split the folder and the split, as `folder:split`.
     skipped: (number from 1, reason) of each example left out.
+    numbers: number from 1 of each example; for a jsonl file the line.
   """
 
-  def __init__(self, path: pathlib.Path, examples: list[_Checked], skipped: list[tuple[int, str]]):
-    self.path, self.skipped, self._examples = path, skipped, examples
+  def __init__(self, path: pathlib.Path, examples: Iterable[tuple[int, _Checked]], skipped: list[tuple[int, str]]):
+    """Read `examples`, numbered from 1, to their end; meanwhile `skipped` may receive those left out."""
+    self.path, self.skipped = path, skipped
+    self.numbers = array.array('q')
+    self._examples: list[_Checked] = []
+    for number, example in examples:
+      self.numbers.append(number)
+      self._examples.append(example)
 
   def __len__(self) -> int:
     return len(self._examples)
@@ -97,7 +99,7 @@ def read_triplets(path: str | pathlib.Path, on_bad_example: str = 'raise') -> Ex
   """
   path = path_of(path)
   skipped: list[tuple[int, str]] = []
-  return ExampleFile(path, [triplet for _, triplet in checked_examples(path, _triplet, on_bad_example, skipped)], skipped)
+  return ExampleFile(path, checked_examples(path, _triplet, on_bad_example, skipped), skipped)
 
 
 def checked_examples(
@@ -116,12 +118,7 @@ def checked_examples(
   """
   path = path_of(path)
   _check_mode(on_bad_example)
-  if not path.is_file():
-    raise DataError(f'{path}: no such file')
-  reader = _read_parquet if path.name.endswith('.parquet') else _read_jsonl if path.name.endswith(SUFFIXES) else None
-  if reader is None:
-    raise DataError(f'{path}: unknown kind of file; supported suffixes: {", ".join(SUFFIXES)}')
-  yield from _checked(path, reader(path), check, on_bad_example, skipped)
+  yield from _checked(path, readers.reader_of(path)(path), check, on_bad_example, skipped)
 
 
 def _check_mode(on_bad_example: str) -> None:
@@ -152,51 +149,22 @@ def _checked(
     raise DataError(f'{path}: no valid examples ({len(skipped)} bad ones{first})')
 
 
-def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-  """Yield (line number, line in bytes) of every line that is not blank."""
-  number = 0
-  try:
-    with path.open('rb') as file, gzip.open(file) if path.suffix == '.gz' else contextlib.nullcontext(file) as lines:
-      for number, line in enumerate(lines, 1):
-        if number == 1:
-          line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark, which some editors write
-        if line.strip():
-          yield number, line
-  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-    raise DataError(f'{path}: gzip file is truncated or damaged after line {number} ({error}); download or write it again') from error
-
-
-def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-  """Yield (number, example as a dict)."""
-  try:
-    import pyarrow
-    import pyarrow.parquet
-  except ImportError as error:
-    raise ImportError(f'{path}: reading parquet needs pyarrow: pip install polar_jax[parquet]') from error
-  number = 0
-  try:
-    with path.open('rb') as file, pyarrow.parquet.ParquetFile(file) as table:
-      for batch in table.iter_batches(batch_size=1024):
-        for example in batch.to_pylist():
-          number += 1
-          yield number, example
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise DataError(f'{path}: not a readable parquet file (after example {number}): {str(error).splitlines()[0]}') from error
-
-
-def parse_example(example: Any, text_fields: Sequence[str]) -> dict[str, Any]:
+def parse_example(example: Any, text_fields: Sequence[str], **hooks: Callable[[str], Any]) -> dict[str, Any]:
   """Parse an example (a line of JSON in bytes, or a dict) into a dict and check its texts and its wrapper, if any.
+
+  Args:
+    example: the line or the dict.
+    text_fields: names of the fields that must be texts.
+    hooks: how numbers of a line are parsed; see `json_files.parse`.
 
   Raises:
     BadField: the example is not a JSON object, one of `text_fields` is not a text, or the wrapper is unknown.
   """
   if isinstance(example, bytes):
     try:
-      example = json.loads(example.decode('utf-8'))
-    except UnicodeDecodeError as error:
-      raise BadField(None, f'not UTF-8 (byte {error.start} of the line)') from error
-    except (ValueError, RecursionError) as error:
-      raise BadField(None, f'not JSON ({error})') from error
+      example = json_files.parse(example, **hooks)
+    except json_files.JsonError as error:
+      raise BadField(None, str(error)) from error
   if not isinstance(example, dict):
     raise BadField(None, f'an example must be a JSON object, not {type(example).__name__}')
   for field in text_fields:
@@ -247,7 +215,8 @@ def open_triplets(path: str | pathlib.Path, split: str, on_bad_example: str = 'r
   """Open one split of a data set of triplets.
 
   Args:
-    path: a TFDS folder, a folder with `<split>.jsonl` (.jsonl.gz, .parquet), or a file, which is the split itself.
+    path: a TFDS folder, a DatasetDict that `save_to_disk` wrote, a folder with `<split>.jsonl` (.jsonl.gz, .parquet), or a file or a
+      saved Dataset, which is the split itself.
     split: name of the split.
     on_bad_example: 'raise', or 'skip' to leave bad examples out and list them in `.skipped`.
 
@@ -307,7 +276,13 @@ def _as_checked(examples: Any, kind: type, check: Callable[[Any], Any], read: Ca
   skipped: list[tuple[int, str]] = []
   where = pathlib.Path('<examples>')
   rows = ((i, dict(examples[i]) if isinstance(examples[i], Mapping) else examples[i]) for i in range(len(examples)))
-  return ExampleFile(where, [example for _, example in _checked(where, rows, check, on_bad_example, skipped)], skipped)
+  return ExampleFile(where, _checked(where, rows, check, on_bad_example, skipped), skipped)
+
+
+def example_number(examples: Sequence[Any], index: int) -> int:
+  """Return the number by which messages name an example: in a jsonl file the line, else counted from 1."""
+  numbers = getattr(examples, 'numbers', None)
+  return index + 1 if numbers is None else numbers[index]
 
 
 def report_skipped(examples: Sequence[Any], path: pathlib.Path, log: Callable[[str], None]) -> Sequence[Any]:
@@ -329,8 +304,13 @@ def _locate(path: pathlib.Path, split: str) -> pathlib.Path | Sequence[Triplet]:
   if not path.exists():
     siblings = f'; {path.parent} contains: {_listing(path.parent)}' if path.parent.is_dir() else ''
     raise DataError(f'{path}: no such file or folder{siblings}')
-  if not path.is_dir():
+  if readers.is_one_split(path):
     return path
+  saved = readers.saved_splits(path)
+  if saved:
+    if split not in saved:
+      raise NoSplitError(f'{path}: no split {split!r}; its splits are: {", ".join(saved)}')
+    return saved[split]
   if any(any(path.glob(pattern)) for pattern in _TFDS_FILES):
     if in_bucket(path):
       kinds = ', '.join(SUFFIXES)
@@ -376,7 +356,7 @@ def open_prompts(path: str | pathlib.Path, split: str, on_bad_example: str = 'ra
   else:
     path = pathlib.Path(f'{path}:{split}')
     prompts = _checked(path, enumerate(located, 1), _prompt_of_triplet, on_bad_example, skipped)
-  return ExampleFile(path, [prompt for _, prompt in prompts], skipped)
+  return ExampleFile(path, prompts, skipped)
 
 
 def _prompt(example: Any) -> Prompt:

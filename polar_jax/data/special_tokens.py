@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from polar_jax.runtime import text_files
 from polar_jax.types import UserError
 
 NAMES = ('bos', 'eos', 'pad', 'unk')
@@ -54,8 +55,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    value = json.loads(path.read_text('utf-8'))
-  except ValueError as error:
+    value = json.loads(text_files.read_text(path))
+  except text_files.TextError as error:
+    raise TokenizerError(str(error)) from error
+  except (ValueError, RecursionError) as error:
     raise TokenizerError(f'{path}: not JSON: {error}') from error
   if not isinstance(value, dict):
     raise TokenizerError(f'{path}: must contain a JSON object, not {type(value).__name__}')

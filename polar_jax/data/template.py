@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from polar_jax.config import TemplateConfig
 from polar_jax.data.special_strings import SpecialStrings
@@ -72,6 +72,13 @@ def check_wrapper(wrapper: Any) -> None:
   """
   if wrapper not in WRAPPERS:
     raise TemplateError(f'wrapper is {wrapper!r}; it must be one of: {", ".join(WRAPPERS)}')
+
+
+class Truncated(NamedTuple):
+  """What of an example is cut off."""
+
+  responses: bool  # the end of the reference or of a candidate
+  prompt: bool  # the beginning of the prompt
 
 
 class Template:
@@ -159,6 +166,23 @@ class Template:
     context = size(contexts[0]) + sum(size(text) + size(contexts[0]) + size(c.separator) + 1 for text in contexts[1:])
     # Each sequence has a BOS, a newline before the candidate, and the reward token, which a client's tokenizer may not know.
     return sum(1 + context + 1 + size(candidate) + size(c.reward_token) for candidate in candidates)
+
+  def truncated(self, triplet: Triplet) -> Truncated | None:
+    """Return what of an example is cut off; None without tokenizing, if it is certain that the model reads every text as it is.
+
+    Raises:
+      TemplateError: as in `encode`.
+    """
+    texts = [join_messages(triplet.prompt, 'prompt')]
+    if self.config.use_reference:
+      texts.append(join_messages(triplet.reference, 'reference'))
+    texts += [join_messages(triplet.chosen, 'chosen'), join_messages(triplet.rejected, 'rejected')]
+    if self._certainly_uncut(texts):
+      return None
+    prompt, *responses = map(len, self._encode_texts(texts))
+    longest = self.config.max_response_length
+    rooms = self._prompt_rooms([min(length, longest) for length in responses])
+    return Truncated(max(responses) > longest, prompt > min(rooms))
 
   def candidate_texts(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False

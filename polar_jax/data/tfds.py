@@ -8,7 +8,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from polar_jax import types
 from polar_jax.data.template import join_messages
+from polar_jax.runtime import json_files
 
 VERSION = '1.0.0'
 _TEXTS = ('prompt', 'reference', 'chosen', 'rejected')
@@ -52,10 +53,14 @@ class _TripletBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True): 
 
 
 class TripletSequence(Sequence[types.Triplet]):
-  """Random access to the triplets of one split."""
+  """Random access to the triplets of one split.
 
-  def __init__(self, source: Any):
-    self._source = source
+  Attributes:
+    shards: the files of the split, in order.
+  """
+
+  def __init__(self, source: Any, shards: Sequence[pathlib.Path] = ()):
+    self._source, self.shards = source, tuple(shards)
 
   def __len__(self) -> int:
     return len(self._source)
@@ -63,10 +68,19 @@ class TripletSequence(Sequence[types.Triplet]):
   def __getitem__(self, index):  # an index; slices are not supported
     if not -len(self) <= index < len(self):
       raise IndexError(f'example {index} of a split of {len(self)} examples')
-    return _from_example(self._source[int(index) % len(self)])
+    return self._read(lambda: [self._source[int(index) % len(self)]], f'example {index}')[0]
 
   def __getitems__(self, indices: Sequence[int]) -> list[types.Triplet]:
-    return [_from_example(example) for example in self._source.__getitems__([int(index) for index in indices])]
+    numbers = [int(index) for index in indices]
+    return self._read(lambda: self._source.__getitems__(numbers), f'one of the examples {numbers[:3]} ...')
+
+  def _read(self, read: Callable[[], Iterable[Mapping[str, Any]]], which: str) -> list[types.Triplet]:
+    """Return the triplets of the stored examples that `read` returns; `which` names them."""
+    try:
+      return [_from_example(example) for example in read()]
+    except Exception as error:  # array_record, protobuf and TFDS each raise their own
+      where = f'{self.shards[0].parent}: ' if self.shards else ''
+      raise types.UserError(f'{where}{which} cannot be read ({json_files.shorten(error)}); copy or write the data set again') from error
 
 
 def write_triplets(
@@ -130,7 +144,7 @@ def open_triplets(folder: pathlib.Path) -> dict[str, TripletSequence]:
   """Open every split of the one data set in `folder`, which may be a TFDS data directory or the versioned folder itself.
 
   Raises:
-    UserError: the folder contains no data set, or more than one.
+    UserError: the folder contains no data set, or more than one, or a damaged one.
   """
   folder = pathlib.Path(folder)
   found = sorted(p.parent for pattern in ('', '*/', '*/*/') for p in folder.glob(f'{pattern}dataset_info.json'))
@@ -139,8 +153,19 @@ def open_triplets(folder: pathlib.Path) -> dict[str, TripletSequence]:
     raise types.UserError(
       f'{folder} must contain one TFDS data set (a dataset_info.json), found: {listed}; name the folder of one data set'
     )
-  builder = tfds.builder_from_directory(str(found[0]))
-  return {split: TripletSequence(builder.as_data_source(split)) for split in builder.info.splits}
+  try:
+    return _open(found[0])
+  except Exception as error:
+    reason = f'{type(error).__name__}: {json_files.shorten(error)}'
+    raise types.UserError(f'{found[0]}: not a readable TFDS data set ({reason}); copy or write it again') from error
+
+
+def _open(folder: pathlib.Path) -> dict[str, TripletSequence]:
+  builder = tfds.builder_from_directory(str(folder))
+  return {
+    split: TripletSequence(builder.as_data_source(split), [pathlib.Path(file) for file in info.filepaths])
+    for split, info in builder.info.splits.items()
+  }
 
 
 def fingerprint(triplets: Iterable[types.Triplet]) -> str:

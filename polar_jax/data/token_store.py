@@ -15,6 +15,7 @@ import numpy as np
 from polar_jax.data.layout import Segment, pair_segment
 from polar_jax.data.pipeline import TripletSegments, examples_at
 from polar_jax.data.template import Template
+from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import write_atomically
 from polar_jax.types import Triplet
 
@@ -60,9 +61,11 @@ def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Pa
     folder: of the store.
     key: identifies examples, template and tokenizer.
   """
-  info = folder / _INFO
-  if info.exists() and json.loads(info.read_text())['key'] == key:
-    return StoredSegments(source, template, folder)
+  if _key(folder) == key:
+    try:
+      return StoredSegments(source, template, folder)
+    except Exception:  # damaged: numpy, zipfile, zlib and even tokenize raise their own
+      pass
   return TripletSegments(source, template)
 
 
@@ -95,8 +98,18 @@ def store(tokens: TripletSegments, indices: np.ndarray, folder: pathlib.Path, ke
 
 def is_stored(folder: pathlib.Path, key: str, indices: np.ndarray) -> bool:
   """Return whether `folder` holds a store with this key that contains these examples."""
-  info = folder / _INFO
-  if not info.exists() or json.loads(info.read_text())['key'] != key:
+  if _key(folder) != key:
     return False
-  with np.load(folder / _LENGTHS) as lengths:
-    return bool(np.isin(indices, lengths['indices']).all())
+  try:
+    with np.load(folder / _LENGTHS) as lengths:
+      return bool(np.isin(indices, lengths['indices']).all())
+  except Exception:  # damaged, as above
+    return False
+
+
+def _key(folder: pathlib.Path) -> str | None:
+  """Return the key of the store in `folder`; None if there is none, or it is damaged and has to be written again."""
+  try:
+    return json_files.read(folder / _INFO, '').get('key')
+  except json_files.JsonError:
+    return None

@@ -88,8 +88,8 @@ def pair_correct(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 def accuracy_interval(correct: np.ndarray, clusters: Clusters | None = None, resamples: int = 2_000, seed: int = 0) -> Interval:
   """Return the mean of `correct` with a 95% percentile bootstrap interval.
 
-  A single cluster (or example) carries no information about the spread, so its interval is [0, 1]. If all values are equal, the
-  bootstrap sees no spread either, and the interval has zero width.
+  A single cluster (or example) carries no information about the spread, so its interval is [0, 1]. If the bootstrap sees no spread
+  because all values are equal, the interval is that of `_without_spread`, which is never of zero width.
 
   Args:
     correct: (examples,) values in {0, .5, 1}; ties count half.
@@ -175,4 +175,21 @@ def _bootstrap(
     totals = drawn @ kinds
     means.append(totals[:, 0] / totals[:, 1])
   low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-  return mean, float(low), float(high)
+  return (mean, float(low), float(high)) if low < high else (mean, *_without_spread(mean, sums.size, limits))
+
+
+def _without_spread(mean: float, clusters: int, limits: tuple[float, float]) -> tuple[float, float]:
+  """Return (low, high) for clusters that all have the same mean.
+
+  If a share q of all clusters had other means, a sample would miss every one of them with probability (1 - q)^clusters. The largest q
+  for which that is at least (1 - LEVEL) / 2 might lie at either limit. For a mean at a limit this is the exact interval of Clopper and
+  Pearson: 8 of 8 right is [0.63, 1].
+
+  Args:
+    mean: of every cluster.
+    clusters: their number.
+    limits: smallest and largest possible value.
+  """
+  q = 1 - ((1 - LEVEL) / 2) ** (1 / clusters)
+  low, high = limits
+  return mean - q * (mean - low), mean + q * (high - mean)

@@ -21,7 +21,7 @@ import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ModelConfig, RftConfig
-from polar_jax.data import layout, pipeline, text
+from polar_jax.data import identity, layout, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
 from polar_jax.ppo import experience, metrics
@@ -179,7 +179,7 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
     start: folder of the language model to start from.
   """
   context = study.context
-  prompts = [tuning[i][0] for i in range(len(tuning))]
+  rows = {'rows': identity.prompts_digest([tuning[i][0] for i in range(len(tuning))], with_metadata=False)}
   run = Run(
     name=name,
     folder=context.workdir / name,
@@ -196,7 +196,7 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
     stop_ids=(vocabulary.EOS_ID,),
     reward=study.reward,
     initial_params=lambda: _load(start, study),
-    fingerprint=run_folder.policy_settings(config, study.model, study.tokenizer, seed, prompts),
+    fingerprint=run_folder.policy_settings(config, study.model, study.tokenizer, seed, rows),
     log=context.log,
   )
   run_folder.keep_tokenizer(study.tokenizer, run.home)

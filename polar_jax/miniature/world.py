@@ -18,7 +18,7 @@ from polar_jax.data import tfds as triplet_dataset
 from polar_jax.miniature import corpora as corpora_lib
 from polar_jax.miniature import documents, ngram, preferences, triplets, vocabulary
 from polar_jax.miniature import pool as pool_lib
-from polar_jax.runtime import paths
+from polar_jax.runtime import json_files, paths
 from polar_jax.runtime.clock import Clock
 from polar_jax.types import UserError
 
@@ -134,9 +134,14 @@ def read_result(workdir: pathlib.Path) -> SynthesisResult | None:
   """Return the result of a complete synthesis in `workdir`; None if there is none or it is incomplete."""
   folder = pathlib.Path(workdir) / 'data'
   try:
-    values = json.loads((folder / _MARKER).read_text())
+    values = json_files.read(folder / _MARKER, '')
     result = SynthesisResult(**{f.name: values[f.name] for f in dataclasses.fields(SynthesisResult)})
-  except (FileNotFoundError, json.JSONDecodeError, TypeError, KeyError):
+  except (json_files.JsonError, KeyError):  # a damaged marker proves nothing
+    return None
+  parts = ((result.fingerprints, str), (result.rows, int), (result.seconds, (int, float)))
+  if not all(isinstance(part, dict) and all(isinstance(value, kind) for value in part.values()) for part, kind in parts):
+    return None
+  if not isinstance(result.config_fingerprint, str) or not isinstance(result.rows_per_minute, (int, float)):
     return None
   return result if all((folder / part).exists() for part in (TOKENIZER, TEXT, POOL, TRIPLETS, PREFERENCES)) else None
 
@@ -145,14 +150,18 @@ def load_pool(workdir: pathlib.Path) -> list[ngram.NgramPolicy]:
   """Return the policies of a complete synthesis, fitted again from pool.json and text.npz: bit-identical distributions.
 
   Raises:
-    UserError: the workdir has no complete synthesis.
+    UserError: the workdir has no complete synthesis, or a file of it is damaged.
   """
   folder = pathlib.Path(workdir) / 'data'
   if read_result(workdir) is None:
     raise UserError(f'{folder}: no complete data of the miniature; run its synthesize stage in this workdir')
-  pool = json.loads((folder / POOL).read_text())
+  remedy = f'delete {folder / _MARKER} and run the synthesize stage again'
+  pool = json_files.read(folder / POOL, remedy)
   streams = text_lib.load_streams(folder / TEXT)['train']
-  return pool_lib.build_pool([ngram.NgramParams.from_json(p) for p in pool['policies']], streams, pool['vocab_size'])
+  try:
+    return pool_lib.build_pool([ngram.NgramParams.from_json(p) for p in pool['policies']], streams, pool['vocab_size'])
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    raise UserError(f'{folder / POOL}: damaged ({type(error).__name__}: {json_files.shorten(error)}); {remedy}') from error
 
 
 def run(context: Context) -> dict[str, Any]:

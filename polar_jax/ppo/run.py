@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -59,6 +59,7 @@ class Run:
   initial_params: Callable[[], dict[str, Any]]  # loads those that the policy starts from, float32, on the mesh
   fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
   log: Callable[[str], None]
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the summary, known before the first step
 
   @property
   def steps(self) -> int:

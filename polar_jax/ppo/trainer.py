@@ -378,6 +378,7 @@ class Trainer:
       **timing,
       **{name: float(np.mean([record[name] for record in last])) for name in shown if all(name in record for record in last)},
       'alarms': [message for record in records for message in record.get('alarms', [])],
+      **self.run.facts,
     }
     if evaluations:
       summary |= {'evaluation_before': evaluations[0], 'evaluation_after': evaluations[-1]}

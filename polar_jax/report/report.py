@@ -31,13 +31,14 @@ import numpy as np
 from polar_jax.report import html, markdown, plots, sections
 from polar_jax.report import rft as rft_report
 from polar_jax.report import scaling as scaling_report
-from polar_jax.runtime import paths
+from polar_jax.runtime import json_files, paths
 from polar_jax.train.metrics import FILE, read_metrics
 from polar_jax.types import UserError
 
 JSON_NAME = 'report.json'
 MARKDOWN_NAME = 'report.md'
 HTML_NAME = 'report.html'
+_REMEDY = 'delete it and run the stages again'
 
 
 class ReportError(UserError):
@@ -54,16 +55,15 @@ def load_results(workdir: str | os.PathLike) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    results = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise ReportError(f'{path}: not valid JSON ({error}); delete it and run the stages again') from error
-  if not isinstance(results, dict):
-    raise ReportError(f'{path}: contains a {type(results).__name__} instead of an object of sections; delete it and run the stages again')
+    results = json_files.read(path, _REMEDY)
+  except json_files.JsonError as error:
+    raise ReportError(str(error)) from error
   for section, values in results.items():
     if not isinstance(values, dict):
-      raise ReportError(
-        f'{path}: section {section!r} is a {type(values).__name__} instead of an object; delete it and run the stages again'
-      )
+      raise ReportError(f'{path}: section {section!r:.60} is a {type(values).__name__} instead of an object; {_REMEDY}')
+  for stage, seconds in results.get('timing', {}).items():
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+      raise ReportError(f'{path}: timing.{stage:.60} is {seconds!r:.60} instead of a number; {_REMEDY}')
   return results
 
 
@@ -107,6 +107,18 @@ def write_report(workdir: str | os.PathLike, results: Mapping[str, Any]) -> None
   """
   workdir = pathlib.Path(workdir)
   plain = _write_json(workdir, results)
+  try:
+    _write_pages(workdir, plain)
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    # The stages write what the pages can show, so a file was changed or damaged since.
+    reason = f'{type(error).__name__}: {json_files.shorten(error)}'
+    raise ReportError(f'{workdir / JSON_NAME}: has values that a report cannot show ({reason}); {_REMEDY}') from error
+
+
+def _write_pages(workdir: pathlib.Path, plain: dict[str, Any]) -> None:
+  """Draw the figures, and write report.md and report.html."""
   figures = _draw(workdir, plain)
   rft_runs, rft = rft_report.read_runs(workdir), plain.get('rft', {})
   figures |= rft_report.draw(workdir, rft, rft_runs)

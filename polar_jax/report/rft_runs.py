@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.report import markdown, rft_plots
+from polar_jax.report import markdown, rft_plots, surveyed
 from polar_jax.report.plots import Records
 
 _SIGNS = {
@@ -42,6 +42,7 @@ def runs(results: Mapping[str, Any]) -> list[str]:
   if not given:
     return []
   out = ['### Runs', 'Training metrics are means over the last steps. Each column is a single run.', *_scalars(given), *_held_out(given)]
+  out += surveyed.section({f'{name}, {split}': found for name, run in given.items() for split, found in run.get('examples', {}).items()})
   lines = []
   for name, run in given.items():
     lines += _verdict(markdown.escape(name), run.get('evaluation_before', {}), run.get('evaluation_after', {}))

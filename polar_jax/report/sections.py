@@ -7,7 +7,7 @@ from typing import Any
 
 from polar_jax.evaluate import baselines as baselines_lib
 from polar_jax.evaluate import clusters as clusters_lib
-from polar_jax.report import markdown
+from polar_jax.report import markdown, surveyed
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 ARMS = ('pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only')
@@ -70,6 +70,7 @@ def policies(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str
   ]
   out += _clustering({s: interval for s, interval in intervals.items() if interval})
   out += markdown.figure(figures, 'accuracy', 'Accuracy by split, with 95% intervals')
+  out += surveyed.section(evaluate.get('examples', {}))
   margins = evaluate.get('margin_over_best_baseline', {})
   sentences = []
   for split in splits:
@@ -93,6 +94,7 @@ def preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[
         'positive if the arm of the line is less accurate.'
       )
     out += _clustering({'preferences': next(iter([*arms.values(), *baselines.values()]))})
+    out += surveyed.section(finetune.get('examples', {}))
     out += markdown.figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')
     main = arms.get(ARMS[0])
     comparable = {name: v for name, v in baselines.items() if name not in baselines_lib.NOT_HEURISTICS}
@@ -136,6 +138,7 @@ def training(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str
     body = [[markdown.escape(key), *(markdown.text(scalars[s][key]) if key in scalars[s] else '-' for s in stages)] for key in keys]
     out.append(markdown.table(['', *map(markdown.escape, stages)], body))
   out += [f'How `mfu` is computed: {markdown.escape(rule)}.' for rule in mfu_rules]
+  out += surveyed.section({f'{stage}, {split}': found for stage in stages for split, found in runs[stage].get('examples', {}).items()})
   return out + markdown.figure(figures, 'loss', 'Loss and accuracy during training; the dashed lines are chance')
 
 
@@ -170,7 +173,8 @@ def limitations(results: Mapping[str, Any]) -> list[str]:
   evaluate, finetune = results.get('evaluate', {}), results.get('finetune', {})
   lines = [
     'Intervals are percentile bootstrap intervals. They do not cover the choice of seed: each number comes from a single training run.',
-    'If every example of a set is right, or every one wrong, the bootstrap interval has zero width, which does not mean certainty.',
+    'If every example of a set is right, or every one wrong or a tie, the bootstrap sees no spread; the interval is then the exact one of '
+    'Clopper and Pearson, with clusters as its trials.',
   ]
   counts = [v['n'] for part in (evaluate.get('by_split', {}), finetune.get('arms', {})) for v in part.values()]
   if counts:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import write_atomically
 
 FOLDER = 'heartbeats'
@@ -111,8 +112,10 @@ def report(folder: pathlib.Path, processes: int, stall: float) -> list[str]:
   now = time.time()
   beats: dict[int, dict[str, Any]] = {}
   for process in range(processes):
-    with contextlib.suppress(OSError, ValueError):
-      beats[process] = json.loads((folder / f'{process}.json').read_text())
+    with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):  # a damaged heartbeat is none
+      beat = json_files.read(folder / f'{process}.json', '')
+      times = {name: float(beat[name]) for name in ('time', 'since')}
+      beats[process] = {name: beat[name] for name in ('host', 'pid', 'phase', 'step')} | times
   lines = [f'polar_jax: no progress for {stall:g} s. {processes} processes:']
   behind = _behind(beats, processes, now, stall)
   for process in range(processes):

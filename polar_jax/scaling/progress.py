@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
@@ -11,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
+from polar_jax.runtime import json_files
 from polar_jax.scaling import results
 from polar_jax.scaling.grid import Job
 from polar_jax.train.metrics import FILE
@@ -47,11 +47,12 @@ def read_state(job: Job, workdir: pathlib.Path) -> JobState:
     lines = file.read().split(b'\n')
   for line in reversed(lines[:-1]):  # after the last newline there may be half a line
     try:
-      record = json.loads(line)
-    except ValueError:
+      record = json_files.parse(line)
+    except json_files.JsonError:
       break
-    if 'loss' in record:
-      return JobState(record['step'], record['loss'])
+    step, loss = (record.get('step'), record.get('loss')) if isinstance(record, dict) else (None, None)
+    if isinstance(step, int) and isinstance(loss, float):
+      return JobState(step, loss)
   return JobState()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.config import ConfigError
+from polar_jax.runtime import json_files, text_files
 from polar_jax.runtime.paths import write_atomically
 from polar_jax.scaling.fit import FitError, lower_envelope
 
@@ -65,39 +67,81 @@ def read(path: str | pathlib.Path) -> Results:
   """Read a CSV file with a header. Unknown columns are ignored.
 
   Raises:
-    FitError: the file or a column is missing, or a field is not a positive finite number (named by line and column).
+    FitError: the file or a column is missing, the file is not CSV in UTF-8, a column occurs twice, or a field is not a positive finite
+      number (named by line and column).
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FitError(f'{path}: no such file; run the sweep stage to write one, or give a CSV file with the columns {", ".join(NEEDED)}')
-  with path.open(newline='', encoding='utf-8-sig') as file:
-    reader = csv.DictReader(file, skipinitialspace=True)
-    names = [(name or '').strip() for name in reader.fieldnames or []]
-    missing = [name for name in NEEDED if name not in names]
-    if missing:
-      raise FitError(f'{path}: no column {", ".join(missing)}; the header has: {", ".join(names) or "nothing"}')
-    reader.fieldnames = names
-    kept = [name for name in (*NEEDED, *OPTIONAL) if name in names]
-    table = [[_number(path, reader.line_num, name, row[name]) for name in kept] for row in reader]
+  try:
+    names, rows = _read_csv(path, skipinitialspace=True)
+  except ConfigError as error:
+    raise FitError(str(error)) from error
+  missing = [name for name in NEEDED if name not in names]
+  if missing:
+    raise FitError(f'{path}: no column {", ".join(missing)}; the header has: {", ".join(names)[:200] or "nothing"}')
+  kept = [name for name in (*NEEDED, *OPTIONAL) if name in names]
+  table = [[_number(path, line, name, row[name]) for name in kept] for line, row in rows]
   if not table:
     raise FitError(f'{path}: the file has a header but no rows')
   return Results(**dict(zip(kept, np.array(table, np.float64).T, strict=True)))
+
+
+def _read_csv(path: pathlib.Path, **form: Any) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+  """Return the names of the columns, and (line, fields by name) of every row; a field that a short row lacks is None.
+
+  Args:
+    path: of the file.
+    form: of `csv.reader`.
+
+  Raises:
+    ConfigError: the file is not CSV in UTF-8, has a column twice, or a row with more fields than the header.
+  """
+  try:
+    reader = csv.reader(io.StringIO(text_files.read_text(path)), **form)
+    names = [name.strip() for name in next(reader, [])]
+    twice = next((name for i, name in enumerate(names) if name and name in names[:i]), None)
+    if twice is not None:
+      raise ConfigError(f'{path}: {names.count(twice)} columns are called {twice!r:.60}; rename or remove all but one')
+    rows = []
+    for fields in reader:
+      if any(fields[len(names) :]):
+        raise ConfigError(f'{path}: line {reader.line_num} has {len(fields)} fields, and the header {len(names)}; quote fields with commas')
+      if fields:
+        rows.append((reader.line_num, dict(itertools.zip_longest(names, fields[: len(names)]))))
+    return names, rows
+  except (OSError, csv.Error, text_files.TextError) as error:
+    raise ConfigError(f'{"" if isinstance(error, text_files.TextError) else f"{path}: not a readable CSV file: "}{error}') from error
 
 
 def _number(path: pathlib.Path, line: int, name: str, text: str | None) -> float:
   try:
     value = float((text or '').strip())
   except ValueError:
-    raise FitError(f'{path}: line {line}, column {name}: {text!r} is not a number') from None
+    raise FitError(f'{path}: line {line}, column {name}: {text!r:.80} is not a number') from None
   if not (math.isfinite(value) and value > 0):
     raise FitError(f'{path}: line {line}, column {name}: {text!r} is not a positive finite number')
   return value
 
 
 def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Return the result of the job with this folder, or None if the job is not done."""
+  """Return the result of the job with this folder, or None if the job is not done.
+
+  Raises:
+    UserError: the file is damaged.
+  """
   path = folder / RESULT
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  remedy = f'delete {path.name}, and the same command reads the result from the checkpoint of the job'
+  result = json_files.read(path, remedy)
+  for name, value in result.items():
+    numeric = name in (*NEEDED, *OPTIONAL, 'steps', 'validation_loss')
+    if numeric and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+      raise ConfigError(f'{path}: {name} is {value!r:.60}, which is not a finite number; {remedy}')
+  if 'steps' not in result:
+    raise ConfigError(f'{path}: has no `steps`; {remedy}')
+  return result
 
 
 def write_result(folder: pathlib.Path, result: Mapping[str, Any]) -> None:
@@ -113,11 +157,14 @@ def read_table(path: pathlib.Path) -> dict[str, dict[str, str]]:
   """
   if not path.exists():
     return {}
-  with path.open(newline='', encoding='utf-8') as file:
-    rows = list(csv.DictReader(file))
-  if any(row.get('run') in (None, '') or None in row.values() for row in rows):
+  names, rows = _read_csv(path)
+  if 'run' not in names or any(None in row.values() or not row['run'] for _, row in rows):
     raise ConfigError(f'{path}: not the table of a sweep (it needs a column `run` and a value in every field); move the file away')
-  return {row['run']: row for row in rows}
+  runs = [row['run'] for _, row in rows]
+  twice = next((run for i, run in enumerate(runs) if run in runs[:i]), None)
+  if twice is not None:
+    raise ConfigError(f'{path}: {runs.count(twice)} rows are of the run {twice!r:.60}; remove all but one')
+  return {str(row['run']): {name: str(value) for name, value in row.items()} for _, row in rows}
 
 
 def write_table(path: pathlib.Path, rows: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import decimal
 import gzip
+import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +19,26 @@ import numpy as np
 
 from polar_jax.config import ConfigError
 from polar_jax.data.examples import BadField, checked_examples, parse_example
+from polar_jax.runtime import json_files
+from polar_jax.runtime.json_files import shorten
 from polar_jax.runtime.paths import in_bucket
-from polar_jax.types import Group
+from polar_jax.types import Group, UserError
 
 REWARD = 'reward'
+_LONGEST_INT = 4_000  # digits; Python refuses to convert more than 4,300
 OUTPUT_SUFFIXES = ('.jsonl', '.jsonl.gz')
+
+
+class Verbatim(float):
+  """A number of a JSON text that is written as it was read: 1e400, 0.10, 1.0 and 123456789012345678901234567890 alike."""
+
+  def __new__(cls, text: str) -> Verbatim:
+    """Return the number that `text` is."""
+    number = super().__new__(cls, text)
+    number.text = text
+    return number
+
+  text: str
 
 
 class Example(NamedTuple):
@@ -37,6 +56,7 @@ def read_examples(
 
   An example has the fields prompt, reference and output, each a string or a list of messages, and optionally wrapper. Other fields are
   passed on, except for `reward`, which the stage writes itself: it never overwrites one, so the user has to rename or remove it.
+  Numbers of a jsonl file are passed on digit by digit; see `json_text` for the columns of a parquet file.
 
   Args:
     path: of the file.
@@ -51,14 +71,13 @@ def read_examples(
   fields = ('prompt', 'reference', 'output') if use_reference else ('prompt', 'output')
 
   def check(raw: Any) -> dict[str, Any]:
-    content = parse_example(raw, fields)
+    content = parse_example(raw, fields, parse_int=_parse_int, parse_float=Verbatim)
     if content.get(REWARD) is not None:
       raise BadField(REWARD, f'already has a field {REWARD!r}, which the score stage writes; rename or remove it')
-    if not isinstance(raw, bytes):  # from parquet
-      try:
-        json.dumps(content)
-      except (TypeError, ValueError) as error:
-        raise BadField(None, f'cannot be written as JSON ({error})') from error
+    try:
+      json_text(content)
+    except (TypeError, RecursionError) as error:
+      raise BadField(None, f'cannot be written as JSON ({shorten(error)})') from error
     return content
 
   for number, content in checked_examples(path, check, on_bad_example, skipped):
@@ -76,15 +95,18 @@ class RewardFile:
   Args:
     path: of the finished file.
     settings: everything that determines the output.
+    source: the examples of the input, with which the partial output of a stopped run is compared; None: it is only parsed.
 
   Attributes:
     kept: number of examples that a stopped run had finished; writing continues after them.
+    damaged: whether what that run had written after them was not what it should be, beyond a last line that was cut short.
     changed: names of the settings whose change made the partial output of a stopped run useless.
     count: number of rewards, including those kept.
   """
 
-  def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]):
+  def __init__(self, path: pathlib.Path, settings: Mapping[str, Any], source: Iterable[Example] | None = None):
     self._path, self._partial, self._header = path, *partial_files(path)
+    self.damaged = False
     self.kept, self.count, self.changed, self._sum, self._squares, self._file = 0, 0, list[str](), 0.0, 0.0, None
     if jax.process_index() != 0:
       return
@@ -94,7 +116,7 @@ class RewardFile:
       known = _read_header(self._header)
       self.changed = sorted(name for name in settings.keys() | known.keys() if settings.get(name) != known.get(name))
       if not self.changed:
-        self.kept = self._keep_whole_lines()
+        self.kept = self._keep_whole_lines(source)
     if not self.kept:
       self._partial.unlink(missing_ok=True)  # examples must never be next to a header with other settings
       self._header.write_text(json.dumps(settings, indent=2) + '\n', encoding='utf-8')
@@ -111,9 +133,17 @@ class RewardFile:
     return max(self._squares / self.count - self.mean**2, 0.0) ** 0.5 if self.count else 0.0
 
   def write(self, examples: Sequence[Example], rewards: np.ndarray) -> None:
-    """Append examples with their `rewards` (examples,), float32, which JSON preserves bit for bit; they are on disk on return."""
+    """Append examples with their `rewards` (examples,), float32, which JSON preserves bit for bit; they are on disk on return.
+
+    Raises:
+      UserError: a reward is not finite, which JSON does not have; nothing is written.
+    """
     lines = []
     for example, reward in zip(examples, rewards.tolist(), strict=True):
+      if not math.isfinite(reward):
+        raise UserError(
+          f'{self._path}: the reward of example {example.number} would be {reward}, which is no number; check the weights of the model'
+        )
       self._add(reward)
       lines.append(_line({**example.content, REWARD: reward}))
     if self._file is not None:
@@ -146,17 +176,33 @@ class RewardFile:
   def _add(self, reward: float) -> None:
     self.count, self._sum, self._squares = self.count + 1, self._sum + reward, self._squares + reward * reward
 
-  def _keep_whole_lines(self) -> int:
-    """Count the finished examples and truncate a line that was cut short by a kill."""
+  def _keep_whole_lines(self, source: Iterable[Example] | None) -> int:
+    """Count the finished examples, and cut off a line that a kill cut short and what follows a damaged one."""
     whole = 0
+    expected = itertools.repeat(None) if source is None else iter(source)
     with self._partial.open('rb+') as file:
       for line in file:
         if not line.endswith(b'\n'):
           break
-        self._add(json.loads(line)[REWARD])
+        reward = _reward_of(line)
+        example = next(expected, None) if reward is not None else None
+        if reward is None or (source is not None and (example is None or line != _line({**example.content, REWARD: reward}))):
+          self.damaged = True
+          break
+        self._add(reward)
         whole += len(line)
       file.truncate(whole)
     return self.count
+
+
+def _reward_of(line: bytes) -> float | None:
+  """Return the reward in a line of the output; None if the line is damaged."""
+  try:
+    content = json_files.parse(line)
+  except UserError:
+    return None
+  reward = content.get(REWARD) if isinstance(content, dict) else None
+  return reward if isinstance(reward, float) and math.isfinite(reward) else None
 
 
 def check_output(path: pathlib.Path, source: pathlib.Path) -> None:
@@ -194,6 +240,39 @@ def _read_header(path: pathlib.Path) -> dict[str, Any]:
 
 def _line(content: dict[str, Any]) -> bytes:
   try:
-    return json.dumps(content, ensure_ascii=False).encode('utf-8') + b'\n'
+    return json_text(content).encode('utf-8') + b'\n'
   except UnicodeEncodeError:  # a lone surrogate in a field that is only passed on: JSON can represent it escaped, UTF-8 cannot
-    return json.dumps(content).encode('utf-8') + b'\n'
+    return json_text(content, json.encoder.encode_basestring_ascii).encode('utf-8') + b'\n'
+
+
+def json_text(value: Any, quote: Callable[[str], str] = json.encoder.encode_basestring) -> str:
+  """Return a value as JSON, including what tables hold beyond it.
+
+  A `Verbatim` number is written as it was read, a Decimal with all its digits, bytes in base64. NaN and infinity, which JSON does not
+  have, become null.
+
+  Args:
+    value: of an example.
+    quote: returns a string in quotes, escaped.
+
+  Raises:
+    TypeError: the value is of another type.
+  """
+  if isinstance(value, str):
+    return quote(value)
+  if isinstance(value, Verbatim):
+    return value.text
+  if isinstance(value, dict):
+    return '{' + ', '.join([f'{quote(key)}: {json_text(item, quote)}' for key, item in value.items()]) + '}'
+  if isinstance(value, (list, tuple)):
+    return '[' + ', '.join([json_text(item, quote) for item in value]) + ']'
+  if isinstance(value, bytes):
+    return quote(base64.b64encode(value).decode('ascii'))
+  if isinstance(value, (float, decimal.Decimal)) and not math.isfinite(value):
+    return 'null'
+  return format(value, 'f') if isinstance(value, decimal.Decimal) else json.dumps(value)
+
+
+def _parse_int(text: str) -> int | float:
+  """Return an integer of a JSON text; one that Python would change (-0) or not read (thousands of digits) is kept as it is."""
+  return Verbatim(text) if text == '-0' or len(text) > _LONGEST_INT else int(text)

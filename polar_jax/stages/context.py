@@ -14,6 +14,7 @@ from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import open_triplets, report_skipped
+from polar_jax.data.readers import is_one_split
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer, load_tokenizer
 from polar_jax.runtime import paths
@@ -124,8 +125,8 @@ class Context:
     path = paths.path_of(given) if given else self.data / synthesized
     if split != 'train' and data.validation:
       setting, path = 'data.validation', paths.path_of(data.validation)
-    elif split != 'train' and path.is_file():
-      raise ConfigError(f'data.validation must name held-out examples: {path} is a single file, and the model trains on it')
+    elif split != 'train' and is_one_split(path):
+      raise ConfigError(f'data.validation must name held-out examples: {path} is a single split, and the model trains on it')
     if not path.exists():
       raise ConfigError(f'{setting}: nothing at {path}; name a data set there, or run the synthesize stage in this workdir first')
     key = ('examples', str(path), split, data.on_bad_example)

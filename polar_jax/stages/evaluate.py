@@ -10,7 +10,10 @@ import numpy as np
 from polar_jax import api
 from polar_jax.checkpoints import checkpointer
 from polar_jax.config import ConfigError
+from polar_jax.data import survey
 from polar_jax.data.examples import NoSplitError
+from polar_jax.data.pipeline import TripletSegments
+from polar_jax.data.template import Template
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.clusters import Clusters, cluster
 from polar_jax.scoring.scorer import Scorer
@@ -88,13 +91,14 @@ def evaluate_triplets(context: Context, splits: Mapping[str, Sequence[Triplet]],
     splits: examples by the name of their split.
     further: baselines beyond the heuristic ones.
   """
-  scorer, resamples = _scorer(context, PRETRAIN), context.config.evaluate.bootstrap
-  by_split, margins = {}, {}
+  (scorer, template), resamples = _scorer(context, PRETRAIN), context.config.evaluate.bootstrap
+  by_split, margins, surveys = {}, {}, {}
   by_baseline: dict[str, dict[str, Any]] = {}
   for split, sequence in splits.items():
     examples = list(sequence)
     clusters = cluster(examples)
     heuristics = baselines.heuristic_correct(examples)
+    surveys[split] = _survey(context, split, sequence, template)
     correct = _correct(scorer, examples)
     by_split[split] = _interval(correct, clusters, resamples)
     margins[split] = baselines.margin_over_best_baseline(correct, heuristics, clusters, resamples)
@@ -102,14 +106,19 @@ def evaluate_triplets(context: Context, splits: Mapping[str, Sequence[Triplet]],
       by_baseline.setdefault(name, {})[split] = _interval(values, clusters, resamples)
     best = str(margins[split]['baseline'])
     context.log(f'{split}: {_shown(by_split[split])}; best baseline {best} {_shown(by_baseline[best][split])}')
-  return {'by_split': by_split, 'baselines': by_baseline, 'margin_over_best_baseline': margins}
+  return {'by_split': by_split, 'baselines': by_baseline, 'margin_over_best_baseline': margins, 'examples': surveys}
 
 
 def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[str, Any]:
   """Evaluate every arm of fine-tuning on the same held-out preferences."""
   examples, resamples = list(sequence), context.config.evaluate.bootstrap
   clusters = cluster(examples)
-  correct = {arm: _correct(_scorer(context, run), examples) for arm, run in ARMS.items() if trained(context, run)}
+  correct, surveys = {}, {}
+  for arm, run in ARMS.items():
+    if trained(context, run):
+      scorer, template = _scorer(context, run)
+      surveys[arm] = _survey(context, arm, sequence, template)
+      correct[arm] = _correct(scorer, examples)
   arms = {arm: _interval(values, clusters, resamples) for arm, values in correct.items()}
   for arm, interval in arms.items():
     context.log(f'{arm}: {_shown(interval)}')
@@ -125,16 +134,26 @@ def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[
     'arms': arms,
     'margin_over_arms': margins,
     'by_category': by_category,
+    'examples': surveys,
     'baselines': {name: _interval(values, clusters, resamples) for name, values in heuristics.items()},
     'margin_over_best_baseline': baselines.margin_over_best_baseline(main, heuristics, clusters, resamples),
   }
 
 
-def _scorer(context: Context, run: str) -> Scorer:
-  """Return a scorer with the tokenizer and template of the run, which hides the reference from the arm without one."""
+def _scorer(context: Context, run: str) -> tuple[Scorer, Template]:
+  """Return a scorer with the tokenizer and template of the run, which hides the reference from the arm without one, and that template."""
   config = context.config
   model = api.load(context.home(run), mesh=context.mesh, compute=config.model, template=config.template)
-  return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch)
+  return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch), model.template
+
+
+def _survey(context: Context, name: str, examples: Sequence[Triplet], template: Template) -> dict[str, Any]:
+  """Count the pairs that are the same to the model, and what is truncated; log what was found."""
+  segments = TripletSegments(examples, template)
+  found = survey.survey(segments, range(len(examples)), context.config.data.read_threads)
+  for line in found.lines():
+    context.log(f'{name}: {line}')
+  return found.asdict()
 
 
 def _correct(scorer: Scorer, examples: Sequence[Triplet]) -> np.ndarray:

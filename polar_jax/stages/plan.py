@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, cast
 
 from polar_jax.config import ConfigError, ModelConfig
 from polar_jax.model import flops
 from polar_jax.model.presets import PRESETS
 from polar_jax.planning import ppo_step, train_step
+from polar_jax.runtime import json_files
 from polar_jax.runtime.chips import GIB
 from polar_jax.runtime.paths import write_atomically
 from polar_jax.stages.context import Context
@@ -41,7 +41,7 @@ def run(context: Context) -> None:
   for line in lines:
     context.log(line)
   path = context.workdir / FILE
-  write_atomically(path, json.dumps(facts, indent=2) + '\n')
+  write_atomically(path, json_files.dumps(facts, indent=2) + '\n')
   context.log(f'plan: {path}')
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ConfigError, TrainConfig
-from polar_jax.data import pipeline, text
+from polar_jax.data import identity, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.runtime import paths
+from polar_jax.runtime import paths, text_files
 from polar_jax.stages.context import SCRATCH, Context
 from polar_jax.train import trainer
 from polar_jax.train.objectives import NEXT_TOKEN
@@ -85,7 +85,7 @@ def language_model_run(
     validation=None if held_out is None else text_validation(held_out, plan, train.evaluate_examples),
     load_start=None if start == SCRATCH else load_start,
     fingerprint=run_folder.training_settings(
-      NEXT_TOKEN.name, train, model, config.template, tokenizer, config.seed, {'data.text': data.text, 'seed': seed}
+      NEXT_TOKEN.name, train, model, config.template, tokenizer, config.seed, _text_settings(context, windows, held_out) | {'seed': seed}
     ),
     threads=data.read_threads,
     prefetch=data.prefetch,
@@ -93,11 +93,20 @@ def language_model_run(
   )
 
 
+def _text_settings(context: Context, windows: pipeline.TextWindows, held_out: pipeline.TextWindows | None) -> dict[str, Any]:
+  """Return the settings that identify the text, with the name that was all that earlier versions stored."""
+  digests = {'text': identity.ids_digest(windows.token_ids)}
+  if held_out is not None:
+    digests['validation_text'] = identity.ids_digest(held_out.token_ids)
+  return {'data.text': context.config.data.text, **digests}
+
+
 def text_tokens(context: Context, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Return the (training, validation) token ids of the language model's text.
 
   Raises:
     ConfigError: there is no text.
+    TextError: a file is not UTF-8.
   """
   given = context.config.data.text
   if given is None:
@@ -114,6 +123,6 @@ def text_tokens(context: Context, tokenizer: Tokenizer) -> tuple[np.ndarray, np.
   if not files or not all(f.exists() for f in files):
     raise ConfigError(f'data.text: no .txt file at {path}')
   end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-  ids = np.concatenate([np.asarray(tokenizer.encode(f.read_text(encoding='utf-8')) + end, np.int32) for f in files])
+  ids = np.concatenate([np.asarray(tokenizer.encode(text_files.read_text(f)) + end, np.int32) for f in files])
   cut = int(len(ids) * (1 - _VALIDATION_SHARE))
   return ids[:cut], ids[cut:]

@@ -11,6 +11,7 @@ from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import Config, ConfigError, RewardConfig, RftConfig
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import NoSplitError, open_prompts, report_skipped
+from polar_jax.data.readers import is_one_split
 from polar_jax.data.template import Template
 from polar_jax.ppo import policy as policy_lib
 from polar_jax.ppo.rewards.http import HttpReward
@@ -75,7 +76,7 @@ def read_prompts(context: Context, split: str) -> Sequence[Prompt]:
     path = path_of(data.prompts_validation or '')
   elif not path.exists():
     raise ConfigError(f'data.prompts: nothing at {path}; name a data set there, or run the synthesize stage in this workdir first')
-  elif split != 'train' and path.is_file():
+  elif split != 'train' and is_one_split(path):
     return []
   names = (split,) if split == 'train' else (split, 'test')
   for name in names:

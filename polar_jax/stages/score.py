@@ -59,11 +59,13 @@ def score(context: Context) -> dict[str, Any]:
   if skipped:
     context.log(describe_skipped(source, skipped, total))
 
-  output = files.RewardFile(target, _settings(context, opened, template, source, target))
+  output = files.RewardFile(target, _settings(context, opened, template, source, target), read([]))
   try:
     kept = int(multihost_utils.broadcast_one_to_all(np.int32(output.kept)))
     if output.changed:
       context.log(f'score: discarding the partial output of a stopped run: changed since: {", ".join(output.changed)}')
+    if output.damaged:
+      context.log(f'score: the partial output of a stopped run is damaged after {kept} examples; the rest is scored again')
     if kept:
       context.log(f'score: continuing after {kept} examples of a stopped run')
     model = api.load(opened, mesh=context.mesh, compute=config.model, template=config.template, tokenizer=tokenizer)
@@ -83,7 +85,7 @@ def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
   """Return the paths (checkpoint, input, output) of the config."""
   wanted = {
     'checkpoint': 'the folder or file of a reward model',
-    'input': 'a file of examples with prompt, reference and output (.jsonl, .jsonl.gz or .parquet)',
+    'input': 'examples with prompt, reference and output (.jsonl, .jsonl.gz, .parquet, or a folder of `save_to_disk`)',
     'output': 'the file to write (.jsonl or .jsonl.gz)',
   }
   for name, meaning in wanted.items():

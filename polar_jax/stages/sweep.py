@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shlex
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 from polar_jax.config import ConfigError
+from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import write_atomically
 from polar_jax.scaling import fanout, grid, results
 from polar_jax.scaling.grid import Cell, Job
@@ -49,7 +49,7 @@ def run(context: Context) -> dict[str, Any] | None:
     grid.model_of(config, size)
   context.triplets('train')  # a bad file should fail here, not in every run
   sweep_jobs.check_settings(context)
-  write_atomically(workdir / sweep_worker.CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+  write_atomically(workdir / sweep_worker.CONFIG, json_files.dumps(dataclasses.asdict(config), indent=2) + '\n')
   table = results.read_table(workdir / results.TABLE)
   missing = [Job(cell.size, cell) for cell in cells if cell.name not in table]
   models = sweep_jobs.language_models(context, [cell for cell in cells if cell.name not in table])

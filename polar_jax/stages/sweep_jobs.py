@@ -15,11 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from polar_jax import api
-from polar_jax.checkpoints import checkpointer, run_folder, settings
+from polar_jax.checkpoints import checkpointer, settings
 from polar_jax.config import ConfigError
-from polar_jax.data import pipeline, token_store
+from polar_jax.data import identity, pipeline, token_store
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import flops
+from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import write_atomically
 from polar_jax.scaling import grid, results
 from polar_jax.scaling.grid import Cell, Job
@@ -187,7 +188,7 @@ def _stored_tokens(context: Context) -> pipeline.TripletSegments:
 
 def _tokens_key(context: Context) -> str:
   template = dataclasses.asdict(context.config.template)
-  digests = run_folder.examples_digest(context.triplets('train')), run_folder.tokenizer_digest(_tokenizer(context))
+  digests = identity.triplets_digest(context.triplets('train')), identity.tokenizer_digest(_tokenizer(context))
   return json.dumps([*digests, template])
 
 
@@ -205,12 +206,12 @@ def check_settings(context: Context) -> None:
   for name in ('learning_rate', 'batch_size', 'steps'):  # those of the grid apply, not those of the section
     del shared['pretrain'][name]
   shared['sweep.width_exponent'] = config.sweep.width_exponent
-  shared['rows'] = {split: run_folder.examples_digest(context.triplets(split)) for split in ('train', 'validation')}
+  shared['rows'] = {split: identity.triplets_digest(context.triplets(split)) for split in ('train', 'validation')}
   now = flatten_dict(shared, sep='.')
   path = context.workdir / SETTINGS
   if not path.exists():
-    write_atomically(path, json.dumps(now, indent=2) + '\n')
+    write_atomically(path, json_files.dumps(now, indent=2) + '\n')
     return
-  changed = settings.differences(json.loads(path.read_text()), now)
+  changed = settings.differences(json_files.read(path, 'delete it if the settings are still the same'), now)
   if changed:
     raise ConfigError(f'the sweep in this workdir was started with other settings ({"; ".join(changed[:4])}); use another --workdir')

@@ -6,7 +6,6 @@ The sweep stage or the queue of a cluster starts it. It reads the settings that 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -37,13 +36,15 @@ def read_config(workdir: pathlib.Path) -> Config:
 
   Raises:
     ConfigError: there is no sweep.
+    JsonError: its file is damaged.
   """
   from polar_jax.config import ConfigError, parse
+  from polar_jax.runtime import json_files
 
   path = workdir / CONFIG
   if not path.exists():
     raise ConfigError(f'{path}: no such file; run the sweep stage in this workdir first (with sweep.jobs_only to train nothing)')
-  return parse(json.loads(path.read_text()))
+  return parse(json_files.read(path, 'run the sweep stage in this workdir again'))
 
 
 def _context(workdir: pathlib.Path) -> Context:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polar_jax.config import SynthesizeConfig, current_name
-from polar_jax.runtime import paths
+from polar_jax.runtime import json_files, paths
 
 SPLITS = ('train', 'validation', 'test')
 _FORMAT = 1  # bumped whenever the same settings give other examples
@@ -346,7 +346,7 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
   folder, started = workdir / 'data', time.perf_counter()
   settings = {k: v for k, v in dataclasses.asdict(config).items() if k in _SETTINGS} | {'seed': seed, 'format': _FORMAT}
   previous = _read(folder / _MARKER)
-  if _current_names(previous.get('settings', {})) == settings:
+  if _current_names(previous['settings']) == settings:
     log(f'synthesize: reusing the complete data in {folder} (same settings)')
     return previous['result']
   files = {
@@ -376,7 +376,12 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> Mapping[str, Any]:
+  """Return settings and result of complete data; both empty if there are none, or the file is damaged and so proves nothing."""
   try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, json.JSONDecodeError):
-    return {}
+    content = json_files.read(path, '')
+  except json_files.JsonError:
+    content = {}
+  settings, result = content.get('settings'), content.get('result')
+  numbers = [result.get(part) for part in ('rows', 'seconds')] if isinstance(result, dict) else [None]
+  complete = all(isinstance(part, dict) and all(isinstance(value, (int, float)) for value in part.values()) for part in numbers)
+  return {'settings': settings, 'result': result} if isinstance(settings, dict) and complete else {'settings': {}, 'result': {}}

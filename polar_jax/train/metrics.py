@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import pathlib
 import sys
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from polar_jax.runtime import paths
+from polar_jax.runtime import json_files, paths
 from polar_jax.runtime.progress import Progress
 from polar_jax.types import UserError
 
@@ -23,25 +23,47 @@ FILE, SAMPLES, SUMMARY = 'metrics.jsonl', 'samples.jsonl', 'summary.json'
 def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]:
   """Return the records of a run's metrics.jsonl, or of another log of its steps.
 
-  A last line that has no newline and does not parse was cut off by a kill, and is left out.
+  A last line that has no newline and does not parse was cut off by a kill, and is left out. A metric that was not finite is null in the
+  file, because JSON has no NaN, and NaN in the record.
 
   Raises:
-    UserError: another line is not a JSON object with a `step`; the message names file and line.
+    UserError: another line is not a JSON object with a `step`, or has another type in a field; the message names file and line.
   """
   path = folder / file
-  text = path.read_text(encoding='utf-8') if path.exists() else ''
-  lines, records = text.splitlines(), []
-  for number, line in enumerate(lines, 1):
+  try:
+    *lines, rest = path.read_bytes().split(b'\n') if path.exists() else [b'']
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({json_files.shorten(error)})') from error
+  records = []
+  for number, line in enumerate([*lines, rest] if rest else lines, 1):
     try:
-      record = json.loads(line)
-    except ValueError as error:
-      if number == len(lines) and not text.endswith('\n'):
+      record = json_files.parse(line)
+    except json_files.JsonError as error:
+      if number > len(lines):
         break
-      raise UserError(f'{path}:{number}: not valid JSON ({error}); delete the line') from error
-    if not isinstance(record, dict) or 'step' not in record:
-      raise UserError(f'{path}:{number}: not an object with a `step`; delete the line')
-    records.append(record)
+      raise UserError(f'{path}:{number}: {error}; delete the line') from error
+    problem = _problem(record)
+    if problem:
+      raise UserError(f'{path}:{number}: {problem}; delete the line')
+    # What was not finite when it was written; see `json_files.dumps`.
+    records.append({name: math.nan if value is None else value for name, value in record.items()} if file == FILE else record)
   return records
+
+
+# Fields of records that are not numbers. Those of samples.jsonl are texts.
+_NOT_NUMBERS = {'stage': str, 'alarms': list, 'reward_histogram': dict, 'pick': str, 'prompt': str, 'reference': str, 'output': str}
+
+
+def _problem(record: Any) -> str | None:
+  """Return what is wrong with a record; None if nothing is."""
+  step = record.get('step') if isinstance(record, dict) else None
+  if isinstance(step, bool) or not isinstance(step, (int, float)) or not abs(step) < math.inf:
+    return 'not an object with a `step`'
+  for name, value in record.items():
+    kind = _NOT_NUMBERS.get(name, (int, float))
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+      return f'{name!r:.60} is {value!r:.60}, which is not a {"number" if isinstance(kind, tuple) else kind.__name__}'
+  return None
 
 
 def keep_logs(folder: pathlib.Path, home: pathlib.Path) -> None:
@@ -90,13 +112,13 @@ class StepLog:
     repeated = lambda record: evaluates_again and record['step'] == last_step and is_evaluation(record)
     kept = [record for record in records if record['step'] <= last_step and not repeated(record)]
     self.lost = sum(record.get('step_seconds', 0.0) for record in records if record['step'] > last_step)
-    paths.write_atomically(folder / file, ''.join(json.dumps(record) + '\n' for record in kept))
+    paths.write_atomically(folder / file, ''.join(json_files.dumps(record) + '\n' for record in kept))
     self._file = (folder / file).open('a', encoding='utf-8')
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Append a record, which must have a `step`."""
     if self._file is not None:
-      self._file.write(json.dumps(record) + '\n')
+      self._file.write(json_files.dumps(record) + '\n')
 
   def flush(self) -> None:
     """Sync all records to disk. Must come before a checkpoint that counts their steps."""

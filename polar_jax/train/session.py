@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ import jax
 from polar_jax.checkpoints import space
 from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, ProfileConfig
-from polar_jax.runtime import heartbeat, paths
+from polar_jax.runtime import heartbeat, json_files, paths
 from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.train.goodput import GoodputClock
 from polar_jax.train.metrics import SUMMARY, MetricsLog, StepLog, StepProgress, fetch_logs, keep_logs
@@ -263,10 +262,10 @@ class Session:
     if jax.process_index() != 0:
       return {}
     if self.steps_taken == 0 and path.exists():
-      return json.loads(path.read_text(encoding='utf-8'))
+      return json_files.read(path, 'delete it, and the same command writes it again')
     by_part = {part: round(value, 3) for part, value in self.clock.seconds.items()}
     summary = summarize({'seconds': seconds, 'seconds_by_part': by_part, 'goodput': self.clock.goodput})
-    paths.write_atomically(path, json.dumps(summary, indent=2) + '\n')
+    paths.write_atomically(path, json_files.dumps(summary, indent=2) + '\n')
     keep_logs(self._run.folder, self._run.home)
     return summary
 

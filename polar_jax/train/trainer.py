@@ -12,7 +12,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -63,6 +63,7 @@ class Run:
     fingerprint: settings that must not change when a run is resumed.
     threads: that read batches.
     prefetch: number of batches prepared ahead.
+    facts: further entries of the summary, known before the first step.
     started: `time.perf_counter()` at the start of the stage; seconds since then count as `start` in the goodput.
   """
 
@@ -86,6 +87,7 @@ class Run:
   threads: int
   prefetch: int
   log: Callable[[str], None]
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   started: float = dataclasses.field(default_factory=time.perf_counter)
 
   @property
@@ -332,6 +334,7 @@ class _Trainer:
       'peak_flops': self.peak_flops,
       'peak_source': self.peak_source,
       **self.validation,
+      **self.run.facts,
     }
 
 

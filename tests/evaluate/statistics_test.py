@@ -144,6 +144,25 @@ def test_an_interval_states_what_was_resampled_and_its_mean_does_not_depend_on_i
   assert difference.difference == statistics.paired_difference(correct, 1 - correct).difference
 
 
+@pytest.mark.parametrize('value', [0.0, 0.5, 1.0])
+def test_equal_values_are_no_certainty(value):
+  few, many = (statistics.accuracy_interval(np.full(n, value)) for n in (8, 800))
+  assert few.accuracy == many.accuracy == value
+  assert few.low <= many.low <= value <= many.high <= few.high and few.high - few.low > 0.3 > 0.01 > many.high - many.low > 0
+  q = 1 - 0.025 ** (1 / 8)  # Clopper and Pearson for none of 8
+  expected = {0.0: (0, q), 0.5: (0.5 - q / 2, 0.5 + q / 2), 1.0: (1 - q, 1)}[value]
+  assert (few.low, few.high) == pytest.approx(expected)
+
+
+def test_the_exact_interval_counts_clusters_and_covers():
+  labels = np.arange(800) // 100
+  assert statistics.accuracy_interval(np.ones(800), policies(labels)).low == pytest.approx(0.025 ** (1 / 8))
+  same = statistics.paired_difference(np.ones(50), np.ones(50))
+  assert same.low == pytest.approx(-same.high) and 0.05 < same.high < 0.1
+  # A true accuracy of 0.7 gives 8 right of 8 with a probability of 5.8%; the interval must hold it then.
+  assert statistics.accuracy_interval(np.ones(8)).low < 0.7
+
+
 def test_asdict_holds_plain_python_numbers():
   values = statistics.accuracy_interval(np.array([1, 0, 1, 1], dtype=np.float32)).asdict()
   assert [type(values[k]) for k in ('accuracy', 'low', 'high', 'n', 'clusters', 'clustered_by')] == [float, float, float, int, int, str]

@@ -265,7 +265,7 @@ def test_broken_line_is_named_and_a_torn_one_dropped(tmp_path, undrawn, file):
   assert 'a, step 4:' in written(tmp_path, {})
   with (tmp_path / 'rft' / 'a' / file).open('a') as out:
     out.write('\n')
-  with pytest.raises(UserError, match=rf'{file}:\d+: not valid JSON'):
+  with pytest.raises(UserError, match=rf'{file}:\d+: not JSON'):
     report.write_report(tmp_path, {})
 
 

@@ -93,11 +93,54 @@ def test_without_a_reference(tmp_path):
   assert example.group == Group('p', '', ['o'])
 
 
-def test_parquet_that_json_cannot_hold(tmp_path):
+def test_bytes_of_a_parquet_file_are_written_in_base64(tmp_path):
   path = tmp_path / 'a.parquet'
   pq.write_table(pa.Table.from_pylist([{**GOOD, 'blob': b'\xff'}]), path)
-  with pytest.raises(BadExampleError, match='example 1: cannot be written as JSON'):
-    read(path)
+  save(tmp_path / 'out.jsonl', [read(path)[0].content], [1.0])
+  assert json.loads((tmp_path / 'out.jsonl').read_text()) == {**GOOD, 'blob': '/w==', 'reward': 1.0}
+
+
+def test_an_example_that_is_nested_too_deeply_to_be_written(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  deep = '[' * 900 + ']' * 900
+  path.write_text(json.dumps(GOOD)[:-1] + f', "deep": {deep}}}\n')
+  try:
+    (example,) = read(path)
+    assert f'"deep": {deep}' in files.json_text(example.content)
+  except BadExampleError as error:
+    assert 'nested' in str(error) or 'recursion' in str(error)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda lines: [lines[0], lines[1].replace(b'"i": 1', b'"i": 7'), lines[2]],
+    lambda lines: [lines[0], lines[1][:-20] + b'\n', lines[2]],
+    lambda lines: [lines[0], b'{"reward": true}\n', lines[2]],
+    lambda lines: [lines[0], lines[1].replace(b'"reward": 1.0', b'"reward": NaN'), lines[2]],
+    lambda lines: [lines[0], b'[1]\n', lines[2]],
+    lambda lines: [lines[0], lines[0], lines[1]],
+  ],
+)
+def test_a_damaged_partial_output_is_written_again_from_there(tmp_path, change):
+  source, path = write(tmp_path / 'in.jsonl', [{**GOOD, 'i': i} for i in range(4)]), tmp_path / 'out.jsonl'
+  contents = [example.content for example in read(source)]
+  stop_after(path, contents[:3], {})
+  partial, _ = files.partial_files(path)
+  partial.write_bytes(b''.join(change(partial.read_bytes().splitlines(keepends=True))))
+  file = files.RewardFile(path, {}, files.read_examples(source, 'raise', []))
+  assert (file.kept, file.damaged) == (1, True)
+  file.write(numbered(contents[1:]), np.arange(1, 4, dtype=np.float32))
+  file.finish()
+  save(tmp_path / 'whole.jsonl', contents, range(4))
+  assert path.read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
+
+
+def test_an_undamaged_partial_output_longer_than_the_input(tmp_path):
+  source, path = write(tmp_path / 'in.jsonl', [GOOD]), tmp_path / 'out.jsonl'
+  stop_after(path, [GOOD] * 2, {})
+  file = files.RewardFile(path, {}, files.read_examples(source, 'raise', []))
+  assert (file.kept, file.damaged) == (1, True)
 
 
 def test_no_examples(tmp_path):

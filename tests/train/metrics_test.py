@@ -31,6 +31,28 @@ def test_records_are_read_back_bit_for_bit(tmp_path):
   assert read_metrics(tmp_path) == [{'stage': 's', 'step': s, 'loss': 1 / 3 + s} for s in (1, 2, 3)]
 
 
+def test_numbers_that_are_not_finite_are_null_in_the_file_and_nan_in_the_record(tmp_path):
+  log = MetricsLog(tmp_path, 0)
+  log.write({'stage': 's', 'step': 1, 'loss': 0.5, 'explained_variance': float('nan'), 'gap': -float('inf'), 'deep': 1.0})
+  log.close()
+  line = (tmp_path / FILE).read_text()
+  assert json.loads(line, parse_constant=pytest.fail)['gap'] is None
+  (record,) = read_metrics(tmp_path)
+  assert record['loss'] == 0.5 and np.isnan([record['explained_variance'], record['gap']]).all()
+  write_steps(tmp_path, [2], last_step=1)  # a resumed run writes the old records again
+  assert (tmp_path / FILE).read_text().startswith(line)
+
+
+@pytest.mark.parametrize('field', ['"loss": "x"', '"loss": [1]', '"stage": 3', '"alarms": {}', '"loss": true', '"a": 1, "a": 2'])
+def test_fields_of_another_type_are_named(tmp_path, field):
+  (tmp_path / FILE).write_text(f'{{"step": 1}}\n{{"step": 2, {field}}}\n')
+  with pytest.raises(UserError, match=r'metrics\.jsonl:2: .*; delete the line') as caught:
+    read_metrics(tmp_path)
+  assert field.split('"')[1] in str(caught.value)
+  (tmp_path / FILE).write_text('{"step": 1}\n')  # the advice
+  assert len(read_metrics(tmp_path)) == 1
+
+
 def test_a_missing_file_has_no_records(tmp_path):
   assert read_metrics(tmp_path) == []
 

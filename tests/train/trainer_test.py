@@ -21,12 +21,16 @@ import pytest
 
 from polar_jax import api, api_training, sharding
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
-from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, ProfileConfig, TrainConfig
-from polar_jax.data import pipeline
+from polar_jax.config import CheckpointingConfig, ConfigError, ModelConfig, ProfileConfig, TemplateConfig, TrainConfig
+from polar_jax.data import identity, pipeline
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model import flops
+from polar_jax.report import report
 from polar_jax.runtime import compiled, memory
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.scoring.scorer import Scorer
+from polar_jax.stages import evaluate as evaluate_stage
 from polar_jax.stages.finetune import finetune
 from polar_jax.stages.pretrain import pretrain
 from polar_jax.stages.pretrain_lm import pretrain_lm
@@ -255,6 +259,70 @@ def test_changed_settings_are_refused_by_name(resumable, make_context, monkeypat
   pretrain(make_context(resumable, log_every=1, checkpointing=CheckpointingConfig(every_steps=7)))
   packing = dataclasses.replace(make_context(resumable).config.data, row_length=256)
   pretrain(make_context(resumable, data=packing))
+
+
+def test_changed_data_are_refused(resumable, world, tmp_path, make_context):
+  rows = [json.loads(line) for line in (world / 'examples.jsonl').read_text().splitlines()]
+
+  def resumed(changed, **setting):
+    path = tmp_path / 'changed.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in changed))
+    data = make_context(resumable).config.data
+    return pretrain(make_context(resumable, data=dataclasses.replace(data, **dict.fromkeys(setting, str(path)))))
+
+  for change in ({'chosen': 'other'}, {'wrapper': 'pretrain'}, {'category': 'other'}):
+    with pytest.raises(ConfigError, match=r'the training data \(`rows`\) was .* use another --workdir'):
+      resumed([rows[0], {**rows[1], **change}, *rows[2:]], triplets=True)
+  with pytest.raises(ConfigError, match=r'the held-out data \(`validation_rows`\) was'):
+    resumed([*rows[:-2], {**rows[-2], 'category': 'other'}, rows[-1]], validation=True)
+  assert resumed([{**row, 'comment': 'no one reads this'} for row in rows], triplets=True)['pretrain']['steps'] == STEPS
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path, make_context, monkeypatch):
+  earlier = lambda digest: lambda *args, **kwargs: digest(*args, **kwargs).rsplit(':', 1)[0]
+  with monkeypatch.context() as patch:
+    patch.setattr(identity, 'triplets_digest', earlier(identity.triplets_digest))
+    pretrain(at_rest(make_context, tmp_path))
+  log: list[str] = []
+  pretrain(at_rest(make_context, tmp_path, log))
+  assert log == ['pretrain: resumed from step 1 of 1']
+
+
+def test_changed_text_is_refused(tmp_path, world, make_context):
+  context = at_rest(make_context, tmp_path)
+  pretrain_lm(context)
+  (tmp_path / 'text.txt').write_text((world / 'text.txt').read_text())
+  elsewhere = lambda: pretrain_lm(
+    at_rest(make_context, tmp_path, data=dataclasses.replace(context.config.data, text=str(tmp_path / 'text.txt')))
+  )
+  elsewhere()  # the same text under another name
+  (tmp_path / 'text.txt').write_text((world / 'text.txt').read_text().replace('hello', 'HELLO', 1))
+  with pytest.raises(ConfigError, match=r'the training text \(`text`\) was'):
+    elsewhere()
+
+
+def test_examples_of_which_nothing_can_be_learned_are_counted(tmp_path, make_context, monkeypatch):
+  path, log = tmp_path / 'rows.jsonl', []
+  row = {'prompt': 'p', 'reference': 'r', 'chosen': 'same', 'rejected': 'same'}
+  path.write_text(''.join(json.dumps(row | change) + '\n' for change in ({}, {'chosen': 'a' * 90}, {'chosen': 'other'}) * 3))
+  data = dataclasses.replace(make_context(tmp_path).config.data, triplets=str(path), validation=str(path))
+  template = TemplateConfig(max_length=300, max_response_length=40)
+  context = at_rest(make_context, tmp_path / 'run', log, data=data, template=template)
+  summary = pretrain(context)['pretrain']
+  found = summary['examples']
+  assert found['training'] == found['validation']
+  assert (found['training']['same_text'], found['training']['cut_responses']) == (3, 3)
+  assert found['training']['numbers'] == {'same_text': [1, 4, 7], 'cut_responses': [2, 5, 8]}
+  assert log[0].startswith('pretrain: training data: 3 of 9 examples have the same text as chosen and rejected (number 1, 4, 7): ')
+  scorer = types.SimpleNamespace(score_pairs=lambda examples: np.zeros((len(examples), 2), np.float32))
+  monkeypatch.setattr(evaluate_stage, '_scorer', lambda context, run: (scorer, Template(template, ByteTokenizer())))
+  results = evaluate_stage.evaluate_triplets(context, {'validation': context.triplets('validation')})
+  assert results['examples']['validation']['same_text'] == 3
+  assert results['by_split']['validation']['low'] < results['by_split']['validation']['accuracy'] == 0.5  # all are ties: no certainty
+  report.write_report(tmp_path / 'run', {'pretrain': summary, 'evaluate': results})
+  text = (tmp_path / 'run/report.md').read_text()
+  for name in ('pretrain, training', 'pretrain, validation', 'validation'):
+    assert f'- {name}: 3 of 9 examples have the same text as chosen and rejected, which **counts as a tie** (number 1, 4, 7).' in text
 
 
 def at_rest(make_context, *args, **changes):

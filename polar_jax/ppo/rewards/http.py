@@ -52,6 +52,9 @@ class HttpReward:
     batch: texts per request.
     clock: returns seconds; for tests.
     sleep: waits for some seconds; for tests.
+
+  Attributes:
+    template: the same.
   """
 
   def __init__(
@@ -62,7 +65,8 @@ class HttpReward:
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
   ):
-    self._template, self._config, self._batch, self._clock, self._sleep = template, config, batch, clock, sleep
+    self.template = template
+    self._config, self._batch, self._clock, self._sleep = config, batch, clock, sleep
     self._is_raw = config.unit_interval  # whether the rewards need no check, or one of them was outside [0, 1]
     self._url = _base_url(config.address) + _PATHS[config.server]
     # No proxy, and no redirects, which urllib would follow with a GET.
@@ -78,7 +82,7 @@ class HttpReward:
     """
     wrapper = self._config.wrapper
     texts = [
-      self._template.candidate_texts(prompt.prompt, prompt.reference, [response], wrapper)[0]
+      self.template.candidate_texts(prompt.prompt, prompt.reference, [response], wrapper)[0]
       for prompt, response in zip(prompts, responses, strict=True)
     ]
     failed = RewardServerError(f'{self._url}: the first process got no rewards; see its log')

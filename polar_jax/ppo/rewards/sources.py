@@ -45,10 +45,14 @@ class ModelReward:
 
   Equal responses are scored once, so that their rewards are equal to the last bit. Apart from rounding, no reward depends on the
   other responses: a prompt that has to be cut is cut for each response as if that were the only one.
+
+  Attributes:
+    template: of the reward model.
   """
 
   def __init__(self, scorer: Scorer, config: RewardConfig):
     self._scorer, self._wrapper = scorer, config.wrapper
+    self.template = scorer.template
 
   def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
     """Return rewards (n,), float32.
@@ -163,6 +167,12 @@ class RewardSum:
     for _, source in self._parts.values():
       if isinstance(source, RuleReward):
         source.check(prompts, what)
+
+  @property
+  def template(self) -> Template | None:
+    """The template of the first source that has one; None if all are functions or rules."""
+    templates = (getattr(source, 'template', None) for _, source in self._parts.values())
+    return next((template for template in templates if template is not None), None)
 
   def components(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the raw rewards (n,), float32, of every source by its name.
