@@ -91,14 +91,14 @@ def evaluate_triplets(context: Context, splits: Mapping[str, Sequence[Triplet]],
     splits: examples by the name of their split.
     further: baselines beyond the heuristic ones.
   """
-  (scorer, template), resamples = _scorer(context, PRETRAIN), context.config.evaluate.bootstrap
+  scorer, resamples = _scorer(context, PRETRAIN), context.config.evaluate.bootstrap
   by_split, margins, surveys = {}, {}, {}
   by_baseline: dict[str, dict[str, Any]] = {}
   for split, sequence in splits.items():
     examples = list(sequence)
     clusters = cluster(examples)
     heuristics = baselines.heuristic_correct(examples)
-    surveys[split] = _survey(context, split, sequence, template)
+    surveys[split] = _survey(context, split, sequence, scorer.template)
     correct = _correct(scorer, examples)
     by_split[split] = _interval(correct, clusters, resamples)
     margins[split] = baselines.margin_over_best_baseline(correct, heuristics, clusters, resamples)
@@ -116,8 +116,8 @@ def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[
   correct, surveys = {}, {}
   for arm, run in ARMS.items():
     if trained(context, run):
-      scorer, template = _scorer(context, run)
-      surveys[arm] = _survey(context, arm, sequence, template)
+      scorer = _scorer(context, run)
+      surveys[arm] = _survey(context, arm, sequence, scorer.template)
       correct[arm] = _correct(scorer, examples)
   arms = {arm: _interval(values, clusters, resamples) for arm, values in correct.items()}
   for arm, interval in arms.items():
@@ -140,11 +140,11 @@ def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[
   }
 
 
-def _scorer(context: Context, run: str) -> tuple[Scorer, Template]:
-  """Return a scorer with the tokenizer and template of the run, which hides the reference from the arm without one, and that template."""
+def _scorer(context: Context, run: str) -> Scorer:
+  """Return a scorer with the tokenizer and template of the run, which hides the reference from the arm without one."""
   config = context.config
   model = api.load(context.home(run), mesh=context.mesh, compute=config.model, template=config.template)
-  return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch), model.template
+  return Scorer(model.params, model.config, model.template, context.mesh, rows=config.evaluate.rows_per_batch)
 
 
 def _survey(context: Context, name: str, examples: Sequence[Triplet], template: Template) -> dict[str, Any]:

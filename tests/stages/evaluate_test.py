@@ -7,6 +7,9 @@ import types
 import numpy as np
 import pytest
 
+from polar_jax.config import DataConfig, TemplateConfig
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.stages import evaluate as stage
 from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
 from polar_jax.stages.pretrain import RUN as PRETRAIN
@@ -17,6 +20,8 @@ RIGHT = {FINETUNE: 'easy medium', FINETUNE_ONLY: 'easy', FINETUNE_NO_REFERENCE: 
 
 class KnownScorer:
   """Prefers the chosen response in some categories, and the rejected one in the others."""
+
+  template = Template(TemplateConfig(), ByteTokenizer())
 
   def __init__(self, run: str):
     self.right = RIGHT[run]
@@ -29,7 +34,8 @@ class KnownScorer:
 def context(monkeypatch):
   monkeypatch.setattr(stage, '_scorer', lambda context, run: KnownScorer(run))
   monkeypatch.setattr(stage, 'trained', lambda context, run: True)
-  return types.SimpleNamespace(config=types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=50)), log=lambda line: None)
+  config = types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=50), data=DataConfig())
+  return types.SimpleNamespace(config=config, log=lambda line: None)
 
 
 def test_accuracy_by_category_is_that_of_its_own_examples(context):

@@ -314,8 +314,9 @@ def test_examples_of_which_nothing_can_be_learned_are_counted(tmp_path, make_con
   assert (found['training']['same_text'], found['training']['cut_responses']) == (3, 3)
   assert found['training']['numbers'] == {'same_text': [1, 4, 7], 'cut_responses': [2, 5, 8]}
   assert log[0].startswith('pretrain: training data: 3 of 9 examples have the same text as chosen and rejected (number 1, 4, 7): ')
-  scorer = types.SimpleNamespace(score_pairs=lambda examples: np.zeros((len(examples), 2), np.float32))
-  monkeypatch.setattr(evaluate_stage, '_scorer', lambda context, run: (scorer, Template(template, ByteTokenizer())))
+  ties = lambda examples: np.zeros((len(examples), 2), np.float32)
+  scorer = types.SimpleNamespace(score_pairs=ties, template=Template(template, ByteTokenizer()))
+  monkeypatch.setattr(evaluate_stage, '_scorer', lambda context, run: scorer)
   results = evaluate_stage.evaluate_triplets(context, {'validation': context.triplets('validation')})
   assert results['examples']['validation']['same_text'] == 3
   assert results['by_split']['validation']['low'] < results['by_split']['validation']['accuracy'] == 0.5  # all are ties: no certainty
