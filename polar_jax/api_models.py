@@ -17,6 +17,7 @@ from polar_jax.checkpoints import checkpointer, exporter, run_folder
 from polar_jax.checkpoints.loaded import Loaded
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import MeshConfig, ModelConfig, RftConfig, RolloutConfig, TemplateConfig
+from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_triplets
@@ -58,6 +59,8 @@ class Model:
     template: TemplateConfig | None = None,
     source: Pretrained | None = None,
   ):
+    if tokenizer is not None:
+      vocabulary.check_tokenizer(tokenizer, config.known_vocab_size, str(source.path) if source else 'the model')
     self.params, self.config, self.tokenizer, self.mesh, self.source = params, config, tokenizer, mesh, source
     self.template_config = template or TemplateConfig()
 
@@ -137,7 +140,9 @@ class RewardModel(Model):
     """Turns prompt, reference and candidate into token ids."""
     if self.tokenizer is None:
       raise UserError('the reward model has no tokenizer; pass one to load(..., tokenizer=...)')
-    return open_template(self.template_config, self.tokenizer)
+    template = open_template(self.template_config, self.tokenizer)
+    vocabulary.check_template(template, self.config.known_vocab_size, str(self.source.path) if self.source else 'the model')
+    return template
 
   @functools.cached_property
   def scorer(self) -> Scorer:

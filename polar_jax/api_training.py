@@ -24,7 +24,7 @@ from polar_jax.config import (
   TemplateConfig,
   TrainConfig,
 )
-from polar_jax.data import identity, lengths, pipeline, survey
+from polar_jax.data import identity, lengths, pipeline, survey, vocabulary
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
@@ -143,7 +143,9 @@ def train_reward_model(
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
 
-  segments = _segments(train, open_template(template, tokenizer), data)
+  reward_template = open_template(template, tokenizer)
+  vocabulary.check_template(reward_template, config.known_vocab_size, str(init) if isinstance(init, (str, pathlib.Path)) else 'the model')
+  segments = _segments(train, reward_template, data)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
@@ -165,7 +167,7 @@ def train_reward_model(
     validation=None
     if held_out is None
     else PairValidation(held_out, plan, data.row_length, args.evaluate_examples).check(data.read_threads),
-    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, mesh, fields['name'], log),
+    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, tokenizer, mesh, fields['name'], log),
     fingerprint=run_folder.training_settings(RANKING.name, args, config, template, tokenizer, seed, _examples_settings(segments, held_out)),
     threads=data.read_threads,
     prefetch=data.prefetch,
@@ -280,13 +282,13 @@ def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | No
 
 
 def _start_params(
-  start: Callable[[], Pretrained | None], config: ModelConfig, mesh: Mesh, name: str, log: Callable[[str], None]
+  start: Callable[[], Pretrained | None], config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, name: str, log: Callable[[str], None]
 ) -> dict[str, Any]:
   """Return the parameters to start from, on the mesh."""
   opened = start()
   assert opened is not None
   log(f'{name}: starts from the parameters in {opened.path}')
-  return pretrained.start_params(opened, config, RewardModel.head, mesh)
+  return pretrained.start_params(opened, config, RewardModel.head, mesh, tokenizer)
 
 
 def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.TripletSegments:

@@ -19,7 +19,7 @@ from polar_jax.config.reference import help_text
 from polar_jax.config.renamed import present_names
 from polar_jax.config.stages import check_overrides
 from polar_jax.planning import environment
-from polar_jax.runtime import malloc, text_files
+from polar_jax.runtime import failures, malloc, text_files
 from polar_jax.types import UserError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
@@ -128,7 +128,7 @@ def _config_file() -> str:
 
 
 def _fail(message: str) -> None:
-  print(f'polar_jax: {message}', file=sys.stderr)
+  print(f'polar_jax: {failures.one_line(message)}', file=sys.stderr)
   sys.exit(2)
 
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from flax import traverse_util
 from polar_jax import sharding
 from polar_jax.config import Config, MeshConfig, requested_stages
 from polar_jax.report import report
-from polar_jax.runtime import distributed, heartbeat, json_files, paths, preemption
+from polar_jax.runtime import distributed, failures, heartbeat, json_files, paths, preemption
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages.context import Context
 from polar_jax.train.session import NonFiniteError
@@ -86,14 +87,32 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
     preemption.leave(0)
     return 0
   except _EXPLAINED as error:
-    print(f'polar_jax: {error}', file=sys.stderr, flush=True)
-    if jax.process_count() > 1:
-      os._exit(1)  # an orderly exit would wait for the other processes, which wait for this one
-    return 1
+    return _stopped(str(error))
   except Exception as error:
+    message = None if distributed.lost(error) else failures.explain(error)
+    if message is not None:
+      return _stopped(message + _kept_traceback(error, workdir))
     if jax.process_count() == 1:
       raise
     distributed.leave(error)
+
+
+def _stopped(message: str) -> int:
+  """Print why the run stopped, in one line, and return the exit status."""
+  print(f'polar_jax: {failures.one_line(message)}', file=sys.stderr, flush=True)
+  if jax.process_count() > 1:
+    os._exit(1)  # an orderly exit would wait for the other processes, which wait for this one
+  return 1
+
+
+def _kept_traceback(error: Exception, workdir: pathlib.Path) -> str:
+  """Write the traceback of an error to the workdir, and return a remark that says where; '' if that fails too."""
+  file = workdir / 'error.txt'
+  try:
+    file.write_text(''.join(traceback.format_exception(error)), encoding='utf-8', errors='replace')
+  except OSError:
+    return ''
+  return f' (traceback: {file})'
 
 
 def keep_compiled(folder: str) -> None:

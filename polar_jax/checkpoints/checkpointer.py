@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import logging
 import math
 import os
 import pathlib
 import time
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from polar_jax.checkpoints import checksums
 from polar_jax.checkpoints import settings as settings_lib
 from polar_jax.config import CheckpointingConfig, ConfigError
 from polar_jax.runtime import paths
+from polar_jax.types import UserError
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -34,6 +36,24 @@ FOLDER = 'checkpoints'
 
 # Version of the stored state and its JSON. Bumped on incompatible changes, so that an older workdir is rejected with a clear message.
 _LAYOUT = {'checkpoint_layout': 2}
+
+# Key of the checksums among the JSON values of a step. Older checkpoints have none.
+_CHECKSUMS = 'checksums'
+
+# Seconds before a checkpoint that could not be read is read again. Network file systems recover from most errors within seconds.
+_PAUSES = (0.5, 3.0)
+
+
+class _ChangedError(Exception):
+  """What was read differs from its checksum."""
+
+
+class _Read(NamedTuple):
+  """What was read of a step: the result, and its arrays with the checksums that they must have."""
+
+  result: Any
+  arrays: Any = ()
+  sums: Mapping[str, int] = {}
 
 
 class Checkpointer:
@@ -100,49 +120,38 @@ class Checkpointer:
       metrics: decide which checkpoint is the best; empty if the step was not validated.
       again: replace the step if it is saved, unless it is the only one, which a kill must not cost.
     """
-    args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state._asdict()),
-      data=ocp.args.JsonSave(iterator_state),
-      config=ocp.args.JsonSave(fingerprint | _LAYOUT),
-    )
     if again and step == self._manager.latest_step() and len(self.steps) > 1:
       self._manager.delete(step)
-    if step != self._manager.latest_step():
-      self._manager.save(step, args=args, metrics=metrics)
+    if step == self._manager.latest_step():
+      return
+    arrays, settings = state._asdict(), fingerprint | _LAYOUT
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(arrays),
+      data=ocp.args.JsonSave(_with_checksums(iterator_state, arrays, settings)),
+      config=ocp.args.JsonSave(settings),
+    )
+    self._manager.save(step, args=args, metrics=metrics)
 
   def restore(self, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return (state, iterator state) of the newest readable step, sharded as `abstract` specifies.
 
-    Newer steps that a full disk or a lost file system left torn are moved out of the checkpoint folder to `torn_<step>_<time>`, with
-    a warning.
+    Newer steps that a full disk or a lost file system left torn, or whose arrays differ from their checksums, are moved out of the
+    checkpoint folder to `torn_<step>_<time>`, with a warning. Before that, each is read again after a pause, several times.
 
     Raises:
       ConfigError: the checkpoint was made with other settings (the message names the first that differ), or none can be read.
     """
     torn: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      restored, reason = self._try_restore(step, abstract, fingerprint)
-      if restored is not None:
+      read, reason = _read_repeatedly(functools.partial(self._restore, step, abstract, fingerprint))
+      if read is not None:
         self._set_aside(torn, step)
-        return restored
+        return read.result
       torn[step] = reason
     reasons = '; '.join(f'step {step}: {reason}' for step, reason in torn.items())
     raise ConfigError(
       f'no checkpoint in {self._manager.directory} can be read ({reasons}): restore one from a backup, or use another --workdir'
     )
-
-  def _try_restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
-    """Return (what `restore` returns, or None on every host if any host could not read it; the reason)."""
-    restored, reason = None, 'another host could not read it'
-    try:
-      restored = self._restore(step, abstract, fingerprint)
-    except ConfigError:
-      raise
-    except Exception as error:  # Orbax, TensorStore and JSON each raise their own errors on a damaged file
-      reason = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
-    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(restored is not None)).all():
-      restored = None
-    return restored, reason
 
   def _set_aside(self, torn: dict[int, str], good: int) -> None:
     """Move the `torn` steps ({step: reason}) out of the checkpoint folder; `good` is the step that is read instead."""
@@ -158,17 +167,17 @@ class Checkpointer:
       multihost_utils.sync_global_devices('torn checkpoints are set aside')
     self._manager.reload()
 
-  def _restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-    different = settings_lib.differences(stored, fingerprint | _LAYOUT)
+  def _restore(self, step: int, abstract: Any, fingerprint: dict[str, Any]) -> _Read:
+    settings, data, sums = _read_values(self._manager, step)
+    different = settings_lib.differences(settings, fingerprint | _LAYOUT)
     if different:
       raise ConfigError(
         f'the checkpoint of step {step} in this workdir was made with other settings ({"; ".join(different[:4])}): use another --workdir, '
         'and another checkpointing.folder if that is set'
       )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore())
-    restored = self._manager.restore(step, args=args)
-    return type(abstract)(**restored['state']), restored['data']
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()))
+    arrays = self._manager.restore(step, args=args)['state']
+    return _Read((type(abstract)(**arrays), data), arrays, sums)
 
   def wait(self) -> None:
     """Return once all saved steps are complete on disk."""
@@ -186,6 +195,55 @@ def exists(folder: pathlib.Path) -> bool:
   return root.is_dir() and any(step.name.isdigit() and ocp.utils.is_checkpoint_finalized(step) for step in root.iterdir())
 
 
+def _with_checksums(values: dict[str, Any], arrays: Any, settings: dict[str, Any]) -> dict[str, Any]:
+  """Return the JSON values of a step with the checksums of everything that is saved."""
+  return values | {_CHECKSUMS: {'arrays': checksums.of_arrays(arrays), 'json': checksums.of_json([values, settings])}}
+
+
+def _read_values(manager: ocp.CheckpointManager, step: int) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, int]]:
+  """Return (settings, JSON values, checksums of arrays) of a step.
+
+  Raises:
+    _ChangedError: settings or values differ from their checksum.
+  """
+  read = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()))
+  settings, values = read['config'], dict(read['data'])
+  sums = values.pop(_CHECKSUMS, None)
+  if sums is None:
+    return settings, values, {}
+  if sums['json'] != checksums.of_json([values, settings]):
+    raise _ChangedError('its settings, or the state of its data, differ from their checksum')
+  return settings, values, sums['arrays']
+
+
+def _read_repeatedly(read: Callable[[], _Read]) -> tuple[_Read | None, str]:
+  """Read until no host has an error and all arrays have their checksums, a few times at most, with pauses.
+
+  Returns:
+    (what was read, or None on every host; the reason).
+  """
+  reason = ''
+  for pause in (0.0, *_PAUSES):
+    time.sleep(pause)
+    stored, reason = None, 'another host could not read it'
+    try:
+      stored = read()
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the files are not to blame
+      raise
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own errors on a damaged file
+      reason = f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(stored is not None)).all():
+      stored = None
+    if stored is None:
+      continue
+    changed = checksums.changed(stored.arrays, stored.sums)
+    if not changed:
+      return stored, ''
+    reason = f'the array {changed[0]} differs from its checksum' + (f', and {len(changed) - 1} more' if len(changed) > 1 else '')
+    del stored  # before the next attempt needs the memory
+  return None, reason
+
+
 def _concurrent_gb(params: dict[str, Any]) -> float:
   """Return the gigabytes of copies Orbax may hold in flight: 1 GB, or the largest array, which it always takes whole."""
   return max([1e9, *(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))]) / 1e9
@@ -198,21 +256,24 @@ def save_params(folder: pathlib.Path, params: dict[str, Any], settings: dict[str
     'data': ocp.JsonCheckpointHandler(),
     'config': ocp.JsonCheckpointHandler(),
   }
+  values = _with_checksums({}, {'params': params}, settings)
   with ocp.CheckpointManager(paths.absolute(folder) / FOLDER, item_handlers=handlers) as manager:
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave({'params': params}), data=ocp.args.JsonSave({}), config=ocp.args.JsonSave(settings))
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave({'params': params}), data=ocp.args.JsonSave(values), config=ocp.args.JsonSave(settings)
+    )
     manager.save(0, args=args)
 
 
-@contextlib.contextmanager
-def _open_newest(folder: pathlib.Path, concurrent_gb: float | None = None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-  """Open the checkpoints of another run for reading. Yields (manager, newest step).
+def _read_newest(folder: pathlib.Path, read: Callable[[ocp.CheckpointManager, int], _Read], concurrent_gb: float | None = None) -> Any:
+  """Return the result of `read`, called with a manager of another run's checkpoints and its newest step.
 
   Args:
     folder: the run's folder.
+    read: reads the step; called again if it fails, or if arrays differ from their checksums.
     concurrent_gb: see `_concurrent_gb`; None: no limit.
 
   Raises:
-    ConfigError: the run has no checkpoint.
+    ConfigError: the run has no checkpoint, or its newest one cannot be read.
   """
   root = paths.absolute(folder) / FOLDER
   missing = ConfigError(f'no checkpoint to start from in {folder}: run the stage that writes it first')
@@ -224,22 +285,30 @@ def _open_newest(folder: pathlib.Path, concurrent_gb: float | None = None) -> It
     'data': ocp.JsonCheckpointHandler(),
   }
   options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
-  with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
-    step = manager.latest_step()
-    if step is None:
-      raise missing
-    yield manager, step
+  steps: list[int] = []
+
+  def attempt() -> _Read:
+    with ocp.CheckpointManager(root, options=options, item_handlers=handlers) as manager:
+      steps[:] = sorted(manager.all_steps())
+      if not steps:
+        raise missing
+      return read(manager, steps[-1])
+
+  stored, reason = _read_repeatedly(attempt)
+  if stored is None:
+    newest = root / str(steps[-1]) if steps else root
+    advice = f', or remove this folder to use step {steps[-2]}' if len(steps) > 1 else ''
+    raise ConfigError(f'{newest}: this checkpoint cannot be read ({reason}); restore it from a backup{advice}')
+  return stored.result
 
 
 def load_settings(folder: pathlib.Path) -> dict[str, Any]:
   """Return the settings (fingerprint) stored in the newest checkpoint of a run, under their current names.
 
   Raises:
-    ConfigError: the run has no checkpoint.
+    ConfigError: the run has no checkpoint that can be read.
   """
-  with _open_newest(folder) as (manager, step):
-    stored = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))['config']
-  return settings_lib.translate(stored)
+  return _read_newest(folder, lambda manager, step: _Read(settings_lib.translate(_read_values(manager, step)[0])))
 
 
 def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], *, as_stored: bool = False) -> dict[str, Any]:
@@ -251,17 +320,28 @@ def load_params(folder: pathlib.Path, abstract_params: dict[str, Any], *, as_sto
     as_stored: keep the dtypes of the checkpoint instead of those of `abstract_params`.
 
   Raises:
-    ConfigError: the run has no checkpoint, or its parameters have other names or shapes.
+    ConfigError: the run has no checkpoint that can be read, its parameters have other names or shapes, or differ from their checksums.
   """
-  with _open_newest(folder, _concurrent_gb(abstract_params)) as (manager, step):
+
+  def read(manager: ocp.CheckpointManager, step: int) -> _Read:
     stored = manager.item_metadata(step)['state']['params']
     _check_same_shapes(stored, abstract_params, folder)
-    if as_stored:
-      with_stored_dtype = lambda wanted, have: jax.ShapeDtypeStruct(wanted.shape, have.dtype, sharding=wanted.sharding)
-      abstract_params = jax.tree.map(with_stored_dtype, abstract_params, {name: stored[name] for name in abstract_params})
-    target = {'params': abstract_params}
+    sums = _read_values(manager, step)[2]
+    # In the stored dtypes, to which the checksums belong.
+    with_stored_dtype = lambda wanted, have: jax.ShapeDtypeStruct(wanted.shape, have.dtype, sharding=wanted.sharding)
+    target = {'params': jax.tree.map(with_stored_dtype, abstract_params, {name: stored[name] for name in abstract_params})}
     args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=args))['state']['params']
+    arrays = manager.restore(step, args=ocp.args.Composite(state=args))['state']
+    return _Read(arrays['params'], arrays, sums)
+
+  params = _read_newest(folder, read, _concurrent_gb(abstract_params))
+  if as_stored:
+    return params
+  leaves, tree = jax.tree.flatten(params)
+  del params  # so that each array is released once it is cast
+  for i, wanted in enumerate(jax.tree.leaves(abstract_params)):
+    leaves[i] = leaves[i].astype(wanted.dtype)
+  return jax.tree.unflatten(tree, leaves)
 
 
 def _check_same_shapes(stored: Any, wanted: Any, folder: pathlib.Path) -> None:

@@ -68,6 +68,18 @@ _INTEGERS = {
 }
 
 
+# Largest values of integers; of those not listed, that of 32 bits.
+_MOST = {'num_hidden_layers': 10_000, 'num_attention_heads': 65_536, 'num_key_value_heads': 65_536}
+_FLOATS = (1e-30, 1e30)  # bounds of numbers
+
+
+def _shown(value: Any) -> str:
+  """Return a value as text short enough for a message."""
+  # The digits of a huge integer take long, and Python refuses to print some.
+  text = f'an integer of {value.bit_length()} bits' if isinstance(value, int) and value.bit_length() > 64 else repr(value)
+  return text if len(text) <= 80 else f'{text[:80]}...'
+
+
 class _Reader:
   """Typed access to a config.json, with errors that name file and key."""
 
@@ -76,7 +88,7 @@ class _Reader:
 
   def error(self, key: str, value: Any, supported: str) -> UserError:
     """Return the error for an unsupported value."""
-    return UserError(f'{self._where}{key} is {value!r}; supported: {supported}')
+    return UserError(f'{self._where}{key} is {_shown(value)}; supported: {supported}')
 
   def get(self, key: str, default: Any = None) -> Any:
     """Return a value or the default; like transformers, treat null as absent."""
@@ -91,17 +103,18 @@ class _Reader:
     return value
 
   def integer(self, key: str, default: int | None = None) -> int:
-    """Return a positive integer."""
+    """Return a positive integer. What is larger than any model would take forever to describe."""
     value = self.need(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise self.error(key, value, 'a positive integer')
+    most = _MOST.get(key, 2**31 - 1)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+      raise self.error(key, value, f'a positive integer up to {most:,}')
     return value
 
   def number(self, key: str, default: float | None = None) -> float:
-    """Return a positive number."""
+    """Return a positive number that is neither 0 nor infinite in float32."""
     value = self.need(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float('inf'):
-      raise self.error(key, value, 'a positive number')
+    if not isinstance(value, int | float) or isinstance(value, bool) or not _FLOATS[0] <= value <= _FLOATS[1]:
+      raise self.error(key, value, f'a positive number from {_FLOATS[0]:.0e} to {_FLOATS[1]:.0e}')
     return float(value)
 
   def flag(self, key: str) -> bool:
@@ -150,9 +163,9 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
   fields['head_dim'] = _head_dim(read, fields['d_model'], fields['num_heads'])
   fields['tie_embeddings'] = read.flag('tie_word_embeddings')
   fields['qkv_bias'] = read.flag('qkv_bias') if len(_QKV_BIAS[family]) > 1 else _QKV_BIAS[family][0]
-  reward_token = read.get('reward_token_id')
-  if reward_token is not None and (not isinstance(reward_token, int) or isinstance(reward_token, bool) or reward_token < 0):
-    raise read.error('reward_token_id', reward_token, 'a token id or null')
+  reward_token, vocab_size = read.get('reward_token_id'), fields['vocab_size']
+  if reward_token is not None and (type(reward_token) is not int or not 0 <= reward_token < vocab_size):
+    raise read.error('reward_token_id', reward_token, f'a token id or null; ids are below vocab_size ({vocab_size})')
   model = ModelConfig(family=family, **fields, **_rope(read, family))
   return HfConfig(model, head, architecture, reward_token)
 
@@ -178,8 +191,9 @@ def _refuse(read: _Reader, family: str) -> None:
   for key in _NO_BIAS[family]:
     read.only(key, (False,), False)
   read.only('use_sliding_window', (False,), False)  # qwen2 sets a sliding_window that it does not use
-  if set(read.get('layer_types', ())) - {'full_attention'}:
-    raise read.error('layer_types', read.get('layer_types'), 'full_attention in every layer')
+  layer_types = read.get('layer_types', [])
+  if not isinstance(layer_types, list) or any(kind != 'full_attention' for kind in layer_types):
+    raise read.error('layer_types', layer_types, 'full_attention in every layer')
   read.only('partial_rotary_factor', (1,), 1)
   if read.get('quantization_config') is not None:
     raise read.error('quantization_config', read.get('quantization_config'), 'null: weights that are not quantized')

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polar_jax.checkpoints import families
 from polar_jax.checkpoints.families import Part, Stored
-from polar_jax.checkpoints.formats.storage import CheckpointFileError, TensorSource
+from polar_jax.checkpoints.formats.storage import CheckpointFileError, TensorInfo, TensorSource
 from polar_jax.types import UserError
 
 # Buffers in older checkpoints that are computed from the config.
@@ -27,21 +27,28 @@ _BUFFERS = ('rotary_emb.inv_freq', 'attn.bias', 'attn.masked_bias')
 OnTensor = Callable[[str, np.ndarray], None]
 
 
-def check(source: TensorSource, stored: list[Stored]) -> dict[str, Stored]:
+def check(source: TensorSource, stored: list[Stored], *, compare_tied: bool = True) -> dict[str, Stored]:
   """Return the tensors to read, by name.
+
+  Args:
+    source: the checkpoint.
+    stored: the tensors of the model.
+    compare_tied: compare an output projection that is stored although it is tied with the embedding, which reads both.
 
   Raises:
     CheckpointFileError: a tensor is missing, does not belong to the model, or does not have the shape that follows from the config.
   """
   wanted, present = {s.name: s for s in stored}, source.tensors()
   missing = [name for name, s in wanted.items() if name not in present and s.parts]  # a constant may be absent
-  extra = [name for name in present if name not in wanted and not name.endswith(_BUFFERS) and not _is_tied_head(source, name, wanted)]
+  extra = [
+    name for name in present if name not in wanted and not name.endswith(_BUFFERS) and not _is_tied_head(source, name, wanted, compare_tied)
+  ]
   if missing:
-    why = f'it has {extra[0]!r}{_others(extra)} instead; another family?' if extra else 'is the download complete?'
+    why = f'it has {extra[0][:80]!r}{_others(extra)} instead; another family?' if extra else 'is the download complete?'
     raise CheckpointFileError(f'{source.path}: tensor {missing[0]!r} is missing{_others(missing)}; {why}')
   if extra:
     file, others = present[extra[0]].file, _others(extra)
-    raise CheckpointFileError(f'{file}: tensor {extra[0]!r} does not belong to the model of its config{others}; another family?')
+    raise CheckpointFileError(f'{file}: tensor {extra[0][:80]!r} does not belong to the model of its config{others}; another family?')
   wanted = {name: s for name, s in wanted.items() if name in present}
   for name, s in wanted.items():
     if present[name].shape != s.shape:
@@ -53,7 +60,7 @@ def _others(names: list[str]) -> str:
   return f' (and {len(names) - 1} more)' if len(names) > 1 else ''
 
 
-def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored]) -> bool:
+def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored], compare: bool) -> bool:
   """Return whether a tensor is the output projection of a tied language model, stored a second time.
 
   Raises:
@@ -62,8 +69,12 @@ def _is_tied_head(source: TensorSource, name: str, wanted: Mapping[str, Stored])
   embedding = families.TIED_HEADS.get(name, '')
   if embedding not in wanted or any(part.path == ('v_head',) for s in wanted.values() for part in s.parts):
     return False
-  if checksum(source.read(name)) != checksum(source.read(embedding)):
-    raise CheckpointFileError(f'{source.tensors()[name].file}: tensor {name!r} differs from the embedding that its config ties it to')
+  if not compare:
+    return True
+  tensors = source.tensors()
+  dtype = jnp.promote_types(tensors[name].dtype, tensors[embedding].dtype)
+  if checksum(source.read(name).astype(dtype, copy=False)) != checksum(source.read(embedding).astype(dtype, copy=False)):
+    raise CheckpointFileError(f'{tensors[name].file}: tensor {name!r} differs from the embedding that its config ties it to')
   return True
 
 
@@ -80,11 +91,10 @@ def load(
     on_tensor: called with the name and the array of every stored tensor that is read.
 
   Raises:
-    CheckpointFileError: as `check`; or a tensor contains NaN or infinity, or numbers too large for `dtype`; or the layers of one
-      parameter are stored in several dtypes.
+    CheckpointFileError: as `check`; or a tensor contains NaN or infinity, or numbers too large for `dtype`.
   """
   tensors = check(source, stored)
-  target = _Target(abstract, dtype)
+  target = _Target(abstract, _parameter_dtypes(source.tensors(), tensors.values(), dtype))
   for name, s in tensors.items():
     if s.parts and not any(target.wants(part) for part in s.parts):
       continue
@@ -96,7 +106,7 @@ def load(
     except UserError as error:
       raise CheckpointFileError(f'{source.tensors()[name].file}: {error}') from error
     # `all` below waits for each tensor: one still being copied would stay in host memory.
-    finite = [target.put(part, piece, named) for part, piece in zip(s.parts, pieces, strict=True) if target.wants(part)]
+    finite = [target.put(part, piece) for part, piece in zip(s.parts, pieces, strict=True) if target.wants(part)]
     if not all(map(bool, finite)):
       if dtype is not None and np.isfinite(array).all():
         raise CheckpointFileError(f'{named} reaches {np.abs(array).max():.3g}, which {dtype} cannot hold; convert to another dtype')
@@ -104,35 +114,49 @@ def load(
   return target.finished()
 
 
-class _Target:
-  """The parameters while they are filled."""
+def _parameter_dtypes(infos: Mapping[str, TensorInfo], stored: Iterable[Stored], dtype: str | None) -> dict[tuple[str, ...], np.dtype]:
+  """Return the dtype of each parameter: `dtype`, or else the narrowest that holds every layer as stored, without rounding."""
+  dtypes: dict[tuple[str, ...], np.dtype] = {}
+  for s in stored:
+    for part in s.parts:
+      own = infos[s.name].dtype
+      dtypes[part.path] = jnp.dtype(dtype) if dtype else jnp.promote_types(dtypes.get(part.path, own), own)
+  return dtypes
 
-  def __init__(self, abstract: dict[str, Any], dtype: str | None):
+
+def held_dtypes(source: TensorSource, stored: list[Stored], dtype: str | None = None) -> dict[str, np.dtype]:
+  """Return by name the dtype in which `load` holds each stored tensor; for a tensor without parameters that of the scalar head."""
+  infos = source.tensors()
+  present = [s for s in stored if s.name in infos]
+  dtypes = _parameter_dtypes(infos, present, dtype)
+  return {s.name: dtypes[s.parts[0].path if s.parts else ('v_head',)] for s in present}
+
+
+class _Target:
+  """The parameters while they are filled. `dtypes`: of each parameter, by path."""
+
+  def __init__(self, abstract: dict[str, Any], dtypes: Mapping[tuple[str, ...], np.dtype]):
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     self._abstract = {tuple(k.key for k in path): leaf for path, leaf in leaves}
     self._tree = jax.tree.structure(abstract)
-    self._dtype = dtype
+    self._dtypes = dtypes
     self._arrays: dict[tuple[str, ...], jax.Array] = {}
 
   def wants(self, part: Part) -> bool:
     """Return whether a part belongs to the parameters to read."""
     return part.path in self._abstract
 
-  def put(self, part: Part, piece: np.ndarray, named: str) -> jax.Array:
+  def put(self, part: Part, piece: np.ndarray) -> jax.Array:
     """Place one part. Returns whether all of it is finite in the dtype of the parameter."""
-    wanted = self._abstract[part.path]
-    dtype = np.dtype(jnp.dtype(self._dtype or piece.dtype))
+    wanted, dtype = self._abstract[part.path], self._dtypes[part.path]
     if part.layer is None:
       whole = _place(piece, wanted.sharding)
       self._arrays[part.path] = whole if whole.dtype == dtype else whole.astype(dtype)
       return _is_finite(self._arrays[part.path])
     if part.path not in self._arrays:
       self._arrays[part.path] = _zeros(wanted.sharding)(wanted.shape, dtype.name)
-    stack = self._arrays[part.path]
-    if stack.dtype != dtype:
-      raise CheckpointFileError(f'{named} is stored as {dtype}, but other layers as {stack.dtype}; set convert.dtype to one of them')
     one_layer = NamedSharding(wanted.sharding.mesh, PartitionSpec(*wanted.sharding.spec[1:]))
-    self._arrays[part.path], is_finite = _fill(wanted.sharding)(stack, _place(piece, one_layer), part.layer)
+    self._arrays[part.path], is_finite = _fill(wanted.sharding)(self._arrays[part.path], _place(piece, one_layer), part.layer)
     return is_finite
 
   def finished(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from polar_jax.checkpoints import checkpointer, config_json, families, importer,
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
 from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
+from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
@@ -71,6 +72,8 @@ class Pretrained:
     Raises:
       UserError: the files do not match the config; the message names file and tensor.
     """
+    if self.source is not None:  # before the shapes of an absurd config reach JAX
+      importer.check(self.source, self.stored(), compare_tied=False)
     abstract = sharding.abstract_params(heads.abstract_model(self.model, self.head), mesh, dtype)
     if head not in (None, self.head):
       abstract = {'decoder': abstract['decoder']}
@@ -104,13 +107,18 @@ class Pretrained:
     """Return the checkpoint's own tokenizer.
 
     Raises:
-      UserError: the checkpoint has no tokenizer files.
+      UserError: the checkpoint has no tokenizer files, or they cannot be read.
+      VocabularyError: the tokenizer has ids beyond the embedding.
     """
     if self.settings.get('tokenizer') == 'byte':
-      return ByteTokenizer()
-    if not self.assets.is_dir():
+      tokenizer: Tokenizer = ByteTokenizer()
+    elif self.assets.is_dir():
+      tokenizer = open_tokenizer(self.assets)
+    else:
       raise ConfigError(f'{self.path}: has no tokenizer files; set tokenizer.kind and tokenizer.path')
-    return open_tokenizer(self.assets)
+    own = 'its tokenizer' if self.kind in ('gguf', 'llama2c') else None  # which was converted to a temporary file
+    vocabulary.check_tokenizer(tokenizer, self.model.known_vocab_size, str(self.path), own)
+    return tokenizer
 
   def template(self, given: TemplateConfig) -> TemplateConfig:
     """Return the template the model was trained with, with every field that `given` sets to something other than its default.
@@ -220,10 +228,18 @@ def _llama2c_tokenizer(model_file: pathlib.Path, vocab_size: int | None) -> path
 def _open_run(path: pathlib.Path) -> Pretrained:
   settings = checkpointer.load_settings(path)
   fields = {f.name: settings[f'model.{f.name}'] for f in dataclasses.fields(ModelConfig) if f'model.{f.name}' in settings}
+  objectives = [head.objective for head in heads.HEADS.values()]
+  if settings.get('objective') not in objectives or type(fields.get('vocab_size')) is not int:
+    raise ConfigError(
+      f'{path}: the settings of its checkpoint do not describe a model (an objective of {", ".join(objectives)}, and model.vocab_size); '
+      'restore the folder from a backup, or run the stage that writes it again'
+    )
   return Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
 
 
-def start_params(source: pathlib.Path | Pretrained, model: ModelConfig, head: str, mesh: Mesh) -> dict[str, Any]:
+def start_params(
+  source: pathlib.Path | Pretrained, model: ModelConfig, head: str, mesh: Mesh, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
   """Return the float32 parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
 
   Args:
@@ -231,13 +247,17 @@ def start_params(source: pathlib.Path | Pretrained, model: ModelConfig, head: st
     model: the model to train.
     head: the head to train.
     mesh: devices to place the parameters on.
+    tokenizer: of the run; None: not compared with the checkpoint's embedding.
 
   Raises:
+    VocabularyError: the tokenizer has ids beyond the checkpoint's embedding.
     ConfigError: the checkpoint has another shape, or computes something else with the same shapes.
   """
   if not isinstance(source, Pretrained) and not source.exists():
     raise ConfigError(f'no checkpoint to start from in {source}: run the stage that writes it first, or name another checkpoint')
   opened = source if isinstance(source, Pretrained) else open_pretrained(source)
+  if tokenizer is not None:
+    vocabulary.check_tokenizer(tokenizer, opened.model.known_vocab_size, str(opened.path))
   with_logits = head == opened.head == 'lm'
   have, want = _output_settings(opened.model, with_logits), _output_settings(model, with_logits)
   different = [

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # piece types, the same in SentencePiece and GGUF
 _GGUF_IDS = {'bos': 'bos_token_id', 'eos': 'eos_token_id', 'pad': 'padding_token_id', 'unk': 'unknown_token_id'}
+_KINDS = {str: 'a text', int: 'an integer', float: 'a number', bool: 'true or false', list: 'a list'}
 _BOS_ID, _EOS_ID = 1, 2  # in llama2.c's files, as in Llama's
 
 # Pre-tokenization regexes by their GGUF names. None: that of GPT-2, which is built into ByteLevel.
@@ -64,15 +65,16 @@ def from_gguf(metadata: Mapping[str, Any], folder: str | pathlib.Path) -> None:
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  tokens = _gguf_list(metadata, 'tokens')
-  kind = metadata.get('tokenizer.ggml.model')
+  tokens = _gguf_list(metadata, 'tokens', str)
+  kind = _gguf_value(metadata, 'model', str, None)
   if kind == 'gpt2':
     _byte_level_bpe(metadata, tokens).save(str(folder / 'tokenizer.json'))
   elif kind == 'llama':
     (folder / 'tokenizer.model').write_bytes(_gguf_sentencepiece(metadata, tokens))
   else:
     raise TokenizerError(
-      f"the GGUF file's tokenizer.ggml.model is {kind!r}; supported: 'gpt2', 'llama'. Set tokenizer.path to a tokenizer file instead"
+      f"the GGUF file's tokenizer.ggml.model is {repr(kind)[:60]}; supported: 'gpt2', 'llama'. "
+      'Set tokenizer.path to a tokenizer file instead'
     )
   settings: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
   for name in NAMES:
@@ -80,47 +82,80 @@ def from_gguf(metadata: Mapping[str, Any], folder: str | pathlib.Path) -> None:
       i = _gguf_id(metadata, name)
       settings[f'{name}_token'] = None if i is None else tokens[i]
   settings['add_bos_token'] = _gguf_adds_bos(metadata) and settings.get('bos_token') is not None
-  if metadata.get('tokenizer.chat_template'):
-    settings['chat_template'] = metadata['tokenizer.chat_template']
+  if template := metadata.get('tokenizer.chat_template'):
+    if not isinstance(template, str):
+      raise TokenizerError(f"the GGUF file's tokenizer.chat_template is {str(template)[:60]}, expected a text; download it again")
+    settings['chat_template'] = template
   _write_json(folder / 'tokenizer_config.json', settings)
 
 
-def _gguf_list(metadata: Mapping[str, Any], name: str, length: int | None = None) -> Sequence[Any]:
-  values = metadata.get(f'tokenizer.ggml.{name}')
+def _gguf_value(metadata: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+  """Return a field of the tokenizer, which must be of type `kind`; the default if there is none."""
+  value = metadata.get(f'tokenizer.ggml.{name}')
+  if value is None:
+    return default
+  if type(value) is not kind:
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.{name} is {str(value)[:60]}, expected {_KINDS[kind]}; set tokenizer.path to a tokenizer file instead"
+    )
+  return value
+
+
+def _gguf_list(metadata: Mapping[str, Any], name: str, kind: type, length: int | None = None) -> Sequence[Any]:
+  """Return a list of the tokenizer whose elements must be of type `kind`, and `length` in number."""
+  values = _gguf_value(metadata, name, list, None)
   if values is None or (length is not None and len(values) != length):
     have = 'is missing' if values is None else f'has {len(values)} entries for {length} tokens'
     raise TokenizerError(f"the GGUF file's tokenizer.ggml.{name} {have}; set tokenizer.path to a tokenizer file instead")
+  odd = next((value for value in values if type(value) is not kind), None)
+  if odd is not None:
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.{name} has {str(odd)[:60]}, expected {_KINDS[kind]}; set tokenizer.path to a tokenizer file instead"
+    )
   return values
+
+
+def _gguf_types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Sequence[int]:
+  """Return the type of each token."""
+  types = _gguf_list(metadata, 'token_type', int, len(tokens))
+  if unknown := set(types) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.token_type has {min(unknown)}, expected 1 to 6; set tokenizer.path to a tokenizer file instead"
+    )
+  return types
 
 
 def _gguf_id(metadata: Mapping[str, Any], name: str) -> int | None:
   """Return the id of 'bos', 'eos', 'pad' or 'unk'; None if it is absent or out of range, such as -1."""
-  i = metadata.get(f'tokenizer.ggml.{_GGUF_IDS[name]}', -1)
-  return i if 0 <= i < len(_gguf_list(metadata, 'tokens')) else None
+  i = _gguf_value(metadata, _GGUF_IDS[name], int, -1)
+  return i if 0 <= i < len(_gguf_list(metadata, 'tokens', str)) else None
 
 
 def _gguf_adds_bos(metadata: Mapping[str, Any]) -> bool:
   """Return whether texts begin with BOS. Without the key, they do for Llama and Llama 3 only."""
   default = metadata.get('tokenizer.ggml.model') == 'llama' or metadata.get('tokenizer.ggml.pre') == 'llama-bpe'
-  return bool(metadata.get('tokenizer.ggml.add_bos_token', default))
+  return _gguf_value(metadata, 'add_bos_token', bool, default)
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
   """Return the `tokenizers.Tokenizer` of a GGUF file of kind 'gpt2'."""
   from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-  name = metadata.get('tokenizer.ggml.pre')
+  name = _gguf_value(metadata, 'pre', str, None)
   if name not in _SPLITS:
     raise TokenizerError(
-      f"the GGUF file's tokenizer.ggml.pre is {name!r}; supported: {', '.join(_SPLITS)}. "
+      f"the GGUF file's tokenizer.ggml.pre is {repr(name)[:60]}; supported: {', '.join(_SPLITS)}. "
       'Set tokenizer.path to the tokenizer.json of the original model instead'
     )
-  merges = [tuple(merge.split(' ')) for merge in _gguf_list(metadata, 'merges')]
-  if bad := next((merge for merge in merges if len(merge) != 2), None):
-    raise TokenizerError(f"the GGUF file's tokenizer.ggml.merges has {' '.join(bad)!r}, which is not a pair of tokens")
+  merges = [tuple(merge.split(' ')) for merge in _gguf_list(metadata, 'merges', str)]
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
-    raise TokenizerError("the GGUF file's tokenizer.ggml.tokens names a token twice")
+    raise TokenizerError("the GGUF file's tokenizer.ggml.tokens names a token twice; set tokenizer.path to a tokenizer file instead")
+  if bad := next((merge for merge in merges if len(merge) != 2 or not all(token in vocab for token in (*merge, ''.join(merge)))), None):
+    raise TokenizerError(
+      f"the GGUF file's tokenizer.ggml.merges has {' '.join(bad)[:60]!r}, which is not a pair of tokens that form another; "
+      'set tokenizer.path to a tokenizer file instead'
+    )
   # As in Llama 3's own file, a word that is a single token is taken without merging.
   bpe = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == 'llama-bpe'))
   split = _SPLITS[name]
@@ -131,7 +166,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
   bpe.decoder = decoders.ByteLevel()
   if name == 'qwen2':
     bpe.normalizer = normalizers.NFC()  # as in Qwen's own file; GGUF has no key for it
-  types = _gguf_list(metadata, 'token_type', len(tokens))
+  types = _gguf_types(metadata, tokens)
   special = [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
   defined = [AddedToken(token, special=False, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
   bpe.add_tokens(special + defined)
@@ -143,13 +178,22 @@ def _byte_level_bpe(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
 
 def _gguf_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> bytes:
   """Return the tokenizer.model of a GGUF file of kind 'llama'."""
-  scores = _gguf_list(metadata, 'scores', len(tokens))
-  types = _gguf_list(metadata, 'token_type', len(tokens))
+  scores, types = _gguf_list(metadata, 'scores', float, len(tokens)), _gguf_types(metadata, tokens)
   model = _sentencepiece_model(zip(tokens, scores, types, strict=True), _gguf_id(metadata, 'bos'), _gguf_id(metadata, 'eos'))
-  model.normalizer_spec.add_dummy_prefix = bool(metadata.get('tokenizer.ggml.add_space_prefix', True))
-  model.normalizer_spec.remove_extra_whitespaces = bool(metadata.get('tokenizer.ggml.remove_extra_whitespaces', False))
-  model.normalizer_spec.precompiled_charsmap = bytes(metadata.get('tokenizer.ggml.precompiled_charsmap', b''))
+  model.normalizer_spec.add_dummy_prefix = _gguf_value(metadata, 'add_space_prefix', bool, True)
+  model.normalizer_spec.remove_extra_whitespaces = _gguf_value(metadata, 'remove_extra_whitespaces', bool, False)
+  model.normalizer_spec.precompiled_charsmap = _gguf_charsmap(metadata)
   return model.SerializeToString()
+
+
+def _gguf_charsmap(metadata: Mapping[str, Any]) -> bytes:
+  """Return the normalization of characters, an array of bytes that some files store as signed."""
+  values = [] if metadata.get('tokenizer.ggml.precompiled_charsmap') is None else _gguf_list(metadata, 'precompiled_charsmap', int)
+  if values and not -128 <= min(values) <= max(values) <= 255:
+    raise TokenizerError(
+      "the GGUF file's tokenizer.ggml.precompiled_charsmap is not of bytes; set tokenizer.path to a tokenizer file instead"
+    )
+  return bytes(value % 256 for value in values)
 
 
 def _sentencepiece_model(pieces: Iterable[tuple[str, float, int]], bos_id: int | None, eos_id: int | None) -> Any:
@@ -205,13 +249,13 @@ def from_llama2c(tok_bin_path: str | pathlib.Path, folder: str | pathlib.Path) -
       i = len(pieces)
       kind = UNKNOWN if i == 0 else CONTROL if i <= _EOS_ID else BYTE if i < _EOS_ID + 257 else NORMAL
       if kind == BYTE and text != f'<0x{i - _EOS_ID - 1:02X}>':
-        raise ValueError(f'token {i} is {text!r}, expected byte {i - _EOS_ID - 1}')
+        raise ValueError(f'token {i} is {text[:60]!r}, expected byte {i - _EOS_ID - 1}')
       # llama2.c's exporter writes '\n<s>\n' for '<s>'.
       pieces.append((text.strip('\n') if kind == CONTROL else text.replace(' ', '\u2581'), score, kind))
     if len(pieces) < _EOS_ID + 257:
       raise ValueError(f'only {len(pieces)} tokens')
   except (struct.error, ValueError) as error:
-    raise TokenizerError(f'{path}: not a tokenizer file of llama2.c: {error}') from error
+    raise TokenizerError(f'{path}: not a tokenizer file of llama2.c: {str(error)[:160]}; download it again') from error
   model = _sentencepiece_model(pieces, _BOS_ID, _EOS_ID)
   model.normalizer_spec.add_dummy_prefix = True
   (folder / 'tokenizer.model').write_bytes(model.SerializeToString())

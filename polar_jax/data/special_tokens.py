@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,10 +59,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(text_files.read_text(path))
   except text_files.TextError as error:
     raise TokenizerError(str(error)) from error
+  except OSError as error:
+    raise TokenizerError(f'{path}: cannot be read ({error.strerror}); check its permissions and the disk') from error
   except (ValueError, RecursionError) as error:
-    raise TokenizerError(f'{path}: not JSON: {error}') from error
+    raise TokenizerError(f'{path}: not JSON: {str(error)[:160]}; download it again') from error
   if not isinstance(value, dict):
-    raise TokenizerError(f'{path}: must contain a JSON object, not {type(value).__name__}')
+    raise TokenizerError(f'{path}: must contain a JSON object, not {type(value).__name__}; download it again')
   return value
 
 
@@ -83,13 +86,18 @@ def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:
     for key in ('additional_special_tokens', 'extra_special_tokens'):
       values = fields.get(key) or []
       values = list(values.values()) if isinstance(values, dict) else values
+      if not isinstance(values, list):
+        raise TokenizerError(f'{path}: {key} must be a list of tokens, not {json.dumps(values)[:60]}')
       marked.update(token for value in values if (token := _content(value, f'{path}: {key}')) is not None)
   special = marked | {token for token in named.values() if token is not None}
   added = {token: AddedToken(i, token in special, {}) for token, i in _added_tokens_json(folder / 'added_tokens.json').items()}
-  for key, value in (settings[0].get('added_tokens_decoder') or {}).items():
-    content = _content(value, f'{files[0]}: added_tokens_decoder {key}')
-    if content is None or not key.isdecimal():
-      raise TokenizerError(f'{files[0]}: added_tokens_decoder {key!r} must give a token for an id')
+  decoder = settings[0].get('added_tokens_decoder') or {}
+  if not isinstance(decoder, dict):
+    raise TokenizerError(f'{files[0]}: added_tokens_decoder must be an object of tokens by id, not {json.dumps(decoder)[:60]}')
+  for key, value in decoder.items():
+    content = _content(value, f'{files[0]}: added_tokens_decoder {key[:40]}')
+    if content is None or not re.fullmatch('[0-9]{1,10}', key):
+      raise TokenizerError(f'{files[0]}: added_tokens_decoder {key[:40]!r} must give a token for an id')
     entry = value if isinstance(value, dict) else {}
     flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
     added[content] = AddedToken(int(key), bool(entry.get('special')) or content in special, flags)
@@ -109,6 +117,6 @@ def _content(value: Any, where: str) -> str | None:
 def _added_tokens_json(path: pathlib.Path) -> dict[str, int]:
   tokens = read_json(path)
   for token, i in tokens.items():
-    if type(i) is not int or i < 0:
-      raise TokenizerError(f'{path}: {token!r} must have an id, not {json.dumps(i)[:60]}')
+    if type(i) is not int or not 0 <= i < 2**31:
+      raise TokenizerError(f'{path}: {token[:60]!r} must have an id, not {json.dumps(i)[:60]}')
   return tokens

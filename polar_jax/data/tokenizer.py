@@ -190,9 +190,11 @@ class _FileTokenizer(abc.ABC):
             self._loaded = self._load()
           except (ImportError, TokenizerError):
             raise
-          except Exception as error:  # the libraries raise bare Exception and RuntimeError
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise TokenizerError(f'{self.path}: not a readable tokenizer file: {reason}') from error
+          except BaseException as error:  # the libraries raise bare Exception and RuntimeError, and a panic of Rust is not even that
+            if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+              raise
+            reason = (str(error).splitlines() or [repr(error)])[0][:160]
+            raise TokenizerError(f'{self.path}: not a readable tokenizer file: {reason}; download it again') from error
     return self._loaded
 
 

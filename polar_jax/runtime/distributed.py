@@ -15,6 +15,7 @@ import pathlib
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ def detect(settings: DistributedConfig, environ: Mapping[str, str]) -> Cluster |
   if (
     _integer('SLURM_NTASKS', environ, 1) > 1 and 'SLURM_PROCID' in environ and environ.get('SLURM_JOB_NAME') not in ('interactive', 'bash')
   ):
-    return Cluster(f'SLURM job {environ.get("SLURM_JOB_ID", "?")}', method='slurm')
+    return _slurm(environ)
   if environ.get('JAX_PLATFORMS', '').split(',')[0] == 'cpu':
     return None
   if ',' in environ.get('TPU_WORKER_HOSTNAMES', '') or _integer('MEGASCALE_NUM_SLICES', environ, 1) > 1:
@@ -64,6 +65,29 @@ def detect(settings: DistributedConfig, environ: Mapping[str, str]) -> Cluster |
   if _is_tpu_vm(environ):
     return Cluster('TPU VM')
   return None
+
+
+# What srun sets for each task, and JAX reads.
+_SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_LOCALID')
+
+
+def _slurm(environ: Mapping[str, str]) -> Cluster:
+  """Return the cluster of a SLURM step.
+
+  Raises:
+    UserError: this process is not a task of a step, as in a batch script that calls it without srun.
+  """
+  missing = [name for name in _SLURM if not environ.get(name)]
+  if missing:
+    raise UserError(
+      f'SLURM_NTASKS is {environ["SLURM_NTASKS"]}, but srun did not start this process ({missing[0]} is not set): start it with '
+      '`srun python -m polar_jax ...`, or set SLURM_NTASKS=1 for a run of one process'
+    )
+  _integer('SLURM_JOB_ID', environ)
+  process, processes = _integer('SLURM_PROCID', environ), _integer('SLURM_NTASKS', environ)
+  if not 0 <= process < processes:
+    raise UserError(f'SLURM_PROCID is {process}, but SLURM_NTASKS is {processes}; start the processes with srun, which sets both')
+  return Cluster(f'SLURM job {environ["SLURM_JOB_ID"]}', method='slurm')
 
 
 def _integer(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
@@ -108,17 +132,40 @@ def start(settings: DistributedConfig, environ: Mapping[str, str] = os.environ) 
   if cluster.coordinator and cluster.process:
     _wait_for_coordinator(cluster.coordinator, settings.timeout, cluster.how)
   try:
-    jax.distributed.initialize(
-      coordinator_address=cluster.coordinator,
-      num_processes=cluster.processes,
-      process_id=cluster.process,
-      cluster_detection_method=cluster.method,
-      initialization_timeout=settings.timeout,
-      heartbeat_timeout_seconds=settings.heartbeat,
-    )
-  except (RuntimeError, ValueError) as error:
-    raise _connection_error(cluster.how, settings.timeout, ' '.join(str(error).split())[:300]) from error
+    with _giving_up(cluster, settings.timeout):
+      jax.distributed.initialize(
+        coordinator_address=cluster.coordinator,
+        num_processes=cluster.processes,
+        process_id=cluster.process,
+        cluster_detection_method=cluster.method,
+        # Longer than ours: at the end of its own, JAX's client aborts the process from C++, with a stack trace.
+        initialization_timeout=settings.timeout + _GRACE,
+        heartbeat_timeout_seconds=settings.heartbeat,
+      )
+  except Exception as error:  # KeyErrors and others, of environment variables that JAX reads for each kind of cluster
+    raise _connection_error(cluster.how, settings.timeout, f'{type(error).__name__}: {" ".join(str(error).split())[:160]}') from error
   return cluster
+
+
+_GRACE = 60  # seconds
+
+
+@contextlib.contextmanager
+def _giving_up(cluster: Cluster, timeout: float) -> Iterator[None]:
+  """Exit this process with one line if the block takes longer than `timeout` seconds: nothing else can end a wait in C++."""
+
+  def exit_with_message() -> None:
+    which = '' if cluster.process is None else f'process {cluster.process} of {cluster.processes} waited for the others'
+    print(f'polar_jax: {_connection_error(cluster.how, timeout, which)}', file=sys.stderr, flush=True)
+    os._exit(2)
+
+  timer = threading.Timer(timeout, exit_with_message)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def _wait_for_coordinator(coordinator: str, timeout: float, how: str) -> None:
@@ -138,7 +185,7 @@ def _wait_for_coordinator(coordinator: str, timeout: float, how: str) -> None:
 def _connection_error(how: str, timeout: float, reason: str) -> UserError:
   return UserError(
     f'the processes of this run ({how}) did not connect within {timeout} s; start the same command on every host, '
-    f'and check that process 0 is reachable ({reason})'
+    f'and check that process 0 is reachable' + (f' ({reason})' if reason else '')
   )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from polar_jax.api import RunSettings
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
+from polar_jax.data import vocabulary
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import open_triplets, report_skipped
 from polar_jax.data.readers import is_one_split
@@ -95,12 +96,13 @@ class Context:
     """Return the model's shape with the vocabulary of a tokenizer; None: the config's.
 
     Raises:
-      ConfigError: the model's vocabulary is too small for the tokenizer.
+      VocabularyError: the model's vocabulary is too small for the tokenizer.
     """
-    model, size = self.config.model, (tokenizer or self.tokenizer()).vocab_size
-    if model.vocab_size is not None and model.vocab_size < size:
-      raise ConfigError(f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's ({size}): raise it, or leave it unset")
-    return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=size)
+    model, tokenizer = self.config.model, tokenizer or self.tokenizer()
+    if model.vocab_size is None:
+      return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    vocabulary.check_tokenizer(tokenizer, model.vocab_size, f'model.vocab_size={model.vocab_size}')
+    return model
 
   def triplets(self, split: str) -> Sequence[Triplet]:
     """Return the pre-training examples of a split: those of `data.triplets`, or of the synthesize stage.

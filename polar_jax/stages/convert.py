@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -9,7 +10,6 @@ import shutil
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -19,6 +19,7 @@ from polar_jax.checkpoints.certificate import Certificate, TextIds, fixed_rows_s
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError, TemplateConfig
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.data.vocabulary import VocabularyError
 from polar_jax.model.heads import HEADS
 from polar_jax.runtime import malloc
 from polar_jax.stages.context import Context
@@ -82,13 +83,16 @@ def _remove(folder: pathlib.Path) -> None:
 def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
   """Convert from Hugging Face, GGUF or llama2.c to a checkpoint of this project."""
   dtype, mesh = context.config.convert.dtype, context.mesh
+  assert opened.source is not None
   before: dict[str, str] = {}
+  held = importer.held_dtypes(opened.source, opened.stored(), dtype)
 
   def note(name: str, array: np.ndarray) -> None:
     with np.errstate(over='ignore'):  # the importer rejects the overflow and names the tensor
-      before[name] = importer.checksum(array if dtype is None else array.astype(jnp.dtype(dtype)))
+      before[name] = importer.checksum(array.astype(held[name], copy=False))
 
-  stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()} if opened.source else set()
+  _tokenizer(context, opened)
+  stored_dtypes = {str(info.dtype) for info in opened.source.tensors().values()}
   exact = dtype is None or stored_dtypes == {dtype}
   texts, skipped = _texts(context, opened)
   scores = [] if exact else fixed_rows_scores(opened.params(mesh), opened.model, opened.head, mesh, texts)
@@ -99,10 +103,8 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   del params
   malloc.give_back()
   if _is_first():
-    try:
+    with contextlib.suppress(UserError):  # reported by `_tokenizer`
       tokenizer_files.copy_small_files(opened.assets, folder / run_folder.ASSETS)
-    except UserError as error:
-      context.log(f'no tokenizer: {error}')
   _wait_for_all('written')
   written = open_pretrained(folder)
   back = written.params(mesh)
@@ -113,6 +115,7 @@ def _import(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
 def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
   """Convert from a checkpoint of this project to a Hugging Face folder."""
   dtype, mesh = context.config.convert.dtype, context.mesh
+  tokenizer = _tokenizer(context, opened)
   params, stored = opened.params(mesh), opened.stored()
   dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
   texts, skipped = _texts(context, opened)
@@ -124,7 +127,7 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
     opened.head,
     architecture=opened.architecture,
     template=opened.template(context.config.template),
-    tokenizer=_tokenizer(context, opened),
+    tokenizer=tokenizer,
     assets=opened.assets,
     dtype=dtype,
     shard_bytes=int(context.config.convert.shard_gib * _GIB),
@@ -222,9 +225,15 @@ def _settings(opened: Pretrained) -> dict[str, Any]:
 
 
 def _tokenizer(context: Context, opened: Pretrained) -> Tokenizer | None:
-  """Return the tokenizer to export; None, with a log line, if the checkpoint has none."""
+  """Return the tokenizer of the checkpoint; None, with a log line, if it has none that can be read.
+
+  Raises:
+    VocabularyError: it has ids beyond the embedding.
+  """
   try:
     return opened.tokenizer()
+  except VocabularyError:
+    raise
   except UserError as error:
-    context.log(f'no tokenizer is exported: {error}')
+    context.log(f'no tokenizer: {error}')
     return None

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import itertools
+import re
 import shutil
+import warnings
 from typing import NamedTuple
 
 import grain
@@ -9,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from polar_jax import sharding
+from polar_jax.checkpoints import checkpointer as checkpointer_lib
 from polar_jax.checkpoints.checkpointer import FOLDER, Checkpointer, load_params, load_settings
 from polar_jax.config import CheckpointingConfig, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
@@ -48,6 +54,11 @@ class Saved(NamedTuple):
 
 def saved_steps(folder):
   return sorted(int(path.name) for path in (folder / FOLDER).iterdir())
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+  monkeypatch.setattr(checkpointer_lib, '_PAUSES', (0.0, 0.0))
 
 
 @pytest.fixture
@@ -175,6 +186,146 @@ def test_restore_moves_nothing_if_every_checkpoint_is_torn(open_checkpoints, tmp
   with pytest.raises(ConfigError, match=r'no checkpoint in .*step 2: .*step 1: .*another --workdir'):
     checkpointer.restore(abstract, FINGERPRINT)
   assert saved_steps(tmp_path) == [1, 2]
+
+
+def flip_bit(file, position, bit=0):
+  content = bytearray(file.read_bytes())
+  content[position] ^= 1 << bit
+  file.write_bytes(content)
+
+
+def data_files(step):
+  """The largest files of numbers of a step. Small arrays lie in files that Orbax itself checks."""
+  return sorted((path for path in (step / 'state').rglob('d/*')), key=lambda path: path.stat().st_size)[-4:]
+
+
+def test_restore_names_an_array_with_a_flipped_bit_and_takes_the_step_before(open_checkpoints, tmp_path):
+  abstract = abstract_state((1, 1, 1, 1))
+  states = {step: random_state(abstract, seed=step) for step in (3, 5)}
+  checkpointer = open_checkpoints(keep=3)
+  for step, state in states.items():
+    checkpointer.save(step, state, {'step': step}, FINGERPRINT, {})
+  checkpointer.close()
+  shutil.copytree(tmp_path / FOLDER / '5', tmp_path / 'whole')
+  rng, reasons = np.random.default_rng(0), []
+  for name in [file.relative_to(tmp_path) for file in data_files(tmp_path / FOLDER / '5')] * 3:
+    flip_bit(tmp_path / name, int(rng.integers((tmp_path / name).stat().st_size)), int(rng.integers(8)))
+    checkpointer = open_checkpoints(keep=3)
+    with warnings.catch_warnings(record=True) as warned:
+      warnings.simplefilter('always')
+      state, data = checkpointer.restore(abstract, FINGERPRINT)
+    checkpointer.close()
+    torn = [str(warning.message) for warning in warned if 'is torn' in str(warning.message)]
+    assert data == {'step': 3 if torn else 5}
+    assert_bit_equal(state, states[data['step']])  # whatever the bit meant
+    reasons += torn
+    shutil.rmtree(tmp_path / FOLDER / '5', ignore_errors=True)
+    shutil.copytree(tmp_path / 'whole', tmp_path / FOLDER / '5')
+  named = [re.search(r'step 5 is torn \(the array ((params|opt_state)\.[\w.]+) differs from its checksum\)', text) for text in reasons]
+  assert sum(match is not None for match in named) >= 2, reasons
+
+
+@pytest.mark.parametrize('part', ['data', 'config'])
+def test_restore_notices_changed_settings_and_iterator_state(open_checkpoints, tmp_path, part):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  for step in (1, 2):
+    checkpointer.save(step, random_state(abstract, step), {'position': 40 + step}, FINGERPRINT, {})
+  checkpointer.close()
+  file = next(path for path in (tmp_path / FOLDER / '2' / part).rglob('*') if path.is_file() and path.stat().st_size > 20)
+  content, (old, new) = file.read_text(), {'data': ('"position": 42', '"position": 43'), 'config': ('0.001', '0.003')}[part]
+  assert content.count(old) == 1
+  file.write_text(content.replace(old, new))
+  checkpointer = open_checkpoints()
+  with pytest.warns(UserWarning, match='step 2 is torn .*differ from their checksum.*resuming from step 1'):
+    assert checkpointer.restore(abstract, FINGERPRINT)[1] == {'position': 41}
+
+
+def test_load_params_refuses_a_flipped_bit_and_its_advice_helps(open_checkpoints, tmp_path):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints(keep=3)
+  for step in (3, 5):
+    checkpointer.save(step, random_state(abstract, step), {}, FINGERPRINT, {})
+  checkpointer.close()
+  as_half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=a.sharding), abstract.params)
+  cast = load_params(tmp_path, as_half)
+  assert_bit_equal(
+    jax.tree.map(lambda x: x.astype(jnp.float32), cast),
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), random_state(abstract, 5).params),
+  )
+  newest = tmp_path / FOLDER / '5'
+  found = []
+  for file, eighth in itertools.product(data_files(newest), range(1, 8)):  # some bits belong to the optimizer, or to nothing
+    content = file.read_bytes()
+    flip_bit(file, len(content) * eighth // 8)
+    with contextlib.suppress(ConfigError):
+      load_params(tmp_path, as_half)
+      file.write_bytes(content)
+      continue
+    with pytest.raises(ConfigError) as error:
+      load_params(tmp_path, as_half)
+    if 'the array' in str(error.value):
+      found.append(error)
+      break
+    file.write_bytes(content)
+  assert found
+  message = (
+    rf'^{newest}: this checkpoint cannot be read \(the array params\.\S+ differs from its checksum\); .*remove this folder to use step 3$'
+  )
+  with pytest.raises(ConfigError, match=message):
+    load_params(tmp_path, as_half)
+  shutil.rmtree(newest)
+  assert_bit_equal(load_params(tmp_path, abstract.params), random_state(abstract, 3).params)
+
+
+def test_checkpoints_without_checksums_are_read(open_checkpoints, tmp_path, monkeypatch):
+  abstract = abstract_state((1, 1, 1, 1))
+  state, checkpointer = random_state(abstract), open_checkpoints()
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpointer_lib, '_with_checksums', lambda values, *_: values)
+    checkpointer.save(1, state, {'step': 1}, FINGERPRINT, {})
+    checkpointer.wait()
+  restored, data = checkpointer.restore(abstract, FINGERPRINT)
+  assert data == {'step': 1}
+  assert_bit_equal(restored, state)
+  assert_bit_equal(load_params(tmp_path, abstract.params), state.params)
+
+
+def test_an_error_that_passes_does_not_tear_a_checkpoint(open_checkpoints, tmp_path, monkeypatch):
+  abstract = abstract_state((1, 1, 1, 1))
+  state, checkpointer = random_state(abstract), open_checkpoints()
+  checkpointer.save(1, random_state(abstract, 1), {'step': 1}, FINGERPRINT, {})
+  checkpointer.save(2, state, {'step': 2}, FINGERPRINT, {})
+  checkpointer.wait()
+  failures = []
+
+  def restore(self, *args, **kwargs):
+    if len(failures) % 3 < 2:
+      failures.append(None)
+      raise OSError(5, 'Input/output error')
+    return original(self, *args, **kwargs)
+
+  original = ocp.CheckpointManager.restore
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', restore)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    restored, data = checkpointer.restore(abstract, FINGERPRINT)
+  assert data == {'step': 2} and len(failures) == 2
+  assert_bit_equal(restored, state)
+  failures.clear()
+  assert_bit_equal(load_params(tmp_path, abstract.params), state.params)
+  assert len(failures) == 2
+
+
+def test_running_out_of_memory_does_not_tear_a_checkpoint(open_checkpoints, tmp_path, monkeypatch):
+  abstract = abstract_state((1, 1, 1, 1))
+  checkpointer = open_checkpoints()
+  checkpointer.save(1, random_state(abstract), {}, FINGERPRINT, {})
+  checkpointer.wait()
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+  with pytest.raises(MemoryError):
+    checkpointer.restore(abstract, FINGERPRINT)
+  assert saved_steps(tmp_path) == [1]
 
 
 @pytest.mark.parametrize('name', ['7.orbax-checkpoint-tmp', '7.orbax-checkpoint-tmp-1700000000'])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from convert_folders import (
-  BF16,
   CASES,
   F32,
   certificate_of,
@@ -22,6 +21,7 @@ from convert_folders import (
 
 from polar_jax import runner
 from polar_jax.config import Config, ConfigError
+from polar_jax.data.vocabulary import VocabularyError
 from polar_jax.stages import convert
 from polar_jax.stages.context import Context
 
@@ -53,10 +53,6 @@ BAD_FOLDERS = {
   ),
   'infinity': (with_value('model.embed_tokens.weight', np.inf), r"tensor 'model.embed_tokens.weight' contains NaN or infinity"),
   'nan_in_the_head': (with_value('score.weight', np.nan), r"tensor 'score.weight' contains NaN or infinity"),
-  'mixed_layers': (
-    edit_tensors(lambda t: t.update({n: a.astype(BF16) for n, a in t.items() if 'layers.1' in n})),
-    r"tensor 'model.layers.1.*' is stored as bfloat16, but other layers as float32; set convert.dtype",
-  ),
   'other_config': (edit_config(num_hidden_layers=3), r"tensor 'model.layers.2.self_attn.q_proj.weight' is missing \(and 8 more\)"),
   'other_family': (
     edit_config(model_type='internlm2', architectures=['InternLM2ForRewardModel'], id2label=None, label2id=None),
@@ -120,3 +116,12 @@ def test_paths_that_cannot_be_used(tmp_path, make_folder, capsys):
   capsys.readouterr()
   assert runner.run(context_of(tmp_path / 'absent', tmp_path / 'new').config, tmp_path / 'workdir') == 1
   assert capsys.readouterr().err == f'polar_jax: checkpoint {tmp_path / "absent"}: no such file or folder\n'
+
+
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(make_folder, tmp_path):
+  source = make_folder(CASES['llama_reward']._replace(layout='one'), tmp_path / 'source')
+  table = source.tensors['model.embed_tokens.weight']
+  write_weights(source.path, 'one', source.tensors | {'model.embed_tokens.weight': table[:260]})
+  edit_config(vocab_size=260, reward_token_id=None)(source)
+  message = r"source: its embedding has 260 rows, but \S+tokenizer.json has ids up to 260, such as '\[UNUSED_TOKEN_130\]' \(260\)"
+  refused(context_of(source.path, tmp_path / 'out'), message, VocabularyError)

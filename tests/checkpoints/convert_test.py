@@ -11,7 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from convert_folders import BF16, CASES, HEADS, Case, Folder, certificate_of, config_of, context_of, refused, stored_in, write_weights
+from convert_folders import (
+  BF16,
+  CASES,
+  F16,
+  F32,
+  HEADS,
+  Case,
+  Folder,
+  certificate_of,
+  config_of,
+  context_of,
+  refused,
+  stored_in,
+  write_weights,
+)
 from flax import nnx
 from optional import torch
 
@@ -195,7 +209,7 @@ def test_a_folder_without_tokenizer_is_converted_with_a_message(small, tmp_path)
   log: list[str] = []
   convert.convert(context_of(small.path, tmp_path / 'ours'))
   convert.convert(context_of(tmp_path / 'ours', tmp_path / 'hf', log=log))
-  assert any(re.search('no tokenizer is exported: .* contains neither a tokenizer.json nor', line) for line in log)
+  assert any(re.search('no tokenizer: .* contains neither a tokenizer.json nor', line) for line in log)
   assert stored_in(tmp_path / 'hf').keys() == small.tensors.keys()
 
 
@@ -206,3 +220,19 @@ def test_the_stage_writes_to_the_report(small, tmp_path, capsys):
   assert f'convert: wrote {tmp_path / "ours"}' in capsys.readouterr().out
   results = json.loads((tmp_path / 'workdir/report.json').read_text())['convert']
   assert (results['tensors'], results['exact'], results['max_difference']) == (len(small.tensors), True, 0)
+
+
+def test_layers_of_several_dtypes_are_held_in_one_that_rounds_nothing(make_folder, tmp_path):
+  source = make_folder(CASES['llama_reward']._replace(layout='one', dtype=BF16), tmp_path / 'source')
+  mixed = {name: a.astype(F16 if 'layers.0' in name else F32 if 'layers.1' in name else BF16) for name, a in source.tensors.items()}
+  mixed['model.layers.1.mlp.up_proj.weight'] = source.tensors['model.layers.1.mlp.up_proj.weight']
+  write_weights(source.path, 'one', mixed)
+  convert.convert(context_of(source.path, tmp_path / 'ours'))
+  convert.convert(context_of(tmp_path / 'ours', tmp_path / 'exported'))
+  assert certificate_of(tmp_path / 'ours')['exact']
+  found = stored_in(tmp_path / 'exported')
+  for name, array in mixed.items():
+    assert found[name].dtype == (F32 if 'layers' in name else BF16)  # float16 and bfloat16 have only float32 in common
+    np.testing.assert_array_equal(found[name].astype(F32), array.astype(F32), name)
+  convert.convert(context_of(source.path, tmp_path / 'cast', dtype='float32'))
+  assert certificate_of(tmp_path / 'cast')['dtypes'] == ['float32']

@@ -30,6 +30,7 @@ from polar_jax.types import UserError
 
 STEPS = 24  # enough for a signal sent after the second to arrive before the last, on a fast machine too
 NONE = DistributedConfig()
+SLURM = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '0', 'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'a[1-4]', 'SLURM_LOCALID': '0'}
 
 
 def test_detect_returns_none_for_one_process():
@@ -39,7 +40,7 @@ def test_detect_returns_none_for_one_process():
 
 
 def test_detect_prefers_settings_to_the_environment():
-  environ = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '1', 'SLURM_JOB_ID': '7'}
+  environ = SLURM | {'SLURM_PROCID': '1'}
   assert detect(NONE, environ) == Cluster('SLURM job 7', method='slurm')
   assert detect(DistributedConfig('a:1', 2, 1), environ) == Cluster('settings', 'a:1', 2, 1)
   jax_own = {'JAX_COORDINATOR_ADDRESS': 'b:2', 'JAX_NUM_PROCESSES': '3', 'JAX_PROCESS_ID': '2'}
@@ -61,6 +62,19 @@ def test_detect_prefers_settings_to_the_environment():
 def test_detect_refuses_inconsistent_settings(settings, message):
   with pytest.raises(ConfigError, match=message):
     detect(settings, {})
+
+
+@pytest.mark.parametrize('name', ['SLURM_STEP_NODELIST', 'SLURM_LOCALID', 'SLURM_JOB_ID'])
+def test_a_batch_script_without_srun_is_told_what_to_do(name):
+  environ = {key: value for key, value in SLURM.items() if key != name}
+  with pytest.raises(
+    UserError, match=rf'^SLURM_NTASKS is 4, but srun did not start this process \({name} is not set\): .*set SLURM_NTASKS=1'
+  ):
+    detect(NONE, environ)
+  assert detect(NONE, environ | {'SLURM_NTASKS': '1'}) is None  # the advice
+  assert detect(NONE, SLURM) == Cluster('SLURM job 7', method='slurm')
+  with pytest.raises(UserError, match='SLURM_PROCID is 4, but SLURM_NTASKS is 4'):
+    detect(NONE, SLURM | {'SLURM_PROCID': '4'})
 
 
 def test_detect_names_variables_that_are_not_numbers():
@@ -231,13 +245,14 @@ def test_a_silent_process_ends_the_run(world):
 
 
 def test_an_error_of_one_process_ends_all(world):
-  """It exits without waiting for the others, which wait for it, and prints the traceback, because the error is its own."""
+  """It exits without waiting for the others, which wait for it, and prints why, because the error is its own."""
   (world / 'broken/pretrain/metrics.jsonl').mkdir(parents=True)
   with started(world, 'broken', 2, '--config.distributed.heartbeat=1000') as running:
     codes = [process.wait(100) for process in running]
   text = output_of(world, 'broken', 0)
   assert codes[0] == 1 and codes[1] not in (0, None), (codes, text)
-  assert 'process 0 of 2 failed:\nTraceback' in text and 'IsADirectoryError' in text, text
+  assert re.search(r'polar_jax: \S*broken/pretrain/metrics.jsonl: Is a directory; name a file', text), text
+  assert 'Traceback' not in text and 'IsADirectoryError' in (world / 'broken/error.txt').read_text()
 
 
 def test_processes_that_never_connect_are_an_error(world):
@@ -252,6 +267,37 @@ def test_processes_that_never_connect_are_an_error(world):
   ) as (process,):
     assert process.wait(120) not in (0, None)
   assert 'polar_jax: the processes of this run (settings) did not connect within 3 s' in output_of(world, 'absent', 0)
+
+
+WAIT = """
+import sys
+from polar_jax.config import DistributedConfig
+from polar_jax.runtime import distributed
+distributed.start(DistributedConfig(*eval(sys.argv[1]), timeout=2))
+"""
+
+
+def test_every_process_that_waits_in_vain_says_so():
+  """Process 0, and any process that JAX's own detection found: alone, JAX aborts them from C++."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  kept = {k: v for k, v in fast_compilation.environment().items() if not k.startswith(('SLURM', 'TPU'))}
+  kept['JAX_COORDINATOR_PORT'] = str(port)
+  slurm = SLURM | {'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': '127.0.0.1'}
+  cases = {
+    'settings': ((f'127.0.0.1:{port}', 3, 0), {}),
+    'SLURM job 7': ((), slurm | {'SLURM_PROCID': '1'}),
+  }
+  start = lambda arguments, environment: subprocess.Popen(
+    [sys.executable, '-c', WAIT, repr(arguments)], env=kept | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+  running = {how: start(*case) for how, case in cases.items()}
+  for how, process in running.items():
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, text
+    assert f'polar_jax: the processes of this run ({how}) did not connect within 2 s; start the same command on every host' in text, text
+    assert 'stack trace' not in text and 'Traceback' not in text, text
 
 
 @pytest.fixture
@@ -289,22 +335,31 @@ def test_lost_is_false_for_one_process():
 
 @pytest.mark.parametrize(('loop', 'name'), [(train_loop, '_Trainer'), (ppo_loop, 'Trainer')])
 @pytest.mark.parametrize('error', [AWAITED, STARTED, KeyError('own')])
-def test_a_trainer_is_not_closed_once_others_are_lost(one_of_two, monkeypatch, capsys, loop, name, error):
+@pytest.mark.parametrize('at', ['its start', 'a step'])
+def test_a_session_is_closed_unless_others_are_lost(one_of_two, monkeypatch, capsys, loop, name, error, at):
   """Closing would wait for the last checkpoint, which waits for all processes."""
 
-  class Trainer:
-    def __init__(self, run):
+  class Session:
+    def __init__(self, *_, **__):
       pass
-
-    def run_to_end(self):
-      raise error
 
     def close(self):
       print('closed')
 
+  class Trainer:
+    def __init__(self, run, session):
+      if at == 'its start':
+        raise error
+
+    def run_to_end(self):
+      raise error
+
+  monkeypatch.setattr(loop, 'Session', Session)
   monkeypatch.setattr(loop, name, Trainer)
   monkeypatch.setattr(distributed, 'agree', lambda *_: None)
-  run = types.SimpleNamespace(name='run', fingerprint={}, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+  run = types.SimpleNamespace(
+    name='run', fingerprint={}, objective=None, started=None, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  )
   with pytest.raises(KeyError if isinstance(error, KeyError) else SystemExit):
     loop.train(run)
   out, err = capsys.readouterr()

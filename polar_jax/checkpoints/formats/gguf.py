@@ -1,4 +1,4 @@
-"""GGUF files of the Llama architecture, read with the `gguf` package: its header reader and its dequantization."""
+"""GGUF files of the Llama architecture. Quantized tensors need the package `gguf`, which dequantizes them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from polar_jax.checkpoints.formats.gguf_header import Tensor, read_header
 from polar_jax.checkpoints.formats.storage import (
   CheckpointFileError,
   Entry,
   LazyTensors,
   TensorInfo,
   damaged,
-  first_bytes,
   halves_from_pairs,
   read_array,
 )
@@ -43,7 +43,7 @@ _OF_LAYER = {
   'ffn_down': 'mlp.down_proj',
 }
 _ROPE_FACTORS = 'rope_freqs.weight'
-_PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+_PLAIN = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: np.dtype(ml_dtypes.bfloat16)}  # by ggml's numbers
 _FLOAT32 = np.dtype(np.float32)
 
 # Keys that, unless 0, request something that the decoder does not compute.
@@ -58,6 +58,7 @@ _REFUSED = (
   'llama.residual_scale',
   'llama.embedding_scale',
 )
+_LARGEST = float(np.finfo(np.float32).max)
 _CHUNK = 2**22  # values dequantized at a time: the package's temporaries are several times the result
 
 # Constants that llama.cpp's converter assumes for Llama 3, as in all of Meta's releases. It writes the factors computed from them.
@@ -85,51 +86,29 @@ def open_gguf(path: str | pathlib.Path) -> GgufSource:
 
   Raises:
     CheckpointFileError: the file is damaged, has another architecture, or needs something our decoder does not compute.
-    UserError: the package gguf is not installed.
+    UserError: a tensor is quantized, and the package gguf is not installed.
   """
   file = pathlib.Path(path)
-  header = _read_header(file)
-  # The reader maps the whole file, so only plain values are kept from here on.
-  metadata = {name: _plain(file, name, field) for name, field in header.fields.items()}
-  if header.byte_order != 'I':
-    raise CheckpointFileError(f'{file}: is a big-endian GGUF; convert it to this machine with gguf-convert-endian')
-  shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in header.tensors}
-  model = _model(file, metadata, shapes)
+  header = read_header(file)
+  shapes = {t.name: t.shape for t in header.tensors}
+  model = _model(file, header.metadata, shapes)
   entries: dict[str, Entry] = {}
   for tensor in header.tensors:
     if tensor.name == _ROPE_FACTORS:
-      model = _with_rope_factors(file, model, _entry(file, tensor, shapes[tensor.name]).read())
+      model = _with_rope_factors(file, model, _entry(file, tensor, header.size).read())
     else:
       name = _hugging_face_name(file, tensor.name)
       heads = {'q_proj': model.num_heads, 'k_proj': model.num_kv_heads}.get(name.split('.')[-2], 0)
-      entries[name] = _entry(file, tensor, shapes[tensor.name], heads, model.head_dim)
-  return GgufSource(file, entries, model, metadata)
+      entries[name] = _entry(file, tensor, header.size, heads, model.head_dim)
+  return GgufSource(file, entries, model, header.metadata)
 
 
 def _package() -> Any:
   try:
     import gguf
   except ImportError as error:
-    raise UserError("reading .gguf files needs the package gguf: pip install 'polar_jax[gguf]'") from error
+    raise UserError("reading quantized .gguf files needs the package gguf: pip install 'polar_jax[gguf]'") from error
   return gguf
-
-
-def _read_header(file: pathlib.Path) -> Any:
-  gguf = _package()
-  magic = first_bytes(file, 4)
-  if magic != b'GGUF':
-    raise damaged(file, f'begins with {magic!r}, not GGUF')
-  try:
-    return gguf.GGUFReader(file)
-  except (ValueError, LookupError, OverflowError, MemoryError) as error:  # its views of a truncated file are too short
-    raise damaged(file, error) from error
-
-
-def _plain(file: pathlib.Path, name: str, field: Any) -> Any:
-  try:
-    return field.contents()
-  except (ValueError, LookupError) as error:
-    raise CheckpointFileError(f'{file}: field {name} cannot be read ({error})') from error
 
 
 def _hugging_face_name(file: pathlib.Path, name: str) -> str:
@@ -141,24 +120,43 @@ def _hugging_face_name(file: pathlib.Path, name: str) -> str:
   return f'model.layers.{int(part[1])}.{_OF_LAYER[part[2]]}.weight'
 
 
-def _entry(file: pathlib.Path, tensor: Any, shape: tuple[int, ...], heads: int = 0, head_dim: int = 0) -> Entry:
-  """Return the entry of a tensor; with `heads` > 0, a query or key projection to be reordered."""
-  kind = tensor.tensor_type
-  dtype = _PLAIN.get(kind.name, _FLOAT32)
-  if kind.name not in _PLAIN:
-    gguf = _package()
-    try:  # the package has no list of what it can dequantize, so try one block
-      gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError as error:
-      raise CheckpointFileError(f'{file}: tensor {tensor.name!r} is stored as {kind.name}, which the package gguf cannot read') from error
+def _entry(file: pathlib.Path, tensor: Tensor, size: int, heads: int = 0, head_dim: int = 0) -> Entry:
+  """Return the entry of a tensor; with `heads` > 0, a query or key projection to be reordered. `size`: of the file."""
+  shape, dtype = tensor.shape, _PLAIN.get(tensor.kind)
+  kind = None if dtype else _quantization(file, tensor)
+  count = math.prod(shape)
+  if kind is None:
+    num_bytes = count * (dtype or _FLOAT32).itemsize
+  else:
+    block_values, block_bytes = _package().GGML_QUANT_SIZES[kind]
+    if shape[-1] % block_values:
+      raise damaged(file, f'tensor {tensor.name!r} has rows of {shape[-1]}, no multiple of the {block_values} of a block of {kind.name}')
+    num_bytes = count // block_values * block_bytes
+  if tensor.offset + num_bytes > size:
+    raise damaged(file, f'tensor {tensor.name!r} ends at {tensor.offset + num_bytes}, the file at {size}')
   if heads and (len(shape) != 2 or shape[0] != heads * head_dim):
     raise CheckpointFileError(f'{file}: tensor {tensor.name!r} has shape {shape}, expected {heads} heads of {head_dim}')
-  return Entry(TensorInfo(shape, dtype, file), functools.partial(_read, file, int(tensor.data_offset), kind, shape, heads))
+  return Entry(TensorInfo(shape, dtype or _FLOAT32, file), functools.partial(_read, file, tensor.offset, kind, dtype, shape, heads))
 
 
-def _read(file: pathlib.Path, offset: int, kind: Any, shape: tuple[int, ...], heads: int) -> np.ndarray:
-  dtype = _PLAIN.get(kind.name)
-  array = read_array(file, offset, dtype, shape) if dtype else _dequantize(file, offset, kind, shape)
+def _quantization(file: pathlib.Path, tensor: Tensor) -> Any:
+  """Return the package's constant for the type of a quantized tensor, if the package can read it."""
+  gguf = _package()
+  try:
+    kind = gguf.GGMLQuantizationType(tensor.kind)
+  except ValueError as error:
+    raise damaged(file, f'tensor {tensor.name!r} is of the unknown type {tensor.kind}') from error
+  try:  # the package has no list of what it can dequantize, so try one block
+    gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+  except NotImplementedError as error:
+    raise CheckpointFileError(
+      f'{file}: tensor {tensor.name!r} is stored as {kind.name}, which the package gguf cannot read; quantize to another type'
+    ) from error
+  return kind
+
+
+def _read(file: pathlib.Path, offset: int, kind: Any, dtype: np.dtype | None, shape: tuple[int, ...], heads: int) -> np.ndarray:
+  array = _dequantize(file, offset, kind, shape) if dtype is None else read_array(file, offset, dtype, shape)
   return halves_from_pairs(array, heads) if heads else array
 
 
@@ -184,10 +182,10 @@ def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str,
   """Return the model that the metadata describes, without the scaling in the tensor of rope factors."""
   architecture = metadata.get('general.architecture')
   if architecture != 'llama':
-    raise CheckpointFileError(f'{file}: has architecture {architecture!r}; only llama can be read from GGUF')
+    raise CheckpointFileError(f'{file}: has architecture {str(architecture)[:60]!r}; only llama can be read from GGUF')
   for key in _REFUSED:
     if metadata.get(key):
-      raise CheckpointFileError(f'{file}: {key} is {metadata[key]}, which is not supported')
+      raise CheckpointFileError(f'{file}: {key} is {str(metadata[key])[:60]}, which is not supported')
 
   if metadata.get('llama.attention.causal') is False:
     raise CheckpointFileError(f'{file}: llama.attention.causal is False; only causal models are supported')
@@ -202,10 +200,13 @@ def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str,
     raise CheckpointFileError(f'{file}: {heads} heads of dimension {head_dim} with {kv_heads} key/value heads are not possible')
   if len(shapes.get('token_embd.weight', ())) != 2:
     raise CheckpointFileError(f'{file}: has no embedding table (token_embd.weight)')
+  layers = number('block_count')
+  if layers > len(shapes):  # before a loop over the layers
+    raise damaged(file, f'llama.block_count is {layers}, but there are only {len(shapes)} tensors')
   return ModelConfig(
     family='llama',
     vocab_size=shapes['token_embd.weight'][0],
-    num_layers=number('block_count'),
+    num_layers=layers,
     d_model=width,
     d_ff=number('feed_forward_length'),
     num_heads=heads,
@@ -220,10 +221,10 @@ def _model(file: pathlib.Path, metadata: Mapping[str, Any], shapes: Mapping[str,
 
 
 def _number(file: pathlib.Path, metadata: Mapping[str, Any], key: str, default: float | None = None, kind: type = int) -> Any:
-  """Return a positive number from the metadata."""
+  """Return a positive number from the metadata, which JAX can hold."""
   value = metadata.get(f'llama.{key}', default)
-  if type(value) not in (int, kind) or not 0 < value < math.inf:
-    raise CheckpointFileError(f'{file}: llama.{key} is {value!r}, expected one positive {kind.__name__}')
+  if type(value) not in (int, kind) or not 0 < value < (2**31 if kind is int else _LARGEST):
+    raise CheckpointFileError(f'{file}: llama.{key} is {str(value)[:60]}, expected one positive {kind.__name__}')
   return value
 
 
@@ -234,13 +235,14 @@ def _shortest(value: float) -> float:
 
 def _linear_scaling(file: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
   """Return our settings for linear rope scaling; `scale_linear` is an older key."""
-  factor = metadata.get('llama.rope.scaling.factor', metadata.get('llama.rope.scale_linear', 1.0))
+  key = 'rope.scaling.factor' if 'llama.rope.scaling.factor' in metadata else 'rope.scale_linear'
+  factor = metadata.get(f'llama.{key}', 1.0)
   kind = metadata.get('llama.rope.scaling.type', 'linear')
   if kind == 'none' or (kind == 'linear' and factor in (0, 1)):
     return {}
   if kind != 'linear':
-    raise CheckpointFileError(f'{file}: llama.rope.scaling.type is {kind!r}; only none and linear are supported')
-  return {'rope_scaling': 'linear', 'rope_factor': _shortest(factor)}
+    raise CheckpointFileError(f'{file}: llama.rope.scaling.type is {str(kind)[:60]!r}; only none and linear are supported')
+  return {'rope_scaling': 'linear', 'rope_factor': _shortest(_number(file, metadata, key, kind=float))}
 
 
 def _with_rope_factors(file: pathlib.Path, model: ModelConfig, factors_h: np.ndarray) -> ModelConfig:
@@ -250,8 +252,8 @@ def _with_rope_factors(file: pathlib.Path, model: ModelConfig, factors_h: np.nda
   divisors computed from them must equal the stored ones.
   """
   factor = float(factors_h.max())
-  wanted_h = _llama3_divisors(model, factor)
-  if model.rope_scaling != 'none' or factors_h.shape != wanted_h.shape or not np.allclose(factors_h, wanted_h, rtol=1e-4, atol=0):
+  fits = model.rope_scaling == 'none' and factors_h.shape == (model.head_dim // 2,) and 1 <= factor < _LARGEST
+  if not fits or not np.allclose(factors_h, _llama3_divisors(model, factor), rtol=1e-4, atol=0):
     raise CheckpointFileError(
       f'{file}: {_ROPE_FACTORS!r} does not scale rotary embeddings as Llama 3 does; other scalings are not supported'
     )

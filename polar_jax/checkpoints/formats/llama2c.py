@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -41,6 +42,11 @@ def open_llama2c(path: str | pathlib.Path) -> Llama2cSource:
   """
   file = pathlib.Path(path)
   model = _model(file, first_bytes(file, _HEADER.size))
+  size, expected = file.stat().st_size, _HEADER.size + _FLOAT32.itemsize * _count(model)
+  if size != expected:  # before a loop over as many layers as a damaged header claims
+    raise CheckpointFileError(
+      f'{file}: has {size} bytes, but its header implies {expected}; it is truncated or not a llama2.c file, download it again'
+    )
   entries: dict[str, Entry] = {}
   offset = _HEADER.size
   for name, shape, heads in _tensors(model):
@@ -48,9 +54,6 @@ def open_llama2c(path: str | pathlib.Path) -> Llama2cSource:
       info = TensorInfo(shape, _FLOAT32, file)
       entries[name] = Entry(info, functools.partial(_read, file, offset, shape, heads))
     offset += math.prod(shape) * _FLOAT32.itemsize
-  size = file.stat().st_size
-  if size != offset:
-    raise CheckpointFileError(f'{file}: has {size} bytes, but its header implies {offset}; it is truncated or not a llama2.c file')
   return Llama2cSource(file, entries, model)
 
 
@@ -78,6 +81,12 @@ def _model(file: pathlib.Path, header: bytes) -> ModelConfig:
     max_position=length,
     tie_embeddings=vocab > 0,  # a negative vocabulary size means a separate output matrix
   )
+
+
+def _count(m: ModelConfig) -> int:
+  """Return the number of values in the file."""
+  of_layers = {layers: sum(math.prod(shape) for _, shape, _ in _tensors(dataclasses.replace(m, num_layers=layers))) for layers in (1, 2)}
+  return of_layers[1] + (of_layers[2] - of_layers[1]) * (m.num_layers - 1)
 
 
 def _tensors(m: ModelConfig) -> list[tuple[str, tuple[int, ...], int]]:

@@ -17,6 +17,7 @@ import safetensors
 from polar_jax.types import UserError
 
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
+_FILE_NAME = re.compile(r'(?!\.{1,2}$)[^/\\\x00-\x1f]{1,100}')  # no path, which could lead out of the folder
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -83,7 +84,7 @@ def first_bytes(file: pathlib.Path, count: int) -> bytes:
     with file.open('rb') as f:
       return f.read(count)
   except OSError as error:
-    raise CheckpointFileError(f'{file}: cannot be read ({error.strerror})') from error
+    raise CheckpointFileError(f'{file}: cannot be read ({error.strerror}); check its permissions and the disk') from error
 
 
 def damaged(file: pathlib.Path, error: Exception | str) -> CheckpointFileError:
@@ -93,7 +94,7 @@ def damaged(file: pathlib.Path, error: Exception | str) -> CheckpointFileError:
     return CheckpointFileError(f'{file}: is empty; download it again')
   if start.startswith(b'version https://git-lfs'):
     return CheckpointFileError(f'{file}: is a Git LFS pointer, not the weights; run `git lfs pull` in its folder')
-  reason = (str(error) or type(error).__name__).splitlines()[0]
+  reason = (str(error) or type(error).__name__).splitlines()[0][:160]
   size = file.stat().st_size
   return CheckpointFileError(f'{file}: is damaged, truncated or in another format ({size} bytes; {reason}); download it again')
 
@@ -116,7 +117,7 @@ def read_array(file: pathlib.Path, offset: int, dtype: np.dtype, shape: tuple[in
       f.seek(offset)
       got = f.readinto(array.reshape(-1).view(np.uint8).data)
   except OSError as error:
-    raise CheckpointFileError(f'{file}: cannot be read ({error.strerror})') from error
+    raise CheckpointFileError(f'{file}: cannot be read ({error.strerror}); check its permissions and the disk') from error
   if got != array.nbytes:
     raise damaged(file, f'expected {array.nbytes} bytes at {offset}, got {got}')
   return array
@@ -180,7 +181,8 @@ def _find_files(folder: pathlib.Path, layout: Layout) -> tuple[list[pathlib.Path
     names = sorted(set(tensor_files.values()))
     absent = [name for name in names if not (folder / name).exists()]
     if absent:
-      raise CheckpointFileError(f'{index}: names missing files: {", ".join(absent)}; download them')
+      listed = ', '.join(absent[:3]) + (f' and {len(absent) - 3} more' if len(absent) > 3 else '')
+      raise CheckpointFileError(f'{index}: names missing files: {listed}; download them')
     return [folder / name for name in names], tensor_files
   if single.is_symlink() or single.exists():
     return [single], {}
@@ -197,10 +199,10 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
   try:
     content = json.loads(index.read_text(encoding='utf-8'))
     tensor_files = content['weight_map']
-    plain = all(isinstance(name, str) and name == pathlib.PurePath(name).name for name in tensor_files.values())
+    plain = all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in tensor_files.values())
   except OSError as error:
-    raise CheckpointFileError(f'{index}: cannot be read ({error.strerror})') from error
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointFileError(f'{index}: cannot be read ({error.strerror}); check its permissions and the disk') from error
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise CheckpointFileError(
       f'{index}: is not an index (a JSON object whose `weight_map` maps each tensor to its file); download it again'
     ) from error
@@ -212,19 +214,22 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 def _gather(files: list[pathlib.Path], layout: Layout, tensor_files: dict[str, str], index: pathlib.Path) -> dict[str, Entry]:
   """Return the tensors of all files.
 
-  Tensors in the index must exist. Tensors that it does not list are included, because they belong to the same checkpoint.
+  Tensors in the index must exist, and are read from the file that it names, whatever other files contain. Tensors that it does not list
+  are included, because they belong to the same checkpoint.
   """
   gathered: dict[str, Entry] = {}
   for file in files:
     entries = layout.entries(file)
     for name, entry in entries.items():
+      if tensor_files.get(name, file.name) != file.name:
+        continue
       if name in gathered:
-        raise CheckpointFileError(f'{file}: contains tensor {name!r}, and so does {gathered[name].info.file.name}; remove one of them')
+        raise CheckpointFileError(f'{file}: contains tensor {name[:80]!r}, and so does {gathered[name].info.file.name}; remove one of them')
       gathered[name] = entry
     lacking = [name for name, holder in tensor_files.items() if holder == file.name and name not in entries]
     if lacking:
       raise CheckpointFileError(
-        f'{file}: has no tensor {lacking[0]!r}, but {index.name} lists it there ({len(lacking)} missing in all); download both again'
+        f'{file}: has no tensor {lacking[0][:80]!r}, but {index.name} lists it there ({len(lacking)} missing in all); download both again'
       )
   return gathered
 
@@ -247,7 +252,9 @@ def safetensors_entries(file: pathlib.Path) -> dict[str, Entry]:
         header = f.get_slice(name)
         code, shape = header.get_dtype(), tuple(header.get_shape())
         if code not in DTYPES:
-          raise CheckpointFileError(f'{file}: tensor {name!r} is stored as {code}; only {", ".join(DTYPES)} can be read: convert it first')
+          raise CheckpointFileError(
+            f'{file}: tensor {name[:80]!r} is stored as {code}; only {", ".join(DTYPES)} can be read: convert it first'
+          )
         info = TensorInfo(shape, DTYPES[code], file)
         entries[name] = Entry(info, functools.partial(read_array, file, offset, info.dtype, shape))
         offset += math.prod(shape) * info.dtype.itemsize
