@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 import types
 
 import pytest
@@ -96,9 +97,14 @@ def test_fine_tuning_as_part_of_all_opens_the_tokenizer_of_its_start(tmp_path, m
 
   monkeypatch.setattr(runner, '_stage', stage)
   monkeypatch.setattr(context_lib, 'open_pretrained', open_pretrained)
-  config = word_problems('smollm2_135m', checkpoint='some/model.gguf')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=1 << 40))
+  start = tmp_path / 'model.gguf'
+  start.touch()
+  config = word_problems('smollm2_135m', checkpoint=str(start))
   assert config.stage == 'all' and runner.run(parse(config), tmp_path) == 0
-  assert ran == ['synthesize', 'finetune', 'rft'] and opened == ['some/model.gguf']
+  assert ran == ['synthesize', 'finetune', 'rft'] and opened == [str(start)]
+  start.unlink()
+  assert runner.run(parse(config), tmp_path / 'again') == 1 and len(ran) == 3  # said before the first stage
 
 
 def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
