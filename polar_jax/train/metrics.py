@@ -33,7 +33,7 @@ def read_metrics(folder: pathlib.Path, file: str = FILE) -> list[dict[str, Any]]
   try:
     *lines, rest = path.read_bytes().split(b'\n') if path.exists() else [b'']
   except OSError as error:
-    raise UserError(f'{path}: cannot be read ({json_files.shorten(error)})') from error
+    raise UserError(f'{path}: cannot be read ({error.strerror}); check this path and the disk') from error
   records = []
   for number, line in enumerate([*lines, rest] if rest else lines, 1):
     try:

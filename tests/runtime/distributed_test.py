@@ -246,13 +246,14 @@ def test_a_silent_process_ends_the_run(world):
 
 def test_an_error_of_one_process_ends_all(world):
   """It exits without waiting for the others, which wait for it, and prints why, because the error is its own."""
-  (world / 'broken/pretrain/metrics.jsonl').mkdir(parents=True)
+  (world / 'broken/pretrain').mkdir(parents=True)
+  (world / 'broken/pretrain/tensorboard').touch()  # where a folder is to be
   with started(world, 'broken', 2, '--config.distributed.heartbeat=1000') as running:
     codes = [process.wait(100) for process in running]
   text = output_of(world, 'broken', 0)
   assert codes[0] == 1 and codes[1] not in (0, None), (codes, text)
-  assert re.search(r'polar_jax: \S*broken/pretrain/metrics.jsonl: Is a directory; name a file', text), text
-  assert 'Traceback' not in text and 'IsADirectoryError' in (world / 'broken/error.txt').read_text()
+  assert re.search(r'polar_jax: \S*broken/pretrain/tensorboard/\S*: Not a directory; name a folder', text), text
+  assert 'Traceback' not in text and 'NotADirectoryError' in (world / 'broken/error.txt').read_text()
 
 
 def test_processes_that_never_connect_are_an_error(world):
