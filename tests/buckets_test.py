@@ -100,6 +100,7 @@ def test_another_machine_continues_where_a_lost_one_stopped(world):
   assert world.metrics('lost') == world.metrics('local')
 
 
+@pytest.mark.slow  # two processes more; distributed_test.py trains in several
 def test_hosts_without_a_shared_disk_train_together_and_one_continues_alone(world):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -146,6 +147,7 @@ def test_scores_with_a_checkpoint_in_the_bucket(world):
   assert scored[0] == scored[1] and len(scored[0].splitlines()) == 2
 
 
+@pytest.mark.slow  # reading from a bucket is tested above, reading these formats in data/
 def test_parquet_and_text_in_the_bucket(world, tmp_path):
   examples = [json.loads(line) for line in (world.folder / 'data/validation.jsonl').read_text().splitlines()]
   parquet.write_table(pyarrow.Table.from_pylist(examples), tmp_path / 'examples.parquet')
@@ -175,6 +177,7 @@ def test_incomplete_checkpoint_is_ignored(world):
   assert result.stdout.strip() == '[True, False, False]'
 
 
+@pytest.mark.slow  # scores from the same checkpoint are tested above
 def test_starts_from_a_run_in_the_bucket(world):
   losses = []
   for name, start in (('from_there', 'gs://our/whole/pretrain'), ('from_here', 'local/pretrain')):

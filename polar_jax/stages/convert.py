@@ -145,10 +145,16 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   return _certificate(context, opened, written, back, parameters, exact, before, after, scores, texts, skipped)
 
 
-def _texts(context: Context, opened: Pretrained) -> tuple[TextIds, str]:
-  """Return the token ids of the certificate's texts, through a checkpoint's own tokenizer and template; or none, and why."""
+def _texts(context: Context, opened: Pretrained, original: Pretrained | None = None) -> tuple[TextIds, str]:
+  """Return the token ids of the certificate's texts, through a checkpoint's own tokenizer and template; or none, and why.
+
+  With `original`, the template is that of the original but for the reward token: a Hugging Face folder stores no other setting of it.
+  """
+  given = context.config.template
   try:
-    return fixed_texts(opened.tokenizer(), opened.template(context.config.template), opened.head, opened.model), ''
+    if original is not None:
+      given = dataclasses.replace(original.template(given), reward_token_id=given.reward_token_id)
+    return fixed_texts(opened.tokenizer(), opened.template(given), opened.head, opened.model), ''
   except UserError as error:
     return [], str(error)
 
@@ -187,7 +193,7 @@ def _certificate(
   if _count(back) != parameters or before.keys() != after.keys():
     raise UserError(f'{context.config.output}: holds {_count(back)} parameters, {opened.path} has {parameters}; output discarded')
   if not skipped:
-    texts_after, skipped = _texts(context, written)
+    texts_after, skipped = _texts(context, written, opened)
     if skipped:
       raise UserError(f'{context.config.output}: its texts cannot be tokenized as those of {opened.path}: {skipped}; output discarded')
   else:

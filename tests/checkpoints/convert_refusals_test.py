@@ -69,7 +69,7 @@ BAD_FOLDERS = {
   ),
   'no_json': (lambda source: (source.path / 'config.json').write_text('{"a": '), r'config.json: not JSON'),
   'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must contain a JSON object'),
-  'not_utf8': (lambda source: (source.path / 'config.json').write_bytes(b'\xff{}'), r'config.json: not JSON'),
+  'not_utf8': (lambda source: (source.path / 'config.json').write_bytes(b'\xff{}'), r'config.json: not UTF-8'),
   'no_weights': (lambda source: (source.path / 'pytorch_model.bin').unlink(), r'source: contains no weights'),
 }
 

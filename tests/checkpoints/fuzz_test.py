@@ -22,7 +22,8 @@ import safetensors.numpy
 from polar_jax.checkpoints import checkpointer, families, importer, tokenizer_files
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ModelConfig
-from polar_jax.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer, byte_symbols, sentencepiece_proto, stop_ids
+from polar_jax.data.spelling import byte_symbols
+from polar_jax.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer, sentencepiece_proto, stop_ids
 from polar_jax.types import UserError
 
 ROUNDS = int(os.environ.get('POLAR_FUZZ', '120'))

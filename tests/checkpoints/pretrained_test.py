@@ -82,6 +82,7 @@ def save_gguf(file: pathlib.Path) -> dict[str, np.ndarray]:
   writer.add_token_types([1] * 256 + [3] * len(SPECIAL_TOKENS))
   writer.add_token_merges(['z z'])
   writer.add_bos_token_id(257)
+  writer.add_add_bos_token(True)  # a byte-level BPE adds none otherwise
   writer.add_eos_token_id(258)
   for name, array in tensors.items():
     writer.add_tensor(f'{name}.weight', array)
