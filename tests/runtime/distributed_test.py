@@ -99,7 +99,8 @@ def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, o
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  environment = {k: v for k, v in fast_compilation.environment().items() if not k.startswith(('SLURM', 'TPU'))}
+  # Optimized, as runs are: the rounding of unoptimized code depends more on the mesh.
+  environment = {k: v for k, v in fast_compilation.environment(XLA_FLAGS='').items() if not k.startswith(('SLURM', 'TPU'))}
   line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}', *settings]
   running = []
   for process in range(processes):
