@@ -46,6 +46,6 @@ def test_quickstart():
   NotebookClient(notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(FOLDER)}}).execute()
   shown = text_of(notebook)
   accuracy = re.search(r'held-out accuracy: Interval\(accuracy=([\d.]+)', shown)
-  assert accuracy and float(accuracy[1]) > 0.85, shown
+  assert accuracy and float(accuracy[1]) > 0.7, shown
   figures = [o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
   assert len(figures) == 3  # losses, rewards of candidates, rewards of PPO
