@@ -140,9 +140,8 @@ class RewardModel(Model):
     """Turns prompt, reference and candidate into token ids."""
     if self.tokenizer is None:
       raise UserError('the reward model has no tokenizer; pass one to load(..., tokenizer=...)')
-    template = open_template(self.template_config, self.tokenizer)
-    vocabulary.check_template(template, self.config.known_vocab_size, str(self.source.path) if self.source else 'the model')
-    return template
+    model = str(self.source.path) if self.source else 'the model'
+    return open_template(self.template_config, self.tokenizer, self.config.known_vocab_size, model)
 
   @functools.cached_property
   def scorer(self) -> Scorer:

@@ -24,7 +24,7 @@ from polar_jax.config import (
   TemplateConfig,
   TrainConfig,
 )
-from polar_jax.data import identity, lengths, pipeline, survey, vocabulary
+from polar_jax.data import identity, lengths, pipeline, survey
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
@@ -142,17 +142,13 @@ def train_reward_model(
     raise UserError('no tokenizer: pass `tokenizer`, or an `init` that has one')
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
-
-  reward_template = open_template(template, tokenizer)
-  vocabulary.check_template(reward_template, config.known_vocab_size, str(init) if isinstance(init, (str, pathlib.Path)) else 'the model')
-  segments = _segments(train, reward_template, data)
+  name = str(init) if isinstance(init, (str, pathlib.Path)) else 'the model'
+  segments = _segments(train, open_template(template, tokenizer, config.known_vocab_size, name), data)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
-  surveys = {'training': segments} | ({} if held_out is None else {'validation': held_out})
-  if isinstance(train, pipeline.TripletSegments):  # of a sweep, whose runs share their data
-    surveys = {}
+  validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
 
   run = trainer.Run(
     **fields,
@@ -164,14 +160,13 @@ def train_reward_model(
     plan=plan,
     batches=pipeline.pair_batches(segments, plan, pack, steps=steps, seed=seed),
     planned_rows=pack.rows,
-    validation=None
-    if held_out is None
-    else PairValidation(held_out, plan, data.row_length, args.evaluate_examples).check(data.read_threads),
+    validation=validation_batches and validation_batches.check(data.read_threads),
     load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, tokenizer, mesh, fields['name'], log),
     fingerprint=run_folder.training_settings(RANKING.name, args, config, template, tokenizer, seed, _examples_settings(segments, held_out)),
     threads=data.read_threads,
     prefetch=data.prefetch,
-    facts={'examples': {split: _survey(fields['name'], split, of, data, log) for split, of in surveys.items()}},
+    # Not of a sweep, whose runs share their data.
+    facts={} if segments is train else {'examples': _surveys(fields['name'], segments, held_out, data, log)},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
@@ -298,12 +293,26 @@ def _segments(examples: Any, template: Template, data: DataConfig, split: str = 
   return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
 
 
-def _survey(name: str, split: str, segments: pipeline.TripletSegments, data: DataConfig, log: Callable[[str], None]) -> dict[str, Any]:
-  """Log and return what of the examples cannot be learned from, or is cut off."""
-  found = survey.survey(segments, range(len(segments)), data.read_threads)
-  for line in found.lines():
-    log(f'{name}: {split} data: {line}')
-  return found.asdict()
+def _surveys(
+  name: str, train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None, data: DataConfig, log: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+  """Log and return what of the examples cannot be learned from, or is cut off.
+
+  Args:
+    name: of the run.
+    train: the training examples.
+    validation: held-out examples, if there are any.
+    data: how they are read.
+    log: receives lines.
+  """
+  out = {}
+  for split, segments in {'training': train, 'validation': validation}.items():
+    if segments is not None:
+      found = survey.survey(segments, range(len(segments)), data.read_threads)
+      out[split] = found.asdict()
+      for line in found.lines():
+        log(f'{name}: {split} data: {line}')
+  return out
 
 
 def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from polar_jax.config.reference import help_text
 from polar_jax.config.renamed import present_names
 from polar_jax.config.stages import check_overrides
 from polar_jax.planning import environment
-from polar_jax.runtime import failures, malloc, text_files
-from polar_jax.types import UserError
+from polar_jax.runtime import malloc, text_files
+from polar_jax.types import UserError, one_line
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config file>.')
@@ -128,7 +128,7 @@ def _config_file() -> str:
 
 
 def _fail(message: str) -> None:
-  print(f'polar_jax: {failures.one_line(message)}', file=sys.stderr)
+  print(f'polar_jax: {one_line(message)}', file=sys.stderr)
   sys.exit(2)
 
 

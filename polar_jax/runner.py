@@ -24,7 +24,7 @@ from polar_jax.runtime import distributed, failures, heartbeat, json_files, path
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.stages.context import Context
 from polar_jax.train.session import NonFiniteError
-from polar_jax.types import UserError
+from polar_jax.types import UserError, one_line
 
 # Each stage is imported when it runs: scoring a file needs neither the miniature nor scipy.
 _STAGES = {
@@ -99,7 +99,7 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
 
 def _stopped(message: str) -> int:
   """Print why the run stopped, in one line, and return the exit status."""
-  print(f'polar_jax: {failures.one_line(message)}', file=sys.stderr, flush=True)
+  print(f'polar_jax: {one_line(message)}', file=sys.stderr, flush=True)
   if jax.process_count() > 1:
     os._exit(1)  # an orderly exit would wait for the other processes, which wait for this one
   return 1

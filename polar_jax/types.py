@@ -27,9 +27,25 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+MAX_MESSAGE = 500  # characters
+
+
+def one_line(text: str) -> str:
+  """Return a text as one line of at most `MAX_MESSAGE` characters. The middle is left out, because the advice is at the end."""
+  line = ' '.join(text.split())
+  if len(line) <= MAX_MESSAGE:
+    return line
+  return f'{line[: MAX_MESSAGE // 2]} ... {line[5 - MAX_MESSAGE // 2 :]}'
+
 
 class UserError(ValueError):
-  """An input of the user (a setting, a file, an example) cannot be used. The message is one line with the remedy."""
+  """An input of the user (a setting, a file, an example) cannot be used. The message is one line with the remedy.
+
+  It is short whatever it quotes: see `one_line`.
+  """
+
+  def __str__(self) -> str:
+    return one_line(super().__str__())
 
 
 Text = str | list[dict[str, Any]]  # a string, or messages whose `content`s are joined by newlines

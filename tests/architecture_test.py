@@ -1,4 +1,4 @@
-"""The package graph: no cycles, and light entry points stay light."""
+"""The package graph: no cycles, and light entry points stay light. Files and functions stay short."""
 
 from __future__ import annotations
 
@@ -106,3 +106,18 @@ def test_scoring_a_file_loads_neither_tfds_nor_synthesis():
 
 def test_no_mock_in_production():
   assert not [file for file in PACKAGE.rglob('*.py') if 'unittest' in file.read_text() or 'mock' in file.read_text()]
+
+
+def test_files_are_short():
+  """Files of at most 600 lines, functions of the package of less than 80."""
+  folders = (PACKAGE, *(PACKAGE.parent / name for name in ('tests', 'configs', 'benchmarks')))
+  texts = {file: file.read_text() for folder in folders for file in folder.rglob('*.py')}
+  assert {file.name: n for file, text in texts.items() if (n := len(text.splitlines())) > 600} == {}
+  functions = [
+    (file.name, node.name, node.end_lineno - node.lineno + 1)
+    for file, text in texts.items()
+    if PACKAGE in file.parents
+    for node in ast.walk(ast.parse(text))
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+  ]
+  assert [(file, name, lines) for file, name, lines in functions if lines >= 80] == []

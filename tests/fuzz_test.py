@@ -5,7 +5,6 @@ The mutations are seeded. `POLAR_FUZZ=2000 python -m pytest tests/fuzz_test.py` 
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzzing import changed_value
 
 from polar_jax.config import SynthesizeConfig
 from polar_jax.data import examples, text, token_store
@@ -50,33 +50,12 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
   return data
 
 
-def changed_value(value: Any, rng: np.random.Generator) -> Any:
-  """Return a JSON value in which one part is replaced, dropped or renamed."""
-  value = copy.deepcopy(value)
-  node, path = value, []
-  while isinstance(node, (dict, list)) and node and (not path or rng.random() < 0.8):
-    key = list(node)[int(rng.integers(len(node)))] if isinstance(node, dict) else int(rng.integers(len(node)))
-    path.append((node, key))
-    node = node[key]
-  if not path:
-    return VALUES[int(rng.integers(len(VALUES)))]
-  parent, key = path[-1]
-  kind = int(rng.integers(4))
-  if kind == 0:
-    del parent[key]
-  elif kind == 1 and isinstance(parent, dict):
-    parent[f'{key}x'] = parent.pop(key)
-  else:
-    parent[key] = VALUES[int(rng.integers(len(VALUES)))]
-  return value
-
-
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
   """Damage a file: half of the time, if it is JSON or lines of it, a value in it, else its bytes."""
   if rng.random() < 0.5:
     return damaged(data, rng)
   try:
-    return json.dumps(changed_value(json.loads(data), rng)).encode()
+    return json.dumps(changed_value(json.loads(data), VALUES, rng)).encode()
   except ValueError:
     pass
   try:
@@ -84,7 +63,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
   except ValueError:
     return damaged(data, rng)
   i = int(rng.integers(len(lines)))
-  lines[i] = changed_value(lines[i], rng)
+  lines[i] = changed_value(lines[i], VALUES, rng)
   return ''.join(json.dumps(line) + '\n' for line in lines).encode()
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_jax.config import TemplateConfig
+from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate, NoChatTemplateError
 from polar_jax.data.conversation import ConversationEncoder, as_messages
-from polar_jax.data.template import Template, TemplateError, Truncated, check_wrapper, join_messages
+from polar_jax.data.template import Template, TemplateError, Truncated, check_wrapper, join_messages, numbered
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import Text, Triplet
 
@@ -35,36 +36,14 @@ class ConversationTemplate(Template):
       raise NoChatTemplateError('template.chat is always, but the byte tokenizer has no chat template; use the tokenizer of the checkpoint')
     self._encoder = ConversationEncoder(ChatTemplate.from_folder(pathlib.Path(path).parent), tokenizer)
 
-  def encode(self, triplet: Triplet) -> tuple[list[int], list[int]]:
-    """Return the token ids of the conversations that end in the chosen and in the rejected candidate.
+  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[list[int]]:
+    """Return the token ids of the conversations that end in each candidate; reference, wrapper and `alone` make no difference.
 
     Raises:
-      UserError: a field is neither a string nor messages with roles, the wrapper is unknown, or a conversation is too long.
-    """
-    check_wrapper(triplet.wrapper)
-    chosen, rejected = (
-      self._conversation(triplet.prompt, candidate, name)[1]
-      for candidate, name in ((triplet.chosen, 'chosen'), (triplet.rejected, 'rejected'))
-    )
-    return chosen, rejected
-
-  def encode_candidates(
-    self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
-  ) -> list[list[int]]:
-    """Return the token ids of the conversations that end in each candidate.
-
-    Args:
-      prompt: the prompt.
-      reference: ignored.
-      candidates: the candidates.
-      wrapper: 'sft' or 'pretrain', which make no difference.
-      alone: makes no difference.
-
-    Raises:
-      UserError: an input is neither a string nor messages with roles, or a conversation is too long.
+      UserError: an input is neither a string nor messages with roles, the wrapper is unknown, or a conversation is too long.
     """
     check_wrapper(wrapper)
-    return [self._conversation(prompt, candidate, f'candidates[{i}]')[1] for i, candidate in enumerate(candidates)]
+    return [self._conversation(prompt, candidate, name)[1] for name, candidate in candidates.items()]
 
   def candidate_texts(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
@@ -79,7 +58,7 @@ class ConversationTemplate(Template):
     check_wrapper(wrapper)
     names = {i: string for string, i in self.tokenizer.control.items()}
     added = ''.join(names.get(i, '') for i in self.tokenizer.prefix_ids)
-    texts = [self._conversation(prompt, candidate, f'candidates[{i}]')[0] for i, candidate in enumerate(candidates)]
+    texts = [self._conversation(prompt, candidate, name)[0] for name, candidate in numbered(candidates).items()]
     if not all(text.startswith(added) for text in texts):
       raise TemplateError(
         f'a server would put {added!r} before each text, which the chat template does not write; score with the model in this process, or '
@@ -117,12 +96,22 @@ def _checked(text: Text, field: str, role: str) -> list[Mapping[str, Any]]:
   return messages
 
 
-def open_template(config: TemplateConfig, tokenizer: Tokenizer) -> Template:
+def open_template(config: TemplateConfig, tokenizer: Tokenizer, vocab_size: int | None = None, model: str = 'the model') -> Template:
   """Return the template that a reward model reads: its chat template if `config.chat` is 'always', else POLAR's.
 
   ('auto' is decided where the checkpoint is known: see `Pretrained.template`.)
 
+  Args:
+    config: settings of the template.
+    tokenizer: of the model.
+    vocab_size: rows of the model's embedding, below which all ids must be; None: not checked.
+    model: name of the model in messages.
+
   Raises:
+    VocabularyError: an id of the tokenizer or of the template is beyond the embedding.
     UserError: the tokenizer has no reward token, or its folder no chat template.
   """
-  return ConversationTemplate(config, tokenizer) if config.chat == 'always' else Template(config, tokenizer)
+  template = ConversationTemplate(config, tokenizer) if config.chat == 'always' else Template(config, tokenizer)
+  if vocab_size is not None:
+    vocabulary.check_template(template, vocab_size, model)
+  return template

@@ -16,13 +16,14 @@ from typing import Any, Generic, TypeVar, overload
 from polar_jax.data import readers
 from polar_jax.data.readers import SUFFIXES, DataError
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
-from polar_jax.runtime import json_files
+from polar_jax.runtime import failures, json_files
 from polar_jax.runtime.paths import in_bucket, path_of
 from polar_jax.types import Prompt, Triplet, UserError
 
 STYLE = 'polar'  # the reward_model.style of the official format
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
 _Checked = TypeVar('_Checked')
+_MAX_REASON = 300  # characters
 _TFDS_FILES = ('dataset_info.json', '*/dataset_info.json', '*/*/dataset_info.json')  # in the folder itself, or in name/version below it
 
 
@@ -81,6 +82,7 @@ class BadField(Exception):
   """A check of an example failed, with the field at fault (None: the example as a whole) and the reason."""
 
   def __init__(self, field: str | None, reason: str):
+    reason = failures.shortened(' '.join(reason.split()), _MAX_REASON)  # it may quote a value of any length
     super().__init__(reason)
     self.field, self.reason = field, reason
 

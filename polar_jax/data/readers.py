@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.runtime import json_files, text_files
+from polar_jax.runtime import json_files, paths, text_files
 from polar_jax.types import UserError
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
@@ -116,7 +116,7 @@ def _read_saved(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   state = json_files.read(path / _STATE, 'save the data set again')
   entries = state.get('_data_files')
   listed = [entry.get('filename') if isinstance(entry, dict) else None for entry in entries] if isinstance(entries, list) else [None]
-  names = [str(name) for name in listed if isinstance(name, str) and (path / name).is_file()]
+  names = [str(name) for name in listed if paths.is_plain_name(name) and (path / str(name)).is_file()]
   if len(names) < len(listed):
     raise DataError(
       f'{path / _STATE}: lists files that are not there ({str(listed)[:100]}); copy the whole folder, or save the data set again'

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from polar_jax.runtime import text_files
+from polar_jax.runtime import json_files
 from polar_jax.types import UserError
 
 NAMES = ('bos', 'eos', 'pad', 'unk')
@@ -56,16 +56,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   try:
-    value = json.loads(text_files.read_text(path))
-  except text_files.TextError as error:
+    return json_files.read(path, 'download it again')
+  except json_files.JsonError as error:
     raise TokenizerError(str(error)) from error
-  except OSError as error:
-    raise TokenizerError(f'{path}: cannot be read ({error.strerror}); check its permissions and the disk') from error
-  except (ValueError, RecursionError) as error:
-    raise TokenizerError(f'{path}: not JSON: {str(error)[:160]}; download it again') from error
-  if not isinstance(value, dict):
-    raise TokenizerError(f'{path}: must contain a JSON object, not {type(value).__name__}; download it again')
-  return value
 
 
 def read_special_tokens(folder: pathlib.Path) -> SpecialTokens:

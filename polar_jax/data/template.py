@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from polar_jax.config import TemplateConfig
@@ -129,7 +129,7 @@ class Template:
     Raises:
       TemplateError: a field is neither a string nor a list of messages, or the wrapper is unknown.
     """
-    candidates = [join_messages(triplet.chosen, 'chosen'), join_messages(triplet.rejected, 'rejected')]
+    candidates = {'chosen': triplet.chosen, 'rejected': triplet.rejected}
     chosen, rejected = self._sequences(triplet.prompt, triplet.reference, candidates, triplet.wrapper)
     return chosen, rejected
 
@@ -148,8 +148,7 @@ class Template:
     Raises:
       TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
-    texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
-    return self._sequences(prompt, reference, texts, wrapper, alone)
+    return self._sequences(prompt, reference, numbered(candidates), wrapper, alone)
 
   def most_tokens(self, triplet: Triplet) -> int | None:
     """Return a number of tokens that the sequences of a triplet together do not exceed, without tokenizing; None if none is certain.
@@ -164,8 +163,8 @@ class Template:
       return None
     size = lambda text: len(text.encode('utf-8'))
     context = size(contexts[0]) + sum(size(text) + size(contexts[0]) + size(c.separator) + 1 for text in contexts[1:])
-    # Each sequence has a BOS, a newline before the candidate, and the reward token, which a client's tokenizer may not know.
-    return sum(1 + context + 1 + size(candidate) + size(c.reward_token) for candidate in candidates)
+    # Each sequence has what precedes a text, a newline before the candidate, and the reward token, which a client's tokenizer may not know.
+    return sum(len(self.tokenizer.prefix_ids) + context + 1 + size(candidate) + size(c.reward_token) for candidate in candidates)
 
   def truncated(self, triplet: Triplet) -> Truncated | None:
     """Return what of an example is cut off; None without tokenizing, if it is certain that the model reads every text as it is.
@@ -194,11 +193,13 @@ class Template:
     Raises:
       TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
-    texts = [join_messages(candidate, f'candidates[{i}]') for i, candidate in enumerate(candidates)]
+    texts = [join_messages(candidate, name) for name, candidate in numbered(candidates).items()]
     return [text + self.config.reward_token for text, _ in self._encoded(prompt, reference, texts, wrapper, alone)]
 
-  def _sequences(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool = False) -> list[list[int]]:
-    encoded = self._encoded(prompt, reference, candidates, wrapper, alone)
+  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[list[int]]:
+    """Return the token ids of each candidate; `candidates` are by the names that messages give them."""
+    texts = [join_messages(candidate, name) for name, candidate in candidates.items()]
+    encoded = self._encoded(prompt, reference, texts, wrapper, alone)
     assert self.reward_token_id is not None
     if self.config.rule == 'trainer':
       return [[*ids, self.reward_token_id] for _, ids in encoded]
@@ -326,6 +327,11 @@ def _warn_of_textual_separator(separator: str) -> None:
     'set template.separator_id if the model was trained with a single token',
     stacklevel=3,
   )
+
+
+def numbered(candidates: Sequence[Text]) -> dict[str, Text]:
+  """Return candidates by the names that messages give them."""
+  return {f'candidates[{i}]': candidate for i, candidate in enumerate(candidates)}
 
 
 def shortened(text: str) -> str:

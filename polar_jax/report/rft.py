@@ -110,6 +110,6 @@ def _samples(samples: Mapping[str, Records]) -> list[str]:
 
 
 def _cells(sample: Mapping[str, Any]) -> list[str]:
-  texts = [markdown.shorten(sample.get(key, ''), longest) for key, longest in _LONGEST]
+  texts = [markdown.shorten(str(sample.get(key) or ''), longest) for key, longest in _LONGEST]
   numbers = [markdown.number(sample.get(key)) for key in ('score', 'shuffled', 'length')]
   return [markdown.escape(str(sample.get('pick', ''))), *texts, *numbers]

@@ -13,7 +13,8 @@ import struct
 import traceback
 import zlib
 
-MAX_LINE = 500
+from polar_jax.types import one_line
+
 _MAX_REASON, _MAX_PLACE = 200, 120
 
 _DAMAGED = 'check the file: it is damaged, incomplete or of another format'
@@ -55,23 +56,15 @@ _REMEDIES = {
 }
 
 
-def one_line(text: str) -> str:
-  """Return a text as one line of at most `MAX_LINE` characters. The middle is left out, because the advice is at the end."""
-  line = ' '.join(text.split())
-  if len(line) <= MAX_LINE:
-    return line
-  return f'{line[: MAX_LINE // 2]} ... {line[5 - MAX_LINE // 2 :]}'
-
-
 def explain(error: BaseException) -> str | None:
   """Return one line with place, reason and remedy for an error that a file, a library or the machine caused; None for any other."""
-  reason = _shortened(' '.join(str(error).split()) or type(error).__name__, _MAX_REASON)
+  reason = shortened(' '.join(str(error).split()) or type(error).__name__, _MAX_REASON)
   if isinstance(error, MemoryError):
     return one_line(f'{_place(error)}the host ran out of memory ({reason}); use smaller batches or rows, or a host with more memory')
   if _is_device_memory(error):
     return one_line(f'a device ran out of memory ({reason}); use smaller batches or rows, model.remat=full, or more devices')
   if isinstance(error, OSError) and error.strerror:
-    place = f'{_shortened(str(error.filename), _MAX_PLACE)}: ' if error.filename else _place(error)
+    place = f'{shortened(str(error.filename), _MAX_PLACE)}: ' if error.filename else _place(error)
     return one_line(
       f'{place}{error.strerror}; {_REMEDIES.get(error.errno or 0, "check the disk or the network, then run the same command again")}'
     )
@@ -104,10 +97,10 @@ def _place(error: BaseException) -> str:
     values += [getattr(frame.f_locals.get('self'), name, None) for name in ('path', '_path', '_file')]
     found = next((value for value in values if isinstance(value, pathlib.PurePath)), None)
     if found is not None:
-      return f'{_shortened(str(found), _MAX_PLACE)}: '
+      return f'{shortened(str(found), _MAX_PLACE)}: '
   return ''
 
 
-def _shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int) -> str:
   """Return a text without its middle if it is longer than `most` characters."""
   return text if len(text) <= most else f'{text[: most // 2]}...{text[-(most // 2) :]}'

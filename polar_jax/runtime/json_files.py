@@ -16,10 +16,26 @@ from polar_jax.runtime import text_files
 from polar_jax.types import UserError
 
 _MAX_SHOWN = 160  # characters of a reason
+_KINDS: dict[type, str] = {dict: 'object', list: 'array'}
 
 
 class JsonError(UserError):
   """A text is not JSON. The message is one line for the user."""
+
+
+class RepeatedKeyError(JsonError):
+  """An object has a key twice, so that it is open which value counts.
+
+  Attributes:
+    key: the key.
+  """
+
+  def __init__(self, key: str, count: int):
+    super().__init__(f'the key {key!r:.60} occurs {count} times in one object; only one value can be meant')
+    self.key, self._count = key, count
+
+  def __reduce__(self) -> tuple:
+    return type(self), (self.key, self._count)
 
 
 def parse(text: str | bytes, **hooks: Any) -> Any:
@@ -35,7 +51,7 @@ def parse(text: str | bytes, **hooks: Any) -> Any:
   try:
     text = text.decode('utf-8') if isinstance(text, bytes) else text  # json.loads would also take UTF-16
     return json.loads(text, object_pairs_hook=_without_repetition, **hooks)
-  except JsonError:
+  except RepeatedKeyError:
     raise
   except UnicodeDecodeError as error:
     raise JsonError(f'not UTF-8 (byte {error.start}); {text_files.advice(error.object[error.start :])}') from error
@@ -50,7 +66,7 @@ def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
   if len(out) != len(pairs):
     names = [name for name, _ in pairs]
     twice = next(name for name in names if names.count(name) > 1)
-    raise JsonError(f'the key {twice!r:.60} occurs {names.count(twice)} times in one object; only one value can be meant')
+    raise RepeatedKeyError(twice, names.count(twice))
   return out
 
 
@@ -72,7 +88,7 @@ def read(path: pathlib.Path, remedy: str, kind: type = dict) -> Any:
   except (JsonError, OSError) as error:
     raise JsonError(f'{path}: {shorten(error)}; {remedy}') from error
   if not isinstance(value, kind):
-    raise JsonError(f'{path}: contains {type(value).__name__} instead of {kind.__name__}; {remedy}')
+    raise JsonError(f'{path}: must contain a JSON {_KINDS[kind]}, not {type(value).__name__}; {remedy}')
   return value
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import re
 from typing import cast
 
 from etils import epath
 
 from polar_jax.types import UserError
 
+_PLAIN_NAME = re.compile(r'(?!\.{1,2}$)[^/\\\x00-\x1f]{1,100}')
 _SCHEMES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}  # -> the package that reads it, and the extra that installs it
 
 
@@ -29,6 +31,11 @@ def path_of(text: str | os.PathLike[str]) -> pathlib.Path:
   if importlib.util.find_spec(module) is None:
     raise UserError(f"{text}: reading {scheme}:// needs {module}; run: pip install 'polar_jax[{extra}]'")
   return cast(pathlib.Path, epath.Path(text))  # a PurePosixPath with the methods of pathlib.Path, but not a subclass
+
+
+def is_plain_name(name: object) -> bool:
+  """Return whether a name found in a file is that of a file in the same folder: no path, which could lead out of it."""
+  return isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:

@@ -232,10 +232,9 @@ def partial_files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _read_header(path: pathlib.Path) -> dict[str, Any]:
   try:
-    known = json.loads(path.read_text(encoding='utf-8'))
-  except (OSError, ValueError):  # cut short by a kill, or never written
+    return json_files.read(path, 'delete it')
+  except json_files.JsonError:  # cut short by a kill, or never written
     return {}
-  return known if isinstance(known, dict) else {}
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -19,7 +19,6 @@ from polar_jax.checkpoints.checkpointer import FOLDER
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import Config, ConfigError
-from polar_jax.data import vocabulary
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import describe_skipped
 from polar_jax.data.template import Template
@@ -51,8 +50,7 @@ def score(context: Context) -> dict[str, Any]:
     kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
     raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the score stage needs a reward model')
   tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
-  template = open_template(opened.template(config.template), tokenizer)
-  vocabulary.check_template(template, opened.model.known_vocab_size, str(checkpoint))
+  template = open_template(opened.template(config.template), tokenizer, opened.model.known_vocab_size, str(checkpoint))
   if template.config.chat == 'always':
     context.log(f'score: {checkpoint} reads prompt and output through its chat template (template.chat=never: through that of POLAR)')
   skipped: list[tuple[int, str]] = []

@@ -18,6 +18,7 @@ import polar_jax
 from polar_jax import sharding
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError, ConvertConfig, MeshConfig, TemplateConfig
+from polar_jax.data import template as template_lib
 from polar_jax.data.template import TemplateError
 from polar_jax.data.tokenizer import open_tokenizer
 from polar_jax.stages import convert
@@ -144,6 +145,7 @@ def test_a_chat_template_is_used_unless_the_model_says_otherwise(data_folder, tm
   chat, polar = (TemplateConfig(chat=chat, reward_token_id=257) for chat in ('always', 'never'))
   with_token = polar_jax.load(case, mesh=mesh(), template=chat)
   assert with_token.template.encode_candidates(row['prompt'], '', [row['output']])[0][-2:] == [open_tokenizer(case).encode('\n')[0], 257]
+  template_lib._warn_of_textual_separator.cache_clear()  # it warns once
   with pytest.warns(UserWarning, match='tokenized as ordinary text'):
     assert np.isfinite(scores(case, [row], template=polar)).all()
   # A model of ours may have a chat template from the language model that it started from.

@@ -5,7 +5,6 @@ The damage is random but seeded. `POLAR_FUZZ=2000 python -m pytest tests/checkpo
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from fuzzing import changed_value
 
 from polar_jax.checkpoints import checkpointer, families, importer, tokenizer_files
 from polar_jax.checkpoints.pretrained import open_pretrained
@@ -57,33 +57,13 @@ def flipped(data: bytes, rng: np.random.Generator) -> bytes:
   return data[:at] + (value % 2 ** (8 * size)).to_bytes(size, 'little') + data[at + size :]
 
 
-def changed(value: Any, rng: np.random.Generator) -> Any:
-  """Return a JSON value in which one part is replaced, dropped or renamed."""
-  value = copy.deepcopy(value)
-  parent, key, node = None, None, value
-  while isinstance(node, (dict, list)) and node and (parent is None or rng.random() < 0.8):
-    parent, key = node, list(node)[int(rng.integers(len(node)))] if isinstance(node, dict) else int(rng.integers(len(node)))
-    node = parent[key]
-  odd = ODD[int(rng.integers(len(ODD)))]
-  if parent is None:
-    return odd
-  kind = int(rng.integers(5))
-  if kind == 0:
-    del parent[key]
-  elif kind == 1 and isinstance(parent, dict):
-    parent[f'{key}{rng.integers(3)}'] = parent.pop(key)
-  else:
-    parent[key] = odd
-  return value
-
-
 def damage(file: pathlib.Path, rng: np.random.Generator) -> None:
   data = file.read_bytes()
   if file.suffix == '.json' and rng.random() < 0.8:
-    data = json.dumps(changed(json.loads(data), rng)).encode('utf-8', 'surrogatepass')
+    data = json.dumps(changed_value(json.loads(data), ODD, rng)).encode('utf-8', 'surrogatepass')
   elif file.suffix == '.safetensors' and rng.random() < 0.6:
     length = int.from_bytes(data[:8], 'little')
-    header = json.dumps(changed(json.loads(data[8 : 8 + length]), rng)).encode('utf-8', 'surrogatepass')
+    header = json.dumps(changed_value(json.loads(data[8 : 8 + length]), ODD, rng)).encode('utf-8', 'surrogatepass')
     data = len(header).to_bytes(8, 'little') + header + data[8 + length :]
   else:
     data = flipped(data, rng)

@@ -13,6 +13,7 @@ import pytest
 from polar_jax import runner
 from polar_jax.config import Config, ConvertConfig
 from polar_jax.runtime import failures
+from polar_jax.types import MAX_MESSAGE, UserError, one_line
 
 
 def raised(function, *arguments) -> Exception:
@@ -46,7 +47,7 @@ def nested() -> None:
 )
 def test_errors_of_files_and_libraries_are_explained(function, expected):
   line = failures.explain(raised(function))
-  assert line is not None and line.startswith(expected) and len(line) <= failures.MAX_LINE and '; ' in line
+  assert line is not None and line.startswith(expected) and len(line) <= MAX_MESSAGE and '; ' in line
 
 
 @pytest.mark.parametrize('error', [KeyError('a'), TypeError('b'), ValueError('c'), AssertionError(), RuntimeError('d')])
@@ -55,11 +56,11 @@ def test_mistakes_of_the_code_keep_their_traceback(error):
 
 
 def test_lines_are_short_and_keep_the_advice():
-  assert failures.one_line('a\n b') == 'a b'
-  line = failures.one_line('start ' + 'x' * 5_000 + '; do this')
-  assert len(line) <= failures.MAX_LINE and line.startswith('start x') and line.endswith('x; do this') and ' ... ' in line
+  assert one_line('a\n b') == 'a b'
+  line = one_line('start ' + 'x' * 5_000 + '; do this')
+  assert len(line) <= MAX_MESSAGE and line.startswith('start x') and line.endswith('x; do this') and ' ... ' in line
   line = failures.explain(OSError(2, 'No such file or directory', '/' + 'y' * 4_000))
-  assert len(line) <= failures.MAX_LINE and line.endswith('yyy: No such file or directory; check the path')
+  assert len(line) <= MAX_MESSAGE and line.endswith('yyy: No such file or directory; check the path')
 
 
 def test_a_run_ends_in_one_line_and_keeps_the_traceback(tmp_path, monkeypatch, capsys):
@@ -75,3 +76,8 @@ def test_a_run_ends_in_one_line_and_keeps_the_traceback(tmp_path, monkeypatch, c
   assert line.startswith('polar_jax: ArrowInvalid: bad bytes; check the file: it is damaged, incomplete or of another format (traceback: ')
   assert line.endswith('/run/error.txt)')
   assert 'Traceback (most recent call last)' in (tmp_path / 'run/error.txt').read_text()
+
+
+def test_messages_for_the_user_are_short_lines_whatever_they_quote():
+  message = str(UserError('a.jsonl: category is ' + 'x' * 5_000 + '\n; shorten it'))
+  assert len(message) <= MAX_MESSAGE and '\n' not in message and message.startswith('a.jsonl: ') and message.endswith('; shorten it')

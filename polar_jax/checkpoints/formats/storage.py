@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from polar_jax.runtime import json_files, paths
 from polar_jax.types import UserError
 
 DTYPES = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(ml_dtypes.bfloat16)}
-_FILE_NAME = re.compile(r'(?!\.{1,2}$)[^/\\\x00-\x1f]{1,100}')  # no path, which could lead out of the folder
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -197,16 +197,15 @@ def _find_files(folder: pathlib.Path, layout: Layout) -> tuple[list[pathlib.Path
 def _read_index(index: pathlib.Path) -> dict[str, str]:
   """Return {tensor: file name} of an index file."""
   try:
-    content = json.loads(index.read_text(encoding='utf-8'))
-    tensor_files = content['weight_map']
-    plain = all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in tensor_files.values())
-  except OSError as error:
-    raise CheckpointFileError(f'{index}: cannot be read ({error.strerror}); check its permissions and the disk') from error
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    tensor_files = json_files.read(index, 'download it again')['weight_map']
+    plain = all(map(paths.is_plain_name, tensor_files.values()))
+  except json_files.JsonError as error:
+    raise CheckpointFileError(str(error)) from error
+  except (KeyError, AttributeError) as error:
     raise CheckpointFileError(
       f'{index}: is not an index (a JSON object whose `weight_map` maps each tensor to its file); download it again'
     ) from error
-  if not tensor_files or not plain:  # a path could lead out of the folder
+  if not tensor_files or not plain:
     raise CheckpointFileError(f'{index}: `weight_map` must map each tensor to the name of a file in this folder')
   return tensor_files
 

@@ -27,6 +27,7 @@ from absl import logging
 from polar_jax.config import ConfigError, RewardConfig
 from polar_jax.data.template import Template
 from polar_jax.ppo.rewards.sources import check_rewards, score_on_first_process, shorten
+from polar_jax.runtime import json_files
 from polar_jax.types import Prompt, UserError
 
 BATCH = 64  # texts per request: they fill the server's batch, and at 2,000 tokens each a 7B model stays far below the timeout
@@ -176,10 +177,13 @@ class HttpReward:
         raise _TemporaryError(f'no reply within {timeout:g} s (rft.reward.timeout)') from error
       raise _TemporaryError(str(reason) or type(reason).__name__) from error
     try:
-      return json.loads(content, object_pairs_hook=_unique_keys)
-    except RewardServerError as error:
-      raise RewardServerError(f'{self._url}: {error}; check the server (reply: {_excerpt(content.decode(errors="replace"))})') from error
-    except ValueError as error:
+      return json_files.parse(content)
+    except json_files.RepeatedKeyError as error:
+      raise RewardServerError(
+        f'{self._url}: a reply has the key {shorten(error.key)} twice in one object, so that it is open which value counts; check the '
+        f'server (reply: {_excerpt(content.decode(errors="replace"))})'
+      ) from error
+    except json_files.JsonError as error:
       raise _TemporaryError(f'a reply that is not JSON ({_excerpt(content.decode(errors="replace"))})') from error
 
   def _read(self, response: http.client.HTTPResponse) -> bytes:
@@ -255,20 +259,6 @@ def _parse_reward(server: str, item: Any, i: int) -> float:
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise ValueError(f'reward {i} is {shorten(json.dumps(value))}, which is not a number')
   return float(value)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Return an object of a reply.
-
-  Raises:
-    RewardServerError: a key is given twice, so that it is open which of the values counts.
-  """
-  out = dict(pairs)
-  if len(out) < len(pairs):
-    names = [key for key, _ in pairs]
-    repeated = next(key for key in names if names.count(key) > 1)
-    raise RewardServerError(f'a reply has the key {shorten(repeated)} twice in one object, so that it is open which value counts')
-  return out
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:

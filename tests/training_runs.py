@@ -1,0 +1,27 @@
+"""The runs of train/conftest.py's contexts, and what they leave on disk."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+
+from polar_jax.checkpoints.checkpointer import FOLDER, load_params
+from polar_jax.stages.context import Context
+from polar_jax.train import trainer as loop
+from polar_jax.train.objectives import RANKING
+
+STEPS, BATCH, EXAMPLES = 12, 8, 40  # of the contexts of make_context
+
+
+def checkpoints(folder: pathlib.Path) -> list[int]:
+  """Return the steps of the checkpoints in the folder of a run."""
+  return sorted(int(path.name) for path in (folder / FOLDER).iterdir())
+
+
+def parameters(folder: pathlib.Path, like: Context) -> dict[str, Any]:
+  """Return the parameters of the newest checkpoint in `folder` as numpy arrays, for the model of the context `like`."""
+  model = like.model_config()
+  functions = loop.step_lib.build(RANKING, model, loop.make_optimizer(like.config.pretrain, STEPS), like.mesh)
+  return jax.device_get(load_params(folder, functions.abstract.params))
