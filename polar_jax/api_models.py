@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from polar_jax.checkpoints import checkpointer, exporter, run_folder
 from polar_jax.checkpoints.loaded import Loaded
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import MeshConfig, ModelConfig, RftConfig, RolloutConfig, TemplateConfig
-from polar_jax.data import vocabulary
+from polar_jax.data import survey, vocabulary
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_triplets
+from polar_jax.data.pipeline import TripletSegments
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from polar_jax.evaluate import statistics
@@ -228,8 +230,13 @@ class RewardModel(Model):
 
     Args:
       examples: dicts with `prompt`, `reference`, `chosen` and `rejected`, or Triplets.
+
+    Warns:
+      UserWarning: pairs are the same to the model, or texts are truncated; with their number and those of the first.
     """
     triplets = as_triplets(examples)
+    for line in survey.survey(TripletSegments(triplets, self.template), range(len(triplets))).lines():
+      warnings.warn(line, stacklevel=2)
     rewards_NC = self.scorer.score_pairs(triplets).astype(np.float64)
     correct = statistics.pair_correct(rewards_NC[:, 0], rewards_NC[:, 1])
     return statistics.accuracy_interval(correct, cluster(triplets))

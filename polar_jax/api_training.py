@@ -148,6 +148,7 @@ def train_reward_model(
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
+  splits = {'training': segments, 'validation': held_out}
   validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
 
   run = trainer.Run(
@@ -166,7 +167,7 @@ def train_reward_model(
     threads=data.read_threads,
     prefetch=data.prefetch,
     # Not of a sweep, whose runs share their data.
-    facts={} if segments is train else {'examples': _surveys(fields['name'], segments, held_out, data, log)},
+    facts={} if segments is train else {'examples': survey.log_surveys(fields['name'], splits, data.read_threads, log)},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
@@ -291,28 +292,6 @@ def _segments(examples: Any, template: Template, data: DataConfig, split: str = 
   if isinstance(examples, pipeline.TripletSegments):
     return examples
   return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
-
-
-def _surveys(
-  name: str, train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None, data: DataConfig, log: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-  """Log and return what of the examples cannot be learned from, or is cut off.
-
-  Args:
-    name: of the run.
-    train: the training examples.
-    validation: held-out examples, if there are any.
-    data: how they are read.
-    log: receives lines.
-  """
-  out = {}
-  for split, segments in {'training': train, 'validation': validation}.items():
-    if segments is not None:
-      found = survey.survey(segments, range(len(segments)), data.read_threads)
-      out[split] = found.asdict()
-      for line in found.lines():
-        log(f'{name}: {split} data: {line}')
-  return out
 
 
 def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:

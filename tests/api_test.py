@@ -90,6 +90,15 @@ def test_training_returns_a_model_that_learned(trained):
   assert interval.n == 20 and interval.low <= interval.accuracy <= interval.high and interval.accuracy > 0.9
 
 
+def test_pairs_that_are_the_same_to_the_model_are_marked(trained, recwarn):
+  same, cut = example(1) | {'rejected': example(1)['chosen']}, {'chosen': 'a' * 5_000, 'rejected': 'a' * 5_001}
+  interval = trained.model.accuracy([same, example(2) | cut])
+  assert interval.accuracy == 0.5 and interval.low < 0.1 and interval.high > 0.9
+  lines = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+  assert any('1 of 2 examples have the same text as chosen and rejected (number 0)' in line for line in lines)
+  assert any('that the model reads as the same tokens (number 1)' in line for line in lines)
+
+
 def test_a_run_continues_when_it_is_called_again(trained, tmp_path, mesh):
   arguments = {'init': 'scratch', 'model': SHAPE, 'tokenizer': 'byte', 'mesh': mesh, 'args': ARGS}
   train = [polar_jax.Triplet(**example(i)) for i in range(40)]

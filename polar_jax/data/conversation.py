@@ -2,11 +2,13 @@
 
 Control tokens are removed from the texts of the messages before they are rendered. Where a template joins texts, or cuts something out of
 one, a control token may still appear that was in none of them. It is noticed by rendering the messages once more with harmless characters
-in place of those that control tokens begin or end with: the control tokens must be the same.
+in place of those that control tokens begin or end with: the control tokens must be the same. A role is part of what a template writes
+itself, such as `<|user|>`: roles that are not in common use are refused if they occur in a control token.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +18,12 @@ from polar_jax.data.special_strings import SpecialStrings
 from polar_jax.data.tokenizer import Tokenizer
 
 _HARMLESS = '.'
+# Templates write control tokens of these on purpose: of Zephyr, Llama 2 and 3, Gemma, ChatGLM, Granite, and those with tools.
+_ROLES = frozenset(
+  'system developer user human assistant bot gpt model tool tools tool_call tool_response function function_call observation ipython '  # noqa: SIM905
+  'environment context document documents available_tools plugin'.split()
+)
+_PLAIN_ROLE = re.compile(r'[\w .-]{1,64}')
 
 
 class ConversationEncoder:
@@ -38,6 +46,7 @@ class ConversationEncoder:
     Raises:
       ChatTemplateError: the template refuses the messages, or makes a control token of their texts.
     """
+    self._check_roles(messages)
     clean = [_map_texts(message, self._control.remove) for message in messages]
     text = self._chat.render(clean, add_generation_prompt)
     ids = self._tokenizer.encode(text)
@@ -50,6 +59,18 @@ class ConversationEncoder:
           f'{str(clean[-1])[:200]!r}; remove the parts of control tokens from the texts'
         )
     return text, ids
+
+  def _check_roles(self, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Reject roles of which a template could make another control token than that of a role."""
+    for i, message in enumerate(messages):
+      role = message.get('role') if isinstance(message, Mapping) else None
+      if not isinstance(role, str) or role in _ROLES:
+        continue
+      word = unicodedata.normalize('NFKC', role).strip().lower()
+      token = next((string for string in self._control.ids if word and word in string.lower()), None)
+      if token is not None or not _PLAIN_ROLE.fullmatch(role):
+        why = f'could become the control token {token!r}' if token is not None else 'is not a plain word'
+        raise ChatTemplateError(f'{self._chat.where}: the role of messages[{i}], {role[:80]!r}, {why}; rename it (system, user, assistant)')
 
   def _masked(self, text: str) -> str:
     """Return a text with harmless characters in place of those that a control token may begin or end with, in any normal form."""

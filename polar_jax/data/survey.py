@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polar_jax.data.examples import example_number
@@ -93,6 +93,27 @@ def survey(segments: TripletSegments, indices: Sequence[int], threads: int = 1) 
   same_text, same_tokens, responses, prompts = ([number for number, kinds in seen if kinds[kind]] for kind in range(4))
   config = segments.template.config
   return Survey(len(seen), same_text, same_tokens, responses, prompts, (config.max_response_length, config.max_length))
+
+
+def log_surveys(
+  name: str, splits: Mapping[str, TripletSegments | None], threads: int, log: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+  """Log what surveys of the splits of a run find, and return it for the report.
+
+  Args:
+    name: of the run.
+    splits: segments by the name of their split; None: the run has no such split.
+    threads: that read and tokenize.
+    log: receives lines.
+  """
+  out = {}
+  for split, segments in splits.items():
+    if segments is not None:
+      found = survey(segments, range(len(segments)), threads)
+      out[split] = found.asdict()
+      for line in found.lines():
+        log(f'{name}: {split} data: {line}')
+  return out
 
 
 def survey_prompts(prompts: Sequence[Prompt], template: Template | None, left_out: Sequence[int]) -> Survey:

@@ -10,6 +10,7 @@ accuracies with {difference, low, high, clusters, clustered_by}; margins over th
                (`pretrained_finetuned` minus the arm); runs[RUN], numbers of the training
   pretrain_lm, pretrain  loss, steps, tokens, accuracy and other numbers of the training
   rft          see `polar_jax.report.rft`
+  sweep        runs, done, sizes; examples[SPLIT], what the triplets of all runs have that cannot be learned
   scaling      see `polar_jax.scaling.analysis`
   timing       seconds by stage, and `total`
   environment  see `environment`
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.report import html, markdown, plots, sections
+from polar_jax.report import html, markdown, plots, sections, surveyed
 from polar_jax.report import rft as rft_report
 from polar_jax.report import scaling as scaling_report
 from polar_jax.runtime import json_files, paths
@@ -126,6 +127,7 @@ def _write_pages(workdir: pathlib.Path, plain: dict[str, Any]) -> None:
     figures['scaling'] = scaling_report.FIGURE
   tuning = rft_report.section(rft, figures, rft_report.read_samples(workdir), rft_runs)
   tuning += scaling_report.section(plain.get('scaling', {}), figures)
+  tuning += surveyed.section({f'sweep, {split}': found for split, found in plain.get('sweep', {}).get('examples', {}).items()})
   text = _markdown(plain, figures, tuning)
   paths.write_atomically(workdir / MARKDOWN_NAME, text)
   paths.write_atomically(workdir / HTML_NAME, html.page(text, workdir, list(figures.values())))

@@ -49,6 +49,7 @@ def run(context: Context) -> dict[str, Any] | None:
     grid.model_of(config, size)
   context.triplets('train')  # a bad file should fail here, not in every run
   sweep_jobs.check_settings(context)
+  surveys = sweep_jobs.surveys(context)
   write_atomically(workdir / sweep_worker.CONFIG, json_files.dumps(dataclasses.asdict(config), indent=2) + '\n')
   table = results.read_table(workdir / results.TABLE)
   missing = [Job(cell.size, cell) for cell in cells if cell.name not in table]
@@ -64,7 +65,8 @@ def run(context: Context) -> dict[str, Any] | None:
       named = '; '.join(f'{name}: {error}' for name, error in list(failed.items())[:5])
       raise SweepError(f'{len(failed)} runs of the sweep failed, the others are done; the same command retries them. {named}')
   _collect(context, cells)
-  return {'sweep': {'runs': len(cells), 'done': len(results.read_table(workdir / results.TABLE)), 'sizes': list(config.sweep.sizes)}}
+  done = len(results.read_table(workdir / results.TABLE))
+  return {'sweep': {'runs': len(cells), 'done': done, 'sizes': list(config.sweep.sizes), 'examples': surveys}}
 
 
 def _run(context: Context, jobs: Sequence[Job]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from polar_jax import api
 from polar_jax.checkpoints import checkpointer, settings
 from polar_jax.config import ConfigError
-from polar_jax.data import identity, pipeline, token_store
+from polar_jax.data import identity, pipeline, survey, token_store
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import flops
 from polar_jax.runtime import json_files
@@ -151,8 +151,14 @@ def _tokenizer(context: Context) -> Tokenizer:
   return context.tokenizer(context.config.pretrain.start_from)
 
 
-def _segments(context: Context) -> pipeline.TripletSegments:
-  return pipeline.TripletSegments(context.triplets('train'), context.template(_tokenizer(context)))
+def _segments(context: Context, split: str = 'train') -> pipeline.TripletSegments:
+  return pipeline.TripletSegments(context.triplets(split), context.template(_tokenizer(context)))
+
+
+def surveys(context: Context) -> dict[str, dict[str, Any]]:
+  """Log and return, by split, what of the triplets of all runs cannot be learned from, or is cut off."""
+  splits = {'training': _segments(context), 'validation': _segments(context, 'validation')}
+  return survey.log_surveys('sweep', splits, context.config.data.read_threads, context.log)
 
 
 def _steps(cell: Cell, triplet_tokens: float) -> int:

@@ -184,5 +184,19 @@ def test_a_template_that_joins_texts_to_a_control_token_is_refused(tmp_path, sou
   assert encoder.render([{'role': 'user', 'content': clean}], add_generation_prompt=False)[1]
 
 
+@pytest.mark.parametrize(
+  'role', ['im_end', 'end', 'IM_END', 'im_end|><|im_start', wide('im_end'), ' im_end ', 'a\nb', 'x' * 100, '', 'im_<s>end']
+)
+def test_roles_cannot_become_control_tokens(tmp_path, role):
+  source = '{% for m in messages %}<|{{ m.role | trim | lower }}|>{{ m.content }}{% endfor %}'
+  encoder = ConversationEncoder(ChatTemplate(source, where='here'), byte_level(tmp_path))
+  with pytest.raises(ChatTemplateError, match=r'here: the role of messages\[1\], .* rename it') as error:
+    encoder.render([{'role': 'user', 'content': 'a'}, {'role': role, 'content': 'b'}], add_generation_prompt=False)
+  assert len(str(error.value)) <= 500
+  for renamed in ('user', 'tool', 'judge 2', 'r\u00e9dacteur'):
+    text, ids = encoder.render([{'role': renamed, 'content': 'b'}], add_generation_prompt=False)
+    assert text == f'<|{renamed}|>b' and ids == encoder._tokenizer.encode(text)
+
+
 def test_special_tokens_of_this_package_are_the_controls_of_bytes():
   assert ByteTokenizer().control == {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}

@@ -30,7 +30,12 @@ from polar_jax.types import UserError
 def finished(tmp_path_factory, make_sweep):
   """The context of a sweep that ran in this process. Read only."""
   context = make_sweep(tmp_path_factory.mktemp('finished'))
-  assert stage.run(context) == {'sweep': {'runs': 4, 'done': 4, 'sizes': ['16x1', '8x1']}}
+  section = stage.run(context)['sweep']
+  surveyed = section.pop('examples')
+  assert section == {'runs': 4, 'done': 4, 'sizes': ['16x1', '8x1']}
+  assert {split: (found['examples'], found['same_text']) for split, found in surveyed.items()} == {
+    split: (len(context.triplets(name)), 0) for split, name in (('training', 'train'), ('validation', 'validation'))
+  }
   return context
 
 
