@@ -148,7 +148,7 @@ def train_reward_model(
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
-  splits = {'training': segments, 'validation': held_out}
+  splits = {} if segments is train else {'training': segments, 'validation': held_out}  # none: a sweep surveys what its runs share
   validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
 
   run = trainer.Run(
@@ -166,8 +166,7 @@ def train_reward_model(
     fingerprint=run_folder.training_settings(RANKING.name, args, config, template, tokenizer, seed, _examples_settings(segments, held_out)),
     threads=data.read_threads,
     prefetch=data.prefetch,
-    # Not of a sweep, whose runs share their data.
-    facts={} if segments is train else {'examples': survey.log_surveys(fields['name'], splits, data.read_threads, log)},
+    facts={'examples': survey.log_surveys(fields['name'], splits, data.read_threads, log)},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
