@@ -14,6 +14,9 @@ import fast_compilation
 os.environ.setdefault('XLA_FLAGS', f'--xla_force_host_platform_device_count=8 {fast_compilation.FLAGS}')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+# Lowering otherwise spends a tenth of its time on where in Python each operation comes from.
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
+
 # Processes of the tests share what they compiled: xdist workers, and runs that are killed and resumed.
 _COMPILED = None if 'JAX_COMPILATION_CACHE_DIR' in os.environ else tempfile.mkdtemp(prefix='polar_jax_compiled_')
 if _COMPILED:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import re
 
-import fast_compilation
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -17,8 +16,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / 'notebooks'
 
 @pytest.fixture(autouse=True)
 def laptop(monkeypatch):
-  """One CPU device, as readers have."""
-  monkeypatch.setenv('XLA_FLAGS', fast_compilation.FLAGS)
+  """One CPU device and optimized code, as readers have: these runs take more steps than compilations."""
+  monkeypatch.setenv('XLA_FLAGS', '')
 
 
 def text_of(notebook) -> str:

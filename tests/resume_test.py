@@ -107,28 +107,29 @@ def test_uninterrupted_run_is_a_sound_oracle(world):
   assert 'resumed' not in world.output
 
 
-def test_killed_at_any_point(world):
-  rng = np.random.default_rng(7)
+@pytest.mark.parametrize('kills', [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_at_any_point(world, kills):
+  workdir, rng = f'killed{kills}', np.random.default_rng(7)
   inside = 0
-  places = sorted(rng.choice(np.arange(4, STEPS - 8), size=4, replace=False).tolist())
+  places = sorted(rng.choice(np.arange(4, STEPS - 8), size=kills, replace=False).tolist())
   for kill, place in enumerate(places):
-    process = world.start('killed')
+    process = world.start(workdir)
     while_saving = kill % 2 == 0
     if while_saving:  # a save of a step from `place` on has begun and is not complete
-      world.wait_until(process, lambda place=place: any(step >= place for step in world.unfinished('killed')))
+      world.wait_until(process, lambda place=place: any(step >= place for step in world.unfinished(workdir)))
     else:
-      world.wait_until(process, lambda place=place: world.newest('killed') >= place)
+      world.wait_until(process, lambda place=place: world.newest(workdir) >= place)
       time.sleep(rng.uniform(0, 0.05))
     process.kill()
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert (kill == 0) or 'pretrain: resumed from step' in output
-    inside += while_saving and bool(world.unfinished('killed'))
+    inside += while_saving and bool(world.unfinished(workdir))
   assert inside, 'no kill fell into a save'
-  saved = world.newest('killed')
-  assert f'pretrain: resumed from step {saved} of {STEPS}' in world.finish('killed')
-  assert_same_end(world, 'killed')
-  assert world.unfinished('killed') == []
+  saved = world.newest(workdir)
+  assert f'pretrain: resumed from step {saved} of {STEPS}' in world.finish(workdir)
+  assert_same_end(world, workdir)
+  assert world.unfinished(workdir) == []
 
 
 @pytest.mark.slow  # the same within one process: train/trainer_test.py

@@ -180,6 +180,7 @@ def test_sigterm_to_one_process_saves_on_all_and_the_run_resumes(world, alone):
   assert losses(world, 'stopped') == losses(world, 'together2')
 
 
+@pytest.mark.slow  # restoring on another mesh: checkpoints/checkpointer_test.py; a torn checkpoint: train/trainer_test.py
 def test_a_run_of_two_processes_resumes_in_one_on_another_mesh(world, alone):
   """The newest checkpoint is also incomplete: the run resumes from the one before it, with the same results."""
   with started(world, 'elastic', 2, '--config.mesh.data=2', '--config.mesh.fsdp=-1') as running:
@@ -236,6 +237,7 @@ def test_a_lost_process_stops_the_others_with_a_named_error(world):
   assert 'process 0 of 2: another process of the run is gone' in text and 'Traceback' not in text, text
 
 
+@pytest.mark.slow  # most of a minute, and JAX's part of what the next test above checks
 def test_a_silent_process_ends_the_run(world):
   """Its connections stay open, so nothing fails; JAX ends the others after a time without heartbeats."""
   with started(world, 'silent', 2, '--config.pretrain.steps=100000', '--config.distributed.heartbeat=10') as (first, second):

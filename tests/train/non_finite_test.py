@@ -53,7 +53,7 @@ def examples_of(step, context):
   return [example for example in range(EXAMPLES) if step_of(example, context) == step]
 
 
-@pytest.mark.parametrize(('accumulation', 'devices'), [(1, 1), (4, 1), (2, 8)])
+@pytest.mark.parametrize(('accumulation', 'devices'), [(2, 8), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (1, 4))])
 def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make_context, monkeypatch, accumulation, devices):
   context = make_context(
     tmp_path,
