@@ -87,7 +87,7 @@ def _assert_same(one, other, atol=3e-6):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), one[2], other[2])
 
 
-@pytest.mark.parametrize('flip', [False, True], ids=['chosen first', 'rejected first'])
+@pytest.mark.parametrize('flip', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['chosen first', 'rejected first'])
 def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
   cases = [case[::-1] if flip else case for case in CASES]
   weights = np.linspace(0.5, 1.5, len(cases)).astype(np.float32)

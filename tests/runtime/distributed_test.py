@@ -95,12 +95,12 @@ def world(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, of_last: tuple[str, ...] = ()):
+def started(world: pathlib.Path, workdir: str, processes: int, *settings: str, of_last: tuple[str, ...] = (), flags: str = ''):
+  """Start processes. `flags` of XLA: by default they run optimized, as users do: other code rounds differently on other meshes."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  # Optimized, as runs are: the rounding of unoptimized code depends more on the mesh.
-  environment = {k: v for k, v in fast_compilation.environment(XLA_FLAGS='').items() if not k.startswith(('SLURM', 'TPU'))}
+  environment = {k: v for k, v in fast_compilation.environment(XLA_FLAGS=flags).items() if not k.startswith(('SLURM', 'TPU'))}
   line = [sys.executable, '-m', 'polar_jax.main', '--config=small.py', f'--workdir={workdir}', *settings]
   running = []
   for process in range(processes):
@@ -164,6 +164,7 @@ def test_several_processes_read_the_same_examples(world, alone):
   assert rows_of(world, 'together2')['tokens'] == rows_of(world, 'alone')['tokens']
 
 
+@pytest.mark.slow  # the parts: preemption_test.py, train/trainer_test.py
 def test_sigterm_to_one_process_saves_on_all_and_the_run_resumes(world, alone):
   settings = ('--config.mesh.data=2', '--config.mesh.fsdp=-1')
   with started(world, 'stopped', 2, *settings) as running:
@@ -200,7 +201,7 @@ def test_a_run_of_two_processes_resumes_in_one_on_another_mesh(world, alone):
 
 
 def test_hosts_with_different_settings_are_named(world):
-  with started(world, 'odd', 3, of_last=('--config.pretrain.learning_rate=1e-2',)) as running:
+  with started(world, 'odd', 3, of_last=('--config.pretrain.learning_rate=1e-2',), flags=fast_compilation.FLAGS) as running:
     assert all(process.wait(120) not in (0, None) for process in running)
   for process in range(3):
     text = output_of(world, 'odd', process)
@@ -212,7 +213,7 @@ def test_hosts_with_different_settings_are_named(world):
 def test_a_stopped_process_is_named(world):
   """A stopped process keeps its connections, and the other waits for it. Its own file has its last position."""
   quick = ('--config.pretrain.steps=100000', '--config.distributed.beat=0.2', '--config.distributed.stall=4')
-  with started(world, 'still', 2, *quick) as running:
+  with started(world, 'still', 2, *quick, flags=fast_compilation.FLAGS) as running:
     wait_for(world / 'still/pretrain/checkpoints/2', running, world, 'still')
     running[1].send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + 60
@@ -229,7 +230,7 @@ def test_a_stopped_process_is_named(world):
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
   """Immediately: the time limit for a silent process is longer than this test waits."""
   settings = ('--config.pretrain.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')
-  with started(world, 'lost', 2, *settings) as (first, second):
+  with started(world, 'lost', 2, *settings, flags=fast_compilation.FLAGS) as (first, second):
     wait_for(world / 'lost/pretrain/metrics.jsonl', [first, second], world, 'lost')
     second.send_signal(signal.SIGKILL)
     assert first.wait(60) == 1, output_of(world, 'lost', 0)
@@ -240,18 +241,22 @@ def test_a_lost_process_stops_the_others_with_a_named_error(world):
 @pytest.mark.slow  # most of a minute, and JAX's part of what the next test above checks
 def test_a_silent_process_ends_the_run(world):
   """Its connections stay open, so nothing fails; JAX ends the others after a time without heartbeats."""
-  with started(world, 'silent', 2, '--config.pretrain.steps=100000', '--config.distributed.heartbeat=10') as (first, second):
+  with started(world, 'silent', 2, '--config.pretrain.steps=100000', '--config.distributed.heartbeat=10', flags=fast_compilation.FLAGS) as (
+    first,
+    second,
+  ):
     wait_for(world / 'silent/pretrain/metrics.jsonl', [first, second], world, 'silent')
     second.send_signal(signal.SIGSTOP)
     assert first.wait(60) not in (0, None)
   assert re.search('another (task died|process of the run is gone)', output_of(world, 'silent', 0)), output_of(world, 'silent', 0)
 
 
+@pytest.mark.slow  # a lost process, above, ends the others in the same way
 def test_an_error_of_one_process_ends_all(world):
   """It exits without waiting for the others, which wait for it, and prints why, because the error is its own."""
   (world / 'broken/pretrain').mkdir(parents=True)
   (world / 'broken/pretrain/tensorboard').touch()  # where a folder is to be
-  with started(world, 'broken', 2, '--config.distributed.heartbeat=1000') as running:
+  with started(world, 'broken', 2, '--config.distributed.heartbeat=1000', flags=fast_compilation.FLAGS) as running:
     codes = [process.wait(100) for process in running]
   text = output_of(world, 'broken', 0)
   assert codes[0] == 1 and codes[1] not in (0, None), (codes, text)

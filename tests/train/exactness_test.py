@@ -83,7 +83,7 @@ def two_sequences(world):
 @pytest.mark.parametrize(
   ('mesh', 'accumulation', 'remat', 'attention'),
   [
-    (MeshConfig(fsdp=8), 1, 'none', 'chunked'),
+    pytest.param(MeshConfig(fsdp=8), 1, 'none', 'chunked', marks=pytest.mark.slow),
     (MeshConfig(data=2, fsdp=2, tensor=2), 2, 'full', 'chunked'),
     pytest.param(MeshConfig(fsdp=4, tensor=2), 1, 'dots', 'reference', marks=pytest.mark.slow),
     (None, 3, 'dots_no_batch', 'chunked'),

@@ -124,7 +124,9 @@ def test_norms_are_those_of_gradients_and_new_parameters(single):
   np.testing.assert_allclose(out['scalars']['parameter_norm'], norm(params), rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in ('4x2', 'context 4') else n for n in MESHES])
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=pytest.mark.slow) if n in ('8x1', '1x8', '4x2', 'context 4') else n for n in MESHES]
+)
 def test_sharded_equals_single_device(single, name, capfd):
   functions, state, first = _steps(MESHES[name], steps=3)
   _assert_same(first, single)
@@ -161,7 +163,9 @@ def _assert_layout(x, expected):
   assert x.sharding.is_equivalent_to(expected, x.ndim), (x.shape, x.sharding, expected)
 
 
-@pytest.mark.parametrize(('accumulation', 'mesh'), [(2, None), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))])
+@pytest.mark.parametrize(
+  ('accumulation', 'mesh'), [pytest.param(2, None, marks=pytest.mark.slow), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))]
+)
 def test_accumulation_changes_no_result(single, accumulation, mesh, capfd):
   mask = _batch().pair_mask_BP.reshape(-1, accumulation, PAIRS)
   assert len(set(mask.sum(axis=(0, 2)).tolist())) > 1  # micro-batches hold different numbers of pairs
