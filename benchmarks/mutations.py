@@ -52,7 +52,10 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   ),
   'train': (('polar_jax/train',), ('tests/train',)),
   'data': (('polar_jax/data',), ('tests/data',)),
-  'evaluate': (('polar_jax/evaluate', 'polar_jax/stages/evaluate.py'), ('tests/evaluate', 'tests/report/report_test.py')),
+  'evaluate': (
+    ('polar_jax/evaluate', 'polar_jax/stages/evaluate.py', 'polar_jax/stages/evaluate_sets.py'),
+    ('tests/evaluate', 'tests/stages/evaluate_test.py', 'tests/stages/evaluate_sets_test.py', 'tests/report/report_test.py'),
+  ),
   'scaling': (('polar_jax/scaling',), ('tests/scaling', 'tests/stages/fit_test.py')),
 }
 _COPIED = ('polar_jax', 'tests', 'configs', 'benchmarks', 'docs', 'launch', 'notebooks', 'setup.py', 'README.md')

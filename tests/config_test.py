@@ -425,9 +425,12 @@ def test_single_options_of_another_stage_are_read():
 
 
 def test_top_level_options_belong_to_stages():
-  with pytest.raises(ConfigError, match=r'^input is set, but stage pretrain does not read it; .*; drop it or add stage score$'):
+  with pytest.raises(
+    ConfigError,
+    match=r'^input is set, but stage pretrain does not read it; .*; drop it or add one of the stages that read it: evaluate, score$',
+  ):
     _checked('pretrain', 'input')
-  with pytest.raises(ConfigError, match=r'drop it or add one of the stages that read it: convert, score$'):
+  with pytest.raises(ConfigError, match=r'drop it or add one of the stages that read it: evaluate, convert, score$'):
     _checked('fit', 'output')
   _checked('score', 'checkpoint', 'input', 'output')
   _checked('convert', 'checkpoint', 'output')

@@ -21,9 +21,15 @@ class Config:
   checkpoint: str | None = option(
     None, "Checkpoint to convert or to score with, and that of tokenizer.kind 'checkpoint' (None: what the stage starts from)."
   )
-  input: str | None = option(None, 'Required by score: its examples, a .jsonl, .jsonl.gz or .parquet file, or a folder of `save_to_disk`.')
+  input: str | None = option(
+    None,
+    'Required by score: its examples, a .jsonl, .jsonl.gz or .parquet file, or a folder of `save_to_disk`; evaluate also takes several, '
+    'separated by commas.',
+  )
   output: str | None = option(
-    None, 'Required by convert and score: the folder of the converted checkpoint, or the .jsonl or .jsonl.gz file of scored examples.'
+    None,
+    'Required by convert and score: the folder of the converted checkpoint, or the .jsonl or .jsonl.gz file of scored examples; and by '
+    'evaluate on given data: the folder of its results.',
   )
   model: ModelConfig = section(ModelConfig())
   tokenizer: TokenizerConfig = section(TokenizerConfig())

@@ -10,10 +10,20 @@ from polar_jax.config.model import STORED_DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """Evaluation of the reward models of a workdir."""
+  """Evaluation of the reward models of a workdir, or of one reward model on given files and benchmarks."""
 
   rows_per_batch: int = option(16, 'Rows scored at a time; a row holds several groups of candidates.', min=1)
   bootstrap: int = option(2_000, 'Bootstrap resamples of the 95% intervals.', min=100)
+  benchmarks: str | None = option(
+    None, 'Public benchmarks to evaluate on, separated by commas: judgebench, rm_bench, rmb, polar_rmb. None: no benchmark.'
+  )
+  folder: str | None = option(None, 'Folder with a folder of published files for each benchmark. None: no benchmark.')
+  scores: str | None = option(
+    None, 'Rewards that another system recorded, a .jsonl or .jsonl.gz file of {"id": ..., "rewards": [...]}. None: those of checkpoint.'
+  )
+  references: str = option(
+    'true', 'Which references the model reads, separated by commas, the first for the results: true, none, empty, shuffled, twin.'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ accuracies with {difference, low, high, clusters, clustered_by}; margins over th
                (`pretrained_finetuned` minus the arm); runs[RUN], numbers of the training
   pretrain_lm, pretrain  loss, steps, tokens, accuracy and other numbers of the training
   rft          see `polar_jax.report.rft`
+  evaluation   sets[NAME], as in the evaluation.json of the stage evaluate on given data
   sweep        runs, done, sizes; examples[SPLIT], what the triplets of all runs have that cannot be learned
   scaling      see `polar_jax.scaling.analysis`
   timing       seconds by stage, and `total`
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.report import html, markdown, plots, sections, surveyed
+from polar_jax.report import evaluation, html, markdown, plots, sections, surveyed
 from polar_jax.report import rft as rft_report
 from polar_jax.report import scaling as scaling_report
 from polar_jax.runtime import json_files, paths
@@ -214,18 +215,22 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
     drawn['accuracy'] = plots.accuracy_bars(by_split, evaluate.get('baselines', {}))
   if arms:
     drawn['arms'] = plots.arm_bars(arms, finetune.get('baselines', {}))
+  drawn |= evaluation.draw(results.get('evaluation', {}))
   return plots.save_all(drawn, workdir)
 
 
 def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: list[str]) -> str:
   # The overview and the limitations are about reward models; a workdir that only scored, converted or tuned a policy has none.
-  studied = any(results.get(stage) for stage in sections.STAGES) or not (tuning or any(results.get(tool) for tool in sections.TOOLS))
+  studied = any(results.get(stage) for stage in sections.STAGES) or not (
+    tuning or any(results.get(tool) for tool in (*sections.TOOLS, 'evaluation'))
+  )
   parts = [
     '# polar_jax run report',
     *([sections.overview(results)] if studied else []),
     *sections.policies(results, figures),
     *sections.preferences(results, figures),
     *sections.training(results, figures),
+    *evaluation.section(results.get('evaluation', {}), figures),
     *tuning,
     *sections.tools(results),
     *sections.time_and_environment(results),

@@ -59,8 +59,8 @@ def policies(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str
   splits = markdown.ordered({**by_split, **{s: 0 for b in baselines.values() for s in b}}, SPLITS)
   if not splits:
     return []
-  body = [['**pre-trained model**', *(_accuracy(by_split.get(s)) for s in splits)]] if by_split else []
-  body += [[_baseline_name(name), *(_accuracy(baselines[name].get(s)) for s in splits)] for name in _baseline_order(baselines)]
+  body = [['**pre-trained model**', *(accuracy(by_split.get(s)) for s in splits)]] if by_split else []
+  body += [[_baseline_name(name), *(accuracy(baselines[name].get(s)) for s in splits)] for name in _baseline_order(baselines)]
   first = [by_split] if by_split else list(baselines.values())
   intervals = {s: next((source[s] for source in first if s in source), None) for s in splits}
   out = [
@@ -68,14 +68,14 @@ def policies(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str
     'Chosen and reference are two samples of one policy; rejected is a sample of another. Accuracy in %.',
     markdown.table(['', *(_with_size(s, intervals[s]) for s in splits)], body),
   ]
-  out += _clustering({s: interval for s, interval in intervals.items() if interval})
+  out += clustering({s: interval for s, interval in intervals.items() if interval})
   out += markdown.figure(figures, 'accuracy', 'Accuracy by split, with 95% intervals')
   out += surveyed.section(evaluate.get('examples', {}))
   margins = evaluate.get('margin_over_best_baseline', {})
   sentences = []
   for split in splits:
     if split in margins:
-      sentences.append(f'{markdown.escape(split)}: {_verdict("the model", margins[split])}')
+      sentences.append(f'{markdown.escape(split)}: {verdict("the model", margins[split])}')
     elif split in by_split:
       sentences.append(f'{markdown.escape(split)}: no paired comparison with the baselines was recorded.')
   return [*out, markdown.bullets(sentences)] if sentences else out
@@ -93,17 +93,17 @@ def preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[
         f'`{ARMS[0]}` minus: paired difference in points between `{ARMS[0]}` and the arm of the line, on the same examples; '
         'positive if the arm of the line is less accurate.'
       )
-    out += _clustering({'preferences': next(iter([*arms.values(), *baselines.values()]))})
+    out += clustering({'preferences': next(iter([*arms.values(), *baselines.values()]))})
     out += surveyed.section(finetune.get('examples', {}))
     out += markdown.figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')
     main = arms.get(ARMS[0])
     comparable = {name: v for name, v in baselines.items() if name not in baselines_lib.NOT_HEURISTICS}
     if 'margin_over_best_baseline' in finetune:
-      out.append(f'On preferences, {_verdict("the fine-tuned model", finetune["margin_over_best_baseline"])}')
+      out.append(f'On preferences, {verdict("the fine-tuned model", finetune["margin_over_best_baseline"])}')
     elif main and comparable:
       out.append(_unpaired_verdict(main, comparable))
   if categories:
-    body = [[markdown.escape(name), _accuracy(v), f'{v["n"]:,}', _cluster_count(v)] for name, v in sorted(categories.items())]
+    body = [[markdown.escape(name), accuracy(v), f'{v["n"]:,}', _cluster_count(v)] for name, v in sorted(categories.items())]
     out += ['### By category', markdown.table(['category', 'accuracy, %', 'n', 'clusters'], body)]
     few = [markdown.escape(name) for name, v in sorted(categories.items()) if v['n'] < _FEW_EXAMPLES]
     if few:
@@ -118,7 +118,7 @@ def _arm_table(finetune: Mapping[str, Any]) -> str:
   lines += [(_baseline_name(name), '', baselines[name], None) for name in _baseline_order(baselines)]
   head = ['', 'meaning', 'accuracy, %', *([f'`{ARMS[0]}` minus'] if margins else []), 'n', 'clusters']
   body = [
-    [name, meaning, _accuracy(v), *([_points(margin)] if margins else []), f'{v["n"]:,}', _cluster_count(v)]
+    [name, meaning, accuracy(v), *([_points(margin)] if margins else []), f'{v["n"]:,}', _cluster_count(v)]
     for name, meaning, v, margin in lines
   ]
   return markdown.table(head, body)
@@ -195,7 +195,7 @@ def limitations(results: Mapping[str, Any]) -> list[str]:
   return ['## Limitations', markdown.bullets(lines)]
 
 
-def _clustering(intervals: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def clustering(intervals: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """Return paragraphs on what the intervals resample, with a warning if that is few. One interval stands for each set of examples."""
   known = {name: v for name, v in intervals.items() if 'clustered_by' in v}
   if not known:
@@ -236,7 +236,7 @@ def _cluster_count(interval: Mapping[str, Any]) -> str:
   return f'{interval["clusters"]:,} {by if interval["clusters"] == 1 else _PLURAL.get(by, by)}'
 
 
-def _verdict(who: str, margin: Mapping[str, Any]) -> str:
+def verdict(who: str, margin: Mapping[str, Any]) -> str:
   """Return one exact sentence about a paired margin."""
   points, low, high = (100 * margin[key] for key in ('difference', 'low', 'high'))
   baseline, interval = f'the best baseline (`{margin["baseline"]}`)', f'(95% interval {low:+.1f} to {high:+.1f})'
@@ -267,7 +267,7 @@ def _baseline_name(name: str) -> str:
   return {'bayes': 'Bayes-optimal', 'random': 'coin flip (`random`)'}.get(name, f'heuristic `{name}`')
 
 
-def _accuracy(value: Mapping[str, Any] | None) -> str:
+def accuracy(value: Mapping[str, Any] | None) -> str:
   return '-' if value is None else f'{100 * value["accuracy"]:.1f} [{100 * value["low"]:.1f}, {100 * value["high"]:.1f}]'
 
 

@@ -17,6 +17,7 @@ from polar_jax.data.template import Template
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.clusters import Clusters, cluster
 from polar_jax.scoring.scorer import Scorer
+from polar_jax.stages import evaluate_sets
 from polar_jax.stages.context import Context
 from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
 from polar_jax.stages.pretrain import RUN as PRETRAIN
@@ -37,11 +38,16 @@ Baselines = Callable[[Sequence[Triplet], str], Mapping[str, np.ndarray]]
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-  """Evaluate the runs of the workdir on the held-out splits of `data`. Returns the sections `evaluate` and `finetune` of the report.
+  """Evaluate the runs of the workdir on the held-out splits of `data`, or one reward model on given sets (see `evaluate_sets`).
+
+  Returns:
+    The sections `evaluate` and `finetune` of the report, or `evaluation`.
 
   Raises:
     ConfigError: a run was trained, but there are no held-out examples to evaluate it on.
   """
+  if evaluate_sets.is_requested(context.config):
+    return evaluate_sets.run(context)
   results: dict[str, Any] = {}
   if trained(context, PRETRAIN):
     splits = held_out(context, context.triplets, 'data.triplets')

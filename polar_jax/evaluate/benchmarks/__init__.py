@@ -1,0 +1,36 @@
+"""Public benchmarks of reward models: each module reads one in its published files and scores it by its official rule.
+
+A module has `read(folder, on_bad_example)`, which returns evaluation sets. Official scores are in percent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+
+from polar_jax.evaluate.sets import EvaluationSet
+from polar_jax.types import UserError
+
+# Name -> module of this package.
+BENCHMARKS = {'judgebench': 'judgebench', 'rm_bench': 'rm_bench', 'rmb': 'rmb', 'polar_rmb': 'polar_rmb'}
+# Benchmarks whose files are those of another one.
+_FOLDERS = {'polar_rmb': 'rmb'}
+
+
+def read(name: str, folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+  """Read a benchmark.
+
+  Args:
+    name: one of `BENCHMARKS`.
+    folder: with a folder for each benchmark, named after it.
+    on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `skipped`.
+
+  Raises:
+    UserError: the benchmark is unknown, none of its files are there, or a row cannot be used.
+  """
+  if name not in BENCHMARKS:
+    raise UserError(f'evaluate.benchmarks: {name!r} is not known; known are: {", ".join(BENCHMARKS)}')
+  own = folder / _FOLDERS.get(name, name)
+  if not own.is_dir():
+    raise UserError(f'{own}: no such folder; put the published files of {_FOLDERS.get(name, name)} there, or set evaluate.folder')
+  return importlib.import_module(f'polar_jax.evaluate.benchmarks.{BENCHMARKS[name]}').read(own, on_bad_example)

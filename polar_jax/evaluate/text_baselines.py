@@ -1,0 +1,94 @@
+"""Baselines that see only texts: scores of candidates by length and by similarity to the reference."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from polar_jax.data.template import join_messages
+from polar_jax.evaluate.sets import Item
+
+_WORD = re.compile(r'\w+')
+_BM25_K, _BM25_B = 1.2, 0.75  # the usual constants
+# (words of the reference, words of a candidate) -> score
+_Similarity = Callable[[Sequence[str], Sequence[str]], float]
+
+
+def scores(items: Sequence[Item], seed: int = 0) -> dict[str, list[np.ndarray]]:
+  """Return the scores of every candidate by every baseline.
+
+  `longest` prefers the longest candidate, `random` draws. With references in all items also: `length`, minus the difference in length
+  from the reference, in characters; `overlap_1`, `_2`, `_3`, the Jaccard index of the sets of n-grams of lower-cased words; `tfidf`,
+  the cosine of term frequencies weighted by inverse document frequency; `bm25`, with the reference as the query.
+
+  Args:
+    items: of a set. Document frequencies are those of its candidates.
+    seed: of `random`.
+  """
+  rng = np.random.default_rng(seed)
+  texts = [[join_messages(text, 'candidate') for text in item.candidates] for item in items]
+  lengths = [np.array([len(text) for text in of], np.float64) for of in texts]
+  out = {'longest': lengths, 'random': [rng.random(len(of)) for of in texts]}
+  if any(item.reference is None for item in items):
+    return out
+  references = [join_messages(item.reference or '', 'reference') for item in items]
+  words = [[_words(text) for text in of] for of in texts]
+  queries = [_words(text) for text in references]
+  frequency = collections.Counter(word for of in words for text in of for word in set(text))
+  documents = sum(map(len, words))
+  mean_length = sum(len(text) for of in words for text in of) / max(documents, 1)
+  similarities: dict[str, _Similarity] = {
+    **{f'overlap_{n}': lambda a, b, n=n: _jaccard(_ngrams(a, n), _ngrams(b, n)) for n in (1, 2, 3)},  # type: ignore[misc]
+    'tfidf': lambda a, b: _cosine(_weights(a, frequency, documents), _weights(b, frequency, documents)),
+    'bm25': lambda a, b: _bm25(a, b, frequency, documents, mean_length),
+  }
+  out['length'] = [-np.abs(of - len(reference)) for of, reference in zip(lengths, references, strict=True)]
+  for name, similarity in similarities.items():
+    out[name] = [np.array([similarity(query, text) for text in of]) for query, of in zip(queries, words, strict=True)]
+  return out
+
+
+def _words(text: str) -> list[str]:
+  return _WORD.findall(text.lower())
+
+
+def _ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
+  return set(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def _jaccard(a: set, b: set) -> float:
+  shared = len(a & b)
+  return shared / (len(a) + len(b) - shared) if shared else 0.0
+
+
+def _idf(word: str, frequency: collections.Counter[str], documents: int) -> float:
+  return math.log(1 + (documents - frequency[word] + 0.5) / (frequency[word] + 0.5))
+
+
+def _weights(words: Sequence[str], frequency: collections.Counter[str], documents: int) -> dict[str, float]:
+  return {word: count * _idf(word, frequency, documents) for word, count in collections.Counter(words).items()}
+
+
+def _cosine(a: dict[str, float], b: dict[str, float]) -> float:
+  norm = math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
+  return sum(weight * b[word] for word, weight in a.items() if word in b) / norm if norm else 0.0
+
+
+def _bm25(query: Sequence[str], text: Sequence[str], frequency: collections.Counter[str], documents: int, mean_length: float) -> float:
+  """Return the score of a text for a query (Robertson and Zaragoza 2009).
+
+  Args:
+    query: words of the reference; each counts once.
+    text: words of the candidate.
+    frequency: number of documents with each word.
+    documents: their number.
+    mean_length: of a document, in words.
+  """
+  counts = collections.Counter(text)
+  scale = _BM25_K * (1 - _BM25_B + _BM25_B * len(text) / max(mean_length, 1))
+  hits = sorted({word for word in query if counts[word]})
+  return sum(_idf(word, frequency, documents) * counts[word] * (_BM25_K + 1) / (counts[word] + scale) for word in hits)

@@ -1,0 +1,93 @@
+"""The section of report.md on given evaluation sets: files of the user and public benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polar_jax.report import markdown, plots, sections
+
+FIGURE = 'evaluation'
+_LONGEST = 40  # characters of a name
+
+
+def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
+  """Return the section, from the section `evaluation` of report.json.
+
+  Args:
+    evaluation: with `sets`, as in evaluation.json.
+    figures: name -> link of the figures that were drawn.
+  """
+  sets = evaluation.get('sets', {})
+  if not sets:
+    return []
+  out = [
+    '## Evaluation',
+    'Accuracy in % of comparisons, with 95% intervals; a tie counts half. The mean over categories weights every category alike.',
+    _accuracies(sets),
+    *sections.clustering(sets),
+    *markdown.figure(figures, FIGURE, 'Accuracy by set, next to baselines, with 95% intervals'),
+  ]
+  out += [f'On {_name(name)}, {sections.verdict("the model", found["margin_over_best_baseline"])}' for name, found in sets.items()]
+  out += [part for name, found in sets.items() for part in (*_official(name, found), *_references(name, found), *_categories(name, found))]
+  return out
+
+
+def draw(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the figure of accuracies, if there are any."""
+  sets = evaluation.get('sets', {})
+  if not sets:
+    return {}
+  baselines: dict[str, dict[str, Any]] = {}
+  for name, found in sets.items():
+    for baseline, interval in found['baselines'].items():
+      baselines.setdefault(baseline, {})[name] = interval
+  return {FIGURE: plots.accuracy_bars(sets, baselines)}
+
+
+def _name(name: str) -> str:
+  return markdown.shorten(name, _LONGEST)
+
+
+def _accuracies(sets: Mapping[str, Any]) -> str:
+  head = ['set', 'accuracy, %', 'mean over categories', 'items', 'comparisons', 'ties', 'calibration error', 'best baseline']
+  body = []
+  for name, found in sets.items():
+    best = found['margin_over_best_baseline']['baseline']
+    body.append(
+      [
+        _name(name),
+        sections.accuracy(found),
+        f'{100 * found["category_mean"]:.1f}',
+        *(f'{found[key]:,}' for key in ('items', 'n', 'ties')),
+        f'{100 * found["calibration"]["ece"]:.1f}',
+        f'{markdown.escape(best)} {sections.accuracy(found["baselines"][best])}',
+      ]
+    )
+  return markdown.table(head, body)
+
+
+def _official(name: str, found: Mapping[str, Any]) -> list[str]:
+  numbers = {key: value for key, value in (found.get('official') or {}).items() if isinstance(value, (int, float))}
+  if not numbers:
+    return []
+  missing = f' Missing files: {", ".join(map(markdown.escape, found["missing"]))}.' if found.get('missing') else ''
+  return [
+    f'### {_name(name)}: official score',
+    f'By the rule of the benchmark, in %.{missing}',
+    markdown.table([*map(markdown.escape, numbers)], [[f'{value:.2f}' for value in numbers.values()]]),
+  ]
+
+
+def _references(name: str, found: Mapping[str, Any]) -> list[str]:
+  variants = found['references']
+  if len(variants) < 2:
+    return []
+  body = [[markdown.escape(variant), sections.accuracy(interval)] for variant, interval in variants.items()]
+  return [f'### {_name(name)}: other references', markdown.table(['reference', 'accuracy, %'], body)]
+
+
+def _categories(name: str, found: Mapping[str, Any]) -> list[str]:
+  parts = {**found['by_category'], **{key.replace('_', ' '): value for key, value in found['by_length'].items()}}
+  body = [[_name(key), sections.accuracy(interval), f'{interval["n"]:,}'] for key, interval in parts.items()]
+  return [f'### {_name(name)}: by category and length', markdown.table(['', 'accuracy, %', 'comparisons'], body)]

@@ -1,0 +1,190 @@
+"""The evaluate stage on a user's files and on benchmarks: by a model, and by recorded rewards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import runpy
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import polar_jax
+from polar_jax import runner, sharding
+from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
+from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.model.reward_model import RewardModel
+
+SHAPE = ModelConfig(
+  vocab_size=ByteTokenizer.vocab_size, num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=16, init_std=0.3
+)
+CONFIG = 'configs/evaluate.py'
+FILES = {
+  'pairs.jsonl': [
+    {'prompt': f'p{i % 4}', 'reference': f'r{i}', 'chosen': f'c{i}', 'rejected': 'x' * (1 + i % 3), 'category': 'ab'[i % 2]}
+    for i in range(8)
+  ],
+  'lists.jsonl': [
+    {'id': 'first', 'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b', 'c'], 'ranks': [2, 1, 3]},
+    {'prompt': [{'role': 'user', 'content': 'q'}], 'reference': 's', 'candidates': ['a', 'b', 'c'], 'correct': [True, False, True]},
+  ],
+}
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  """A folder with a reward model, a language model and files of examples."""
+  folder, mesh = tmp_path_factory.mktemp('world'), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  for name, kind, api in (('reward', RewardModel, polar_jax.RewardModel), ('lm', LanguageModel, polar_jax.LanguageModel)):
+    model = kind(SHAPE, rngs=nnx.Rngs(params=3))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    if name == 'reward':  # a new head is zero
+      params['v_head'] = jax.random.normal(jax.random.key(0), params['v_head'].shape)
+    with jax.set_mesh(mesh):
+      api(params, SHAPE, ByteTokenizer(), mesh).save(folder / name)
+  for name, rows in FILES.items():
+    (folder / name).write_text('\n'.join(map(json.dumps, rows)))
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def laptop(monkeypatch):
+  devices = jax.devices()[:1]
+  make = sharding.make_mesh
+  monkeypatch.setattr(sharding, 'make_mesh', lambda config: make(config, devices))
+
+
+def run(tmp_path, world, **settings):
+  """Run the stage; return its exit status, its results and its lines of scores."""
+  config = runpy.run_path(CONFIG)['get_config']()
+  given = {'output': str(tmp_path / 'out'), 'evaluate.bootstrap': 100, **settings}
+  for name, value in given.items():
+    section, _, option = name.rpartition('.')
+    setattr(getattr(config, section) if section else config, option, value)
+  status = runner.run(parse(config), tmp_path / 'run')
+  if not (tmp_path / 'out/evaluation.json').exists():
+    return status, {}, []
+  lines = gzip.decompress((tmp_path / 'out/scores.jsonl.gz').read_bytes()).decode().splitlines()
+  return status, json.loads((tmp_path / 'out/evaluation.json').read_text())['sets'], [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def root(monkeypatch, request):
+  monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.mark.usefixtures('root')
+def test_a_model_on_own_files(tmp_path, world):
+  files = ','.join(str(world / name) for name in FILES)
+  variants = 'true,none,empty,shuffled,twin'
+  status, sets, lines = run(tmp_path, world, checkpoint=str(world / 'reward'), input=files, **{'evaluate.references': variants})
+  assert status == 0 and list(sets) == ['pairs', 'lists'] and len(lines) == 5 * (8 + 2)
+  model = polar_jax.load(world / 'reward')
+  blind = polar_jax.load(world / 'reward', template=TemplateConfig(use_reference=False))
+  for line in lines:
+    rows = FILES[f'{line["set"]}.jsonl']
+    row = next(r for i, r in enumerate(rows, start=1) if line['id'] == str(r.get('id', i)))
+    candidates = row.get('candidates') or [row['chosen'], row['rejected']]
+    best = {'first': 'b', '2': 'a'}[line['id']] if line['set'] == 'lists' else row['chosen']
+    reference = {'true': row['reference'], 'none': '', 'empty': '', 'twin': best}.get(line['reference'])
+    if reference is not None:
+      expected = (blind if line['reference'] == 'none' else model).score(row['prompt'], reference, candidates)
+      np.testing.assert_allclose(line['rewards'], expected, atol=1e-5)
+  pairs = sets['pairs']
+  assert pairs['n'] == 8 and pairs['clusters'] == 4 and pairs['clustered_by'] == 'prompt' and pairs['reference'] == 'true'
+  right = [line['rewards'][0] > line['rewards'][1] for line in lines if line['set'] == 'pairs' and line['reference'] == 'true']
+  assert pairs['accuracy'] == np.mean(right) and set(pairs['by_category']) == {'a', 'b'}
+  assert list(pairs['references']) == variants.split(',') and pairs['references']['true']['accuracy'] == pairs['accuracy']
+  assert {'length', 'overlap_1', 'tfidf', 'bm25', 'longest', 'random'} == set(pairs['baselines']) - {'overlap_2', 'overlap_3'}
+  assert pairs['official'] is None and pairs['margin_over_best_baseline']['baseline'] != 'random'
+  assert sets['lists']['n'] == 3 + 2 and sets['lists']['best_of_n']['n'] == [1, 2, 3]
+  report = json.loads((tmp_path / 'run/report.json').read_text())
+  assert report['evaluation']['sets'] == sets
+  text = (tmp_path / 'run/report.md').read_text()
+  assert '## Evaluation' in text and '| pairs |' in text and 'shuffled' in text and str(world) not in text
+
+
+@pytest.mark.usefixtures('root')
+def test_recorded_rewards_of_a_benchmark(tmp_path, world):
+  rows = [{'pair_id': f'id{i}', 'source': 'mmlu-pro-law', 'question': f'q{i}', 'response_A': 'a', 'response_B': 'b'} for i in range(4)]
+  (tmp_path / 'published/judgebench/data').mkdir(parents=True)
+  lines = [json.dumps(row | {'label': 'A>B', 'response_model': model}) for row, model in zip(rows, 'aaab', strict=True)]
+  (tmp_path / 'published/judgebench/data/x.jsonl').write_text('\n'.join(lines))
+  scores = [{'id': f'id{i}', 'rewards': [i, 1]} for i in range(3)]
+  (tmp_path / 'scores.jsonl').write_text('\n'.join(map(json.dumps, scores)))
+  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': str(tmp_path / 'published')}
+  status, sets, _ = run(tmp_path, world, **settings, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
+  assert status == 0 and list(sets) == ['judgebench'] and sets['judgebench']['ties'] == 1
+  assert sets['judgebench']['official'] == pytest.approx({'knowledge': 100 / 3, 'all': 100 / 3})
+  assert sets['judgebench']['tie_rules'] == pytest.approx({'wrong': 1 / 3, 'half': 1 / 2, 'right': 2 / 3})
+  status, sets, _ = run(tmp_path / 'model', world, **settings, checkpoint=str(world / 'reward'))
+  assert status == 0 and [found['reference'] for found in sets.values()] == ['empty', 'empty']  # there are no references
+
+
+@pytest.mark.usefixtures('root')
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'output': None}, 'output is not set'),
+    ({'output': 'IN/pairs.jsonl'}, 'is a file; name a folder'),
+    ({'checkpoint': None}, 'checkpoint is not set: name a reward model .* or recorded rewards'),
+    ({'checkpoint': 'IN/lm'}, "is not a reward model, but a model with the head 'lm'"),
+    ({'checkpoint': 'IN/nothing'}, 'IN/nothing: no such file or folder'),
+    ({'input': 'IN/pairs.jsonl,IN/nothing.jsonl'}, 'nothing.jsonl: no such file'),
+    ({'input': 'IN/pairs.jsonl,IN/again/pairs.jsonl'}, "two sets are named 'pairs'; rename a file"),
+    ({'input': 'IN/bad.jsonl'}, 'bad.jsonl, example 2: field .rejected. is missing'),
+    ({'evaluate.references': 'true,other'}, "evaluate.references: 'other' is unknown; name some of: true, none"),
+    ({'evaluate.references': ' , '}, 'evaluate.references: is empty'),
+    ({'evaluate.benchmarks': 'rmb'}, 'evaluate.folder is not set'),
+    ({'evaluate.benchmarks': 'rmb', 'evaluate.folder': 'IN'}, 'rmb: no such folder'),
+    ({'evaluate.scores': 'IN/nothing.jsonl'}, 'nothing.jsonl: no such file'),
+  ],
+)
+def test_bad_settings_are_one_line_and_write_nothing(tmp_path, world, settings, message, capsys):
+  (world / 'again').mkdir(exist_ok=True)
+  (world / 'again/pairs.jsonl').write_bytes((world / 'pairs.jsonl').read_bytes())
+  (world / 'bad.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]) + '\n' + json.dumps({'prompt': 'p', 'chosen': 'c'}))
+  given = {'checkpoint': str(world / 'reward'), 'input': str(world / 'pairs.jsonl')} | settings
+  given = {name: value.replace('IN', str(world)) if isinstance(value, str) else value for name, value in given.items()}
+  status, sets, _ = run(tmp_path, world, **given)
+  error = capsys.readouterr().err
+  assert status == 1 and not sets and not (tmp_path / 'out').exists()
+  assert error.startswith('polar_jax: ') and error.count('\n') == 1
+  assert re.search(message.replace('IN', re.escape(str(world))), error), error
+
+
+ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
+
+
+@pytest.mark.usefixtures('root')
+@pytest.mark.parametrize(
+  ('row', 'message'),
+  [
+    (ROW, 'a row needs chosen and rejected, candidates and ranks, or candidates and correct'),
+    ({'prompt': 'p'}, 'a row needs chosen and rejected'),
+    (ROW | {'candidates': ['a'], 'ranks': [1]}, 'candidates must be a list of at least two texts'),
+    (ROW | {'candidates': ['a', 3], 'ranks': [1, 2]}, r'candidates\[1\]'),
+    (ROW | {'ranks': [1]}, 'ranks must be a list of numbers, one for each of the 2 candidates'),
+    (ROW | {'ranks': [1, '2']}, 'ranks must be a list of numbers'),
+    (ROW | {'ranks': [1, 1]}, 'all ranks are equal'),
+    (ROW | {'correct': [True, 1]}, 'correct must be a list of true or false'),
+    (ROW | {'correct': [False, False]}, 'all candidates are wrong'),
+    (ROW | {'correct': [True, False], 'category': 3}, 'category must be a string'),
+    (ROW | {'correct': [True, False], 'id': 1.5}, 'id must be a string or an integer'),
+    (ROW | {'correct': [True, False], 'reference': 3}, 'reference'),
+    (ROW | {'correct': [True, False], 'wrapper': 'x'}, 'wrapper'),
+  ],
+)
+def test_bad_rows_are_named_or_counted(tmp_path, world, row, message, capsys):
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]) + '\n' + json.dumps(row) + '\n')
+  given = {'checkpoint': str(world / 'reward'), 'input': str(tmp_path / 'rows.jsonl')}
+  status, sets, _ = run(tmp_path, world, **given)
+  error = capsys.readouterr().err
+  assert status == 1 and not sets and re.search(rf'rows.jsonl, example 2: {message}', error), error
+  status, sets, lines = run(tmp_path, world, **given, **{'data.on_bad_example': 'skip'})
+  assert status == 0 and sets['rows']['skipped'] == 1 and len(lines) == 1
+  assert re.search(f'left out 1 bad rows .rows.jsonl, row 2: {message}', capsys.readouterr().out)
