@@ -15,11 +15,16 @@ class EvaluateConfig:
   rows_per_batch: int = option(16, 'Rows scored at a time; a row holds several groups of candidates.', min=1)
   bootstrap: int = option(2_000, 'Bootstrap resamples of the 95% intervals.', min=100)
   benchmarks: str | None = option(
-    None, 'Public benchmarks to evaluate on, separated by commas: judgebench, rm_bench, rmb, polar_rmb. None: no benchmark.'
+    None,
+    'Public benchmarks to evaluate on, separated by commas: judgebench, rm_bench, rmb, polar_rmb, rewardbench, rewardbench_2, '
+    'ppe_correctness. None: no benchmark.',
   )
   folder: str | None = option(None, 'Folder with a folder of published files for each benchmark. None: no benchmark.')
   scores: str | None = option(
     None, 'Rewards that another system recorded, a .jsonl or .jsonl.gz file of {"id": ..., "rewards": [...]}. None: those of checkpoint.'
+  )
+  compare: str | None = option(
+    None, 'Recorded rewards of a second system, such as scores.jsonl.gz of another checkpoint, for paired tests. None: no second system.'
   )
   references: str = option(
     'true', 'Which references the model reads, separated by commas, the first for the results: true, none, empty, shuffled, twin.'

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from polar_jax.evaluate import sets, statistics
 from polar_jax.evaluate.clusters import Clusters
@@ -45,6 +46,27 @@ def measure(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000) -> 
     'by_category': by_category,
     'by_length': {name: _interval(correct, clusters, mask, resamples) for name, mask in _by_length(found).items() if mask.any()},
     'calibration': calibration(found.margin),
+  }
+
+
+def compare(first: np.ndarray, second: np.ndarray, clusters: Clusters, resamples: int = 2_000) -> dict[str, Any]:
+  """Compare two systems on the same comparisons.
+
+  Args:
+    first: (comparisons,) margins of the first system.
+    second: (comparisons,) those of the second.
+    clusters: of the comparisons.
+    resamples: of the bootstrap.
+
+  Returns:
+    `difference` of accuracies with `low` and `high`, positive in favor of the first; `mcnemar`: how many comparisons hold for the first
+    only and the second only, leaving out those that are a tie of either, and the exact two-sided p-value, which takes them as independent.
+  """
+  a, b = correctness(first), correctness(second)
+  only_first, only_second = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+  p = float(stats.binomtest(only_first, only_first + only_second).pvalue) if only_first + only_second else 1.0
+  return statistics.paired_difference(a, b, clusters, resamples).asdict() | {
+    'mcnemar': {'only_first': only_first, 'only_second': only_second, 'p': p}
   }
 
 

@@ -1,4 +1,7 @@
-"""Rewards that another system recorded: JSON lines of {"id": ..., "rewards": [...]}, in the order of an item's candidates."""
+"""Rewards that another system recorded: JSON lines of {"id": ..., "rewards": [...]}, in the order of an item's candidates.
+
+A line may also name its `set`; it then belongs to no other one. The stage's own scores.jsonl.gz consists of such lines.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from polar_jax.runtime import json_files
 from polar_jax.types import UserError
 
 _NAMED = 5
+_Key = tuple[str | None, str]  # (set, id)
 
 
 class Recorded:
@@ -22,7 +26,7 @@ class Recorded:
 
   Attributes:
     path: of the file.
-    rewards: (line, value) by id. The value has not been checked against an item.
+    rewards: (line, value) by (set or None, id). The value has not been checked against an item.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -32,7 +36,7 @@ class Recorded:
       UserError: a line is not an object with `id` and `rewards`, or an id occurs twice.
     """
     self.path = path
-    self.rewards: dict[str, tuple[int, Any]] = {}
+    self.rewards: dict[_Key, tuple[int, Any]] = {}
     for number, line in readers.reader_of(path)(path):
       try:
         fields = json_files.parse(line) if isinstance(line, bytes) else line
@@ -43,9 +47,11 @@ class Recorded:
         raise UserError(
           f'{path}, line {number}: must be an object with `id`, a string or integer, and `rewards`, a list of numbers; fix it'
         )
-      if str(name) in self.rewards:
-        raise UserError(f'{path}, line {number}: the id {str(name)!r:.80} is also on line {self.rewards[str(name)][0]}; remove one of them')
-      self.rewards[str(name)] = number, fields['rewards']
+      of_set = fields.get('set')
+      key = (None if of_set is None else str(of_set), str(name))
+      if key in self.rewards:
+        raise UserError(f'{path}, line {number}: the id {key[1]!r:.80} is also on line {self.rewards[key][0]}; remove one of them')
+      self.rewards[key] = number, fields['rewards']
     if not self.rewards:
       raise UserError(f'{path}: has no rewards')
 
@@ -62,7 +68,7 @@ class Recorded:
       UserError: rewards are missing, are of no item, are ambiguous, or do not fit their item.
     """
     keys = _keys(found)
-    out, used = dict[str, tuple[EvaluationSet, list[np.ndarray]]](), set[str]()
+    out, used = dict[str, tuple[EvaluationSet, list[np.ndarray]]](), set[_Key]()
     for one in found:
       held = {id(item): key for item in one.items if (key := next((k for k in keys[id(item)] if k in self.rewards), None))}
       if not held:
@@ -78,7 +84,7 @@ class Recorded:
       used |= set(held.values())
       skipped = (*one.skipped, *((name, f'{self.path.name} has no rewards for it') for name in lacking))
       out[one.name] = EvaluationSet(one.name, items, one.official, one.missing, skipped), rewards
-    unknown = [key for key in self.rewards if key not in used]
+    unknown = [name for key in self.rewards if key not in used for name in key[1:]]
     if unknown and (on_missing == 'raise' or not out):
       ambiguous = _ambiguous(found)
       if both := [key for key in unknown if key in ambiguous]:
@@ -89,7 +95,7 @@ class Recorded:
       )
     return out
 
-  def _rewards(self, item: Item, key: str) -> np.ndarray:
+  def _rewards(self, item: Item, key: _Key) -> np.ndarray:
     number, value = self.rewards[key]
     if not isinstance(value, list) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in value):
       raise UserError(f'{self.path}, line {number}: rewards must be a list of numbers; fix it')
@@ -103,14 +109,15 @@ def _bare(item: Item) -> str | None:
   return item.facts.get('bare_id')
 
 
-def _keys(found: Sequence[EvaluationSet]) -> dict[int, list[str]]:
-  """Return the ids by which rewards may name each item: its own, and that of the published file where it is of one item only."""
+def _keys(found: Sequence[EvaluationSet]) -> dict[int, list[_Key]]:
+  """Return the keys by which rewards may name each item: its own id, and that of the published file where it is of one item only."""
   ambiguous = _ambiguous(found)
   out = {}
   for one in found:
     for item in one.items:
       bare = _bare(item)
-      out[id(item)] = [item.id] if bare is None or bare in ambiguous else [item.id, bare]
+      names = [item.id] if bare is None or bare in ambiguous else [item.id, bare]
+      out[id(item)] = [(of_set, name) for name in names for of_set in (one.name, None)]
   return out
 
 

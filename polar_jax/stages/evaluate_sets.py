@@ -24,6 +24,7 @@ from polar_jax.stages.context import Context
 from polar_jax.types import Group
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
+OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further variants of the references
 # (items, variant of the references) -> rewards
 Reward = Callable[[Sequence[Item], str], Rewards]
 
@@ -34,7 +35,7 @@ def is_requested(config: Config) -> bool:
 
 
 def run(context: Context) -> dict[str, Any]:
-  """Evaluate on every set of `input` and `evaluate.benchmarks`; write evaluation.json and scores.jsonl.gz to `output`.
+  """Evaluate on every set of `input` and `evaluate.benchmarks`; write evaluation.json and the rewards to `output`.
 
   Returns:
     The section `evaluation` of the report.
@@ -53,15 +54,20 @@ def run(context: Context) -> dict[str, Any]:
   found = read_sets(config)
   for one in found:
     _announce(context, one)
+  second = recorded.Recorded(paths.path_of(config.evaluate.compare)) if config.evaluate.compare else None
+  scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]]
   if config.evaluate.scores:
     held = recorded.Recorded(paths.path_of(config.evaluate.scores)).of(found, config.data.on_bad_example)
     for one in found:
       if one.name not in held:
         context.log(f'{one.name}: left out, because {config.evaluate.scores} has no rewards for it')
-    results = {name: _evaluate(context, one, {'recorded': rewards}) for name, (one, rewards) in held.items()}
+    scored = {name: (one, {'recorded': rewards}) for name, (one, rewards) in held.items()}
   else:
     reward = _model(context)
-    results = {one.name: _evaluate(context, one, _score(context, one, reward)) for one in found}
+    scored = {one.name: (one, _score(context, one, reward)) for one in found}
+  results = {name: _evaluate(context, one, variants) for name, (one, variants) in scored.items()}
+  if second:
+    _compare(context, second, scored, results)
   _write(folder, results)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
   return {'evaluation': {'sets': {name: result for name, (result, _) in results.items()}}}
@@ -187,15 +193,38 @@ def _evaluate(context: Context, one: EvaluationSet, scored: dict[str, Rewards]) 
   return result, lines
 
 
+def _compare(
+  context: Context,
+  second: recorded.Recorded,
+  scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]],
+  results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
+) -> None:
+  """Add paired tests against the rewards of a second system to the results of the sets that it has scored."""
+  others = second.of([one for one, _ in scored.values()], 'raise')
+  for name, (one, rewards) in others.items():
+    first = sets.margins(one.items, next(iter(scored[name][1].values())))
+    margin = sets.margins(one.items, rewards).margin
+    clusters = sets.clusters(one.items, first.item)
+    compared = measures.compare(first.margin, margin, clusters, context.config.evaluate.bootstrap)
+    results[name][0]['compare'] = {'with': second.path.name, 'sets_compared': len(others), **compared}
+    context.log(f'{name}: {100 * compared["difference"]:+.1f} points from {second.path.name}, p = {compared["mcnemar"]["p"]:.3g}')
+
+
 def _accuracy(items: Sequence[Item], rewards: Rewards, resamples: int) -> dict[str, Any]:
   found = sets.margins(items, rewards)
   return statistics.accuracy_interval(measures.correctness(found.margin), sets.clusters(items, found.item), resamples).asdict()
 
 
 def _write(folder: pathlib.Path, results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
-  """Write both files whole, or neither."""
+  """Write the rewards of each variant, and then the results."""
   folder.mkdir(parents=True, exist_ok=True)
-  lines = ''.join(json.dumps(line, allow_nan=False) + '\n' for _, of_set in results.values() for line in of_set)
-  paths.write_atomically(folder / SCORES, gzip.compress(lines.encode('utf-8'), mtime=0))
+  by_file: dict[str, list[str]] = {}
+  for result, lines in results.values():
+    for line in lines:
+      variant = line['reference']
+      file = SCORES if variant == result['reference'] else OTHER_SCORES.format(variant)
+      by_file.setdefault(file, []).append(json.dumps(line, allow_nan=False) + '\n')
+  for file, written in by_file.items():
+    paths.write_atomically(folder / file, gzip.compress(''.join(written).encode('utf-8'), mtime=0))
   content = {'sets': {name: result for name, (result, _) in results.items()}}
   paths.write_atomically(folder / RESULT, json_files.dumps(content, indent=2) + '\n')

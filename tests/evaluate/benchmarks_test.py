@@ -244,6 +244,18 @@ def test_an_ambiguous_id_is_refused_and_the_advice_helps(tmp_path, two_sets):
   assert len(recorded(tmp_path, [('chat/0', [1] * 6), ('chat/1', [1] * 6), ('code/1', [1] * 6)]).of(two_sets)) == 1
 
 
+def test_a_line_that_names_its_set_is_of_no_other(tmp_path, two_sets):
+  lines = [{'set': 'judgebench', 'id': name, 'rewards': values} for name, values in JUDGED]
+  write(tmp_path / 'scores.jsonl', lines)
+  assert list(Recorded(tmp_path / 'scores.jsonl').of(two_sets)) == ['judgebench']
+  write(tmp_path / 'scores.jsonl', [line | {'set': 'rm_bench'} for line in lines])
+  with pytest.raises(UserError, match='3 of 3 ids are of no item'):
+    Recorded(tmp_path / 'scores.jsonl').of(two_sets)
+  write(tmp_path / 'scores.jsonl', [*lines, lines[0] | {'set': 'other'}])  # the same id in another set is another line
+  with pytest.raises(UserError, match='1 of 4 ids are of no item'):
+    Recorded(tmp_path / 'scores.jsonl').of(two_sets)
+
+
 def test_items_without_rewards_can_be_left_out(tmp_path, two_sets):
   (one, rewards) = recorded(tmp_path, [*JUDGED[:2], ('other', [1, 2])]).of(two_sets, 'skip')['judgebench']
   assert len(one.items) == len(rewards) == 2 and one.skipped == (('id2', 'scores.jsonl has no rewards for it'),)

@@ -71,6 +71,15 @@ def test_calibration_against_loops():
   assert np.isfinite(measures.calibration(np.array([-1e6, 1e6]))['brier'])
 
 
+def test_two_systems_are_compared_on_the_same_comparisons():
+  first, second = (np.array(margins, float) for margins in ([1, 1, 1, 1, -1, 0, 2], [-1, -1, -1, 1, 1, -1, 0]))
+  items = [item(i) for i in range(7)]
+  found = measures.compare(first, second, sets.clusters(items, np.arange(7)))
+  assert found['mcnemar'] == {'only_first': 3, 'only_second': 1, 'p': pytest.approx(2 * (math.comb(4, 3) + 1) / 16)}
+  assert found['difference'] == pytest.approx((5.5 - 2.5) / 7) and found['low'] < found['difference'] < found['high']
+  assert measures.compare(first, first, sets.clusters(items, np.arange(7)))['mcnemar']['p'] == 1.0
+
+
 def test_intervals_resample_prompts():
   """Copies of an item add no information: the interval of twenty prompts asked fifty times is that of twenty."""
   once = [item(i) for i in range(20)]

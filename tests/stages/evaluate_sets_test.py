@@ -68,7 +68,8 @@ def run(tmp_path, world, **settings):
   status = runner.run(parse(config), tmp_path / 'run')
   if not (tmp_path / 'out/evaluation.json').exists():
     return status, {}, []
-  lines = gzip.decompress((tmp_path / 'out/scores.jsonl.gz').read_bytes()).decode().splitlines()
+  files = sorted((tmp_path / 'out').glob('scores*.jsonl.gz'))
+  lines = [line for file in files for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
   return status, json.loads((tmp_path / 'out/evaluation.json').read_text())['sets'], [json.loads(line) for line in lines]
 
 
@@ -106,6 +107,22 @@ def test_a_model_on_own_files(tmp_path, world):
   assert report['evaluation']['sets'] == sets
   text = (tmp_path / 'run/report.md').read_text()
   assert '## Evaluation' in text and '| pairs |' in text and 'shuffled' in text and str(world) not in text
+
+
+@pytest.mark.usefixtures('root')
+def test_results_can_be_computed_again_and_compared(tmp_path, world):
+  files = ','.join(str(world / name) for name in FILES)
+  _, sets, _ = run(tmp_path / 'a', world, checkpoint=str(world / 'reward'), input=files, **{'evaluate.references': 'true,shuffled'})
+  own, other = (tmp_path / f'a/out/{name}.jsonl.gz' for name in ('scores', 'scores_shuffled'))
+  status, again, _ = run(tmp_path / 'b', world, input=files, **{'evaluate.scores': str(own), 'evaluate.compare': str(other)})
+  assert status == 0
+  for name, found in again.items():
+    compared = found.pop('compare')
+    assert compared['with'] == 'scores_shuffled.jsonl.gz' and compared['sets_compared'] == 2
+    assert compared['difference'] == pytest.approx(found['accuracy'] - sets[name]['references']['shuffled']['accuracy'])
+    assert {k: v for k, v in found.items() if k not in ('reference', 'references')} == {
+      k: v for k, v in sets[name].items() if k not in ('reference', 'references')
+    }
 
 
 @pytest.mark.usefixtures('root')

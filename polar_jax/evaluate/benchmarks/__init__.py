@@ -11,8 +11,8 @@ import pathlib
 from polar_jax.evaluate.sets import EvaluationSet
 from polar_jax.types import UserError
 
-# Name -> module of this package.
-BENCHMARKS = {'judgebench': 'judgebench', 'rm_bench': 'rm_bench', 'rmb': 'rmb', 'polar_rmb': 'polar_rmb'}
+# Modules of this package.
+BENCHMARKS = ('judgebench', 'rm_bench', 'rmb', 'polar_rmb', 'rewardbench', 'rewardbench_2', 'ppe_correctness')
 # Benchmarks whose files are those of another one.
 _FOLDERS = {'polar_rmb': 'rmb'}
 
@@ -33,4 +33,4 @@ def read(name: str, folder: pathlib.Path, on_bad_example: str = 'raise') -> list
   own = folder / _FOLDERS.get(name, name)
   if not own.is_dir():
     raise UserError(f'{own}: no such folder; put the published files of {_FOLDERS.get(name, name)} there, or set evaluate.folder')
-  return importlib.import_module(f'polar_jax.evaluate.benchmarks.{BENCHMARKS[name]}').read(own, on_bad_example)
+  return importlib.import_module(f'polar_jax.evaluate.benchmarks.{name}').read(own, on_bad_example)

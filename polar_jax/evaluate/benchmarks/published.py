@@ -102,7 +102,7 @@ def texts(fields: Mapping[str, Any], name: str, count: int | None = None) -> lis
   """
   values = fields[name]
   if not isinstance(values, list) or (len(values) != count if count else not values):
-    raise BadField(name, f'{name} must be a list of {count or "at least one"} texts')
+    raise BadField(name, f'{name} must be a list of {count} texts' if count else f'{name} must be a list of texts that is not empty')
   return [text({name: value}, name) for value in values]
 
 
@@ -117,6 +117,11 @@ def label(fields: Mapping[str, Any], name: str, known: Iterable[str]) -> str:
   if value not in names:
     raise BadField(name, f'{name} is {value!r:.80}; the benchmark has: {", ".join(names)}')
   return str(value)
+
+
+def tables(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Return the .parquet and .jsonl files below a folder, as the hub and its command-line client lay them out."""
+  return sorted(file for suffix in readers.SUFFIXES for file in folder.rglob(f'*{suffix}') if not file.name.startswith('.'))
 
 
 def existing(folder: pathlib.Path, names: Iterable[str]) -> tuple[list[pathlib.Path], tuple[str, ...]]:
