@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from polar_jax import api
@@ -21,12 +22,12 @@ from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 from polar_jax.runtime import json_files, paths
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages.context import Context
-from polar_jax.types import Group
+from polar_jax.types import Group, Text
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
 OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further variants of the references
-# (items, variant of the references) -> rewards
-Reward = Callable[[Sequence[Item], str], Rewards]
+# (items, their references, whether the model reads references) -> rewards
+Reward = Callable[[Sequence[Item], Sequence[Text], bool], Rewards]
 
 
 def is_requested(config: Config) -> bool:
@@ -47,7 +48,6 @@ def run(context: Context) -> dict[str, Any]:
   config = context.config
   if not config.output:
     raise ConfigError('output is not set: name a folder for evaluation.json and scores.jsonl.gz with --config.output=DIR')
-  _variants(config)
   folder = paths.path_of(config.output)
   if folder.exists() and not folder.is_dir():
     raise ConfigError(f'output {folder}: is a file; name a folder')
@@ -55,6 +55,8 @@ def run(context: Context) -> dict[str, Any]:
   for one in found:
     _announce(context, one)
   second = recorded.Recorded(paths.path_of(config.evaluate.compare)) if config.evaluate.compare else None
+  if second:
+    second.of(found)  # before anything is scored
   scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]]
   if config.evaluate.scores:
     held = recorded.Recorded(paths.path_of(config.evaluate.scores)).of(found, config.data.on_bad_example)
@@ -63,12 +65,17 @@ def run(context: Context) -> dict[str, Any]:
         context.log(f'{one.name}: left out, because {config.evaluate.scores} has no rewards for it')
     scored = {name: (one, {'recorded': rewards}) for name, (one, rewards) in held.items()}
   else:
+    given = {one.name: _references(context, one) for one in found}
     reward = _model(context)
-    scored = {one.name: (one, _score(context, one, reward)) for one in found}
+    scored = {
+      one.name: (one, {variant: reward(one.items, references, variant != 'none') for variant, references in given[one.name].items()})
+      for one in found
+    }
   results = {name: _evaluate(context, one, variants) for name, (one, variants) in scored.items()}
   if second:
     _compare(context, second, scored, results)
-  _write(folder, results)
+  if jax.process_index() == 0:
+    _write(folder, results)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
   return {'evaluation': {'sets': {name: result for name, (result, _) in results.items()}}}
 
@@ -131,13 +138,12 @@ def _model(context: Context) -> Reward:
       scorers[use_reference] = Scorer(model.params, model.config, template, context.mesh, rows=rows)
     return scorers[use_reference]
 
-  def reward(items: Sequence[Item], variant: str) -> Rewards:
-    given = references_lib.references(items, variant, config.seed)
+  def reward(items: Sequence[Item], references: Sequence[Text], use_reference: bool) -> Rewards:
     groups = [
       Group(item.prompt, reference, list(item.candidates), str(item.facts.get('wrapper') or 'sft'))
-      for item, reference in zip(items, given, strict=True)
+      for item, reference in zip(items, references, strict=True)
     ]
-    return [rewards.astype(np.float64) for rewards in scorer(variant != 'none').score(groups)]
+    return [rewards.astype(np.float64) for rewards in scorer(use_reference).score(groups)]
 
   return reward
 
@@ -156,14 +162,19 @@ def _variants(config: Config) -> list[str]:
   return variants
 
 
-def _score(context: Context, one: EvaluationSet, reward: Reward) -> dict[str, Rewards]:
-  """Return the rewards of a set by variant of its references; the first variant is the main one."""
+def _references(context: Context, one: EvaluationSet) -> dict[str, list[Text]]:
+  """Return the references of a set by variant; the first variant is the main one.
+
+  Raises:
+    ConfigError: a variant is unknown, or there is none.
+    UserError: the set does not have what a variant needs.
+  """
   variants = _variants(context.config)
   if any(item.reference is None for item in one.items):
     usable = [variant for variant in variants if variant not in ('true', 'shuffled')] or ['empty']
     context.log(f'{one.name}: has no references, so it is scored with: {", ".join(usable)}')
     variants = usable
-  return {variant: reward(one.items, variant) for variant in variants}
+  return {variant: references_lib.references(one.items, variant, context.config.seed) for variant in variants}
 
 
 def _evaluate(context: Context, one: EvaluationSet, scored: dict[str, Rewards]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -159,6 +159,14 @@ def test_bad_rows_are_named_or_counted(tmp_path, changes, message):
   assert [item.id for item in one.items] == ['id1'] and len(one.skipped) == 1 and one.skipped[0][0] == 'b.jsonl, row 1'
 
 
+def test_a_benchmark_of_bad_rows_alone_is_refused_and_the_advice_helps(tmp_path):
+  write(tmp_path / 'judgebench/data/b.jsonl', [judge_row(0, label='A=B')])
+  with pytest.raises(UserError, match=r'judgebench: has no row that can be used; set data\.on_bad_example=raise'):
+    benchmarks.read('judgebench', tmp_path, 'skip')
+  with pytest.raises(UserError, match='label'):
+    benchmarks.read('judgebench', tmp_path, 'raise')
+
+
 def test_bad_files_are_named(tmp_path):
   with pytest.raises(UserError, match="'nothing' is not known; known are: judgebench"):
     benchmarks.read('nothing', tmp_path)

@@ -159,10 +159,14 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world):
     ({'evaluate.benchmarks': 'rmb'}, 'evaluate.folder is not set'),
     ({'evaluate.benchmarks': 'rmb', 'evaluate.folder': 'IN'}, 'rmb: no such folder'),
     ({'evaluate.scores': 'IN/nothing.jsonl'}, 'nothing.jsonl: no such file'),
+    ({'evaluate.compare': 'IN/other.jsonl', 'checkpoint': 'IN/nothing'}, r'1 of 1 ids are of no item of pairs'),
+    ({'input': 'IN/same.jsonl', 'evaluate.references': 'shuffled', 'checkpoint': 'IN/nothing'}, 'all items have the same prompt'),
   ],
 )
 def test_bad_settings_are_one_line_and_write_nothing(tmp_path, world, settings, message, capsys):
   (world / 'again').mkdir(exist_ok=True)
+  (world / 'other.jsonl').write_text('{"id": "other", "rewards": [1, 2]}')
+  (world / 'same.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]))
   (world / 'again/pairs.jsonl').write_bytes((world / 'pairs.jsonl').read_bytes())
   (world / 'bad.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]) + '\n' + json.dumps({'prompt': 'p', 'chosen': 'c'}))
   given = {'checkpoint': str(world / 'reward'), 'input': str(world / 'pairs.jsonl')} | settings

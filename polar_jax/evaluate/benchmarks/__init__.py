@@ -33,4 +33,7 @@ def read(name: str, folder: pathlib.Path, on_bad_example: str = 'raise') -> list
   own = folder / _FOLDERS.get(name, name)
   if not own.is_dir():
     raise UserError(f'{own}: no such folder; put the published files of {_FOLDERS.get(name, name)} there, or set evaluate.folder')
-  return importlib.import_module(f'polar_jax.evaluate.benchmarks.{name}').read(own, on_bad_example)
+  found = [one for one in importlib.import_module(f'polar_jax.evaluate.benchmarks.{name}').read(own, on_bad_example) if one.items]
+  if not found:
+    raise UserError(f'{own}: has no row that can be used; set data.on_bad_example=raise to see why')
+  return found
