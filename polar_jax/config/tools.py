@@ -26,6 +26,9 @@ class EvaluateConfig:
   compare: str | None = option(
     None, 'Recorded rewards of a second system, such as scores.jsonl.gz of another checkpoint, for paired tests. None: no second system.'
   )
+  training: str | None = option(
+    None, 'Training files, separated by commas, in which the prompts are looked for (contamination). None: they are not looked for.'
+  )
   references: str = option(
     'true', 'Which references the model reads, separated by commas, the first for the results: true, none, empty, shuffled, twin.'
   )

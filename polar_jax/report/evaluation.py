@@ -29,6 +29,7 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
     *markdown.figure(figures, FIGURE, 'Accuracy by set, next to baselines, with 95% intervals'),
   ]
   out += [f'On {_name(name)}, {sections.verdict("the model", found["margin_over_best_baseline"])}' for name, found in sets.items()]
+  out += [sentence for name, found in sets.items() for sentence in (*_compared(name, found), *_leaked(name, found))]
   out += [part for name, found in sets.items() for part in (*_official(name, found), *_references(name, found), *_categories(name, found))]
   return out
 
@@ -65,6 +66,26 @@ def _accuracies(sets: Mapping[str, Any]) -> str:
       ]
     )
   return markdown.table(head, body)
+
+
+def _compared(name: str, found: Mapping[str, Any]) -> list[str]:
+  if 'compare' not in found:
+    return []
+  other, count = found['compare'], found['compare']['sets_compared']
+  points = ' to '.join(f'{100 * other[key]:+.1f}' for key in ('low', 'high'))
+  many = f'; {count} sets were compared, so that a small p-value somewhere is to be expected' if count > 1 else ''
+  return [
+    f'On {_name(name)}, the model is {100 * other["difference"]:+.1f} points from {markdown.escape(other["with"])} on the same comparisons '
+    f"(95% interval {points}; McNemar's exact test: p = {other['mcnemar']['p']:.3g}{many})."
+  ]
+
+
+def _leaked(name: str, found: Mapping[str, Any]) -> list[str]:
+  if 'contamination' not in found:
+    return []
+  leaked = found['contamination']
+  without = f'; accuracy without them: {sections.accuracy(leaked["without"])}' if leaked['items'] else ''
+  return [f'{leaked["items"]:,} of {found["items"]:,} prompts of {_name(name)} are in the training files{without}.']
 
 
 def _official(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,18 @@ from polar_jax import api
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError
 from polar_jax.data.conversation_template import open_template
-from polar_jax.evaluate import baselines, benchmarks, best_of_n, measures, own_files, recorded, sets, statistics, text_baselines
+from polar_jax.evaluate import (
+  baselines,
+  benchmarks,
+  best_of_n,
+  contamination,
+  measures,
+  own_files,
+  recorded,
+  sets,
+  statistics,
+  text_baselines,
+)
 from polar_jax.evaluate import references as references_lib
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 from polar_jax.runtime import json_files, paths
@@ -57,6 +68,7 @@ def run(context: Context) -> dict[str, Any]:
   second = recorded.Recorded(paths.path_of(config.evaluate.compare)) if config.evaluate.compare else None
   if second:
     second.of(found)  # before anything is scored
+  leaked = _leaked(context, found)
   scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]]
   if config.evaluate.scores:
     held = recorded.Recorded(paths.path_of(config.evaluate.scores)).of(found, config.data.on_bad_example)
@@ -72,6 +84,9 @@ def run(context: Context) -> dict[str, Any]:
       for one in found
     }
   results = {name: _evaluate(context, one, variants) for name, (one, variants) in scored.items()}
+  for name, (one, variants) in scored.items():
+    if leaked is not None:
+      results[name][0]['contamination'] = _without(context, one, next(iter(variants.values())), leaked[name])
   if second:
     _compare(context, second, scored, results)
   if jax.process_index() == 0:
@@ -219,6 +234,30 @@ def _compare(
     compared = measures.compare(first.margin, margin, clusters, context.config.evaluate.bootstrap)
     results[name][0]['compare'] = {'with': second.path.name, 'sets_compared': len(others), **compared}
     context.log(f'{name}: {100 * compared["difference"]:+.1f} points from {second.path.name}, p = {compared["mcnemar"]["p"]:.3g}')
+
+
+def _leaked(context: Context, found: Sequence[EvaluationSet]) -> dict[str, dict[str, str]] | None:
+  """Return, by set, the ids of items whose prompts are in `evaluate.training`, each with the place; None if there is no such file."""
+  files = [paths.path_of(text) for text in _listed(context.config.evaluate.training)]
+  if not files:
+    return None
+  out = {}
+  for one in found:
+    places = contamination.find(one.items, files)
+    out[one.name] = {one.items[i].id: place for i, place in places.items()}
+    if places:
+      named = '; '.join(f'{name}: {place}' for name, place in list(out[one.name].items())[:5])
+      context.log(f'{one.name}: {len(places):,} of {len(one.items):,} prompts are in the training files ({named})')
+  return out
+
+
+def _without(context: Context, one: EvaluationSet, rewards: Rewards, leaked: dict[str, str]) -> dict[str, Any]:
+  """Return what `contamination` of evaluation.json says: the items that leaked, and the accuracy without them."""
+  kept = [(item, scores) for item, scores in zip(one.items, rewards, strict=True) if item.id not in leaked]
+  held = {item.id for item in one.items}
+  places = {name: place for name, place in leaked.items() if name in held}
+  accuracy = _accuracy([item for item, _ in kept], [scores for _, scores in kept], context.config.evaluate.bootstrap) if kept else None
+  return {'items': len(places), 'places': places, 'without': accuracy}
 
 
 def _accuracy(items: Sequence[Item], rewards: Rewards, resamples: int) -> dict[str, Any]:

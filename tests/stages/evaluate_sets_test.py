@@ -114,13 +114,23 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
   files = ','.join(str(world / name) for name in FILES)
   _, sets, _ = run(tmp_path / 'a', world, checkpoint=str(world / 'reward'), input=files, **{'evaluate.references': 'true,shuffled'})
   own, other = (tmp_path / f'a/out/{name}.jsonl.gz' for name in ('scores', 'scores_shuffled'))
-  status, again, _ = run(tmp_path / 'b', world, input=files, **{'evaluate.scores': str(own), 'evaluate.compare': str(other)})
+  (tmp_path / 'train.jsonl').write_text(json.dumps({'text': 'P2?'}))
+  given = {'evaluate.scores': str(own), 'evaluate.compare': str(other), 'evaluate.training': str(tmp_path / 'train.jsonl')}
+  status, again, lines = run(tmp_path / 'b', world, input=files, **given)
   assert status == 0
+  text = (tmp_path / 'b/run/report.md').read_text()
+  assert '2 of 8 prompts of pairs are in the training files; accuracy without them: ' in text
+  assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled') and '2 sets were compared' in text
+  rewards = {line['id']: line['rewards'] for line in lines if line['set'] == 'pairs'}
+  places = again['pairs']['contamination']['places']
+  assert places == {'3': 'train.jsonl, row 1', '7': 'train.jsonl, row 1'} and again['lists']['contamination']['items'] == 0
+  right = [a > b for name, (a, b) in rewards.items() if name not in places]
+  assert again['pairs']['contamination']['without']['accuracy'] == np.mean(right) and len(right) == 6
   for name, found in again.items():
     compared = found.pop('compare')
     assert compared['with'] == 'scores_shuffled.jsonl.gz' and compared['sets_compared'] == 2
     assert compared['difference'] == pytest.approx(found['accuracy'] - sets[name]['references']['shuffled']['accuracy'])
-    assert {k: v for k, v in found.items() if k not in ('reference', 'references')} == {
+    assert {k: v for k, v in found.items() if k not in ('reference', 'references', 'contamination')} == {
       k: v for k, v in sets[name].items() if k not in ('reference', 'references')
     }
 
