@@ -110,7 +110,7 @@ def test_decoder_against_the_oracle(changes):
   np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize('layers', [1, 3])
+@pytest.mark.parametrize('layers', [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_hidden_states_at_chosen_tokens_are_those_of_the_full_path(layers):
   graphdef, params = _randomised(dataclasses.replace(CONFIG, num_layers=layers))
   inputs = _inputs(1)
@@ -210,7 +210,14 @@ def plain_loss_and_gradients():
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(('remat', 'unroll'), [('full', 1), ('dots', 1), ('dots_no_batch', 1), ('none', 2), ('none', 3), ('full', 8)])
+REMAT = [
+  ('full', 1),
+  ('none', 2),
+  *(pytest.param(*case, marks=pytest.mark.slow) for case in (('dots', 1), ('dots_no_batch', 1), ('none', 3), ('full', 8))),
+]
+
+
+@pytest.mark.parametrize(('remat', 'unroll'), REMAT)
 def test_remat_and_unrolling_change_nothing(plain_loss_and_gradients, remat, unroll):
   loss, params = _reward_loss(dataclasses.replace(CONFIG, remat=remat, scan_unroll=unroll))
   value, gradients = jax.jit(jax.value_and_grad(loss))(params)

@@ -40,10 +40,10 @@ def test_ladder():
   ('devices', 'mesh', 'changes'),
   [
     (1, MeshConfig(), {'d_model': 64, 'd_ff': 192, 'head_dim': 24, 'attention': 'chunked'}),
-    (1, MeshConfig(), {'d_model': 64, 'd_ff': 192, 'head_dim': 6, 'compute_dtype': 'bfloat16'}),
-    (8, MeshConfig(), {}),
     (8, MeshConfig(data=2, tensor=2), {}),
-    (4, MeshConfig(context=4), {}),
+    pytest.param(1, MeshConfig(), {'d_model': 64, 'd_ff': 192, 'head_dim': 6, 'compute_dtype': 'bfloat16'}, marks=pytest.mark.slow),
+    pytest.param(8, MeshConfig(), {}, marks=pytest.mark.slow),
+    pytest.param(4, MeshConfig(context=4), {}, marks=pytest.mark.slow),
   ],
 )
 def test_a_reward_depends_on_its_example_alone(make_exact, devices, mesh, changes):

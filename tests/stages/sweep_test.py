@@ -169,6 +169,7 @@ def test_a_failed_run_is_named_and_the_others_are_done(make_sweep, tmp_path, mon
   assert stage.run(make_sweep(tmp_path))['sweep']['done'] == 4
 
 
+@pytest.mark.slow  # in end_to_end_test.py one size starts so too
 def test_runs_start_from_the_language_model_of_the_workdir_if_it_has_their_size(make_sweep, tmp_path):
   context = make_sweep(tmp_path, sizes=('8x1', '32x1'), tokens=(300,))
   cells = grid.cells_of(context.config)

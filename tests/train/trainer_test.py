@@ -420,6 +420,7 @@ def test_sigterm_in_a_validation_is_answered_before_it_ends(tmp_path, make_conte
   assert checkpoints(tmp_path / 'pretrain') == checkpoints(finished.folder)  # ranked by the validation that was repeated
 
 
+@pytest.mark.slow  # the same thread waits for other calls: runtime/preemption_test.py
 def test_sigterm_while_a_step_is_compiled(tmp_path, make_context, finished, monkeypatch):
   """Also in the middle of a run, when a batch needs more rows than were planned: the batch is read again."""
   plan_packing, compile_call, sizes, release = pipeline.plan_packing, compiled.compile_call, [], threading.Event()

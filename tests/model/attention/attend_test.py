@@ -50,7 +50,8 @@ HEADS = MeshConfig(data=1, fsdp=2, tensor=4)
 @pytest.mark.parametrize(
   ('heads', 'kv_heads', 'queries', 'mesh'),
   [
-    *((heads, kv_heads, 12, HEADS) for heads, kv_heads in [(8, 4), (8, 2), (6, 3), (8, 1), (5, 1)]),
+    *((heads, kv_heads, 12, HEADS) for heads, kv_heads in [(8, 2), (5, 1)]),
+    *(pytest.param(*heads, 12, HEADS, marks=pytest.mark.slow) for heads in [(8, 4), (6, 3), (8, 1)]),
     (8, 2, 12, MeshConfig(fsdp=2, tensor=2, context=2)),
     (5, 1, 12, MeshConfig(fsdp=2, context=4)),
     (4, 4, 10, MeshConfig(fsdp=2, context=4)),  # which does not divide the queries
