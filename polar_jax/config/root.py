@@ -19,7 +19,7 @@ class Config:
   stage: str = option('all', 'Stage to run, or several in order, separated by commas; all and plan stand alone.')
   seed: int = option(0, 'Seed of all random numbers.', min=0, max=2**31 - 1)
   checkpoint: str | None = option(
-    None, "Checkpoint to convert or to score with, and that of tokenizer.kind 'checkpoint' (None: what the stage starts from)."
+    None, "Checkpoint to convert, or to score or evaluate with, and that of tokenizer.kind 'checkpoint' (None: what the stage starts from)."
   )
   input: str | None = option(
     None,

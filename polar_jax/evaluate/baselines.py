@@ -7,19 +7,18 @@ a tie. `bayes_correct` is the upper bound: on average no discriminator of the sa
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from polar_jax.evaluate import statistics
 from polar_jax.evaluate.clusters import Clusters
+from polar_jax.evaluate.words import jaccard, ngrams, words_of
 from polar_jax.types import Text, Triplet
 
 NGRAMS = (1, 2, 3)
 NOT_HEURISTICS = ('bayes', 'random')  # reported with the heuristics, but no model is compared with them
 _FIELDS = ('reference', 'chosen', 'rejected')
-_WORD = re.compile(r'\w+')
 
 
 def heuristic_correct(triplets: Sequence[Triplet], seed: int = 0) -> dict[str, np.ndarray]:
@@ -40,14 +39,14 @@ def heuristic_correct(triplets: Sequence[Triplet], seed: int = 0) -> dict[str, n
     ValueError: naming the example and the field, if a text is not plain text or an example has only some of its token ids.
   """
   texts = [[_plain(getattr(t, name), example, name) for name in _FIELDS] for example, t in enumerate(triplets)]
-  words = [[_WORD.findall(text.lower()) for text in three] for three in texts]
+  words = [[words_of(text) for text in three] for three in texts]
   tokens = [_token_ids(t.metadata, example) or words[example] for example, t in enumerate(triplets)]
   coin = np.random.default_rng(seed).random((len(texts), 2))
 
   lengths = np.array([[len(text) for text in three] for three in texts], dtype=np.float64).reshape(-1, 3)
   scores = {'length': -np.abs(lengths[:, 1:] - lengths[:, :1])}
   for n in NGRAMS:
-    scores[f'overlap_{n}'] = _similarity(tokens, functools.partial(_ngrams, n=n))
+    scores[f'overlap_{n}'] = _similarity(tokens, functools.partial(ngrams, n=n))
   scores['words'] = _similarity(words, set)
   scores['random'] = coin
   return {name: statistics.pair_correct(s[:, 0], s[:, 1]) for name, s in scores.items()}
@@ -166,18 +165,13 @@ def _token_ids(metadata: Mapping, example: int) -> list[list[int]] | None:
   return [np.asarray(metadata[key]).tolist() for key in keys]
 
 
-def _ngrams(sequence: Sequence, n: int) -> set[tuple]:
-  return set(zip(*(sequence[i:] for i in range(n)), strict=False))
-
-
 def _similarity(examples: Sequence[Sequence], features: Callable[[Sequence], set]) -> np.ndarray:
   """Return the (examples, 2) Jaccard index of the reference's features with those of chosen and of rejected."""
   out = np.zeros((len(examples), 2))
   for example, sequences in enumerate(examples):
     reference, *candidates = map(features, sequences)
     for column, candidate in enumerate(candidates):
-      shared = len(reference & candidate)
-      out[example, column] = shared / (len(reference) + len(candidate) - shared) if shared else 0.0
+      out[example, column] = jaccard(reference, candidate)
   return out
 
 

@@ -7,18 +7,17 @@ of a training row (the length of Brown et al. 2020); a shorter one if it is the 
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polar_jax.data import readers
 from polar_jax.data.template import join_messages
 from polar_jax.evaluate.sets import Item
+from polar_jax.evaluate.words import ngrams, words_of
 from polar_jax.runtime import json_files, text_files
 from polar_jax.types import UserError
 
 N = 13
-_WORD = re.compile(r'\w+')
 
 
 def find(items: Sequence[Item], files: Sequence[pathlib.Path]) -> dict[int, str]:
@@ -33,27 +32,19 @@ def find(items: Sequence[Item], files: Sequence[pathlib.Path]) -> dict[int, str]
   """
   long, short = dict[tuple[str, ...], list[int]](), dict[tuple[str, ...], list[int]]()
   for index, item in enumerate(items):
-    words = _words(join_messages(item.prompt, 'prompt'))
+    words = words_of(join_messages(item.prompt, 'prompt'))
     table = long if len(words) >= N else short
-    for gram in _grams(words) if len(words) >= N else [tuple(words)] if words else []:
+    for gram in ngrams(words, N) if len(words) >= N else [tuple(words)] if words else []:
       table.setdefault(gram, []).append(index)
   found: dict[int, str] = {}
   for file in files:
     for number, row in _rows(file):
       for text in _texts(row):
-        words = _words(text)
-        hits = [index for gram in _grams(words) for index in long.get(gram, ())]
+        words = words_of(text)
+        hits = [index for gram in ngrams(words, N) for index in long.get(gram, ())]
         for index in (*hits, *short.get(tuple(words), ())):
           found.setdefault(index, f'{file.name}, row {number}')
   return dict(sorted(found.items()))
-
-
-def _words(text: str) -> list[str]:
-  return _WORD.findall(text.lower())
-
-
-def _grams(words: Sequence[str]) -> set[tuple[str, ...]]:
-  return set(zip(*(words[i:] for i in range(N)), strict=False))
 
 
 def _rows(file: pathlib.Path) -> Iterator[tuple[int, Any]]:

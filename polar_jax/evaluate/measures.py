@@ -10,9 +10,10 @@ from scipy import stats
 
 from polar_jax.evaluate import sets, statistics
 from polar_jax.evaluate.clusters import Clusters
-from polar_jax.evaluate.sets import Item, Margins, Rewards
+from polar_jax.evaluate.sets import Item, Rewards
 
 _BINS = 10
+_TIE_RULES = {'wrong': 0.0, 'half': 0.5, 'right': 1.0}
 
 
 def measure(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000) -> dict[str, Any]:
@@ -44,7 +45,9 @@ def measure(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000) -> 
   return out | {
     'category_mean': float(np.mean([interval['accuracy'] for interval in by_category.values()])),
     'by_category': by_category,
-    'by_length': {name: _interval(correct, clusters, mask, resamples) for name, mask in _by_length(found).items() if mask.any()},
+    'by_length': {
+      name: _interval(correct, clusters, mask, resamples) for name, mask in _by_length(sets.length_differences(items)).items() if mask.any()
+    },
     'calibration': calibration(found.margin),
   }
 
@@ -70,17 +73,14 @@ def compare(first: np.ndarray, second: np.ndarray, clusters: Clusters, resamples
   }
 
 
-_TIE_RULES = {'wrong': 0.0, 'half': 0.5, 'right': 1.0}
-
-
 def correctness(margin: np.ndarray) -> np.ndarray:
   """Return 1 for a positive margin, .5 for a tie and 0 for a negative one."""
   return statistics.pair_correct(margin, np.zeros_like(margin))
 
 
-def _by_length(found: Margins) -> dict[str, np.ndarray]:
+def _by_length(longer: np.ndarray) -> dict[str, np.ndarray]:
   """Return which comparisons have a better answer that is longer, as long or shorter."""
-  return {'better_is_longer': found.longer > 0, 'as_long': found.longer == 0, 'better_is_shorter': found.longer < 0}
+  return {'better_is_longer': longer > 0, 'as_long': longer == 0, 'better_is_shorter': longer < 0}
 
 
 def _interval(correct: np.ndarray, clusters: Clusters, mask: np.ndarray, resamples: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _interval(correct: np.ndarray, clusters: Clusters, mask: np.ndarray, resampl
 
 
 def calibration(margin: np.ndarray) -> dict[str, Any]:
-  """Return how well margins predict which answer is better, read as log odds (Bradley-Terry, equation 3 of the paper).
+  """Return how well margins predict which answer is better, read as log odds (Bradley-Terry, equations 7 and 8 of the paper).
 
   Args:
     margin: (comparisons,) reward of the better answer minus that of the worse one.

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def read(path: pathlib.Path, name: str, on_bad_example: str = 'raise') -> Evalua
   skipped: list[tuple[int, str]] = []
   if readers.is_one_split(path):
     numbered = list(examples.checked_examples(path, _item, on_bad_example, skipped))
-    items = [item if item.id else _with_id(item, number) for number, item in numbered]
+    items = [item if item.id else dataclasses.replace(item, id=str(number)) for number, item in numbered]
   else:
     items = [_of_triplet(i, triplet) for i, triplet in enumerate(_split(path, on_bad_example), start=1)]
   sets.check_unique(items, str(path))
@@ -49,10 +50,6 @@ def _split(path: pathlib.Path, on_bad_example: str) -> Any:
     return examples.open_triplets(path, 'test', on_bad_example)
   except examples.NoSplitError:
     return examples.open_triplets(path, 'validation', on_bad_example)
-
-
-def _with_id(item: Item, number: int) -> Item:
-  return Item(str(number), item.prompt, item.candidates, item.comparisons, item.category, item.reference, item.correct, item.facts)
 
 
 def _of_triplet(number: int, triplet: Triplet) -> Item:

@@ -7,7 +7,7 @@ A pair, a ranked list, a best-of-n row and a style matrix differ only in their c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,12 +95,10 @@ class Margins(NamedTuple):
   Attributes:
     margin: lowest reward of the better candidates minus the highest of the worse ones.
     item: index of the item.
-    longer: mean length of the better candidates minus that of the worse ones, in characters.
   """
 
   margin: np.ndarray
   item: np.ndarray
-  longer: np.ndarray
 
 
 def margins(items: Sequence[Item], rewards: Rewards) -> Margins:
@@ -113,17 +111,22 @@ def margins(items: Sequence[Item], rewards: Rewards) -> Margins:
   Raises:
     UserError: the rewards of an item are not as many as its candidates, or one is not finite.
   """
-  rows = [row for index, (item, scores) in enumerate(zip(items, rewards, strict=True)) for row in _rows(index, item, scores)]
-  margin, item, longer = (np.array(column) for column in zip(*rows, strict=True)) if rows else (np.zeros(0),) * 3
-  return Margins(margin.astype(np.float64), item.astype(np.int64), longer.astype(np.float64))
+  values, owners = list[float](), list[int]()
+  for index, (item, given) in enumerate(zip(items, rewards, strict=True)):
+    scores = checked_rewards(item, given)
+    for better, worse in item.comparisons:
+      values.append(scores[list(better)].min() - scores[list(worse)].max())
+      owners.append(index)
+  return Margins(np.array(values, np.float64), np.array(owners, np.int64))
 
 
-def _rows(index: int, item: Item, scores: np.ndarray) -> Iterator[tuple[float, int, float]]:
-  scores = checked_rewards(item, scores)
-  lengths = np.array([len(join_messages(text, 'candidate')) for text in item.candidates], np.float64)
-  for better, worse in item.comparisons:
-    above, below = list(better), list(worse)
-    yield scores[above].min() - scores[below].max(), index, lengths[above].mean() - lengths[below].mean()
+def length_differences(items: Sequence[Item]) -> np.ndarray:
+  """Return, for each comparison, the mean length of the better candidates minus that of the worse ones, in characters."""
+  out = list[float]()
+  for item in items:
+    lengths = np.array([len(join_messages(text, 'candidate')) for text in item.candidates], np.float64)
+    out += [lengths[list(better)].mean() - lengths[list(worse)].mean() for better, worse in item.comparisons]
+  return np.array(out, np.float64)
 
 
 def checked_rewards(item: Item, rewards: Any) -> np.ndarray:

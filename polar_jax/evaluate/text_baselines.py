@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from polar_jax.data.template import join_messages
 from polar_jax.evaluate.sets import Item
+from polar_jax.evaluate.words import jaccard, ngrams, words_of
 
-_WORD = re.compile(r'\w+')
 _BM25_K, _BM25_B = 1.2, 0.75  # the usual constants
 # (words of the reference, words of a candidate) -> score
 _Similarity = Callable[[Sequence[str], Sequence[str]], float]
@@ -36,13 +35,13 @@ def scores(items: Sequence[Item], seed: int = 0) -> dict[str, list[np.ndarray]]:
   if any(item.reference is None for item in items):
     return out
   references = [join_messages(item.reference or '', 'reference') for item in items]
-  words = [[_words(text) for text in of] for of in texts]
-  queries = [_words(text) for text in references]
+  words = [[words_of(text) for text in of] for of in texts]
+  queries = [words_of(text) for text in references]
   frequency = collections.Counter(word for of in words for text in of for word in set(text))
   documents = sum(map(len, words))
   mean_length = sum(len(text) for of in words for text in of) / max(documents, 1)
   similarities: dict[str, _Similarity] = {
-    **{f'overlap_{n}': lambda a, b, n=n: _jaccard(_ngrams(a, n), _ngrams(b, n)) for n in (1, 2, 3)},  # type: ignore[misc]
+    **{f'overlap_{n}': lambda a, b, n=n: jaccard(ngrams(a, n), ngrams(b, n)) for n in (1, 2, 3)},  # type: ignore[misc]
     'tfidf': lambda a, b: _cosine(_weights(a, frequency, documents), _weights(b, frequency, documents)),
     'bm25': lambda a, b: _bm25(a, b, frequency, documents, mean_length),
   }
@@ -50,19 +49,6 @@ def scores(items: Sequence[Item], seed: int = 0) -> dict[str, list[np.ndarray]]:
   for name, similarity in similarities.items():
     out[name] = [np.array([similarity(query, text) for text in of]) for query, of in zip(queries, words, strict=True)]
   return out
-
-
-def _words(text: str) -> list[str]:
-  return _WORD.findall(text.lower())
-
-
-def _ngrams(words: Sequence[str], n: int) -> set[tuple[str, ...]]:
-  return set(zip(*(words[i:] for i in range(n)), strict=False))
-
-
-def _jaccard(a: set, b: set) -> float:
-  shared = len(a & b)
-  return shared / (len(a) + len(b) - shared) if shared else 0.0
 
 
 def _idf(word: str, frequency: collections.Counter[str], documents: int) -> float:

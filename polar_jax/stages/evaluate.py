@@ -56,7 +56,7 @@ def evaluate(context: Context) -> dict[str, Any]:
     splits = held_out(context, context.preferences, 'data.preferences')
     results['finetune'] = evaluate_preferences(context, splits.get('test', splits[next(iter(splits))]))
   if not results:
-    context.log('evaluate: no pretrain or finetune run in this workdir yet')
+    context.log('evaluate: no pretrain or finetune run in this workdir yet; for other data set input or evaluate.benchmarks')
   return results
 
 

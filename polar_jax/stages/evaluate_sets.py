@@ -42,8 +42,22 @@ Reward = Callable[[Sequence[Item], Sequence[Text], bool], Rewards]
 
 
 def is_requested(config: Config) -> bool:
-  """Return whether the config names data to evaluate on, rather than the runs of a workdir."""
-  return bool(config.input or config.evaluate.benchmarks)
+  """Return whether the config names data to evaluate on, rather than the runs of a workdir.
+
+  Raises:
+    ConfigError: it names no data, but has settings that are about such data.
+  """
+  if config.input or config.evaluate.benchmarks:
+    return True
+  given = {'output': config.output} | {
+    f'evaluate.{name}': getattr(config.evaluate, name) for name in ('folder', 'scores', 'compare', 'training')
+  }
+  useless = next((name for name, value in given.items() if value), None)
+  if useless:
+    raise ConfigError(
+      f'{useless} is set, but there is no data to evaluate on: name files with input, or benchmarks with evaluate.benchmarks'
+    )
+  return False
 
 
 def run(context: Context) -> dict[str, Any]:

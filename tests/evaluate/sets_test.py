@@ -30,7 +30,7 @@ def test_a_comparison_holds_if_the_worst_of_the_better_beats_the_best_of_the_wor
   found = sets.margins([one], [np.array([3.0, 1.0, 2.0, 0.0])])
   np.testing.assert_array_equal(found.margin, [-1.0, 1.0])
   np.testing.assert_array_equal(found.item, [0, 0])
-  lengths = sets.margins([item(0, ('aaaa', 'b', 'cc'), (Comparison((0,), (1, 2)),))], [np.zeros(3)]).longer
+  lengths = sets.length_differences([item(0, ('aaaa', 'b', 'cc'), (Comparison((0,), (1, 2)),))])
   np.testing.assert_array_equal(lengths, [2.5])
 
 

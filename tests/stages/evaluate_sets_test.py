@@ -157,6 +157,8 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world):
   ('settings', 'message'),
   [
     ({'output': None}, 'output is not set'),
+    ({'input': None}, 'output is set, but there is no data to evaluate on: name files with input, or benchmarks'),
+    ({'input': None, 'output': None, 'evaluate.scores': 'x'}, 'evaluate.scores is set, but there is no data to evaluate on'),
     ({'output': 'IN/pairs.jsonl'}, 'is a file; name a folder'),
     ({'checkpoint': None}, 'checkpoint is not set: name a reward model .* or recorded rewards'),
     ({'checkpoint': 'IN/lm'}, "is not a reward model, but a model with the head 'lm'"),

@@ -1,4 +1,4 @@
-"""The POLAR paper's protocol on RMB (section 4.1): the top-ranked answer is the reference, the second should beat the third.
+"""The POLAR paper's protocol on RMB: the top-ranked answer is the reference, the second should beat the third.
 
 RMB's pairs of one prompt form a graph whose edges lead from the better answer to the worse one. Contradictory edges, which are part of a
 cycle, are dropped. A path of two edges that starts at an answer which nothing beats is a ranking of three. Each second edge counts once,

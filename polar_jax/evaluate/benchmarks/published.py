@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar
 from polar_jax.data import readers
 from polar_jax.data.examples import BadExampleError, BadField
 from polar_jax.runtime import json_files
-from polar_jax.types import UserError
 
 _REMEDY = 'download the file again'
 _Made = TypeVar('_Made')
@@ -122,16 +121,3 @@ def label(fields: Mapping[str, Any], name: str, known: Iterable[str]) -> str:
 def tables(folder: pathlib.Path) -> list[pathlib.Path]:
   """Return the .parquet and .jsonl files below a folder, as the hub and its command-line client lay them out."""
   return sorted(file for suffix in readers.SUFFIXES for file in folder.rglob(f'*{suffix}') if not file.name.startswith('.'))
-
-
-def existing(folder: pathlib.Path, names: Iterable[str]) -> tuple[list[pathlib.Path], tuple[str, ...]]:
-  """Return the files that are there, and the names of those that are missing.
-
-  Raises:
-    UserError: none is there.
-  """
-  names = list(names)
-  files = [folder / name for name in names if (folder / name).is_file()]
-  if not files:
-    raise UserError(f'{folder}: has none of the files of the benchmark: {", ".join(names[:6])}')
-  return files, tuple(name for name in names if not (folder / name).is_file())

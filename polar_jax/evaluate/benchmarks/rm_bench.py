@@ -17,6 +17,7 @@ from polar_jax.evaluate import sets
 from polar_jax.evaluate.benchmarks import published
 from polar_jax.evaluate.benchmarks.published import Row
 from polar_jax.evaluate.sets import Comparison, EvaluationSet, Item, Rewards
+from polar_jax.types import UserError
 
 STYLES = ('concise', 'detailed', 'markdown')
 # File -> domain. The two files of safety are one domain.
@@ -43,7 +44,7 @@ def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[Evaluation
     files = [file for file in present.values() if file is not None]
     missing = tuple(name for name, file in present.items() if file is None)
     if not files:
-      published.existing(folder, [_TOTAL, *FILES])
+      raise UserError(f'{folder}: has none of the files of RM-Bench: {", ".join([_TOTAL, *FILES])}')
   domains = {file: FILES[name] for name, file in present.items() if file is not None}
   skipped: list[tuple[str, str]] = []
   rows = [row for file in files for row in published.rows_of(file)]
