@@ -33,8 +33,8 @@ class EvaluateConfig:
   )
   near_duplicates: float | None = option(
     None,
-    'With evaluate.training: also find prompts whose sets of 5-grams of words have at least this Jaccard similarity with a training text, '
-    'by MinHash (extra contamination). None: only exact matches.',
+    'With evaluate.training: also find prompts that share at least this part of the 5-grams of words of either, by MinHash (extra '
+    'contamination). None: only exact matches.',
     exclusive_min=0,
     max=1,
   )

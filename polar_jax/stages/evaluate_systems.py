@@ -78,7 +78,8 @@ class RewardSystem:
       settings = dataclasses.replace(model.template_config, use_reference=use_reference and model.template_config.use_reference)
       template = open_template(settings, self._tokenizer, model.config.known_vocab_size, self._path)
       rows = context.config.evaluate.rows_per_batch
-      self._scorers[use_reference] = Scorer(model.params, model.config, template, context.mesh, rows=rows)
+      # The ladder compiles once for many sets and views.
+      self._scorers[use_reference] = Scorer(model.params, model.config, template, context.mesh, rows=rows, ladder=True)
     return self._scorers[use_reference]
 
 
