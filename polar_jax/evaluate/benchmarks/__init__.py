@@ -1,10 +1,11 @@
 """Public benchmarks of reward models: each module reads one in its published files and scores it by its official rule.
 
-A module has `read(folder, on_bad_example)`, which returns evaluation sets. Official scores are in percent.
+A module has `read(folders, on_bad_example)`, which returns evaluation sets. Official scores are in percent.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -12,7 +13,7 @@ from polar_jax.evaluate.sets import EvaluationSet
 from polar_jax.types import UserError
 
 # Modules of this package.
-BENCHMARKS = ('judgebench', 'rm_bench', 'rmb', 'polar_rmb', 'rewardbench', 'rewardbench_2', 'ppe_correctness')
+BENCHMARKS = ('judgebench', 'rm_bench', 'rmb', 'polar_rmb', 'rewardbench', 'rewardbench_2', 'ppe_correctness', 'rewardmath')
 # Benchmarks whose files are those of another one.
 _FOLDERS = {'polar_rmb': 'rmb'}
 
@@ -33,7 +34,9 @@ def read(name: str, folder: pathlib.Path, on_bad_example: str = 'raise') -> list
   own = folder / _FOLDERS.get(name, name)
   if not own.is_dir():
     raise UserError(f'{own}: no such folder; put the published files of {_FOLDERS.get(name, name)} there, or set evaluate.folder')
-  found = [one for one in importlib.import_module(f'polar_jax.evaluate.benchmarks.{name}').read(own, on_bad_example) if one.items]
+  everything = importlib.import_module(f'polar_jax.evaluate.benchmarks.{name}').read([own], on_bad_example)
+  found = [one for one in everything if one.items]
   if not found:
     raise UserError(f'{own}: has no row that can be used; set data.on_bad_example=raise to see why')
-  return found
+  lost = tuple(row for one in everything if not one.items for row in one.skipped)  # of sets that consist of bad rows
+  return [dataclasses.replace(found[0], skipped=(*found[0].skipped, *lost)), *found[1:]]

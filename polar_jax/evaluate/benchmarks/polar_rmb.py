@@ -17,9 +17,9 @@ from polar_jax.evaluate.benchmarks import rmb
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Build the comparisons from RMB's pairs; see `polar_jax.evaluate.benchmarks.read`."""
-  (source,) = rmb.read(folder, on_bad_example)
+  (source,) = rmb.read(folders, on_bad_example)
   by_prompt: dict[str, list[Item]] = {}
   for item in source.items:
     if item.facts['kind'] == 'pairwise':
