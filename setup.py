@@ -54,6 +54,7 @@ EXTRAS = {
   'gcs': GCS,  # data and checkpoints in gs://
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
+  'hub': ['huggingface_hub>=0.34', *PARQUET],  # published files of benchmarks, with evaluate.folder=hub
   'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
   'ray': ['ray>=2.40'],  # sweeps on a cluster; restarts the runs of a lost node
   # References that the tests compare with. torch is exact: another version rounds differently. Test weights come separately (README.md).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_jax.report import markdown, plots, sections
@@ -30,7 +30,8 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
   ]
   out += [f'On {_name(name)}, {sections.verdict("the model", found["margin_over_best_baseline"])}' for name, found in sets.items()]
   out += [sentence for name, found in sets.items() for sentence in (*_compared(name, found), *_leaked(name, found))]
-  out += [part for name, found in sets.items() for part in (*_official(name, found), *_references(name, found), *_categories(name, found))]
+  parts = (_official, _paper, _references, _categories)
+  out += [part for name, found in sets.items() for make in parts for part in make(name, found)]
   return out
 
 
@@ -98,6 +99,38 @@ def _official(name: str, found: Mapping[str, Any]) -> list[str]:
     f'By the rule of the benchmark, in %.{missing}',
     markdown.table([*map(markdown.escape, numbers)], [[f'{value:.2f}' for value in numbers.values()]]),
   ]
+
+
+def _paper(name: str, found: Mapping[str, Any]) -> list[str]:
+  """Return the table of the paper's categories, next to its own numbers."""
+  rows = found.get('paper')
+  if not rows:
+    return []
+  systems = [*rows[0]['paper']]
+  body = [
+    [
+      markdown.escape(row['category']),
+      '-' if row['accuracy'] is None else sections.accuracy(row),
+      f'{row["n"]:,}' if row['n'] else '-',
+      *(f'{100 * row["paper"][system]:.1f}' for system in systems),
+      _groups(row, rows),
+    ]
+    for row in rows
+  ]
+  return [
+    f'### {_name(name)}: the categories of the paper',
+    'Accuracy in % with 95% intervals, next to Table 1 of the POLAR paper, in which InternLM2 and Skywork read no reference. These are not '
+    'the same prompts: which of RMB the paper uses is not published, its categories also hold prompts of its own, and some seem to have '
+    'few. A category takes the groups of RMB that have its name, or those marked as inferred, by us; without either it is empty.',
+    markdown.table(['category', 'this model', 'comparisons', *map(markdown.escape, systems), 'groups of RMB'], body),
+  ]
+
+
+def _groups(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  if row is rows[-1]:
+    return 'all'
+  groups = ', '.join(map(markdown.escape, row['rmb_groups'])) or '-'
+  return f'{groups} (inferred)' if row['mapping'] == 'inferred' else groups
 
 
 def _references(name: str, found: Mapping[str, Any]) -> list[str]:

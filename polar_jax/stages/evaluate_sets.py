@@ -21,6 +21,7 @@ from polar_jax.evaluate import (
   benchmarks,
   best_of_n,
   contamination,
+  hub,
   measures,
   own_files,
   recorded,
@@ -120,9 +121,10 @@ def read_sets(config: Config) -> list[EvaluationSet]:
   for path in map(paths.path_of, _listed(config.input)):
     found.append(own_files.read(path, path.name.split('.')[0], mode))
   if config.evaluate.benchmarks and not config.evaluate.folder:
-    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark')
+    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark, or hub')
   for name in _listed(config.evaluate.benchmarks):
-    found += benchmarks.read(name, paths.path_of(config.evaluate.folder or ''), mode)
+    folder = None if config.evaluate.folder == hub.NAME else paths.path_of(config.evaluate.folder or '')
+    found += benchmarks.read(name, folder, mode)
   names = [one.name for one in found]
   if twice := next((name for name in names if names.count(name) > 1), None):
     raise ConfigError(f'two sets are named {twice!r}; rename a file, whose name is that of its set')
@@ -213,6 +215,8 @@ def _evaluate(context: Context, one: EvaluationSet, scored: dict[str, Rewards]) 
   result = measures.measure(one.items, scored[main], resamples)
   result |= {'reference': main, 'missing': list(one.missing), 'skipped': len(one.skipped)}
   result |= {'official': None if one.official is None else one.official(one.items, scored[main])}
+  result |= {'paper': one.paper(one.items, scored[main], resamples)} if one.paper else {}
+  result |= {'revisions': dict(one.revisions)} if one.revisions else {}
   texts = text_baselines.scores(one.items, context.config.seed)
   found = sets.margins(one.items, scored[main])
   clusters = sets.clusters(one.items, found.item)

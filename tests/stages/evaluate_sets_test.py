@@ -16,6 +16,7 @@ import polar_jax
 from polar_jax import runner, sharding
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.evaluate import hub
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 
@@ -136,7 +137,7 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
 
 
 @pytest.mark.usefixtures('root')
-def test_recorded_rewards_of_a_benchmark(tmp_path, world):
+def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
   rows = [{'pair_id': f'id{i}', 'source': 'mmlu-pro-law', 'question': f'q{i}', 'response_A': 'a', 'response_B': 'b'} for i in range(4)]
   (tmp_path / 'published/judgebench/data').mkdir(parents=True)
   lines = [json.dumps(row | {'label': 'A>B', 'response_model': model}) for row, model in zip(rows, 'aaab', strict=True)]
@@ -144,10 +145,14 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world):
   scores = [{'id': f'id{i}', 'rewards': [i, 1]} for i in range(3)]
   (tmp_path / 'scores.jsonl').write_text('\n'.join(map(json.dumps, scores)))
   settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': str(tmp_path / 'published')}
+  monkeypatch.setattr(hub, 'download', lambda _: {'ScalerLab/JudgeBench': tmp_path / 'published/judgebench'})
+  settings['evaluate.folder'] = 'hub'
   status, sets, _ = run(tmp_path, world, **settings, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
   assert status == 0 and list(sets) == ['judgebench'] and sets['judgebench']['ties'] == 1
+  assert sets['judgebench']['revisions'] == {'ScalerLab/JudgeBench': 'judgebench'}
   assert sets['judgebench']['official'] == pytest.approx({'knowledge': 100 / 3, 'all': 100 / 3})
   assert sets['judgebench']['tie_rules'] == pytest.approx({'wrong': 1 / 3, 'half': 1 / 2, 'right': 2 / 3})
+  settings['evaluate.folder'] = str(tmp_path / 'published')
   status, sets, _ = run(tmp_path / 'model', world, **settings, checkpoint=str(world / 'reward'))
   assert status == 0 and [found['reference'] for found in sets.values()] == ['empty', 'empty']  # there are no references
 
