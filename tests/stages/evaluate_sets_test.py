@@ -144,9 +144,8 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
   (tmp_path / 'published/judgebench/data/x.jsonl').write_text('\n'.join(lines))
   scores = [{'id': f'id{i}', 'rewards': [i, 1]} for i in range(3)]
   (tmp_path / 'scores.jsonl').write_text('\n'.join(map(json.dumps, scores)))
-  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': str(tmp_path / 'published')}
+  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': 'hub'}
   monkeypatch.setattr(hub, 'download', lambda _: {'ScalerLab/JudgeBench': tmp_path / 'published/judgebench'})
-  settings['evaluate.folder'] = 'hub'
   status, sets, _ = run(tmp_path, world, **settings, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
   assert status == 0 and list(sets) == ['judgebench'] and sets['judgebench']['ties'] == 1
   assert sets['judgebench']['revisions'] == {'ScalerLab/JudgeBench': 'judgebench'}
