@@ -16,6 +16,7 @@ INSTALL = {
   **dict.fromkeys(('tokamax', 'libtpu'), "pip install -e '.[kernels]'"),
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
+  'datasketch': "pip install -e '.[contamination]'",
   'math_verify': "pip install -e '.[math]'",
   'rewardbench': 'pip install rewardbench==0.1.4',  # in an environment of its own: it needs an old transformers
   'ray': "pip install -e '.[ray]'",

@@ -36,6 +36,7 @@ class Item:
     category: of the benchmark or the user; '' if there is none.
     reference: a response of the policy to be recognized; None if the set has none.
     correct: whether each candidate is right, for best-of-n; None if that is not known.
+    answers: the final answer of each candidate, for a majority vote, None for one without; None as a whole if they are not known.
     facts: what the official score of a benchmark reads besides the rewards.
   """
 
@@ -46,6 +47,7 @@ class Item:
   category: str = ''
   reference: Text | None = None
   correct: tuple[bool, ...] | None = None
+  answers: tuple[str | None, ...] | None = None
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

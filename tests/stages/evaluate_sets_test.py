@@ -40,11 +40,12 @@ FILES = {
 def world(tmp_path_factory):
   """A folder with a reward model, a language model and files of examples."""
   folder, mesh = tmp_path_factory.mktemp('world'), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  for name, kind, api in (('reward', RewardModel, polar_jax.RewardModel), ('lm', LanguageModel, polar_jax.LanguageModel)):
+  reward, language = (RewardModel, polar_jax.RewardModel), (LanguageModel, polar_jax.LanguageModel)
+  for seed, (name, (kind, api)) in enumerate({'reward': reward, 'second': reward, 'lm': language}.items()):
     model = kind(SHAPE, rngs=nnx.Rngs(params=3))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if name == 'reward':  # a new head is zero
-      params['v_head'] = jax.random.normal(jax.random.key(0), params['v_head'].shape)
+    if kind is RewardModel:  # a new head is zero
+      params['v_head'] = jax.random.normal(jax.random.key(seed), params['v_head'].shape)
     with jax.set_mesh(mesh):
       api(params, SHAPE, ByteTokenizer(), mesh).save(folder / name)
   for name, rows in FILES.items():
@@ -71,7 +72,10 @@ def run(tmp_path, world, **settings):
     return status, {}, []
   files = sorted((tmp_path / 'out').glob('scores*.jsonl.gz'))
   lines = [line for file in files for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
-  return status, json.loads((tmp_path / 'out/evaluation.json').read_text())['sets'], [json.loads(line) for line in lines]
+  result = json.loads((tmp_path / 'out/evaluation.json').read_text())
+  tested = [(*found['baselines'].values(), *found.get('compare', {}).values()) for found in result['sets'].values()]
+  assert result['paired_tests'] == sum(map(len, tested))
+  return status, result['sets'], [json.loads(line) for line in lines]
 
 
 @pytest.fixture
@@ -121,19 +125,83 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
   assert status == 0
   text = (tmp_path / 'b/run/report.md').read_text()
   assert '2 of 8 prompts of pairs are in the training files; accuracy without them: ' in text
-  assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled') and '2 sets were compared' in text
+  assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled')
+  assert f'There are {2 * (8 + 1)} paired tests in all' in text
   rewards = {line['id']: line['rewards'] for line in lines if line['set'] == 'pairs'}
   places = again['pairs']['contamination']['places']
   assert places == {'3': 'train.jsonl, row 1', '7': 'train.jsonl, row 1'} and again['lists']['contamination']['items'] == 0
   right = [a > b for name, (a, b) in rewards.items() if name not in places]
   assert again['pairs']['contamination']['without']['accuracy'] == np.mean(right) and len(right) == 6
+  of_run = ('reference', 'references', 'contamination', 'truncated', 'best_of_n')
   for name, found in again.items():
-    compared = found.pop('compare')
-    assert compared['with'] == 'scores_shuffled.jsonl.gz' and compared['sets_compared'] == 2
+    compared = found.pop('compare')['scores_shuffled.jsonl.gz']
     assert compared['difference'] == pytest.approx(found['accuracy'] - sets[name]['references']['shuffled']['accuracy'])
-    assert {k: v for k, v in found.items() if k not in ('reference', 'references', 'contamination')} == {
-      k: v for k, v in sets[name].items() if k not in ('reference', 'references')
-    }
+    assert {k: v for k, v in found.items() if k not in of_run} == {k: v for k, v in sets[name].items() if k not in of_run}
+
+
+@pytest.mark.usefixtures('root')
+def test_right_and_wrong_answers_as_references_and_second_systems(tmp_path, world):
+  rows = [
+    {'prompt': f'p{i}', 'prompt_id': i, 'reference': f'g{i} three four five', 'response': f'{"yn"[k % 2]} {i} {k}', 'correct': k % 2 == 0}
+    for i in range(5)
+    for k in range(6 if i else 3)  # too few of the first
+  ]
+  (tmp_path / 'answers.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'given.jsonl').write_text('\n'.join(json.dumps({'id': i, 'reference': f'other {i}'}) for i in range(5)))
+  given = {
+    'checkpoint': str(world / 'reward'),
+    'input': str(tmp_path / 'answers.jsonl'),
+    'evaluate.references': 'true,right,wrong,degraded,empty,file,style',
+    'evaluate.reference_file': str(tmp_path / 'given.jsonl'),
+    'evaluate.compare': str(world / 'second'),
+    'evaluate.language_model': str(world / 'lm'),
+  }
+  status, sets, lines = run(tmp_path, world, **given)
+  found = sets['answers']
+  names = ['true', 'right', 'wrong', 'degraded_75', 'degraded_50', 'degraded_25', 'empty', 'file']
+  assert status == 0 and list(found['references']) == names and found['skipped'] == 1 and found['items'] == 4
+  assert [point['words_kept'] for point in found['reference_curve']] == [100, 75, 50, 25, 0]
+  assert list(found['best_of_n']['references']) == names and found['best_of_n']['n'] == [1, 2, 3, 4]
+  model, second = (polar_jax.load(world / name) for name in ('reward', 'second'))
+  held = []
+  for line in lines:
+    texts = [row['response'] for row in rows if row['prompt_id'] == int(line['id'])]
+    if line['reference'] == 'right':  # a right and a wrong answer are held out, and the right one is the reference
+      fits = []
+      for a, text in enumerate(texts):
+        for b in range(len(texts)):
+          left = [t for k, t in enumerate(texts) if k not in (a, b)]
+          if a % 2 == 0 and b % 2 == 1 and np.allclose(model.score(f'p{line["id"]}', text, left), line['rewards'], atol=1e-5):
+            fits.append(left)
+      assert len(fits) == 1
+      held += [(line['id'], fits[0])]
+  for name, left in held:
+    reference = f'g{name} three four five'
+    of_true = next(line['rewards'] for line in lines if (line['id'], line['reference']) == (name, 'true'))
+    np.testing.assert_allclose(of_true, model.score(f'p{name}', reference, left), atol=1e-5)
+  right = []
+  for name, left in held:
+    scores = second.score(f'p{name}', f'g{name} three four five', left)
+    right += [float(scores[a] > scores[b]) for a in range(4) for b in range(4) if left[a][0] == 'y' and left[b][0] == 'n']
+  compared = found['compare']['second']
+  assert len(right) == found['n'] == 16 and compared['other']['accuracy'] == np.mean(right)
+  assert compared['difference'] == pytest.approx(found['accuracy'] - np.mean(right))
+  ratio = found['baselines']['likelihood_ratio']
+  assert ratio['paired']['difference'] == pytest.approx(found['accuracy'] - ratio['accuracy'])
+  assert found['truncated']['responses'] == found['truncated']['prompts'] == 0
+  report = (tmp_path / 'run/report.html').read_text()
+  assert {path.stem for path in (tmp_path / 'run/figures').iterdir()} == {'evaluation', 'calibration', 'best_of_n', 'reference_curve'}
+  assert report.count('<img') == 4
+
+
+@pytest.mark.usefixtures('root')
+def test_texts_that_the_model_reads_only_in_part_are_counted(tmp_path, world):
+  rows = [FILES['pairs.jsonl'][0], FILES['pairs.jsonl'][1] | {'rejected': 'long ' * 40}]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  settings = {'checkpoint': str(world / 'reward'), 'input': str(tmp_path / 'rows.jsonl'), 'template.max_response_length': 20}
+  status, sets, _ = run(tmp_path, world, **settings)
+  assert status == 0 and sets['rows']['truncated']['responses'] == 1 and sets['rows']['truncated']['ids'] == {'responses': ['2']}
+  assert 'reads only a part of the responses of 1 of 2 items' in (tmp_path / 'run/report.md').read_text()
 
 
 @pytest.mark.usefixtures('root')
@@ -170,6 +238,15 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
     ({'input': 'IN/pairs.jsonl,IN/nothing.jsonl'}, 'nothing.jsonl: no such file'),
     ({'input': 'IN/pairs.jsonl,IN/again/pairs.jsonl'}, "two sets are named 'pairs'; rename a file"),
     ({'input': 'IN/bad.jsonl'}, 'bad.jsonl, example 2: field .rejected. is missing'),
+    ({'evaluate.references': 'style,true'}, "'style' is several references, and cannot be the first"),
+    ({'evaluate.references': 'true,file'}, "'file' needs references; name a file with --config.evaluate.reference_file=FILE"),
+    ({'evaluate.reference_file': 'IN/other.jsonl'}, "other.jsonl, row 1: field 'reference' is missing; a row must be"),
+    ({'evaluate.reference_file': 'IN/known.jsonl'}, 'known.jsonl: none of its 1 ids is of an item of pairs'),
+    ({'evaluate.near_duplicates': 0.5}, 'evaluate.near_duplicates is set, but there is nothing to search'),
+    ({'evaluate.compare': 'IN/lm'}, "evaluate.compare .*IN/lm: is not a reward model, but a model with the head 'lm'"),
+    ({'evaluate.compare': 'IN/reward,IN/../world0/reward'}, 'evaluate.compare: two systems would be named .*reward'),
+    ({'evaluate.language_model': 'IN/reward'}, 'evaluate.language_model .*: is not a language model, but a model with the head .reward.'),
+    ({'evaluate.embedding': 'IN'}, "evaluate.embedding needs sentence-transformers; install it with: pip install 'polar_jax.embedding.'"),
     ({'evaluate.references': 'true,other'}, "evaluate.references: 'other' is unknown; name some of: true, none"),
     ({'evaluate.references': ' , '}, 'evaluate.references: is empty'),
     ({'evaluate.benchmarks': 'rmb'}, 'evaluate.folder is not set'),
@@ -181,6 +258,7 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
 )
 def test_bad_settings_are_one_line_and_write_nothing(tmp_path, world, settings, message, capsys):
   (world / 'again').mkdir(exist_ok=True)
+  (world / 'known.jsonl').write_text('{"id": "other", "reference": "r"}')
   (world / 'other.jsonl').write_text('{"id": "other", "rewards": [1, 2]}')
   (world / 'same.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]))
   (world / 'again/pairs.jsonl').write_bytes((world / 'pairs.jsonl').read_bytes())
@@ -201,7 +279,7 @@ ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
 @pytest.mark.parametrize(
   ('row', 'message'),
   [
-    (ROW, 'a row needs chosen and rejected, candidates and ranks, or candidates and correct'),
+    (ROW, 'a row needs chosen and rejected, candidates and ranks, candidates and correct, or response and correct'),
     ({'prompt': 'p'}, 'a row needs chosen and rejected'),
     (ROW | {'candidates': ['a'], 'ranks': [1]}, 'candidates must be a list of at least two texts'),
     (ROW | {'candidates': ['a', 3], 'ranks': [1, 2]}, r'candidates\[1\]'),
@@ -214,6 +292,10 @@ ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
     (ROW | {'correct': [True, False], 'id': 1.5}, 'id must be a string or an integer'),
     (ROW | {'correct': [True, False], 'reference': 3}, 'reference'),
     (ROW | {'correct': [True, False], 'wrapper': 'x'}, 'wrapper'),
+    (ROW | {'correct': [True, False], 'answers': ['3']}, 'answers must be a list of strings, numbers or null'),
+    ({'prompt': 'p', 'response': 'a', 'correct': 1}, 'correct must be true or false'),
+    ({'prompt': 'p', 'response': 3, 'correct': True}, 'response'),
+    ({'prompt': 'p', 'response': 'a', 'correct': True, 'prompt_id': 0.5}, 'prompt_id must be a string or an integer'),
   ],
 )
 def test_bad_rows_are_named_or_counted(tmp_path, world, row, message, capsys):
