@@ -225,6 +225,22 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
 
 
 @pytest.mark.usefixtures('root')
+def test_the_categories_of_the_paper(tmp_path, world):
+  file = tmp_path / 'published/rmb/Pairwise_set/Helpfulness/Chat/A.json'
+  file.parent.mkdir(parents=True)
+  answers = {name: {'llm_name': name, 'answer': name} for name in 'abc'}
+  asked = {'conversation_input': [{'role': 'user', 'content': 'p'}]}
+  pairs = [{'pair_uid': better + worse, 'chosen': answers[better], 'reject': answers[worse]} | asked for better, worse in ('ab', 'bc')]
+  file.write_text(json.dumps(pairs))
+  (tmp_path / 'scores.jsonl').write_text(json.dumps({'id': 'pairwise/bc', 'rewards': [1, 0]}))
+  given = {'evaluate.benchmarks': 'polar_rmb', 'evaluate.folder': str(tmp_path / 'published')}
+  status, sets, _ = run(tmp_path, world, **given, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
+  found = {row['category']: row['accuracy'] for row in sets['polar_rmb']['paper']}
+  assert status == 0 and found['Chat'] == found['Average'] == 1.0 and found['Coding'] is None
+  assert '| Chat | 100.0 [' in (tmp_path / 'run/report.md').read_text()
+
+
+@pytest.mark.usefixtures('root')
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
