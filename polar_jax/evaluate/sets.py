@@ -53,6 +53,7 @@ class Item:
 
 Rewards = Sequence[np.ndarray]  # float64 (candidates,) of each item
 Official = Callable[[Sequence[Item], Rewards], dict[str, Any]]
+Paper = Callable[[Sequence[Item], Rewards, int], list[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class EvaluationSet:
     official: the benchmark's own rule, items and rewards -> numbers in percent; None for a user's own file.
     missing: files of the benchmark that are not there.
     skipped: (where, reason) of rows that cannot be used.
+    paper: accuracies next to those of a paper: items, rewards and bootstrap resamples -> rows of a table; None if there is none.
+    revisions: repository of the hub -> commit of its files, if the files are from there.
   """
 
   name: str
@@ -72,6 +75,8 @@ class EvaluationSet:
   official: Official | None = None
   missing: tuple[str, ...] = ()
   skipped: tuple[tuple[str, str], ...] = ()
+  paper: Paper | None = None
+  revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def pair(better: int = 0) -> tuple[Comparison, ...]:

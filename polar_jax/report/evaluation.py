@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_jax.report import markdown, plots, sections
@@ -38,7 +38,7 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
   out += [s for name, found in sets.items() for s in (*_compared(name, found), *_leaked(name, found), *_truncated(name, found))]
   if (tests := evaluation.get('paired_tests', 0)) > 1:
     out.append(f'There are {tests} paired tests in all, baselines among them, so that a small p-value somewhere is to be expected.')
-  parts = (_official, _references, _styles, _categories)
+  parts = (_official, _paper, _references, _styles, _categories)
   out += [paragraph for name, found in sets.items() for part in parts for paragraph in part(name, found)]
   return out
 
@@ -166,6 +166,38 @@ def _official(name: str, found: Mapping[str, Any]) -> list[str]:
     f'By the rule of the benchmark, in %.{missing}',
     markdown.table([*map(markdown.escape, numbers)], [[f'{value:.2f}' for value in numbers.values()]]),
   ]
+
+
+def _paper(name: str, found: Mapping[str, Any]) -> list[str]:
+  """Return the table of the paper's categories, next to its own numbers."""
+  rows = found.get('paper')
+  if not rows:
+    return []
+  systems = [*rows[0]['paper']]
+  body = [
+    [
+      markdown.escape(row['category']),
+      '-' if row['accuracy'] is None else sections.accuracy(row),
+      f'{row["n"]:,}' if row['n'] else '-',
+      *(f'{100 * row["paper"][system]:.1f}' for system in systems),
+      _groups(row, rows),
+    ]
+    for row in rows
+  ]
+  return [
+    f'### {_name(name)}: the categories of the paper',
+    'Accuracy in % with 95% intervals, next to Table 1 of the POLAR paper, in which InternLM2 and Skywork read no reference. These are not '
+    'the same prompts: which of RMB the paper uses is not published, its categories also hold prompts of its own, and some seem to have '
+    'few. A category takes the groups of RMB that have its name, or those marked as inferred, by us; without either it is empty.',
+    markdown.table(['category', 'this model', 'comparisons', *map(markdown.escape, systems), 'groups of RMB'], body),
+  ]
+
+
+def _groups(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  if row is rows[-1]:
+    return 'all'
+  groups = ', '.join(map(markdown.escape, row['rmb_groups'])) or '-'
+  return f'{groups} (inferred)' if row['mapping'] == 'inferred' else groups
 
 
 def _references(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from polar_jax.evaluate import (
   benchmarks,
   best_of_n,
   contamination,
+  hub,
   measures,
   own_files,
   recorded,
@@ -129,9 +130,10 @@ def read_sets(config: Config) -> list[EvaluationSet]:
   for path in map(paths.path_of, _listed(config.input)):
     found.append(own_files.read(path, path.name.split('.')[0], mode))
   if config.evaluate.benchmarks and not config.evaluate.folder:
-    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark')
+    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark, or hub')
   for name in _listed(config.evaluate.benchmarks):
-    found += benchmarks.read(name, paths.path_of(config.evaluate.folder or ''), mode)
+    folder = None if config.evaluate.folder == hub.NAME else paths.path_of(config.evaluate.folder or '')
+    found += benchmarks.read(name, folder, mode)
   names = [one.name for one in found]
   if twice := next((name for name in names if names.count(name) > 1), None):
     raise ConfigError(f'two sets are named {twice!r}; rename a file, whose name is that of its set')
@@ -227,6 +229,8 @@ def _measure(context: Context, part: Scored) -> dict[str, Any]:
   result = measures.measure(one.items, rewards, resamples)
   result |= {'reference': part.main, 'missing': list(one.missing), 'skipped': len(one.skipped), 'truncated': part.truncated}
   result |= {'official': None if one.official is None else one.official(one.items, rewards)}
+  result |= {'paper': one.paper(one.items, rewards, resamples)} if one.paper else {}
+  result |= {'revisions': dict(one.revisions)} if one.revisions else {}
   best = best_of_n.curve(one.items, rewards, resamples, context.config.seed)
   if best is not None:
     curves = {name: best_of_n.curve(one.items, values, resamples, context.config.seed) for name, values in part.rewards.items()}

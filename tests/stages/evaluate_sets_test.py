@@ -16,6 +16,7 @@ import polar_jax
 from polar_jax import runner, sharding
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.evaluate import hub
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 
@@ -204,20 +205,39 @@ def test_texts_that_the_model_reads_only_in_part_are_counted(tmp_path, world):
 
 
 @pytest.mark.usefixtures('root')
-def test_recorded_rewards_of_a_benchmark(tmp_path, world):
+def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
   rows = [{'pair_id': f'id{i}', 'source': 'mmlu-pro-law', 'question': f'q{i}', 'response_A': 'a', 'response_B': 'b'} for i in range(4)]
   (tmp_path / 'published/judgebench/data').mkdir(parents=True)
   lines = [json.dumps(row | {'label': 'A>B', 'response_model': model}) for row, model in zip(rows, 'aaab', strict=True)]
   (tmp_path / 'published/judgebench/data/x.jsonl').write_text('\n'.join(lines))
   scores = [{'id': f'id{i}', 'rewards': [i, 1]} for i in range(3)]
   (tmp_path / 'scores.jsonl').write_text('\n'.join(map(json.dumps, scores)))
-  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': str(tmp_path / 'published')}
+  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': 'hub'}
+  monkeypatch.setattr(hub, 'download', lambda _: {'ScalerLab/JudgeBench': tmp_path / 'published/judgebench'})
   status, sets, _ = run(tmp_path, world, **settings, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
   assert status == 0 and list(sets) == ['judgebench'] and sets['judgebench']['ties'] == 1
+  assert sets['judgebench']['revisions'] == {'ScalerLab/JudgeBench': 'judgebench'}
   assert sets['judgebench']['official'] == pytest.approx({'knowledge': 100 / 3, 'all': 100 / 3})
   assert sets['judgebench']['tie_rules'] == pytest.approx({'wrong': 1 / 3, 'half': 1 / 2, 'right': 2 / 3})
+  settings['evaluate.folder'] = str(tmp_path / 'published')
   status, sets, _ = run(tmp_path / 'model', world, **settings, checkpoint=str(world / 'reward'))
   assert status == 0 and [found['reference'] for found in sets.values()] == ['empty', 'empty']  # there are no references
+
+
+@pytest.mark.usefixtures('root')
+def test_the_categories_of_the_paper(tmp_path, world):
+  file = tmp_path / 'published/rmb/Pairwise_set/Helpfulness/Chat/A.json'
+  file.parent.mkdir(parents=True)
+  answers = {name: {'llm_name': name, 'answer': name} for name in 'abc'}
+  asked = {'conversation_input': [{'role': 'user', 'content': 'p'}]}
+  pairs = [{'pair_uid': better + worse, 'chosen': answers[better], 'reject': answers[worse]} | asked for better, worse in ('ab', 'bc')]
+  file.write_text(json.dumps(pairs))
+  (tmp_path / 'scores.jsonl').write_text(json.dumps({'id': 'pairwise/bc', 'rewards': [1, 0]}))
+  given = {'evaluate.benchmarks': 'polar_rmb', 'evaluate.folder': str(tmp_path / 'published')}
+  status, sets, _ = run(tmp_path, world, **given, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
+  found = {row['category']: row['accuracy'] for row in sets['polar_rmb']['paper']}
+  assert status == 0 and found['Chat'] == found['Average'] == 1.0 and found['Coding'] is None
+  assert '| Chat | 100.0 [' in (tmp_path / 'run/report.md').read_text()
 
 
 @pytest.mark.usefixtures('root')

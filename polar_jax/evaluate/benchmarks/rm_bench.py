@@ -33,8 +33,9 @@ _TOTAL = 'total_dataset.json'
 _DOMAINS = {'chat': 'chat', 'code': 'code', 'math': 'math', 'safety': 'safety', 'safety-refuse': 'safety', 'safety-response': 'safety'}
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the domains that are there; see `polar_jax.evaluate.benchmarks.read`."""
+  (folder,) = folders
   names = {name: [name, name.replace('_filtered', '')] for name in FILES}
   present = {name: next((folder / n for n in options if (folder / n).is_file()), None) for name, options in names.items()}
   missing: tuple[str, ...] = ()
