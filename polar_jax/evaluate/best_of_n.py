@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 from polar_jax.evaluate import sets
 from polar_jax.evaluate.sets import Item, Rewards
 
-# Subsets of an item's answers of each size that the majority votes in: its expectation over all of them has no closed form.
-_VOTES = 200
+# Orders of an item's answers, in whose first n the majority votes: the expectation over all subsets has no closed form.
+_ORDERS = 200
 
 
 def curve(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000, seed: int = 0) -> dict[str, Any] | None:
@@ -25,7 +26,7 @@ def curve(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000, seed:
     items: those without `correct` are left out.
     rewards: of each item's candidates.
     resamples: of the interval, which resamples items.
-    seed: of the resampling and of the votes.
+    seed: of the resampling and of the orders of the votes.
 
   Returns:
     Lists by n: `n`; `reward`, the best-scored, with its 95% interval `low` and `high`; `oracle`, any right one; `random`, one drawn; and
@@ -35,74 +36,74 @@ def curve(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000, seed:
   known = [(item, sets.checked_rewards(item, scores)) for item, scores in zip(items, rewards, strict=True) if item.correct is not None]
   if not known:
     return None
-  sizes = range(1, min(len(item.candidates) for item, _ in known) + 1)
+  most = min(len(item.candidates) for item, _ in known)
   correct = [np.array(item.correct, np.float64) for item, _ in known]
-  reward = np.array([[expected_best(scores, c, n) for n in sizes] for (_, scores), c in zip(known, correct, strict=True)])
+  reward = np.array([expected_best(scores, c)[:most] for (_, scores), c in zip(known, correct, strict=True)])
   low, high = _interval(reward, resamples, seed)
   out = {
-    'n': list(sizes),
+    'n': list(range(1, most + 1)),
     'reward': reward.mean(axis=0).tolist(),
     'low': low.tolist(),
     'high': high.tolist(),
-    'oracle': [float(np.mean([_oracle(c, n) for c in correct])) for n in sizes],
-    'random': [float(np.mean([c.mean() for c in correct]))] * len(sizes),
+    'oracle': np.mean([_oracle(c)[:most] for c in correct], axis=0).tolist(),
+    'random': [float(np.mean([c.mean() for c in correct]))] * most,
     'items': len(known),
   }
   if all(item.answers is not None for item, _ in known):
     rng = np.random.default_rng(seed)
-    votes = [[majority(item.answers or (), c, n, rng) for n in sizes] for (item, _), c in zip(known, correct, strict=True)]
+    votes = [majority(item.answers or (), c, rng)[:most] for (item, _), c in zip(known, correct, strict=True)]
     out['majority'] = np.mean(votes, axis=0).tolist()
   return out
 
 
-def expected_best(scores: np.ndarray, correct: np.ndarray, n: int) -> float:
-  """Return the expected correctness of the best-scored of n candidates drawn without replacement.
+def expected_best(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+  """Return the expected correctness of the best-scored of n candidates drawn without replacement, for n = 1 to all of them.
 
   Args:
     scores: (candidates,).
     correct: (candidates,) 1 or 0.
-    n: at most the number of candidates.
   """
-  total, value = math.comb(len(scores), n), 0.0
-  for score in np.unique(scores):
-    # The best of a subset has this score if the subset has no higher one, and not only lower ones.
-    at_most, below = int((scores <= score).sum()), int((scores < score).sum())
-    value += float(correct[scores == score].mean()) * (math.comb(at_most, n) - math.comb(below, n)) / total
-  return value
+  _, group = np.unique(scores, return_inverse=True)
+  sizes = np.bincount(group)
+  at_most = np.cumsum(sizes)  # candidates with this score or a lower one
+  # The best of a subset has this score if the subset has no higher one, and not only lower ones.
+  within = _within(len(scores))
+  return (np.bincount(group, correct) / sizes) @ (within[at_most] - within[at_most - sizes])
 
 
-def majority(answers: Sequence[str | None], correct: np.ndarray, n: int, rng: np.random.Generator, draws: int = _VOTES) -> float:
-  """Return how often the most frequent final answer of n candidates is right, over subsets that are drawn without replacement.
+def majority(answers: Sequence[str | None], correct: np.ndarray, rng: np.random.Generator, orders: int = _ORDERS) -> np.ndarray:
+  """Return how often the most frequent final answer of n candidates is right, for n = 1 to all of them, over random orders.
+
+  The first and the last are exact. Several answers with the most votes are taken alike.
 
   Args:
     answers: of each candidate; None, for a candidate without one, gets no vote.
     correct: (candidates,) 1 or 0. Of equal answers that are not judged alike, the vote counts as the share that are right.
-    n: size of the subsets.
-    rng: draws them.
-    draws: their number; all of size 1 and the whole are computed once.
+    rng: draws the orders.
+    orders: their number.
   """
   names = sorted({answer for answer in answers if answer is not None})
   if not names:
-    return 0.0
-  one_hot = np.array([[answer == name for name in names] for answer in answers], np.float64)
-  if n == len(answers):
-    subsets = [np.arange(n)]
-  elif n == 1:
-    subsets = [np.array([i]) for i in range(len(answers))]
-  else:
-    subsets = list(np.argsort(rng.random((draws, len(answers))), axis=1)[:, :n])
-  total = 0.0
-  for subset in subsets:
-    counts, right = one_hot[subset].sum(axis=0), one_hot[subset].T @ correct[subset]
-    if counts.max() > 0:  # several answers with the most votes are taken alike
-      top = counts == counts.max()
-      total += float(np.mean(right[top] / counts[top]))
-  return total / len(subsets)
+    return np.zeros(len(answers))
+  one_hot_CA = np.array([[answer == name for name in names] for answer in answers], np.float64)
+  order_OC = np.argsort(rng.random((orders, len(answers))), axis=1)
+  votes_OCA = np.cumsum(one_hot_CA[order_OC], axis=1)
+  right_OCA = np.cumsum((one_hot_CA * correct[:, None])[order_OC], axis=1)
+  top_OCA = (votes_OCA == votes_OCA.max(axis=2, keepdims=True)) & (votes_OCA > 0)
+  share_OCA = np.where(top_OCA, right_OCA / np.maximum(votes_OCA, 1), 0.0)
+  out = (share_OCA.sum(axis=2) / np.maximum(top_OCA.sum(axis=2), 1)).mean(axis=0)
+  out[0] = float((one_hot_CA.sum(axis=1) * correct).mean())
+  return out
 
 
-def _oracle(correct: np.ndarray, n: int) -> float:
-  wrong = int((correct == 0).sum())
-  return 1 - math.comb(wrong, n) / math.comb(len(correct), n)
+def _oracle(correct: np.ndarray) -> np.ndarray:
+  return 1 - _within(len(correct))[int((correct == 0).sum())]
+
+
+@functools.cache
+def _within(count: int) -> np.ndarray:
+  """Return [m, n - 1]: the probability that n of `count` candidates, drawn without replacement, are all among m given ones."""
+  return np.array([[math.comb(m, n) / math.comb(count, n) for n in range(1, count + 1)] for m in range(count + 1)])
 
 
 def _interval(values_IN: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

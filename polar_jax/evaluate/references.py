@@ -79,7 +79,12 @@ def lacking(items: Sequence[Item], variant: str, given: Mapping[str, Text] | Non
     return None
   if variant == 'file':
     missing = [item.id for item in items if item.id not in (given or {})]
-    return f'has no reference for {len(missing)} of {len(items)} items, the first of them {missing[0]!r:.60}' if missing else None
+    if not missing:
+      return None
+    return (
+      f'has no reference for {len(missing)} of {len(items)} items, the first of them {missing[0]!r:.60}; add them, or leave these items '
+      'out with data.on_bad_example=skip'
+    )
   if variant in _HELD_OUT:
     return None if all(REFERENCES in item.facts for item in items) else 'needs rows with several right and several wrong answers'
   if variant == 'style':
@@ -109,6 +114,13 @@ def _references(items: Sequence[Item], variant: str, given: Mapping[str, Text], 
 def _reference(item: Item) -> Text:
   assert item.reference is not None
   return item.reference
+
+
+def having(one: EvaluationSet, given: Mapping[str, Text]) -> EvaluationSet:
+  """Return a set without the items that have no reference in a file, which are listed in `skipped`; unchanged if none has one."""
+  kept = [item for item in one.items if item.id in given]
+  lacking = [(item.id, 'has no reference in evaluate.reference_file') for item in one.items if item.id not in given]
+  return dataclasses.replace(one, items=kept, skipped=(*one.skipped, *lacking)) if kept else one
 
 
 def hold_out(one: EvaluationSet, seed: int = 0) -> EvaluationSet:

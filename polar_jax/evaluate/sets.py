@@ -7,6 +7,7 @@ A pair, a ranked list, a best-of-n row and a style matrix differ only in their c
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -157,6 +158,21 @@ def clusters(items: Sequence[Item], rows: np.ndarray) -> Clusters:
   if found.by == 'example' and len(rows) > len(items):  # several comparisons of one prompt
     found = Clusters(found.labels, 'prompt')
   return found.select(rows)
+
+
+def duplicates(found: Sequence[EvaluationSet]) -> dict[str, dict[str, str]]:
+  """Return, by set, the id of every item whose prompt and candidates are those of an earlier item -> that item, as `set, id`."""
+  seen: dict[str, str] = {}
+  out: dict[str, dict[str, str]] = {}
+  for one in found:
+    out[one.name] = {}
+    for item in one.items:
+      key = json.dumps([item.prompt, sorted(json.dumps(text) for text in item.candidates)])
+      if key in seen:
+        out[one.name][item.id] = seen[key]
+      else:
+        seen[key] = f'{one.name}, {item.id}'
+  return out
 
 
 def check_unique(items: Sequence[Item], where: str) -> None:

@@ -14,6 +14,7 @@ _CAPTIONS = {
   CURVE: 'Accuracy against the share of the words of the reference that the model reads, with 95% intervals',
   CALIBRATION: 'Share of comparisons that hold against the confidence in them, in bins of equal counts; the line is perfect calibration',
 }
+_DRAWN, _MOST = ('right', 'wrong', 'shuffled'), 4  # references of best-of-n in the figure
 _LONGEST = 40  # characters of a name
 
 
@@ -56,7 +57,7 @@ def draw(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     FIGURE: plots.accuracy_bars(sets, baselines),
     CALIBRATION: plots.curves(_calibration(sets), 'confidence, %', 'comparisons that hold, %'),
   }
-  if best := {_name(name): _best_of_n(found['best_of_n']) for name, found in sets.items() if 'best_of_n' in found}:
+  if best := {_name(name): _best_of_n(found['reference'], found['best_of_n']) for name, found in sets.items() if 'best_of_n' in found}:
     figures[BEST_OF_N] = plots.curves(best, 'answers to choose from (n)', 'right, %')
   if degraded := {
     _name(name): {'model': _degraded(found['reference_curve'])} for name, found in sets.items() if 'reference_curve' in found
@@ -74,18 +75,22 @@ def _calibration(sets: Mapping[str, Any]) -> dict[str, Any]:
   return {'calibration': {'perfect': perfect, **lines}}
 
 
-def _best_of_n(found: Mapping[str, Any]) -> dict[str, Any]:
-  lines = {f'model, reference {name}': {'x': found['n'], 'y': of['reward'], **_band(of)} for name, of in found['references'].items()}
-  return lines | {name: {'x': found['n'], 'y': found[name]} for name in ('oracle', 'majority', 'random') if name in found}
+def _best_of_n(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the lines of a panel: with few references, because more could not be told apart.
+
+  Args:
+    name: of the main references.
+    found: entry `best_of_n` of a set.
+  """
+  drawn = [view for view in dict.fromkeys((name, *_DRAWN)) if view in found['references']][:_MOST]
+  curves = {f'model, reference: {view}': found['references'][view] for view in drawn}
+  lines = {label: {'x': found['n'], 'y': of['reward'], 'low': of['low'], 'high': of['high']} for label, of in curves.items()}
+  return lines | {other: {'x': found['n'], 'y': found[other]} for other in ('majority', 'random', 'oracle') if other in found}
 
 
 def _degraded(found: list[Mapping[str, Any]]) -> dict[str, Any]:
   line = {key: [point[key] for point in found] for key in ('low', 'high')}
   return {'x': [point['words_kept'] for point in found], 'y': [point['accuracy'] for point in found], **line}
-
-
-def _band(found: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: found[key] for key in ('low', 'high')}
 
 
 def _name(name: str) -> str:

@@ -164,7 +164,7 @@ def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
   if not any(panels.values()):
     raise ValueError('no line to draw')
   with style():
-    figure = new_figure(max(4.0 * len(panels), 5.2), 3.2)
+    figure = new_figure(max(6.0 * len(panels), 6.4), 3.2)
     axes = figure.subplots(1, len(panels), squeeze=False)
     for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
       for color, (name, line) in zip(itertools.cycle(_LINES), lines.items(), strict=False):
@@ -175,7 +175,7 @@ def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
       ax.set_title(title)
       ax.set_xlabel(x_label)
       ax.grid(alpha=0.25)
-      ax.legend()
+      ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))  # bands may be anywhere in the panel
     axes[0, 0].set_ylabel(y_label)
   return figure
 

@@ -98,6 +98,7 @@ def run(context: Context) -> dict[str, Any]:
   found = read_sets(config)
   for one in found:
     _announce(context, one)
+  repeated = _duplicates(context, found)
   # What cannot be used is found before anything is scored.
   others = systems.others(context, _listed(config.evaluate.compare), found)
   leaked = _leaked(context, found)
@@ -106,6 +107,7 @@ def run(context: Context) -> dict[str, Any]:
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
+    result['duplicates'] = {'items': len(repeated[part.one.name]), 'of': repeated[part.one.name]}
     if others:
       result['compare'] = _compare(context, part, others)
     if leaked is not None:
@@ -137,7 +139,11 @@ def read_sets(config: Config) -> list[EvaluationSet]:
   names = [one.name for one in found]
   if twice := next((name for name in names if names.count(name) > 1), None):
     raise ConfigError(f'two sets are named {twice!r}; rename a file, whose name is that of its set')
-  if {'right', 'wrong'} & set(_variants(config)):
+  variants = _variants(config)
+  if 'file' in variants and mode == 'skip':
+    given = references.read_file(paths.path_of(config.evaluate.reference_file or ''), found)
+    found = [references.having(one, given) for one in found]
+  if {'right', 'wrong'} & set(variants):
     found = [references.hold_out(one, config.seed) for one in found]
   return found
 
@@ -152,6 +158,16 @@ def _announce(context: Context, one: EvaluationSet) -> None:
   if one.skipped:
     named = '; '.join(f'{where}: {reason}' for where, reason in one.skipped[:5])
     context.log(f'{one.name}: left out {len(one.skipped)} bad rows ({named}{"; ..." if len(one.skipped) > 5 else ""})')
+
+
+def _duplicates(context: Context, found: Sequence[EvaluationSet]) -> dict[str, dict[str, str]]:
+  """Return and log the items that are those of an earlier set, or earlier in their own; see `sets.duplicates`."""
+  repeated = sets.duplicates(found)
+  for name, of_set in repeated.items():
+    if of_set:
+      named = '; '.join(f'{item} is {other}' for item, other in list(of_set.items())[:5])
+      context.log(f'{name}: {len(of_set):,} items have the prompt and candidates of an earlier one ({named})')
+  return repeated
 
 
 def _recorded(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:

@@ -115,6 +115,10 @@ def test_references_of_a_file(tmp_path):
   assert refs(sets_[0].items, 'file', given=given) == ['x', [{'role': 'assistant', 'content': 'y'}]]
   with pytest.raises(UserError, match=r"'file' has no reference for 1 of 3 items, the first of them '4'"):
     references.views([item(3), item(4), item(5)], 'file', given)
+  mixed = EvaluationSet('s', [item(3), item(4)], skipped=(('x', 'y'),))
+  kept = references.having(mixed, given)
+  assert [i.id for i in kept.items] == ['3'] and kept.skipped == (('x', 'y'), ('4', 'has no reference in evaluate.reference_file'))
+  assert references.having(EvaluationSet('s', [item(4)]), given).items[0].id == '4'
   for rows, message in (
     ([{'id': 3}], "row 1: field 'reference' is missing"),
     ([{'id': None, 'reference': 'x'}], 'row 1: id must be a string or an integer'),

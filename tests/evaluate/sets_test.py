@@ -59,6 +59,12 @@ def test_measures_against_loops():
   assert 'tie_rules' not in measures.measure(items, [np.array([1.0, 0.0])] * 60, resamples=200)
 
 
+def test_duplicates_within_and_across_sets():
+  first = sets.EvaluationSet('a', [item(0), item(1), item(2, prompt='p0')])
+  second = sets.EvaluationSet('b', [item(0, ('bb', 'a')), item(1, ('a', 'c')), item(9, prompt=[{'role': 'user', 'content': 'p1'}])])
+  assert sets.duplicates([first, second]) == {'a': {'2': 'a, 0'}, 'b': {'0': 'a, 0'}}
+
+
 def test_calibration_against_loops():
   margin = RNG.normal(size=57) * 2
   found = measures.calibration(margin)

@@ -133,7 +133,22 @@ def test_every_curve_has_one_panel_and_accuracy_is_below_its_loss(stages):
       assert cells[i - columns] == (cell[0], 'loss')
 
 
+def test_lines_and_bands_are_the_numbers_in_percent():
+  line = {'x': [1, 2, 3], 'y': [0.2, 0.4, 0.3], 'low': [0.1, 0.3, 0.2], 'high': [0.3, 0.6, 0.7]}
+  figure = plots.curves({'a': {'model': line, 'oracle': {'x': [1, 2], 'y': [0.5, 1.0]}}, 'b': {'model': line}}, 'n', 'right, %')
+  first, second = figure.axes
+  assert (first.get_title(), second.get_title(), first.get_xlabel(), first.get_ylabel()) == ('a', 'b', 'n', 'right, %')
+  drawn = {one.get_label(): (list(one.get_xdata()), list(one.get_ydata())) for one in first.get_lines()}
+  assert drawn == {'model': ([1, 2, 3], pytest.approx([20, 40, 30])), 'oracle': ([1, 2], [50, 100])}
+  (band,) = first.collections
+  corners = {(round(x), round(y)) for x, y in band.get_paths()[0].vertices}
+  assert corners == {(1, 10), (2, 30), (3, 20), (1, 30), (2, 60), (3, 70)}
+  assert len({one.get_color() for one in first.get_lines()}) == 2
+
+
 def test_nothing_to_draw_is_an_error():
+  with pytest.raises(ValueError, match='no line to draw'):
+    plots.curves({}, 'x', 'y')
   with pytest.raises(ValueError, match='no stage'):
     plots.loss_curves({'pretrain': []})
   with pytest.raises(ValueError, match='no accuracy'):

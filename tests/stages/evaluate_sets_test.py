@@ -19,6 +19,7 @@ from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.evaluate import hub
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
+from polar_jax.stages import evaluate_sets
 
 SHAPE = ModelConfig(
   vocab_size=ByteTokenizer.vocab_size, num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=16, init_std=0.3
@@ -60,14 +61,18 @@ def laptop(monkeypatch):
   monkeypatch.setattr(sharding, 'make_mesh', lambda config: make(config, devices))
 
 
-def run(tmp_path, world, **settings):
-  """Run the stage; return its exit status, its results and its lines of scores."""
+def config_of(tmp_path, **settings):
   config = runpy.run_path(CONFIG)['get_config']()
   given = {'output': str(tmp_path / 'out'), 'evaluate.bootstrap': 100, **settings}
   for name, value in given.items():
     section, _, option = name.rpartition('.')
     setattr(getattr(config, section) if section else config, option, value)
-  status = runner.run(parse(config), tmp_path / 'run')
+  return parse(config)
+
+
+def run(tmp_path, world, **settings):
+  """Run the stage; return its exit status, its results and its lines of scores."""
+  status = runner.run(config_of(tmp_path, **settings), tmp_path / 'run')
   if not (tmp_path / 'out/evaluation.json').exists():
     return status, {}, []
   files = sorted((tmp_path / 'out').glob('scores*.jsonl.gz'))
@@ -106,7 +111,11 @@ def test_a_model_on_own_files(tmp_path, world):
   assert pairs['accuracy'] == np.mean(right) and set(pairs['by_category']) == {'a', 'b'}
   assert list(pairs['references']) == variants.split(',') and pairs['references']['true']['accuracy'] == pairs['accuracy']
   assert {'length', 'overlap_1', 'tfidf', 'bm25', 'longest', 'random'} == set(pairs['baselines']) - {'overlap_2', 'overlap_3'}
-  assert pairs['official'] is None and pairs['margin_over_best_baseline']['baseline'] != 'random'
+  assert (
+    pairs['duplicates'] == {'items': 0, 'of': {}}
+    and pairs['official'] is None
+    and pairs['margin_over_best_baseline']['baseline'] != 'random'
+  )
   assert sets['lists']['n'] == 3 + 2 and sets['lists']['best_of_n']['n'] == [1, 2, 3]
   report = json.loads((tmp_path / 'run/report.json').read_text())
   assert report['evaluation']['sets'] == sets
@@ -320,6 +329,15 @@ def test_bad_rows_are_named_or_counted(tmp_path, world, row, message, capsys):
   status, sets, _ = run(tmp_path, world, **given)
   error = capsys.readouterr().err
   assert status == 1 and not sets and re.search(rf'rows.jsonl, example 2: {message}', error), error
-  status, sets, lines = run(tmp_path, world, **given, **{'data.on_bad_example': 'skip'})
+  (found,) = evaluate_sets.read_sets(config_of(tmp_path, **given, **{'data.on_bad_example': 'skip'}))
+  assert len(found.items) == 1 and len(found.skipped) == 1
+  assert re.fullmatch('rows.jsonl, row 2', found.skipped[0][0]) and re.search(message, found.skipped[0][1])
+
+
+@pytest.mark.usefixtures('root')
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, world, capsys):
+  (tmp_path / 'rows.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]) + '\n' + json.dumps(ROW) + '\n')
+  given = {'checkpoint': str(world / 'reward'), 'input': str(tmp_path / 'rows.jsonl'), 'data.on_bad_example': 'skip'}
+  status, sets, lines = run(tmp_path, world, **given)
   assert status == 0 and sets['rows']['skipped'] == 1 and len(lines) == 1
-  assert re.search(f'left out 1 bad rows .rows.jsonl, row 2: {message}', capsys.readouterr().out)
+  assert 'left out 1 bad rows (rows.jsonl, row 2: a row needs' in capsys.readouterr().out
