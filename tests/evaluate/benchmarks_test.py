@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -140,12 +141,27 @@ def test_rankings_of_three_from_pairs(tmp_path):
 
 
 @pytest.mark.data
+def test_a_published_group_is_read_whole(data_folder, tmp_path):
+  parts = [f'{kind}/Helpfulness/Translation' for kind in ('Pairwise_set', 'BoN_set')]
+  rows = 0
+  for part in parts:
+    place = tmp_path / 'rmb' / part
+    shutil.copytree(data_folder / 'benchmarks/rmb' / part, place)
+    rows += sum(len(json.loads(file.read_text())) for file in place.glob('*.json'))
+  assert len(benchmarks.read('rmb', tmp_path)[0].items) == rows > 100
+  assert collections.Counter(item.category for item in benchmarks.read('rm_bench', data_folder / 'benchmarks')[0].items) == {
+    'chat': 129,
+    'code': 228,
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.data
 def test_counts_of_the_published_files(data_folder):
   """Against counts by other code: see the data's own description."""
   folder = data_folder / 'benchmarks'
   rmb = benchmarks.read('rmb', folder)[0].items
   assert collections.Counter(item.facts['kind'] for item in rmb) == {'pairwise': 6_858, 'bon': 1_681}
-  assert collections.Counter(item.category for item in benchmarks.read('rm_bench', folder)[0].items) == {'chat': 129, 'code': 228}
   polar = benchmarks.read('polar_rmb', folder)[0].items
   assert len({json.dumps(item.prompt) for item in polar}) == 742
   assert all(item.reference not in item.candidates for item in polar)  # a reference never competes

@@ -86,7 +86,7 @@ def two_sequences(world):
     pytest.param(MeshConfig(fsdp=8), 1, 'none', 'chunked', marks=pytest.mark.slow),
     (MeshConfig(data=2, fsdp=2, tensor=2), 2, 'full', 'chunked'),
     pytest.param(MeshConfig(fsdp=4, tensor=2), 1, 'dots', 'reference', marks=pytest.mark.slow),
-    (None, 3, 'dots_no_batch', 'chunked'),
+    pytest.param(None, 3, 'dots_no_batch', 'chunked', marks=pytest.mark.slow),
   ],
 )
 def test_packed_rows_equal_two_sequences_per_triplet(world, two_sequences, mesh, accumulation, remat, attention):

@@ -94,6 +94,7 @@ def test_two_intervals_are_one_softmax(backend, make_case, monkeypatch):
   middle = (start + np.random.default_rng(0).integers(0, end - start + 1)).astype(np.int32)
   assert (middle == start).any() and (middle == end).any() and ((middle > start) & (middle < end)).any()
 
+  @jax.jit
   def run(intervals):
     out, pull = jax.vjp(lambda q, k, v: attention.attend(backend, q, k, v, intervals), q, k, v)
     return out, *pull(out_gradient)
