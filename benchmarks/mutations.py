@@ -4,20 +4,23 @@
     python benchmarks/mutations.py --module polar_jax/ppo/learner.py
 
 A mutant is one expression of one line, changed: an operator, a comparison, a constant, a condition, the order of two arguments, a call that
-is left out. Each runs in a copy of the project, under the tests of its area in a process of its own; those of its module come first, and
-the first failure ends it. A mutant survives if all pass; one that does not end in time counts as killed. Those in equivalent_mutants.txt,
-which no test can kill, are left out. Every mutant takes about as long as the tests of its area: seconds to minutes. The last line is a
-JSON object.
+is left out. Each runs in a copy of the project, in a process of its own, under those files of tests of its area that run its statement:
+the tests of its module come first, then the quickest, and the first failure ends it. Which files run which statements, and how long they
+take, is found before by running the tests of the area once, with a mark before every statement. A mutant survives if all pass, also if
+none runs its statement; one that does not end in time counts as killed. Messages for people and those mutants in equivalent_mutants.txt,
+which no test can kill, are left out. The last line is a JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import concurrent.futures
 import itertools
 import os
 import pathlib
+import py_compile
 import random
 import shutil
 import signal
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timing
@@ -58,7 +61,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   ),
   'scaling': (('polar_jax/scaling',), ('tests/scaling', 'tests/stages/fit_test.py')),
 }
-_COPIED = ('polar_jax', 'tests', 'configs', 'benchmarks', 'docs', 'launch', 'notebooks', 'setup.py', 'README.md')
+_COPIED = ('polar_jax', 'tests', 'configs', 'benchmarks', 'docs', 'launch', 'notebooks', 'setup.py', 'README.md', '.pytest.ini')
 
 _COMPARISONS = {ast.Lt: '<=', ast.LtE: '<', ast.Gt: '>=', ast.GtE: '>', ast.Eq: '!=', ast.NotEq: '=='}
 _COMPARISONS |= {ast.In: 'not in', ast.NotIn: 'in', ast.Is: 'is not', ast.IsNot: 'is'}
@@ -76,6 +79,8 @@ _UNORDERED = (
   'zip',
 )  # arguments that are equivalent or a type error if exchanged
 _NAMES |= {'repeat': 'tile', 'argmin': 'argmax', 'argmax': 'argmin', 'floor': 'ceil', 'ceil': 'floor'}
+# Calls that tell people something.
+_MESSAGES = ('.log', '.print', '.logging.info', '.logging.warning', '.logging.error', '.warnings.warn')
 
 
 class Mutant(NamedTuple):
@@ -112,7 +117,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 
 
 def _code_nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-  """Yield what runs and is not a message: no annotations, docstrings, exceptions, assertions, f-strings or decorators."""
+  """Yield what runs and is not a message: no annotations, docstrings, exceptions, assertions, f-strings, decorators or log lines."""
   for name, value in ast.iter_fields(node):
     if name in ('annotation', 'returns', 'decorator_list', 'type_params'):
       continue
@@ -120,6 +125,8 @@ def _code_nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
       if isinstance(child, ast.keyword) and child.arg == 'strict':  # of zip: an assertion
         continue
       if isinstance(child, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom) or not isinstance(child, ast.AST):
+        continue
+      if isinstance(child, ast.Expr) and isinstance(child.value, ast.Call) and f'.{ast.unparse(child.value.func)}'.endswith(_MESSAGES):
         continue
       if isinstance(child, ast.expr | ast.stmt):
         yield child
@@ -208,10 +215,82 @@ def read_equivalents(text: str) -> set[tuple[str, str, str]]:
 
 
 def tests_of(path: str, area: str, root: pathlib.Path = ROOT) -> list[str]:
-  """Return the tests for a file: the mirrored ones first."""
+  """Return the files of tests for a file: the mirrored ones first."""
   mirrored = pathlib.PurePath('tests', *pathlib.PurePath(path).parts[1:]).with_suffix('')
-  own = [str(mirrored.with_name(f'{mirrored.name}_test.py'))]
-  return [test for test in dict.fromkeys([*own, *AREAS[area][1]]) if (root / test).exists()]
+  own = str(mirrored.with_name(f'{mirrored.name}_test.py'))
+  # pytest drops a file that is named next to its folder, and with it the order.
+  files = [file for part in (own, *AREAS[area][1]) for file in ([part] if part.endswith('.py') else _test_files(root, part))]
+  return [file for file in dict.fromkeys(files) if (root / file).exists()]
+
+
+def _test_files(root: pathlib.Path, folder: str) -> list[str]:
+  return [str(file.relative_to(root)) for file in sorted((root / folder).rglob('*_test.py'))]
+
+
+# Written into a copy of the project, and imported by its modules. Children of tests inherit which test it is.
+_MARKS = """
+import os
+_file = open(os.environ.get('MUTATIONS_MARKS', os.devnull), 'a', buffering=1)
+_test, _seen = os.environ.get('MUTATIONS_TEST', ''), set()
+def start(test):
+  global _test
+  if test != _test:
+    os.environ['MUTATIONS_TEST'] = _test = test
+    _seen.clear()
+def mark(path, line):
+  if (path, line) not in _seen:
+    _seen.add((path, line))
+    _file.write(f'{_test}\\t{path}\\t{line}\\n')
+"""
+_PLUGIN = """
+import time
+from polar_jax import _marks
+_started = 0.0
+def pytest_runtest_logstart(nodeid, location):
+  global _started
+  _marks.start(nodeid.partition('::')[0])
+  _started = time.perf_counter()
+def pytest_runtest_logfinish(nodeid, location):
+  _marks._file.write(f"{nodeid.partition('::')[0]}\\t\\t{time.perf_counter() - _started}\\n")
+"""
+
+
+def marked(path: str, source: str) -> str:
+  """Return the source of a file with a call `mark(path, line)` before every statement of its functions."""
+  tree = ast.parse(source)
+  for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]:
+    for node in [node for node in ast.walk(function) if isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case)]:
+      for name in ('body', 'orelse', 'finalbody'):
+        statements = getattr(node, name, [])
+        if not isinstance(node, ast.ClassDef) and statements and not any(map(_is_mark, statements)):
+          doc = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None
+          new = [part for s in statements[doc:] for part in (*ast.parse(f'_mark({path!r}, {s.lineno})').body, s)]
+          setattr(node, name, [*statements[:doc], *new])
+  first = next((i for i, node in enumerate(tree.body) if not (_is_future(node) or (i == 0 and _is_doc(node)))), len(tree.body))
+  tree.body[first:first] = ast.parse('from polar_jax._marks import mark as _mark').body
+  return ast.unparse(tree)
+
+
+def _is_doc(node: ast.stmt) -> bool:
+  return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_future(node: ast.stmt) -> bool:
+  return isinstance(node, ast.ImportFrom) and node.module == '__future__'
+
+
+def _is_mark(node: ast.stmt) -> bool:
+  return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and getattr(node.value.func, 'id', '') == '_mark'
+
+
+def _statement_of(tree: ast.AST, line: int) -> int | None:
+  """Return the first line of the innermost statement at `line` that is part of a function; None outside of functions."""
+  found = None
+  for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]:
+    inside = [s for s in ast.walk(function) if isinstance(s, ast.stmt) and s is not function and not isinstance(s, ast.ClassDef)]
+    # The defaults of a function inside of a function are part of the statement that defines it.
+    found = max([s.lineno for s in inside if s.lineno <= line <= (s.end_lineno or line)] + ([found] if found else []), default=None)
+  return found
 
 
 class Workplace:
@@ -221,71 +300,107 @@ class Workplace:
     self.folder, self.root, self.limit = folder, root, limit
     self._own = threading.local()
     self._count, self._lock = 0, threading.Lock()
-    self._baselines: dict[tuple[str, ...], float] = {}
+    self._seconds: dict[str, float] = {}  # by file of tests
+    self._tests_at: dict[tuple[str, int], set[str]] = {}
 
-  def run(self, mutant: Mutant, tests: Sequence[str]) -> Result:
-    """Run the tests of a mutant."""
-    copy = self._copy()
-    limit = self.limit or max(60.0, 4 * self.baseline(tests))
-    file = copy / mutant.path
-    source = file.read_text('utf-8')
-    lines = source.splitlines()
-    lines[mutant.line - 1] = mutant.became
-    file.write_text('\n'.join(lines) + '\n', 'utf-8')
-    try:
-      code, seconds = _pytest(copy, tests, limit)
-    finally:
-      file.write_text(source, 'utf-8')
-    return Result(mutant, 'timeout' if code is None else 'survived' if code == 0 else 'killed', seconds)
-
-  def baseline(self, tests: Sequence[str]) -> float:
-    """Return the seconds of tests without a mutant.
+  def measure(self, tests: Sequence[str], paths: Sequence[str]) -> None:
+    """Run tests without a mutant: how long each file takes, and which statements of the files `paths` it runs.
 
     Raises:
       SystemExit: they fail.
     """
-    with self._lock:
-      known = self._baselines.get(tuple(tests))
-    if known is None:
-      code, known = _pytest(self._copy(), tests, 3_600)
-      if code != 0:
-        raise SystemExit(f'without any mutant the tests fail (status {code}): {" ".join(tests)}')
-      with self._lock:
-        self._baselines[tuple(tests)] = known
-    return known
+    copy = self._new_copy('marked')
+    for path in paths:
+      (copy / path).write_text(marked(path, (copy / path).read_text('utf-8')), 'utf-8')
+    (copy / 'polar_jax/_marks.py').write_text(_MARKS)
+    (copy / 'mutations_plugin.py').write_text(_PLUGIN)
+    marks = self.folder / 'marks'
+    code, _ = self._pytest(copy, ['-p', 'mutations_plugin', *tests], 7_200, {'MUTATIONS_MARKS': str(marks)})
+    if code != 0:
+      raise SystemExit(f'without any mutant the tests fail (status {code}): {" ".join(tests)}')
+    for row in marks.read_text('utf-8').splitlines():
+      test, path, number = row.split('\t')
+      if path:
+        self._tests_at.setdefault((path, int(number)), set()).add(test)
+      else:
+        self._seconds[test] = self._seconds.get(test, 0.0) + float(number)
+
+  def tests_at(self, path: str, line: int, source: str, tests: Sequence[str]) -> list[str]:
+    """Return which measured tests run a line of a file: the first one, if it does, then the quickest."""
+    statement = _statement_of(ast.parse(source), line)
+    runs = self._seconds.keys() if statement is None else self._tests_at.get((path, statement), set())
+    ordered = [*tests[:1], *sorted(tests[1:], key=lambda test: self._seconds.get(test, 0.0))]
+    return [test for test in ordered if test in runs and test in self._seconds]
+
+  def run(self, mutant: Mutant, tests: Sequence[str]) -> Result:
+    """Run the tests of a mutant; if they are measured, those that run its statement."""
+    copy = self._copy()
+    file = copy / mutant.path
+    source = file.read_text('utf-8')
+    if self._seconds:
+      tests = self.tests_at(mutant.path, mutant.line, source, tests)
+    if not tests:
+      return Result(mutant, 'survived', 0.0)
+    limit = self.limit or max(90.0, 30 + 4 * sum(self._seconds.get(test, 0.0) for test in tests))
+    lines = source.splitlines()
+    lines[mutant.line - 1] = mutant.became
+    file.write_text('\n'.join(lines) + '\n', 'utf-8')
+    try:
+      code, seconds = self._pytest(copy, tests, limit)
+    finally:
+      file.write_text(source, 'utf-8')
+    return Result(mutant, 'timeout' if code is None else 'survived' if code == 0 else 'killed', seconds)
 
   def _copy(self) -> pathlib.Path:
     if not hasattr(self._own, 'copy'):
       with self._lock:
         self._count += 1
-        self._own.copy = self.folder / f'copy{self._count}'
-      self._own.copy.mkdir()
-      for name in _COPIED:
-        source = self.root / name
-        if source.is_dir():
-          shutil.copytree(source, self._own.copy / name, ignore=shutil.ignore_patterns('__pycache__'))
-        elif source.exists():
-          shutil.copy(source, self._own.copy / name)
+        name = f'copy{self._count}'
+      self._own.copy = self._new_copy(name)
     return self._own.copy
 
+  def _new_copy(self, name: str) -> pathlib.Path:
+    copy = self.folder / name
+    copy.mkdir()
+    for part in _COPIED:
+      source = self.root / part
+      if source.is_dir():
+        shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns('__pycache__'))
+      elif source.exists():
+        shutil.copy(source, copy / part)
+    # Compiled once. By hash, because a mutant may have the length of the original and be written in the same second.
+    compileall.compile_dir(copy / 'polar_jax', quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    return copy
 
-def _pytest(folder: pathlib.Path, tests: Sequence[str], limit: float) -> tuple[int | None, float]:
-  """Return (exit status of pytest, or None if it was ended after `limit` seconds; seconds)."""
-  command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *tests]
-  environment = os.environ | {'PYTHONPATH': str(folder), 'PYTHONDONTWRITEBYTECODE': '1'}
-  started = time.perf_counter()
-  process = subprocess.Popen(
-    command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-  )
-  try:
-    code: int | None = process.wait(limit)
-  except subprocess.TimeoutExpired:
-    code = None
-  finally:
-    if process.poll() is None:  # with all processes that the tests started
-      os.killpg(process.pid, signal.SIGKILL)
-      process.wait()
-  return code, time.perf_counter() - started
+  def _pytest(
+    self, copy: pathlib.Path, arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+  ) -> tuple[int | None, float]:
+    """Return (exit status of pytest, or None if it was ended after `limit` seconds; seconds)."""
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *arguments]
+    own = {'PYTHONPATH': str(copy), 'PYTHONDONTWRITEBYTECODE': '1', **(environment or {})}
+    # The copies do not lie next to the data. What was compiled without a mutant is the same with most of them.
+    data = {'POLAR_TEST_DATA': os.environ.get('POLAR_TEST_DATA', str((self.root / '../shared/data').resolve()))}
+    compiled = {'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'compiled')}
+    compiled |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
+    started = time.perf_counter()
+    with open(self.folder / f'{copy.name}.txt', 'w') as output:
+      process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=os.environ | data | compiled | own,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+      )
+      try:
+        code: int | None = process.wait(limit)
+      except subprocess.TimeoutExpired:
+        code = None
+      finally:
+        if process.poll() is None:  # with all processes that the tests started
+          os.killpg(process.pid, signal.SIGKILL)
+          process.wait()
+    return code, time.perf_counter() - started
 
 
 def main() -> None:
@@ -295,7 +410,7 @@ def main() -> None:
   parser.add_argument('--sample', type=int, help='mutants drawn at random from each area (default: all of them)')
   parser.add_argument('--seed', type=int, default=0, help='of the sample')
   parser.add_argument('--workers', type=int, default=1)
-  parser.add_argument('--timeout', type=float, help='seconds per mutant (default: four times the tests alone, at least 60)')
+  parser.add_argument('--timeout', type=float, help='seconds per mutant (default: four times the tests alone and 30, at least 90)')
   args = parser.parse_args()
   equivalent = read_equivalents(EQUIVALENT.read_text('utf-8'))
   jobs, left_out = list[tuple[str, Mutant]](), dict[str, int]()
@@ -308,10 +423,10 @@ def main() -> None:
   results = list[tuple[str, Result]]()
   with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
     place = Workplace(pathlib.Path(folder), ROOT, args.timeout)
+    tests = dict.fromkeys(test for area, mutant in jobs for test in tests_of(mutant.path, area))
+    place.measure(list(tests), sorted({mutant.path for _, mutant in jobs}))
     running = {pool.submit(place.run, mutant, tests_of(mutant.path, area)): area for area, mutant in jobs}
     for done in concurrent.futures.as_completed(running):
-      if done.exception() is not None:  # the tests fail without a mutant
-        pool.shutdown(cancel_futures=True)
       result = done.result()
       results.append((running[done], result))
       m = result.mutant
