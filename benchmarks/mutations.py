@@ -18,20 +18,20 @@ import ast
 import compileall
 import concurrent.futures
 import itertools
+import multiprocessing
 import os
 import pathlib
 import py_compile
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import mutation_process
 import timing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -79,6 +79,9 @@ _UNORDERED = (
   'zip',
 )  # arguments that are equivalent or a type error if exchanged
 _NAMES |= {'repeat': 'tile', 'argmin': 'argmax', 'argmax': 'argmin', 'floor': 'ceil', 'ceil': 'floor'}
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload([*mutation_process.IMPORTED_BEFORE])
+
 # Calls that tell people something.
 _MESSAGES = ('.log', '.print', '.logging.info', '.logging.warning', '.logging.error', '.warnings.warn')
 
@@ -234,22 +237,30 @@ _file = open(os.environ.get('MUTATIONS_MARKS', os.devnull), 'a', buffering=1)
 _test, _seen = os.environ.get('MUTATIONS_TEST', ''), set()
 def start(test):
   global _test
-  if test != _test:
-    os.environ['MUTATIONS_TEST'] = _test = test
-    _seen.clear()
+  os.environ['MUTATIONS_TEST'] = _test = test
+  _seen.clear()
 def mark(path, line):
   if (path, line) not in _seen:
     _seen.add((path, line))
     _file.write(f'{_test}\\t{path}\\t{line}\\n')
 """
 _PLUGIN = """
-import time
+import sys, time
 from polar_jax import _marks
 _started = 0.0
 def pytest_runtest_logstart(nodeid, location):
   global _started
-  _marks.start(nodeid.partition('::')[0])
+  if nodeid.partition('::')[0] != _marks._test:
+    _marks.start(nodeid.partition('::')[0])
+    _forget()
   _started = time.perf_counter()
+def _forget():  # what another file of tests has traced or built, which would not run again
+  if 'jax' in sys.modules:
+    sys.modules['jax'].clear_caches()
+  for module in [module for name, module in sys.modules.items() if name.startswith('polar_jax')]:
+    for value in vars(module).values():
+      if not isinstance(value, type) and callable(getattr(value, 'cache_clear', None)):
+        value.cache_clear()
 def pytest_runtest_logfinish(nodeid, location):
   _marks._file.write(f"{nodeid.partition('::')[0]}\\t\\t{time.perf_counter() - _started}\\n")
 """
@@ -376,30 +387,18 @@ class Workplace:
     self, copy: pathlib.Path, arguments: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
   ) -> tuple[int | None, float]:
     """Return (exit status of pytest, or None if it was ended after `limit` seconds; seconds)."""
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-n', '0', '-p', 'no:cacheprovider', *arguments]
     own = {'PYTHONPATH': str(copy), 'PYTHONDONTWRITEBYTECODE': '1', **(environment or {})}
-    # The copies do not lie next to the data. What was compiled without a mutant is the same with most of them.
+    # The copies do not lie next to the data.
     data = {'POLAR_TEST_DATA': os.environ.get('POLAR_TEST_DATA', str((self.root / '../shared/data').resolve()))}
-    compiled = {'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'compiled')}
-    compiled |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
     started = time.perf_counter()
-    with open(self.folder / f'{copy.name}.txt', 'w') as output:
-      process = subprocess.Popen(
-        command,
-        cwd=copy,
-        env=os.environ | data | compiled | own,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-      )
-      try:
-        code: int | None = process.wait(limit)
-      except subprocess.TimeoutExpired:
-        code = None
-      finally:
-        if process.poll() is None:  # with all processes that the tests started
-          os.killpg(process.pid, signal.SIGKILL)
-          process.wait()
+    output = self.folder / f'{copy.name}.txt'
+    process = _FORKS.Process(target=mutation_process.run_tests, args=(copy, list(arguments), data | own, output))
+    process.start()
+    process.join(limit)
+    code = process.exitcode
+    if code is None:  # with all processes that the tests started
+      os.killpg(process.pid, signal.SIGKILL)
+      process.join()
     return code, time.perf_counter() - started
 
 
@@ -422,6 +421,7 @@ def main() -> None:
   print(f'{len(jobs)} mutants', flush=True)
   results = list[tuple[str, Result]]()
   with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+    _configure_jax(pathlib.Path(folder))
     place = Workplace(pathlib.Path(folder), ROOT, args.timeout)
     tests = dict.fromkeys(test for area, mutant in jobs for test in tests_of(mutant.path, area))
     place.measure(list(tests), sorted({mutant.path for _, mutant in jobs}))
@@ -435,6 +435,12 @@ def main() -> None:
         flush=True,
       )
   _report(args.area, results, left_out)
+
+
+def _configure_jax(folder: pathlib.Path) -> None:
+  """Set what tests/conftest.py sets before JAX is imported. What was compiled without a mutant is the same with most of them."""
+  os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
+  os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '0'}
 
 
 def _mutants_of_area(area: str, modules: Sequence[str] | None) -> list[Mutant]:
