@@ -5,8 +5,8 @@
 
 A mutant is one expression of one line, changed: an operator, a comparison, a constant, a condition, the order of two arguments, a call that
 is left out. Each runs in a copy of the project, in a process of its own, under those files of tests of its area that run its statement:
-the tests of its module come first, then the quickest, and the first failure ends it. Which files run which statements, and how long they
-take, is found before by running the tests of the area once, with a mark before every statement. A mutant survives if all pass, also if
+the quickest come first, and the first failure ends it. Which files run which statements, and how long they take, is found before by
+running the tests of the area once, with a mark before every statement. A mutant survives if all pass, also if
 none runs its statement; one that does not end in time counts as killed. Messages for people and those mutants in equivalent_mutants.txt,
 which no test can kill, are left out. The last line is a JSON object.
 """
@@ -337,11 +337,10 @@ class Workplace:
         self._seconds[test] = self._seconds.get(test, 0.0) + float(number)
 
   def tests_at(self, path: str, line: int, source: str, tests: Sequence[str]) -> list[str]:
-    """Return which measured tests run a line of a file: the first one, if it does, then the quickest."""
+    """Return which measured tests run a line of a file, quickest first."""
     statement = _statement_of(ast.parse(source), line)
     runs = self._seconds.keys() if statement is None else self._tests_at.get((path, statement), set())
-    ordered = [*tests[:1], *sorted(tests[1:], key=lambda test: self._seconds.get(test, 0.0))]
-    return [test for test in ordered if test in runs and test in self._seconds]
+    return sorted((test for test in tests if test in runs and test in self._seconds), key=lambda test: self._seconds[test])
 
   def run(self, mutant: Mutant, tests: Sequence[str]) -> Result:
     """Run the tests of a mutant; if they are measured, those that run its statement."""
