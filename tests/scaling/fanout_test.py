@@ -6,11 +6,13 @@ import os
 import pathlib
 import sys
 import threading
+import time
 
 import pytest
 
 from polar_jax.config import SweepConfig
-from polar_jax.scaling import fanout
+from polar_jax.runtime.preemption import Preempted
+from polar_jax.scaling import fanout, results
 from polar_jax.scaling.fanout import JobRunner
 from polar_jax.scaling.grid import Job
 
@@ -66,3 +68,46 @@ def test_core_shares_divide_the_cores_among_workers(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 5, 7})
   assert fanout._core_shares(2) == ['0,2,7', '1,5']
   assert fanout._core_shares(6) == ['0', '1', '2', '5', '7', '0']
+
+
+@pytest.mark.parametrize('backend', ['inline', 'processes'])
+def test_the_table_is_watched_while_jobs_run_and_jobs_share_what_there_is(tmp_path, monkeypatch, backend):
+  monkeypatch.setattr(fanout, '_POLL_SECONDS', 0.01)
+  watched, cores = [], []
+  command = lambda job, own: cores.append(own) or [sys.executable, '-c', 'import time; time.sleep(0.1)']
+  runner = JobRunner(lambda job: time.sleep(0.05), command, unused)
+  settings = SweepConfig(backend=backend, workers=2)
+  ended = list(fanout.run_jobs(runner, settings, tmp_path, JOBS, lambda: watched.append(1), 1))
+  assert sorted(job.name for job, _ in ended) == ['1x1_lm', '2x2_lm', '3x3_lm'] and len(watched) >= 3
+  assert set(cores) == (set(fanout._core_shares(2)) if backend == 'processes' else set())
+
+
+def test_processes_stop_after_sigterm_and_those_that_were_saved_have_not_ended(tmp_path, monkeypatch):
+  monkeypatch.setattr(fanout, '_POLL_SECONDS', 0.01)
+  results_of = JOBS[2].folder(tmp_path)
+  results_of.mkdir(parents=True)
+  results.write_result(results_of, {'steps': 1})
+  ready = tmp_path / 'ready'
+  first = f"""import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while not pathlib.Path({str(ready)!r}).exists():
+  time.sleep(0.01)
+os.kill(os.getppid(), signal.SIGTERM)
+sys.exit(75)"""
+  second = f"""import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+pathlib.Path({str(ready)!r}).touch()
+time.sleep(60)"""
+  started, ended = [], []
+  command = lambda job, cores: started.append(job) or [sys.executable, '-c', first if job is JOBS[0] else second]
+  with pytest.raises(Preempted, match='1 of 3 runs done, the others saved'):
+    for job, error in fanout.run_jobs(
+      JobRunner(unused, command, unused), SweepConfig(backend='processes', workers=2), tmp_path, JOBS, lambda: None, 1
+    ):
+      ended.append((job, error))
+  assert started == JOBS[:2] and not ended
+
+
+def test_a_process_without_output_says_so(tmp_path):
+  (tmp_path / fanout.LOG).write_text('\n \n')
+  assert fanout._failure(tmp_path, 9) == f'no output (exit status 9, log: {tmp_path / fanout.LOG})'
