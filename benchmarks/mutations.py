@@ -40,7 +40,7 @@ EQUIVALENT = pathlib.Path(__file__).parent / 'equivalent_mutants.txt'
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   'losses': (
     ('polar_jax/train/losses.py', 'polar_jax/train/objectives.py', 'polar_jax/ppo/losses.py', 'polar_jax/ppo/advantages.py'),
-    ('tests/train/losses_test.py', 'tests/train/step_test.py', 'tests/ppo/losses_test.py', 'tests/ppo/advantages_test.py'),
+    ('tests/train/losses_test.py', 'tests/train/objectives_test.py', 'tests/ppo/losses_test.py', 'tests/ppo/advantages_test.py'),
   ),
   'ppo': (
     ('polar_jax/ppo',),

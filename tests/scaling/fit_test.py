@@ -276,3 +276,17 @@ def test_laws_with_more_parameters_need_more_runs():
 def test_power_fit_converts_to_a_dict():
   written = dataclasses.asdict(fit.fit_power_law(*runs(5, 0.01)))
   assert {'alpha', 'beta', 'low', 'high', 'r2', 'n'} <= written.keys()
+
+
+def test_six_runs_of_three_sizes_determine_the_joint_law():
+  n, d = np.array([1e7, 1e7, 1e8, 1e8, 1e9, 1e9]), np.array([1e9, 1e10, 1e10, 1e11, 1e9, 1e11])
+  truth = fit.JointFit(irreducible=0.2, a=60.0, alpha=0.3, b=300.0, beta=0.33, r2=1.0, n=6)
+  found = fit.fit_joint(n, d, truth(n, d))
+  assert found.n == 6 and found.r2 == pytest.approx(1, abs=1e-6)
+  np.testing.assert_allclose(found(n, d), truth(n, d), rtol=1e-3)
+
+
+def test_r2_is_the_share_of_the_variance_of_the_logarithm():
+  log_loss, residuals = np.array([1.0, 2.0, 4.0, 5.0]), np.array([0.5, -0.5, 0.5, -0.5])
+  assert fit._r2(log_loss, residuals) == pytest.approx(1 - 1.0 / 10.0)
+  assert fit._r2(np.ones(3), np.zeros(3)) == 0.0
