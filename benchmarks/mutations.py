@@ -5,10 +5,10 @@
 
 A mutant is one expression of one line, changed: an operator, a comparison, a constant, a condition, the order of two arguments, a call that
 is left out. Each runs in a copy of the project, in a process of its own, under those files of tests of its area that run its statement:
-the quickest come first, and the first failure ends it. Which files run which statements, and how long they take, is found before by
-running the tests of the area once, with a mark before every statement. A mutant survives if all pass, also if
-none runs its statement; one that does not end in time counts as killed. Messages for people and those mutants in equivalent_mutants.txt,
-which no test can kill, are left out. The last line is a JSON object.
+the quickest come first, whole runs last, and the first failure ends it. Which files run which statements, and how long they take, is
+found before by running the tests of the area once, with a mark before every statement. A mutant survives if all pass, also if none runs
+its statement; one that does not end in time counts as killed. Messages for people and those mutants in equivalent_mutants.txt, which no
+test can kill, are left out. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   ),
   'scaling': (('polar_jax/scaling',), ('tests/scaling', 'tests/stages/fit_test.py')),
 }
+# Whole runs, which take minutes. They try only the mutants of the module that they mirror which all other tests missed.
+_SLOW = ('ppo/trainer_test.py', 'train/trainer_test.py', 'train/step_test.py', 'train/exactness_test.py', 'train/start_from_test.py')
 _COPIED = ('polar_jax', 'tests', 'configs', 'benchmarks', 'docs', 'launch', 'notebooks', 'setup.py', 'README.md', '.pytest.ini')
 
 _COMPARISONS = {ast.Lt: '<=', ast.LtE: '<', ast.Gt: '>=', ast.GtE: '>', ast.Eq: '!=', ast.NotEq: '=='}
@@ -223,7 +225,7 @@ def tests_of(path: str, area: str, root: pathlib.Path = ROOT) -> list[str]:
   own = str(mirrored.with_name(f'{mirrored.name}_test.py'))
   # pytest drops a file that is named next to its folder, and with it the order.
   files = [file for part in (own, *AREAS[area][1]) for file in ([part] if part.endswith('.py') else _test_files(root, part))]
-  return [file for file in dict.fromkeys(files) if (root / file).exists()]
+  return [file for file in dict.fromkeys(files) if (root / file).exists() and (file == own or not file.endswith(_SLOW))]
 
 
 def _test_files(root: pathlib.Path, folder: str) -> list[str]:
@@ -326,7 +328,8 @@ class Workplace:
     (copy / 'polar_jax/_marks.py').write_text(_MARKS)
     (copy / 'mutations_plugin.py').write_text(_PLUGIN)
     marks = self.folder / 'marks'
-    code, _ = self._pytest(copy, ['-p', 'mutations_plugin', *tests], 7_200, {'MUTATIONS_MARKS': str(marks)})
+    quick = [test for test in tests if not test.endswith(_SLOW)]
+    code, _ = self._pytest(copy, ['-p', 'mutations_plugin', *quick], 7_200, {'MUTATIONS_MARKS': str(marks)})
     if code != 0:
       raise SystemExit(f'without any mutant the tests fail (status {code}): {" ".join(tests)}')
     for row in marks.read_text('utf-8').splitlines():
@@ -337,10 +340,11 @@ class Workplace:
         self._seconds[test] = self._seconds.get(test, 0.0) + float(number)
 
   def tests_at(self, path: str, line: int, source: str, tests: Sequence[str]) -> list[str]:
-    """Return which measured tests run a line of a file, quickest first."""
+    """Return which measured tests run a line of a file, quickest first, and then the slow ones."""
     statement = _statement_of(ast.parse(source), line)
     runs = self._seconds.keys() if statement is None else self._tests_at.get((path, statement), set())
-    return sorted((test for test in tests if test in runs and test in self._seconds), key=lambda test: self._seconds[test])
+    quick = sorted((test for test in tests if test in runs and test in self._seconds), key=lambda test: self._seconds[test])
+    return [*quick, *(test for test in tests if test.endswith(_SLOW))]
 
   def run(self, mutant: Mutant, tests: Sequence[str]) -> Result:
     """Run the tests of a mutant; if they are measured, those that run its statement."""
@@ -351,7 +355,7 @@ class Workplace:
       tests = self.tests_at(mutant.path, mutant.line, source, tests)
     if not tests:
       return Result(mutant, 'survived', 0.0)
-    limit = self.limit or max(90.0, 30 + 4 * sum(self._seconds.get(test, 0.0) for test in tests))
+    limit = self.limit or max(90.0, 30 + 4 * sum(self._seconds.get(test, 150.0) for test in tests))
     lines = source.splitlines()
     lines[mutant.line - 1] = mutant.became
     file.write_text('\n'.join(lines) + '\n', 'utf-8')
