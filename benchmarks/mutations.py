@@ -264,7 +264,15 @@ def _forget():  # what another file of tests has traced or built, which would no
       if not isinstance(value, type) and callable(getattr(value, 'cache_clear', None)):
         value.cache_clear()
 def pytest_runtest_logfinish(nodeid, location):
-  _marks._file.write(f"{nodeid.partition('::')[0]}\\t\\t{time.perf_counter() - _started}\\n")
+  _marks._file.write(f"{nodeid}\\t\\t{time.perf_counter() - _started}\\n")
+"""
+# For the mutants: tests of more than two seconds come last in their file.
+_ORDER = """
+import os
+def pytest_collection_modifyitems(items):
+  late = set(os.environ['MUTATIONS_LATE'].split('\\n'))
+  files = list(dict.fromkeys(item.path for item in items))
+  items.sort(key=lambda item: (files.index(item.path), item.nodeid in late))
 """
 
 
@@ -314,6 +322,7 @@ class Workplace:
     self._own = threading.local()
     self._count, self._lock = 0, threading.Lock()
     self._seconds: dict[str, float] = {}  # by file of tests
+    self._late: list[str] = []  # tests that take long
     self._tests_at: dict[tuple[str, int], set[str]] = {}
 
   def measure(self, tests: Sequence[str], paths: Sequence[str]) -> None:
@@ -337,7 +346,9 @@ class Workplace:
       if path:
         self._tests_at.setdefault((path, int(number)), set()).add(test)
       else:
-        self._seconds[test] = self._seconds.get(test, 0.0) + float(number)
+        file = test.partition('::')[0]
+        self._seconds[file] = self._seconds.get(file, 0.0) + float(number)
+        self._late += [test] if float(number) > 2.0 else []
 
   def tests_at(self, path: str, line: int, source: str, tests: Sequence[str]) -> list[str]:
     """Return which measured tests run a line of a file, quickest first, and then the slow ones."""
@@ -360,7 +371,8 @@ class Workplace:
     lines[mutant.line - 1] = mutant.became
     file.write_text('\n'.join(lines) + '\n', 'utf-8')
     try:
-      code, seconds = self._pytest(copy, tests, limit)
+      (copy / 'mutations_order.py').write_text(_ORDER)
+      code, seconds = self._pytest(copy, ['-p', 'mutations_order', *tests], limit, {'MUTATIONS_LATE': '\n'.join(self._late)})
     finally:
       file.write_text(source, 'utf-8')
     return Result(mutant, 'timeout' if code is None else 'survived' if code == 0 else 'killed', seconds)
