@@ -111,3 +111,9 @@ def test_a_law_without_degrees_of_freedom_has_no_interval():
   # By hand: slope 1/2, residuals (-1/2, 1, -1/2), variance 3/2, Sxx 2, and Student's t of one degree of freedom.
   assert three.exponents['n'] == pytest.approx(0.5) and three.r2 == pytest.approx(1 - 1.5 / 2)
   assert three.high['n'] - three.exponents['n'] == pytest.approx(12.7062047 * np.sqrt(1.5 / 2)) == three.exponents['n'] - three.low['n']
+
+
+@pytest.mark.parametrize(('spread', 'separated'), [(0.6e-6, False), (1.6e-6, True)])
+def test_a_quantity_that_hardly_varies_is_taken_as_constant(spread, separated):
+  x, z = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([-1.0, -1.0, 1.0, 1.0])
+  assert laws._identifiable(np.column_stack([3 + x, 5 + spread * z])) == separated
