@@ -103,6 +103,7 @@ class Result(NamedTuple):
   mutant: Mutant
   status: str
   seconds: float
+  by: str = ''  # the test that killed it
 
 
 def mutants_of(path: str, source: str) -> list[Mutant]:
@@ -375,7 +376,9 @@ class Workplace:
       code, seconds = self._pytest(copy, ['-p', 'mutations_order', *tests], limit, {'MUTATIONS_LATE': '\n'.join(self._late)})
     finally:
       file.write_text(source, 'utf-8')
-    return Result(mutant, 'timeout' if code is None else 'survived' if code == 0 else 'killed', seconds)
+    output = (self.folder / f'{copy.name}.txt').read_text('utf-8', errors='replace').splitlines()
+    by = next((line.partition(' ')[2].partition(' - ')[0] for line in output if line.startswith(('FAILED', 'ERROR'))), '')
+    return Result(mutant, 'timeout' if code is None else 'survived' if code == 0 else 'killed', seconds, by)
 
   def _copy(self) -> pathlib.Path:
     if not hasattr(self._own, 'copy'):
@@ -446,7 +449,8 @@ def main() -> None:
       results.append((running[done], result))
       m = result.mutant
       print(
-        f'{len(results)}/{len(jobs)} {result.status} {result.seconds:.0f} s {m.path}:{m.line}: {m.was.strip()} -> {m.became.strip()}',
+        f'{len(results)}/{len(jobs)} {result.status} {result.seconds:.0f} s {m.path}:{m.line}: {m.was.strip()} -> {m.became.strip()}'
+        + (f'  [{result.by}]' if result.by else ''),
         flush=True,
       )
   _report(args.area, results, left_out)
@@ -473,7 +477,7 @@ def _report(areas: Sequence[str], results: Sequence[tuple[str, Result]], left_ou
     rows.append((area, len(status), status.count('killed'), status.count('timeout'), survived, left_out[area], f'{share:.1%}'))
     numbers[area] = {'mutants': len(status), 'survived': survived, 'killed_share': round(share, 4)}
   print(timing.table(('area', 'mutants', 'killed', 'too slow', 'survived', 'equivalent, left out', 'killed, %'), rows))
-  for _, (mutant, status, _) in results:
+  for _, (mutant, status, *_) in results:
     if status == 'survived':
       print(f'{mutant.path}:{mutant.line}\n  {mutant.was.strip()}\n  {mutant.became.strip()}')
   timing.report(**numbers)

@@ -71,6 +71,10 @@ def test_core_shares_divide_the_cores_among_workers(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 5, 7})
   assert fanout._core_shares(2) == ['0,2,7', '1,5']
   assert fanout._core_shares(6) == ['0', '1', '2', '5', '7', '0']
+  monkeypatch.delattr(os, 'sched_getaffinity')  # as on macOS
+  for count, shares in ((3, ['0,2', '1']), (None, ['0', '0'])):
+    monkeypatch.setattr(os, 'cpu_count', lambda count=count: count)
+    assert fanout._core_shares(2) == shares
 
 
 @pytest.mark.parametrize('backend', ['inline', 'processes'])
