@@ -290,3 +290,12 @@ def test_r2_is_the_share_of_the_variance_of_the_logarithm():
   log_loss, residuals = np.array([1.0, 2.0, 4.0, 5.0]), np.array([0.5, -0.5, 0.5, -0.5])
   assert fit._r2(log_loss, residuals) == pytest.approx(1 - 1.0 / 10.0)
   assert fit._r2(np.ones(3), np.zeros(3)) == 0.0
+
+
+def test_terms_that_vanish_start_the_search_at_a_level_that_is_finite():
+  """A pure law has no irreducible loss, and the best non-negative one on the grid is exactly 0."""
+  x, loss = runs(10)
+  n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e8, 4), np.geomspace(1e7, 1e10, 4)))
+  with np.errstate(divide='raise', invalid='raise'):
+    assert fit.fit_floored(x, loss).n == 10
+    assert fit.fit_joint(n, d, 40 * n**-0.3)(1e7, 1e9) == pytest.approx(40 * 1e7**-0.3, rel=1e-3)

@@ -46,6 +46,8 @@ def test_model_of_keeps_the_proportions_of_the_model():
   assert (narrow.head_dim, narrow.num_heads, narrow.num_kv_heads) == (8, 1, 1)
   between = grid.model_of(config, '40x3')  # not a multiple of the head dimension
   assert (between.head_dim, between.num_heads, between.num_kv_heads) == (10, 4, 2)
+  odd = grid.model_of(Config(model=dataclasses.replace(base, head_dim=15)), '64x3')  # the largest smaller even one
+  assert (odd.head_dim, odd.num_heads) == (8, 8)
 
 
 @pytest.mark.parametrize('size', ['64', 'ax3', '64x0', '7x1', '41x2', '0x1', '64x3x2'])
