@@ -28,6 +28,7 @@ import signal
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -196,7 +197,8 @@ def _is_text(*parts: ast.expr) -> bool:
 
 def _is_valid(lines: Sequence[str], number: int, became: str) -> bool:
   try:
-    compile('\n'.join([*lines[: number - 1], became, *lines[number:]]), 'mutant', 'exec')
+    with warnings.catch_warnings(action='ignore', category=SyntaxWarning):
+      compile('\n'.join([*lines[: number - 1], became, *lines[number:]]), 'mutant', 'exec')
   except (SyntaxError, ValueError):
     return False
   return True
