@@ -97,14 +97,15 @@ def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]
   return slope, np.sqrt(variance), residuals
 
 
-def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
+def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int, resamples: int = 2_000) -> tuple[float, float]:
   """Return the studentized bootstrap interval of the slope, one resample at a time."""
   n, centered = len(x), x - x.mean()
   slope, error, residuals = robust_line(x, y)
-  scaled = residuals / np.sqrt(1 - 1 / n - centered**2 / np.sum(centered**2))  # residuals of high leverage are too small
+  share = 1 - 1 / n - centered**2 / np.sum(centered**2)
+  scaled = residuals / np.sqrt(np.where(share < 0.05, 0.05, share))  # residuals of high leverage are too small
   scaled -= scaled.mean()
   t = []
-  for draw in np.random.default_rng(seed).integers(n, size=(2_000, n)):
+  for draw in np.random.default_rng(seed).integers(n, size=(resamples, n)):
     resampled, own_error, _ = robust_line(x, slope * centered + scaled[draw])
     if own_error > 1e-3 * error:
       t.append((resampled - slope) / own_error)
@@ -299,3 +300,12 @@ def test_terms_that_vanish_start_the_search_at_a_level_that_is_finite():
   with np.errstate(divide='raise', invalid='raise'):
     assert fit.fit_floored(x, loss).n == 10
     assert fit.fit_joint(n, d, 40 * n**-0.3)(1e7, 1e9) == pytest.approx(40 * 1e7**-0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize('last', [2.0, 40.0])  # with a leverage of 0.6 and of 0.999, where its residual says nothing
+def test_bootstrap_scales_residuals_by_their_leverage_within_limits(monkeypatch, last):
+  monkeypatch.setattr(fit, '_RESAMPLES', 60)
+  x = np.array([0.0, 0.3, 0.5, 0.8, 1.0, last])
+  y = 2 - 0.3 * x + np.random.default_rng(4).normal(0, 0.1, 6)
+  slope, _, error, residuals = (a[0] for a in fit._robust_lines(x, y[None]))
+  assert fit._bootstrap_t(x, residuals, slope, error, 3) == pytest.approx(slow_bootstrap_t(x, y, 3, 60), rel=1e-6)
