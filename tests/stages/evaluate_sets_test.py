@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import runpy
+import types
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ import polar_jax
 from polar_jax import runner, sharding
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.evaluate import sets as evaluation_sets
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
+from polar_jax.stages import evaluate_sets as stage
 
 SHAPE = ModelConfig(
   vocab_size=ByteTokenizer.vocab_size, num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=16, init_std=0.3
@@ -221,3 +224,49 @@ def test_bad_rows_are_named_or_counted(tmp_path, world, row, message, capsys):
   status, sets, lines = run(tmp_path, world, **given, **{'data.on_bad_example': 'skip'})
   assert status == 0 and sets['rows']['skipped'] == 1 and len(lines) == 1
   assert re.search(f'left out 1 bad rows .rows.jsonl, row 2: {message}', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+  ('given', 'asked', 'used'),
+  [
+    (['r', 's'], 'true,empty', ['true', 'empty']),
+    (['r', None], 'true,empty,shuffled,twin', ['empty', 'twin']),  # one without a reference is enough
+    ([None, None], 'true', ['empty']),
+    ([None, None], 'none , none', ['none']),
+  ],
+)
+def test_variants_that_need_references_are_left_out_where_an_item_has_none(given, asked, used):
+  lines = []
+  config = types.SimpleNamespace(evaluate=types.SimpleNamespace(references=asked), seed=0)
+  items = [
+    evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair(), reference=reference) for i, reference in enumerate(given)
+  ]
+  context = types.SimpleNamespace(config=config, log=lines.append)
+  found = stage._references(context, evaluation_sets.EvaluationSet('own', items))
+  assert list(found) == used and found.get('empty', ['', '']) == ['', ''] and found.get('true', given) == given
+  assert lines == ([] if None not in given else [f'own: has no references, so it is scored with: {", ".join(used)}'])
+
+
+def test_items_without_prompts_in_the_training_files_are_measured_apart():
+  items = [evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair()) for i in range(4)]
+  rewards = [np.array(r, float) for r in ([1, 0], [0, 1], [1, 0], [0, 0])]
+  context = types.SimpleNamespace(config=types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=20)))
+  one = evaluation_sets.EvaluationSet('own', items)
+  found = stage._without(context, one, rewards, {'1': 'f, row 3', 'elsewhere': 'f, row 4'})
+  assert found['items'] == 1 and found['places'] == {'1': 'f, row 3'}
+  assert (found['without']['accuracy'], found['without']['n']) == (pytest.approx(2.5 / 3), 3)
+  assert stage._without(context, one, rewards, {str(i): 'f' for i in range(4)}) == {
+    'items': 4, 'places': {str(i): 'f' for i in range(4)}, 'without': None,
+  }  # fmt: skip
+
+
+def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
+  lines = lambda name: [{'set': name, 'id': '1', 'reference': variant, 'rewards': [1.0]} for variant in ('empty', 'twin')]
+  stage._write(tmp_path / 'out', {'a': ({'reference': 'empty', 'n': 1}, lines('a')), 'b': ({'reference': 'twin', 'n': 2}, lines('b'))})
+  read = lambda file: [json.loads(line)['set'] for line in gzip.decompress((tmp_path / 'out' / file).read_bytes()).decode().splitlines()]
+  assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == [
+    'evaluation.json', 'scores.jsonl.gz', 'scores_empty.jsonl.gz', 'scores_twin.jsonl.gz',
+  ]  # fmt: skip
+  assert read('scores.jsonl.gz') == ['a', 'b'] and read('scores_twin.jsonl.gz') == ['a'] and read('scores_empty.jsonl.gz') == ['b']
+  content = json.loads((tmp_path / 'out/evaluation.json').read_text())
+  assert content == {'sets': {'a': {'reference': 'empty', 'n': 1}, 'b': {'reference': 'twin', 'n': 2}}}
