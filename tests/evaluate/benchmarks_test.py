@@ -54,6 +54,16 @@ def test_judgebench(tmp_path):
   assert one.official(one.items, rewards) == pytest.approx({'knowledge': 50, 'math': 0, 'coding': 50, 'all': 100 / 3})
 
 
+def test_judgebench_counts_bad_rows_where_they_belong(tmp_path):
+  bad = {'label': 'A=B'}
+  write(tmp_path / 'judgebench/data/a.jsonl', [judge_row(0, response_model='claude'), judge_row(1, response_model='claude', **bad), 1])
+  rows = [judge_row(0), judge_row(1, response_model='', **bad), judge_row(2, response_model='c', **bad)]
+  write(tmp_path / 'judgebench/data/b.jsonl', rows)
+  found = {one.name: [where for where, _ in one.skipped] for one in benchmarks.read('judgebench', tmp_path, 'skip')}
+  # The set of c has no good row: it is left out, and its rows are counted under the first set.
+  assert found == {'judgebench': ['b.jsonl, row 2', 'b.jsonl, row 3'], 'judgebench_claude': ['a.jsonl, row 2', 'a.jsonl, row 3']}
+
+
 PUBLISHED = {
   'Skywork_Skywork-Reward-Llama-3.1-8B': (59.09, 64.29, 76.79, 50.00, 62.29),
   'Skywork_Skywork-Reward-Gemma-2-27B': (59.74, 66.33, 83.93, 50.00, 64.29),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -58,3 +59,36 @@ def test_bad_files_are_named(tmp_path):
   (tmp_path / 'bad.jsonl').write_text('{"a": 1}\n{"a"')
   with pytest.raises(UserError, match=r'bad\.jsonl, row 2: .*fix it'):
     contamination.find(items('a'), [tmp_path / 'bad.jsonl'])
+
+
+@pytest.mark.needs('datasketch')
+def test_near_duplicates_against_sets_of_five_words(tmp_path):
+  rng = np.random.default_rng(0)
+  words = [f'w{i}' for i in range(300)]
+  asked, texts = [], []
+  for i in range(40):
+    text = [str(w) for w in rng.choice(words, 60)]
+    changed = list(text)
+    for place in range(11, 60, 12):  # no 13-gram stays
+      changed[place] = 'other'
+    if i % 4 == 0:
+      changed[3::12] = ['more'] * 5
+    asked.append(' '.join(text))
+    texts.append(' '.join([*changed, *(['end of it'] * (i // 2))]))
+  (tmp_path / 'train.jsonl').write_text('\n'.join(json.dumps({'a': text}) for text in texts))
+  five = lambda text: {tuple(text.split()[i : i + 5]) for i in range(len(text.split()) - 4)}
+  similarity = [len(five(a) & five(b)) / len(five(a) | five(b)) for a, b in zip(asked, texts, strict=True)]
+  prompts = items(*asked, 'too short')
+  assert contamination.find(prompts, [tmp_path / 'train.jsonl']) == {}
+  found = contamination.find(prompts, [tmp_path / 'train.jsonl'], near=0.35)
+  # The estimate of a similarity has a standard error of some .03.
+  certain = [i for i, s in enumerate(similarity) if abs(s - 0.35) > 0.1]
+  assert [i for i in certain if similarity[i] > 0.35] == [i for i in certain if i in found]
+  assert 5 < len(found) < 35 and all(place == f'train.jsonl, row {i + 1}' for i, place in found.items())
+  assert set(contamination.find(items(*texts), [tmp_path / 'train.jsonl'], near=1.0)) == set(range(40))
+
+
+def test_near_duplicates_need_datasketch(tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"needs datasketch; install it with: pip install 'polar_jax\[contamination\]'"):
+    contamination.find(items('a'), [], near=0.5)

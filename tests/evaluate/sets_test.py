@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from polar_jax.evaluate import best_of_n, measures, references, sets, text_baselines
+from polar_jax.evaluate import measures, sets, text_baselines
 from polar_jax.evaluate.sets import Comparison, Item
 from polar_jax.types import UserError
 
@@ -94,26 +94,6 @@ def test_intervals_resample_prompts():
   assert sets.clusters(written, np.arange(9)).by == 'policy' and sets.clusters(written, np.arange(9)).count == 3
 
 
-def test_best_of_n_against_all_subsets():
-  scores, correct = np.array([1.0, 3.0, 3.0, 0.0, 2.0]), np.array([1.0, 0.0, 1.0, 1.0, 0.0])
-  for n in range(1, 6):
-    expected = []
-    for subset in itertools.combinations(range(5), n):
-      best = max(scores[list(subset)])
-      expected.append(np.mean([correct[i] for i in subset if scores[i] == best]))
-    assert best_of_n.expected_best(scores, correct, n) == pytest.approx(np.mean(expected))
-  flags = tuple(bool(c) for c in correct)
-  items = [
-    item(0, 'abcde', sets.all_pairs(flags), correct=flags),
-    item(1, 'abc', sets.all_pairs((True, False, False)), correct=(True, False, False)),
-  ]
-  found = best_of_n.curve(items, [scores, np.array([0.0, 1.0, 2.0])])
-  assert found['n'] == [1, 2, 3] and found['items'] == 2
-  assert found['random'] == pytest.approx([(3 / 5 + 1 / 3) / 2] * 3) and found['reward'][0] == pytest.approx(found['random'][0])
-  assert found['oracle'][2] == pytest.approx(1.0) and found['reward'][2] < found['oracle'][2]
-  assert best_of_n.curve([item(0)], [np.zeros(2)]) is None
-
-
 def test_text_baselines_against_loops():
   items = [
     item(0, ('the cat sat', 'a dog ran far'), reference='the cat sat down'),
@@ -140,15 +120,14 @@ def test_text_baselines_against_loops():
   assert all(np.isfinite(v).all() for of in text_baselines.scores([item(0, ('', '!'), reference='')]).values() for v in of)
 
 
-def test_variants_of_references():
-  items = [item(i, reference=f'r{i}', category='ab'[i % 2], comparisons=sets.pair(1)) for i in range(8)]
-  assert references.references(items, 'true') == [f'r{i}' for i in range(8)]
-  assert references.references(items, 'empty') == references.references(items, 'none') == [''] * 8
-  assert references.references(items, 'twin') == ['bb'] * 8
-  shuffled = references.references(items, 'shuffled')
-  assert all(r != f'r{i}' and int(r[1:]) % 2 == i % 2 for i, r in enumerate(shuffled))
-  assert shuffled == references.references(items, 'shuffled') != references.references(items, 'shuffled', seed=1)
-  with pytest.raises(UserError, match=r"'true' needs references.*use none, empty or twin"):
-    references.references([item(0)], 'true')
-  with pytest.raises(UserError, match='all items have the same prompt'):
-    references.references([item(i, prompt='p', reference='r') for i in range(3)], 'shuffled')
+def test_embedding_similarity_against_a_cosine():
+  vectors = {'r': [3.0, 4.0], 'a': [4.0, 3.0], 'bb': [-3.0, -4.0], '': [0.0, 0.0]}
+  calls = []
+
+  def encode(texts):
+    calls.append(list(texts))
+    return np.array([vectors[text] for text in texts])
+
+  found = text_baselines.embedding_similarity([item(0, reference='r'), item(1, ('a', 'a'), reference='')], encode)
+  assert found[0] == pytest.approx([24 / 25, -1.0]) and found[1].tolist() == [0.0, 0.0]
+  assert sorted(calls[0]) == ['', 'a', 'bb', 'r']

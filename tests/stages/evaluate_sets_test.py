@@ -17,6 +17,7 @@ import polar_jax
 from polar_jax import runner, sharding
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
 from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.evaluate import hub
 from polar_jax.evaluate import sets as evaluation_sets
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
@@ -42,11 +43,12 @@ FILES = {
 def world(tmp_path_factory):
   """A folder with a reward model, a language model and files of examples."""
   folder, mesh = tmp_path_factory.mktemp('world'), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  for name, kind, api in (('reward', RewardModel, polar_jax.RewardModel), ('lm', LanguageModel, polar_jax.LanguageModel)):
+  reward, language = (RewardModel, polar_jax.RewardModel), (LanguageModel, polar_jax.LanguageModel)
+  for seed, (name, (kind, api)) in enumerate({'reward': reward, 'second': reward, 'lm': language}.items()):
     model = kind(SHAPE, rngs=nnx.Rngs(params=3))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    if name == 'reward':  # a new head is zero
-      params['v_head'] = jax.random.normal(jax.random.key(0), params['v_head'].shape)
+    if kind is RewardModel:  # a new head is zero
+      params['v_head'] = jax.random.normal(jax.random.key(seed), params['v_head'].shape)
     with jax.set_mesh(mesh):
       api(params, SHAPE, ByteTokenizer(), mesh).save(folder / name)
   for name, rows in FILES.items():
@@ -73,7 +75,10 @@ def run(tmp_path, world, **settings):
     return status, {}, []
   files = sorted((tmp_path / 'out').glob('scores*.jsonl.gz'))
   lines = [line for file in files for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
-  return status, json.loads((tmp_path / 'out/evaluation.json').read_text())['sets'], [json.loads(line) for line in lines]
+  result = json.loads((tmp_path / 'out/evaluation.json').read_text())
+  tested = [(*found['baselines'].values(), *found.get('compare', {}).values()) for found in result['sets'].values()]
+  assert result['paired_tests'] == sum(map(len, tested))
+  return status, result['sets'], [json.loads(line) for line in lines]
 
 
 @pytest.fixture
@@ -123,36 +128,119 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
   assert status == 0
   text = (tmp_path / 'b/run/report.md').read_text()
   assert '2 of 8 prompts of pairs are in the training files; accuracy without them: ' in text
-  assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled') and '2 sets were compared' in text
+  assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled')
+  assert f'There are {2 * (8 + 1)} paired tests in all' in text
   rewards = {line['id']: line['rewards'] for line in lines if line['set'] == 'pairs'}
   places = again['pairs']['contamination']['places']
   assert places == {'3': 'train.jsonl, row 1', '7': 'train.jsonl, row 1'} and again['lists']['contamination']['items'] == 0
   right = [a > b for name, (a, b) in rewards.items() if name not in places]
   assert again['pairs']['contamination']['without']['accuracy'] == np.mean(right) and len(right) == 6
+  of_run = ('reference', 'references', 'contamination', 'truncated', 'best_of_n')
   for name, found in again.items():
-    compared = found.pop('compare')
-    assert compared['with'] == 'scores_shuffled.jsonl.gz' and compared['sets_compared'] == 2
+    compared = found.pop('compare')['scores_shuffled.jsonl.gz']
     assert compared['difference'] == pytest.approx(found['accuracy'] - sets[name]['references']['shuffled']['accuracy'])
-    assert {k: v for k, v in found.items() if k not in ('reference', 'references', 'contamination')} == {
-      k: v for k, v in sets[name].items() if k not in ('reference', 'references')
-    }
+    assert {k: v for k, v in found.items() if k not in of_run} == {k: v for k, v in sets[name].items() if k not in of_run}
 
 
 @pytest.mark.usefixtures('root')
-def test_recorded_rewards_of_a_benchmark(tmp_path, world):
+def test_right_and_wrong_answers_as_references_and_second_systems(tmp_path, world):
+  rows = [
+    {'prompt': f'p{i}', 'prompt_id': i, 'reference': f'g{i} three four five', 'response': f'{"yn"[k % 2]} {i} {k}', 'correct': k % 2 == 0}
+    for i in range(5)
+    for k in range(6 if i else 3)  # too few of the first
+  ]
+  (tmp_path / 'answers.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  (tmp_path / 'given.jsonl').write_text('\n'.join(json.dumps({'id': i, 'reference': f'other {i}'}) for i in range(5)))
+  given = {
+    'checkpoint': str(world / 'reward'),
+    'input': str(tmp_path / 'answers.jsonl'),
+    'evaluate.references': 'true,right,wrong,degraded,empty,file,style',
+    'evaluate.reference_file': str(tmp_path / 'given.jsonl'),
+    'evaluate.compare': str(world / 'second'),
+    'evaluate.language_model': str(world / 'lm'),
+  }
+  status, sets, lines = run(tmp_path, world, **given)
+  found = sets['answers']
+  names = ['true', 'right', 'wrong', 'degraded_75', 'degraded_50', 'degraded_25', 'empty', 'file']
+  assert status == 0 and list(found['references']) == names and found['skipped'] == 1 and found['items'] == 4
+  assert [point['words_kept'] for point in found['reference_curve']] == [100, 75, 50, 25, 0]
+  assert list(found['best_of_n']['references']) == names and found['best_of_n']['n'] == [1, 2, 3, 4]
+  model, second = (polar_jax.load(world / name) for name in ('reward', 'second'))
+  held = []
+  for line in lines:
+    texts = [row['response'] for row in rows if row['prompt_id'] == int(line['id'])]
+    if line['reference'] == 'right':  # a right and a wrong answer are held out, and the right one is the reference
+      fits = []
+      for a, text in enumerate(texts):
+        for b in range(len(texts)):
+          left = [t for k, t in enumerate(texts) if k not in (a, b)]
+          if a % 2 == 0 and b % 2 == 1 and np.allclose(model.score(f'p{line["id"]}', text, left), line['rewards'], atol=1e-5):
+            fits.append(left)
+      assert len(fits) == 1
+      held += [(line['id'], fits[0])]
+  for name, left in held:
+    reference = f'g{name} three four five'
+    of_true = next(line['rewards'] for line in lines if (line['id'], line['reference']) == (name, 'true'))
+    np.testing.assert_allclose(of_true, model.score(f'p{name}', reference, left), atol=1e-5)
+  right = []
+  for name, left in held:
+    scores = second.score(f'p{name}', f'g{name} three four five', left)
+    right += [float(scores[a] > scores[b]) for a in range(4) for b in range(4) if left[a][0] == 'y' and left[b][0] == 'n']
+  compared = found['compare']['second']
+  assert len(right) == found['n'] == 16 and compared['other']['accuracy'] == np.mean(right)
+  assert compared['difference'] == pytest.approx(found['accuracy'] - np.mean(right))
+  ratio = found['baselines']['likelihood_ratio']
+  assert ratio['paired']['difference'] == pytest.approx(found['accuracy'] - ratio['accuracy'])
+  assert found['truncated']['responses'] == found['truncated']['prompts'] == 0
+  report = (tmp_path / 'run/report.html').read_text()
+  assert {path.stem for path in (tmp_path / 'run/figures').iterdir()} == {'evaluation', 'calibration', 'best_of_n', 'reference_curve'}
+  assert report.count('<img') == 4
+
+
+@pytest.mark.usefixtures('root')
+def test_texts_that_the_model_reads_only_in_part_are_counted(tmp_path, world):
+  rows = [FILES['pairs.jsonl'][0], FILES['pairs.jsonl'][1] | {'rejected': 'long ' * 40}]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  settings = {'checkpoint': str(world / 'reward'), 'input': str(tmp_path / 'rows.jsonl'), 'template.max_response_length': 20}
+  status, sets, _ = run(tmp_path, world, **settings)
+  assert status == 0 and sets['rows']['truncated']['responses'] == 1 and sets['rows']['truncated']['ids'] == {'responses': ['2']}
+  assert 'reads only a part of the responses of 1 of 2 items' in (tmp_path / 'run/report.md').read_text()
+
+
+@pytest.mark.usefixtures('root')
+def test_recorded_rewards_of_a_benchmark(tmp_path, world, monkeypatch):
   rows = [{'pair_id': f'id{i}', 'source': 'mmlu-pro-law', 'question': f'q{i}', 'response_A': 'a', 'response_B': 'b'} for i in range(4)]
   (tmp_path / 'published/judgebench/data').mkdir(parents=True)
   lines = [json.dumps(row | {'label': 'A>B', 'response_model': model}) for row, model in zip(rows, 'aaab', strict=True)]
   (tmp_path / 'published/judgebench/data/x.jsonl').write_text('\n'.join(lines))
   scores = [{'id': f'id{i}', 'rewards': [i, 1]} for i in range(3)]
   (tmp_path / 'scores.jsonl').write_text('\n'.join(map(json.dumps, scores)))
-  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': str(tmp_path / 'published')}
+  settings = {'evaluate.benchmarks': 'judgebench', 'evaluate.folder': 'hub'}
+  monkeypatch.setattr(hub, 'download', lambda _: {'ScalerLab/JudgeBench': tmp_path / 'published/judgebench'})
   status, sets, _ = run(tmp_path, world, **settings, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
   assert status == 0 and list(sets) == ['judgebench'] and sets['judgebench']['ties'] == 1
+  assert sets['judgebench']['revisions'] == {'ScalerLab/JudgeBench': 'judgebench'}
   assert sets['judgebench']['official'] == pytest.approx({'knowledge': 100 / 3, 'all': 100 / 3})
   assert sets['judgebench']['tie_rules'] == pytest.approx({'wrong': 1 / 3, 'half': 1 / 2, 'right': 2 / 3})
+  settings['evaluate.folder'] = str(tmp_path / 'published')
   status, sets, _ = run(tmp_path / 'model', world, **settings, checkpoint=str(world / 'reward'))
   assert status == 0 and [found['reference'] for found in sets.values()] == ['empty', 'empty']  # there are no references
+
+
+@pytest.mark.usefixtures('root')
+def test_the_categories_of_the_paper(tmp_path, world):
+  file = tmp_path / 'published/rmb/Pairwise_set/Helpfulness/Chat/A.json'
+  file.parent.mkdir(parents=True)
+  answers = {name: {'llm_name': name, 'answer': name} for name in 'abc'}
+  asked = {'conversation_input': [{'role': 'user', 'content': 'p'}]}
+  pairs = [{'pair_uid': better + worse, 'chosen': answers[better], 'reject': answers[worse]} | asked for better, worse in ('ab', 'bc')]
+  file.write_text(json.dumps(pairs))
+  (tmp_path / 'scores.jsonl').write_text(json.dumps({'id': 'pairwise/bc', 'rewards': [1, 0]}))
+  given = {'evaluate.benchmarks': 'polar_rmb', 'evaluate.folder': str(tmp_path / 'published')}
+  status, sets, _ = run(tmp_path, world, **given, **{'evaluate.scores': str(tmp_path / 'scores.jsonl')})
+  found = {row['category']: row['accuracy'] for row in sets['polar_rmb']['paper']}
+  assert status == 0 and found['Chat'] == found['Average'] == 1.0 and found['Coding'] is None
+  assert '| Chat | 100.0 [' in (tmp_path / 'run/report.md').read_text()
 
 
 @pytest.mark.usefixtures('root')
@@ -169,6 +257,15 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world):
     ({'input': 'IN/pairs.jsonl,IN/nothing.jsonl'}, 'nothing.jsonl: no such file'),
     ({'input': 'IN/pairs.jsonl,IN/again/pairs.jsonl'}, "two sets are named 'pairs'; rename a file"),
     ({'input': 'IN/bad.jsonl'}, 'bad.jsonl, example 2: field .rejected. is missing'),
+    ({'evaluate.references': 'style,true'}, "'style' is several references, and cannot be the first"),
+    ({'evaluate.references': 'true,file'}, "'file' needs references; name a file with --config.evaluate.reference_file=FILE"),
+    ({'evaluate.reference_file': 'IN/other.jsonl'}, "other.jsonl, row 1: field 'reference' is missing; a row must be"),
+    ({'evaluate.reference_file': 'IN/known.jsonl'}, 'known.jsonl: none of its 1 ids is of an item of pairs'),
+    ({'evaluate.near_duplicates': 0.5}, 'evaluate.near_duplicates is set, but there is nothing to search'),
+    ({'evaluate.compare': 'IN/lm'}, "evaluate.compare .*IN/lm: is not a reward model, but a model with the head 'lm'"),
+    ({'evaluate.compare': 'IN/reward,IN/../world0/reward'}, 'evaluate.compare: two systems would be named .*reward'),
+    ({'evaluate.language_model': 'IN/reward'}, 'evaluate.language_model .*: is not a language model, but a model with the head .reward.'),
+    ({'evaluate.embedding': 'IN'}, "evaluate.embedding needs sentence-transformers; install it with: pip install 'polar_jax.embedding.'"),
     ({'evaluate.references': 'true,other'}, "evaluate.references: 'other' is unknown; name some of: true, none"),
     ({'evaluate.references': ' , '}, 'evaluate.references: is empty'),
     ({'evaluate.benchmarks': 'rmb'}, 'evaluate.folder is not set'),
@@ -180,6 +277,7 @@ def test_recorded_rewards_of_a_benchmark(tmp_path, world):
 )
 def test_bad_settings_are_one_line_and_write_nothing(tmp_path, world, settings, message, capsys):
   (world / 'again').mkdir(exist_ok=True)
+  (world / 'known.jsonl').write_text('{"id": "other", "reference": "r"}')
   (world / 'other.jsonl').write_text('{"id": "other", "rewards": [1, 2]}')
   (world / 'same.jsonl').write_text(json.dumps(FILES['pairs.jsonl'][0]))
   (world / 'again/pairs.jsonl').write_bytes((world / 'pairs.jsonl').read_bytes())
@@ -200,7 +298,7 @@ ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
 @pytest.mark.parametrize(
   ('row', 'message'),
   [
-    (ROW, 'a row needs chosen and rejected, candidates and ranks, or candidates and correct'),
+    (ROW, 'a row needs chosen and rejected, candidates and ranks, candidates and correct, or response and correct'),
     ({'prompt': 'p'}, 'a row needs chosen and rejected'),
     (ROW | {'candidates': ['a'], 'ranks': [1]}, 'candidates must be a list of at least two texts'),
     (ROW | {'candidates': ['a', 3], 'ranks': [1, 2]}, r'candidates\[1\]'),
@@ -213,6 +311,10 @@ ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
     (ROW | {'correct': [True, False], 'id': 1.5}, 'id must be a string or an integer'),
     (ROW | {'correct': [True, False], 'reference': 3}, 'reference'),
     (ROW | {'correct': [True, False], 'wrapper': 'x'}, 'wrapper'),
+    (ROW | {'correct': [True, False], 'answers': ['3']}, 'answers must be a list of strings, numbers or null'),
+    ({'prompt': 'p', 'response': 'a', 'correct': 1}, 'correct must be true or false'),
+    ({'prompt': 'p', 'response': 3, 'correct': True}, 'response'),
+    ({'prompt': 'p', 'response': 'a', 'correct': True, 'prompt_id': 0.5}, 'prompt_id must be a string or an integer'),
   ],
 )
 def test_bad_rows_are_named_or_counted(tmp_path, world, row, message, capsys):
@@ -242,31 +344,36 @@ def test_variants_that_need_references_are_left_out_where_an_item_has_none(given
     evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair(), reference=reference) for i, reference in enumerate(given)
   ]
   context = types.SimpleNamespace(config=config, log=lines.append)
-  found = stage._references(context, evaluation_sets.EvaluationSet('own', items))
-  assert list(found) == used and found.get('empty', ['', '']) == ['', ''] and found.get('true', given) == given
-  assert lines == ([] if None not in given else [f'own: has no references, so it is scored with: {", ".join(used)}'])
+  found = stage._views(context, evaluation_sets.EvaluationSet('own', items), {})
+  assert list(found) == used
+  expected = {'empty': ['', ''], 'none': ['', ''], 'true': given, 'twin': ['a', 'a']}
+  assert {name: view.references for name, view in found.items()} == {name: expected[name] for name in used}
+  left_out = [variant for variant in asked.split(',') if variant in ('true', 'shuffled') and None in given]
+  told = [f'own: is not scored with the references {variant!r}: needs references, which the set does not have' for variant in left_out]
+  told += ['own: is scored with empty references'] if left_out == asked.split(',') else []
+  assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True))
 
 
 def test_items_without_prompts_in_the_training_files_are_measured_apart():
   items = [evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair()) for i in range(4)]
   rewards = [np.array(r, float) for r in ([1, 0], [0, 1], [1, 0], [0, 0])]
   context = types.SimpleNamespace(config=types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=20)))
-  one = evaluation_sets.EvaluationSet('own', items)
-  found = stage._without(context, one, rewards, {'1': 'f, row 3', 'elsewhere': 'f, row 4'})
+  part = stage.Scored(evaluation_sets.EvaluationSet('own', items), {'true': rewards, 'twin': rewards[::-1]}, {})
+  found = stage._without(context, part, {'1': 'f, row 3', 'elsewhere': 'f, row 4'})
   assert found['items'] == 1 and found['places'] == {'1': 'f, row 3'}
   assert (found['without']['accuracy'], found['without']['n']) == (pytest.approx(2.5 / 3), 3)
-  assert stage._without(context, one, rewards, {str(i): 'f' for i in range(4)}) == {
+  assert stage._without(context, part, {str(i): 'f' for i in range(4)}) == {
     'items': 4, 'places': {str(i): 'f' for i in range(4)}, 'without': None,
   }  # fmt: skip
 
 
 def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
-  lines = lambda name: [{'set': name, 'id': '1', 'reference': variant, 'rewards': [1.0]} for variant in ('empty', 'twin')]
-  stage._write(tmp_path / 'out', {'a': ({'reference': 'empty', 'n': 1}, lines('a')), 'b': ({'reference': 'twin', 'n': 2}, lines('b'))})
+  made = lambda name: evaluation_sets.EvaluationSet(name, [evaluation_sets.Item('1', 'p', ('a', 'b'), evaluation_sets.pair())])
+  part = lambda name, *views: stage.Scored(made(name), {view: [np.array([1.0, 2.0])] for view in views}, {})
+  stage._write(tmp_path / 'out', {'sets': {'a': {'n': 1}}}, [part('a', 'empty', 'twin'), part('b', 'twin', 'empty')])
   read = lambda file: [json.loads(line)['set'] for line in gzip.decompress((tmp_path / 'out' / file).read_bytes()).decode().splitlines()]
   assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == [
     'evaluation.json', 'scores.jsonl.gz', 'scores_empty.jsonl.gz', 'scores_twin.jsonl.gz',
   ]  # fmt: skip
   assert read('scores.jsonl.gz') == ['a', 'b'] and read('scores_twin.jsonl.gz') == ['a'] and read('scores_empty.jsonl.gz') == ['b']
-  content = json.loads((tmp_path / 'out/evaluation.json').read_text())
-  assert content == {'sets': {'a': {'reference': 'empty', 'n': 1}, 'b': {'reference': 'twin', 'n': 2}}}
+  assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == {'sets': {'a': {'n': 1}}}

@@ -1,6 +1,6 @@
 """JudgeBench (Tan et al. 2024): pairs of one model's answers, of which one is right, in four groups of tasks.
 
-data/*.jsonl has a file for each model that answered. Published tables are about the pairs of gpt-4o, which are the set `judgebench`.
+`data` has a file for each model that answered. Published tables are about the pairs of gpt-4o, which are the set `judgebench`.
 A pair is right if the reward model prefers the answer of the label; a tie is wrong. The headline is the mean over pairs.
 """
 
@@ -23,24 +23,31 @@ GROUPS = {'mmlu-pro': 'knowledge', 'livebench-reasoning': 'reasoning', 'livebenc
 _MAIN = 'gpt-4o'
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the pairs of every model; see `polar_jax.evaluate.benchmarks.read`."""
-  files = sorted((folder / 'data').glob('*.jsonl'))
+  (folder,) = folders
+  files = published.tables([folder / 'data'])
   if not files:
-    raise UserError(f'{folder / "data"}: has no .jsonl file of JudgeBench')
-  skipped: list[tuple[str, str]] = []
-  rows = [row for file in files for row in published.rows_of(file)]
-  items = published.items_of(rows, _item, on_bad_example, skipped)
-  by_model: dict[str, list[Item]] = {}
-  for item in items:
-    by_model.setdefault(str(item.facts['response_model']), []).append(item)
+    raise UserError(f'{folder / "data"}: has no .jsonl or .parquet file of JudgeBench')
+  by_model: dict[str, list[Row]] = {}
+  for file in files:
+    rows = list(published.rows_of(file))
+    of_file = next(filter(None, map(_model, rows)), '')  # of rows that do not say
+    for row in rows:
+      by_model.setdefault(_model(row) or of_file, []).append(row)
   main = next((model for model in by_model if model.startswith(_MAIN)), next(iter(by_model), ''))
   out = []
-  for model, own in sorted(by_model.items(), key=lambda entry: entry[0] != main):
-    name = 'judgebench' if model == main else f'judgebench_{model}'
-    sets.check_unique(own, name)
-    out.append(EvaluationSet(name, own, official, skipped=tuple(skipped) if model == main else ()))
+  for model, rows in sorted(by_model.items(), key=lambda entry: entry[0] != main):
+    name, skipped = 'judgebench' if model == main else f'judgebench_{model}', list[tuple[str, str]]()
+    items = published.items_of(rows, _item, on_bad_example, skipped)
+    sets.check_unique(items, name)
+    out.append(EvaluationSet(name, items, official, skipped=tuple(skipped)))
   return out
+
+
+def _model(row: Row) -> str:
+  """Return the model that answered, or '' if the row does not say."""
+  return str(row.fields.get('response_model') or '') if isinstance(row.fields, Mapping) else ''
 
 
 def _item(fields: Mapping[str, Any], _: Row) -> Item:
@@ -55,7 +62,7 @@ def _item(fields: Mapping[str, Any], _: Row) -> Item:
     (published.text(fields, 'response_A'), published.text(fields, 'response_B')),
     sets.pair(better),
     category=str(group),
-    facts={'source': source, 'response_model': fields.get('response_model') or ''},
+    facts={'source': source},
   )
 
 

@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 
 from polar_jax.data.template import join_messages
 from polar_jax.evaluate import measures, sets
-from polar_jax.evaluate.benchmarks import rmb
+from polar_jax.evaluate.benchmarks import polar_paper, rmb
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Build the comparisons from RMB's pairs; see `polar_jax.evaluate.benchmarks.read`."""
-  (source,) = rmb.read(folder, on_bad_example)
+  (source,) = rmb.read(folders, on_bad_example)
   by_prompt: dict[str, list[Item]] = {}
   for item in source.items:
     if item.facts['kind'] == 'pairwise':
       by_prompt.setdefault(json.dumps(item.prompt), []).append(item)
   items = [made for pairs in by_prompt.values() for made in chains(pairs)]
-  return [EvaluationSet('polar_rmb', items, official, source.missing, source.skipped)]
+  return [EvaluationSet('polar_rmb', items, official, source.missing, source.skipped, polar_paper.table)]
 
 
 def chains(pairs: Sequence[Item]) -> list[Item]:

@@ -8,6 +8,7 @@ expectation over all subsets; of it the maximum and the end are reported.
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,14 +24,15 @@ from polar_jax.types import UserError
 
 # Name in the path of a file -> category.
 SOURCES = {'mmlu-pro': 'MMLU-Pro', 'math': 'MATH', 'gpqa': 'GPQA', 'ifeval': 'IFEval', 'mbpp-plus': 'MBPP-Plus'}
+_REPOSITORY = re.compile(r'PPE-([\w-]+)-Best-of-K')
 _ANSWERS = 32
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the five sources from files whose path below `folder` names them; see `polar_jax.evaluate.benchmarks.read`."""
-  found = {file: source for file in published.tables(folder) if (source := _source(file.relative_to(folder)))}
+  found = {file: source for folder in folders for file in published.tables([folder]) if (source := _source(file, folder))}
   if not found:
-    raise UserError(f'{folder}: has no .parquet or .jsonl file with {", ".join(SOURCES.values())} in its path')
+    raise UserError(f'{folders[0]}: has no .parquet or .jsonl file with {", ".join(SOURCES.values())} in its path')
   skipped: list[tuple[str, str]] = []
   rows = [row for file in found for row in published.rows_of(file)]
   items = published.items_of(rows, lambda fields, row: _item(fields, row, found[row.file]), on_bad_example, skipped)
@@ -39,8 +41,13 @@ def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[Evaluation
   return [EvaluationSet('ppe_correctness', items, official, missing, tuple(skipped))]
 
 
-def _source(path: pathlib.PurePath) -> str | None:
-  return next((source for name, source in SOURCES.items() if name in str(path).lower()), None)
+def _source(file: pathlib.Path, folder: pathlib.Path) -> str | None:
+  """Return the source that the path of a file below `folder` names, or the hub's repository that the folder is a copy of."""
+  repository = _REPOSITORY.search(str(folder))
+  for path in (str(file.relative_to(folder)), repository.group(1) if repository else ''):
+    if source := next((source for name, source in SOURCES.items() if name in path.lower()), None):
+      return source
+  return None
 
 
 def _item(fields: Mapping[str, Any], row: Row, source: str) -> Item:

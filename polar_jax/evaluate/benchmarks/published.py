@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from polar_jax.data import readers
@@ -118,6 +118,7 @@ def label(fields: Mapping[str, Any], name: str, known: Iterable[str]) -> str:
   return str(value)
 
 
-def tables(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Return the .parquet and .jsonl files below a folder, as the hub and its command-line client lay them out."""
-  return sorted(file for suffix in readers.SUFFIXES for file in folder.rglob(f'*{suffix}') if not file.name.startswith('.'))
+def tables(folders: Iterable[pathlib.Path], suffixes: Sequence[str] = readers.SUFFIXES) -> list[pathlib.Path]:
+  """Return the .parquet and .jsonl files below folders, as the hub and its command-line client lay them out."""
+  found = (file for folder in folders for suffix in suffixes for file in folder.rglob(f'*{suffix}'))
+  return sorted(file for file in found if not file.name.startswith('.'))

@@ -44,12 +44,12 @@ PRIOR_SETS = ('anthropic_helpful', 'anthropic_hhh', 'shp', 'summarize')
 _SECTION_OF = {subset: section for section, subsets in SECTIONS.items() for subset in subsets}
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the filtered split, and prior sets from files named after them; see `polar_jax.evaluate.benchmarks.read`."""
-  files = [file for file in published.tables(folder) if file.name.startswith('filtered')]
+  files = [file for file in published.tables(folders) if file.name.startswith('filtered')]
   if not files:
-    raise UserError(f'{folder}: has no file filtered*.parquet or filtered*.jsonl of RewardBench')
-  prior = {file: name for name in PRIOR_SETS for file in published.tables(folder) if file.name.startswith(name)}
+    raise UserError(f'{folders[0]}: has no file filtered*.parquet or filtered*.jsonl of RewardBench')
+  prior = {file: name for name in PRIOR_SETS for file in published.tables(folders) if file.name.startswith(name)}
   skipped: list[tuple[str, str]] = []
   rows = [row for file in (*files, *prior) for row in published.rows_of(file)]
   items = published.items_of(rows, lambda fields, row: _item(fields, row, prior.get(row.file)), on_bad_example, skipped)

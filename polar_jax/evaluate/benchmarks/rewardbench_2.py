@@ -23,11 +23,11 @@ SUBSETS = ('Factuality', 'Precise IF', 'Math', 'Safety', 'Focus', 'Ties')
 _KINDS = ('ref', 'tied')  # of Ties: one right answer, or several
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the split `test`; see `polar_jax.evaluate.benchmarks.read`."""
-  files = [file for file in published.tables(folder) if file.name.startswith('test')]
+  files = [file for file in published.tables(folders) if file.name.startswith('test')]
   if not files:
-    raise UserError(f'{folder}: has no file test*.parquet or test*.jsonl of RewardBench 2')
+    raise UserError(f'{folders[0]}: has no file test*.parquet or test*.jsonl of RewardBench 2')
   skipped: list[tuple[str, str]] = []
   rows = [row for file in files for row in published.rows_of(file)]
   items = published.items_of(rows, _item, on_bad_example, skipped)

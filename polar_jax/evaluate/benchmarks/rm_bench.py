@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.evaluate import sets
+from polar_jax.evaluate import references, sets
 from polar_jax.evaluate.benchmarks import published
 from polar_jax.evaluate.benchmarks.published import Row
 from polar_jax.evaluate.sets import Comparison, EvaluationSet, Item, Rewards
@@ -33,8 +33,9 @@ _TOTAL = 'total_dataset.json'
 _DOMAINS = {'chat': 'chat', 'code': 'code', 'math': 'math', 'safety': 'safety', 'safety-refuse': 'safety', 'safety-response': 'safety'}
 
 
-def read(folder: pathlib.Path, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read the domains that are there; see `polar_jax.evaluate.benchmarks.read`."""
+  (folder,) = folders
   names = {name: [name, name.replace('_filtered', '')] for name in FILES}
   present = {name: next((folder / n for n in options if (folder / n).is_file()), None) for name, options in names.items()}
   missing: tuple[str, ...] = ()
@@ -66,14 +67,14 @@ def _item(fields: Mapping[str, Any], row: Row, domain: str | None) -> Item:
     (*chosen, *rejected),
     tuple(Comparison((i,), (len(STYLES) + j,)) for i in styles for j in styles),
     category=domain,
-    facts={'bare_id': str(fields['id'])},
+    facts={'bare_id': str(fields['id']), references.STYLES: STYLES},
   )
 
 
 def official(items: Sequence[Item], rewards: Rewards) -> dict[str, Any]:
   """Return the score of each domain, of each difficulty (means over domains), `all`, and the style matrix of each domain."""
+  right_Nij = _right(items, rewards)
   styles = len(STYLES)
-  right_Nij = (sets.margins(items, rewards).margin > 0).reshape(-1, styles, styles)
   groups = np.array([item.category for item in items])
   matrices = {domain: 100 * right_Nij[groups == domain].mean(axis=0) for domain in dict.fromkeys(FILES.values()) if domain in groups}
   masks = {'easy': np.tri(styles, k=-1, dtype=bool), 'normal': np.eye(styles, dtype=bool), 'hard': ~np.tri(styles, dtype=bool)}
@@ -86,3 +87,27 @@ def official(items: Sequence[Item], rewards: Rewards) -> dict[str, Any]:
     'by_domain': levels,
     'matrix': {domain: cells.tolist() for domain, cells in matrices.items()},
   }
+
+
+def _right(items: Sequence[Item], rewards: Rewards) -> np.ndarray:
+  """Return whether the right answer in style i scores higher than the wrong one in style j: (items, i, j)."""
+  return (sets.margins(items, rewards).margin > 0).reshape(-1, len(STYLES), len(STYLES))
+
+
+def style_references(items: Sequence[Item], rewards: Mapping[str, Rewards]) -> dict[str, Any]:
+  """Return the style matrix, in percent over all items, for references in each style.
+
+  Args:
+    items: with all comparisons.
+    rewards: by style of the reference, which is the right answer in that style.
+
+  Returns:
+    `matrix[k][i][j]`: the reference is the right answer in style k. Cells with i = k are None, because there the candidate is the
+    reference. `movement`: how far the other cells move with the style of the reference, in points: mean absolute difference between the
+    two references with which a cell is measured.
+  """
+  matrix_kij = np.stack([100 * _right(items, rewards[style]).mean(axis=0) for style in STYLES])
+  others = [[k for k in range(len(STYLES)) if k != i] for i in range(len(STYLES))]
+  moved = [abs(matrix_kij[a, i] - matrix_kij[b, i]) for i, (a, b) in enumerate(others)]
+  cells = [[[None] * len(STYLES) if i == k else row.tolist() for i, row in enumerate(of_k)] for k, of_k in enumerate(matrix_kij)]
+  return {'styles': list(STYLES), 'matrix': cells, 'movement': float(np.mean(moved))}

@@ -1,0 +1,59 @@
+"""Rows of one answer each, which are grouped by prompt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from polar_jax.evaluate import own_files
+from polar_jax.types import UserError
+
+
+def write(folder, rows):
+  (folder / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  return folder / 'rows.jsonl'
+
+
+def answer(prompt, response, correct, **fields):
+  return {'prompt': prompt, 'response': response, 'correct': correct, **fields}
+
+
+def test_answers_to_a_prompt_are_one_item(tmp_path):
+  rows = [
+    answer('p', 'so 1,000', True, policy='a', source='s', reference='g'),
+    answer('q', 'x', True),
+    answer('p', 'no number', False, policy='b', source='s', reference='g'),
+    answer('q', 'y', True),
+    answer('p', '$1000', True, policy='a', source='s', reference='g'),
+    answer('r', 'a 1', False, prompt_id='r1', answer='B'),
+    answer('r', 'b 2', True, prompt_id='r2', answer=3),
+    answer('r', 'c 3', True, prompt_id='r1'),
+  ]
+  found = own_files.read(write(tmp_path, rows), 'n')
+  assert found.skipped == (
+    ('rows.jsonl, row 2', 'all 2 answers to its prompt are right'),
+    ('rows.jsonl, row 7', 'all 1 answers to its prompt are right'),
+  )
+  first, second = found.items
+  assert (first.id, first.candidates, first.correct, first.reference) == ('1', ('so 1,000', 'no number', '$1000'), (True, False, True), 'g')
+  assert first.answers == ('1000', None, '1000') and first.facts['source'] == 's' and 'policy' not in first.facts
+  assert {(c.better, c.worse) for c in first.comparisons} == {((0,), (1,)), ((2,), (1,))}
+  assert (second.id, second.correct, second.answers) == ('r1', (False, True), ('B', '3'))
+
+
+def test_rows_of_a_prompt_must_agree(tmp_path):
+  rows = [answer('p', 'a', True, reference='g'), answer('p', 'b', False, reference='h'), answer('p', 'c', False, reference='g')]
+  path = write(tmp_path, rows)
+  with pytest.raises(UserError, match=r'example 2: reference is another one than in row 1, which has the same prompt'):
+    own_files.read(path, 'n')
+  found = own_files.read(path, 'n', 'skip')
+  assert found.items[0].candidates == ('a', 'c') and len(found.skipped) == 1
+  with pytest.raises(UserError, match='no prompt has both right and wrong answers'):
+    own_files.read(write(tmp_path, [answer('p', 'a', True)]), 'n')
+
+
+def test_given_answers_of_a_list(tmp_path):
+  row = {'prompt': 'p', 'candidates': ['is 1', 'is 2', 'c'], 'correct': [True, False, False]}
+  read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n').items[0].answers
+  assert read() == ('1', '2', None) and read(answers=['A', None, 2.5]) == ('A', None, '2.5')
