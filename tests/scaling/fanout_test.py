@@ -14,7 +14,7 @@ import types
 import pytest
 
 from polar_jax.config import ConfigError, SweepConfig
-from polar_jax.runtime.preemption import Preempted
+from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scaling import fanout, results
 from polar_jax.scaling.fanout import JobRunner
 from polar_jax.scaling.grid import Job
@@ -183,3 +183,19 @@ def test_ray_cancels_what_sigterm_leaves_and_counts_what_is_done(tmp_path, monke
   monkeypatch.setattr(fanout.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(ConfigError, match=r"run: pip install 'polar_jax\[ray\]'"):
     run(JobRunner(unused, unused, task), tmp_path, backend='ray')
+
+
+def test_an_error_of_one_job_lets_the_others_save_and_stop(tmp_path):
+  waits, stopped = threading.Event(), []
+
+  def call(job):
+    if job is JOBS[0]:
+      waits.wait(10)
+      raise ZeroDivisionError
+    with SigtermFlag() as stop:  # as a run does in its thread
+      waits.set()
+      stopped.append(stop.wait(10))
+
+  with pytest.raises(ZeroDivisionError):
+    run(JobRunner(call, unused, unused), tmp_path, threads=2)
+  assert stopped[0]
