@@ -91,6 +91,7 @@ def _processes(
   waiting = collections.deque(jobs)
   free = collections.deque(_core_shares(workers))
   running: dict[subprocess.Popen, tuple[Job, str]] = {}
+  told = False
   with SigtermFlag() as stop:
     try:
       while (waiting and not stop.is_set()) or running:
@@ -106,8 +107,9 @@ def _processes(
         if not ended:
           watch()
           time.sleep(_POLL_SECONDS)
-        if stop.is_set():
+        if stop.is_set() and not told:
           _terminate(running)
+          told = True  # a second signal would end a process that has saved and is on its way out
     finally:
       _terminate(running)
       for process in running:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pathlib
 import pickle
 import sys
 import types
@@ -353,3 +354,20 @@ def test_real_preferences_read_cleanly(data_folder):
     with gzip.open(path) as file:
       lines = sum(1 for _ in file)
     assert len(sources.read_triplets(path)) == lines
+
+
+def test_an_example_is_named_by_its_line_or_else_from_one():
+  numbered = types.SimpleNamespace(numbers=[1, 3, 8])
+  assert [sources.example_number(numbered, i) for i in range(3)] == [1, 3, 8]
+  assert [sources.example_number([], i) for i in range(3)] == [1, 2, 3]
+
+
+def test_examples_that_were_skipped_are_counted_and_the_first_twenty_are_named():
+  lines, bad = [], lambda count: [(i, f'reason {i}') for i in range(1, count + 1)]
+  assert sources.report_skipped(['a', 'b'], pathlib.Path('f'), lines.append) == ['a', 'b'] and not lines
+  assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(2), 5) == (
+    'f.jsonl: skipped 2 bad examples of 7 (example 1: reason 1; example 2: reason 2)'
+  )
+  named = '; '.join(f'example {i}: reason {i}' for i in range(1, 21))
+  assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(20), 0) == f'f.jsonl: skipped 20 bad examples of 20 ({named})'
+  assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(21), 1) == f'f.jsonl: skipped 21 bad examples of 22 ({named}; ...)'

@@ -69,3 +69,18 @@ def test_examples_of_a_data_set_are_read_in_one_call(tmp_path):
   source = tfds.open_triplets(folder)['train']
   indices = [19, 0, 7, 7]
   assert examples_at(source, indices) == [source[i] for i in indices] == [rows[i] for i in indices] == examples_at(rows, indices)
+
+
+def test_bounds_of_stored_triplets_need_no_tokenizing():
+  """Chosen and rejected together bound a pair, whose prefix is stored once; a pair that is not stored, or beyond `enough`, is counted."""
+  rows = [Triplet('pp', 'r', 'abc', 'abd'), Triplet('pp', 'r', 'abc', 'abd'), Triplet('q', 'r', 'a', 'b')]
+  template = Letters()
+  tokens = object.__new__(token_store.StoredSegments)
+  TripletSegments.__init__(tokens, rows, template)
+  tokens._total, tokens._slot, tokens._chosen = np.array([12, 6], np.int32), np.array([0, -1, 1], np.int32), np.array([6, 3], np.int32)
+  whole = [[ord(c) for c in text] + [2] for text in ('ppabc', 'ppabd', 'qa', 'qb')]
+  tokens._tokens, tokens._offset = np.concatenate(whole).astype(np.int32), np.array([0, 12, 18])
+  assert tokens.most_tokens([0, 2], 12) == [12, 6] and template.calls == 0
+  shared = 2 + 2  # `pp` and `ab`
+  assert tokens.most_tokens([0, 2], 11) == [12 - shared, 6] and template.calls == 0
+  assert tokens.most_tokens([1], 99) == [12 - shared] and template.calls == 1

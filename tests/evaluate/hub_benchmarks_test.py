@@ -10,8 +10,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from polar_jax.evaluate import benchmarks
-from polar_jax.evaluate.benchmarks import rewardbench, rewardbench_2
+from polar_jax.evaluate import benchmarks, sets
+from polar_jax.evaluate.benchmarks import ppe_correctness, rewardbench, rewardbench_2
+from polar_jax.evaluate.sets import Item
 from polar_jax.types import UserError
 
 RNG = np.random.default_rng(0)
@@ -168,3 +169,13 @@ def test_a_folder_without_its_files_is_named(tmp_path, name):
   write(tmp_path / name / 'other.parquet', [{'a': 1}])
   with pytest.raises(UserError, match=f'{name}: has no'):
     benchmarks.read(name, tmp_path)
+
+
+def test_prompts_with_one_right_answer_count_for_the_area_and_those_without_a_contrast_do_not():
+  made = lambda name, correct: Item(name, 'p', ('a', 'b', 'c'), sets.pair(), 'MATH', correct=correct)
+  items = [made('one', (False, True, False)), made('two', (True, True, False)), made('all', (True, True, True)), made('none', (False,) * 3)]
+  rewards = [np.array(values) for values in ([1.0, 2.0, 3.0], [1.0, 1.0, 0.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0])]
+  found = ppe_correctness.official(items, rewards)
+  assert found['auc'] == pytest.approx(100 * (1 / 2 + 1) / 2)  # the one right answer is above one of two wrong ones
+  assert found['accuracy'] == 0.0 and found['by_source']['MATH'].keys() == found.keys() - {'by_source'}
+  assert ppe_correctness.official(items[2:], rewards[2:])['auc'] == 0.0 and ppe_correctness.official([], []) == {'by_source': {}}

@@ -119,7 +119,10 @@ def test_text_baselines_against_loops():
   a, b = ({w: idf(w) for w in words} for words in (query, text))
   cosine = sum(a[w] * b[w] for w in a) / math.sqrt(sum(v * v for v in a.values()) * sum(v * v for v in b.values()))
   assert found['tfidf'][1][1] == pytest.approx(cosine)
-  assert set(text_baselines.scores([item(0)])) == {'longest', 'random'}
+  assert set(text_baselines.scores([item(0)])) == set(text_baselines.scores([*items, item(2)])) == {'longest', 'random'}
+  assert found['longest'][0].tolist() == [len('the cat sat'), len('a dog ran far')]
+  coins = np.random.default_rng(3).random(4).reshape(2, 2)
+  np.testing.assert_array_equal(text_baselines.scores(items, seed=3)['random'], coins)
   assert all(np.isfinite(v).all() for of in text_baselines.scores([item(0, ('', '!'), reference='')]).values() for v in of)
 
 

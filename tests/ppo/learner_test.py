@@ -251,3 +251,19 @@ def test_logits_in_pieces_are_recomputed_in_the_backward_pass(rollouts, one, mon
   (batch,) = layout.policy_batches(rollouts, range(7), 32, 4)
   params = actor.init(jax.random.key(0), None).params
   assert 'remat' in str(jax.make_jaxpr(lambda p: learner.actor_forward(model_of(p), batch, 1.0, True))(params))
+
+
+def test_sums_and_state_are_replaced_in_place_and_parameters_and_batches_stay(rollouts, values, one):
+  """A second copy of the gradients or of the moments would not fit where the first one hardly does."""
+  mesh, actor, _ = one
+  deleted = lambda tree: {leaf.is_deleted() for leaf in jax.tree.leaves(tree)}
+  with jax.set_mesh(mesh):
+    state = actor.init(jax.random.key(0), None)
+    (batch,) = layout.policy_batches(rollouts, range(7), 32, 4)
+    targets = ActorTargets(*(layout.scatter_values(values[name], batch) for name in ACTOR[1]))
+    inputs = sharding.put_global((batch, targets), mesh)
+    grads, sums = actor.zeros(state.params)
+    new_grads, new_sums = actor.accumulate(grads, sums, state.params, *inputs, np.float32(KL_COEF))
+    assert deleted((grads, sums)) == {True} and deleted((new_grads, new_sums, state, inputs)) == {False}
+    new_state, _ = actor.apply(state, new_grads)
+  assert deleted((state.params, state.opt_state)) == {True} and deleted((new_state, new_grads)) == {False}

@@ -63,3 +63,21 @@ def test_rows_that_do_not_hold_the_longest_prompt_with_a_response_are_refused_be
     made(rollout=rollout, row_length=28).check()
   made(rollout=rollout, row_length=29).check()
   made(rollout=rollout).check()
+
+
+def test_all_prompts_and_the_held_out_ones_that_are_evaluated_are_checked_before_the_first_step():
+  class Prompts(list):
+    longest = 3
+
+  def checked(held_out, **settings):
+    calls = []
+    reward = types.SimpleNamespace(check=lambda *arguments: calls.append(arguments))
+    prompts = Prompts([('a', [1]), ('b', [1, 2])])
+    dataclasses.replace(make_run(**settings), prompts=prompts, held_out=held_out, reward=reward).check()
+    return calls
+
+  held_out = [('c', [1]), ('d', [2]), ('e', [3])]
+  assert checked(held_out, evaluate_prompts=2) == [(['a', 'b'],), (['c', 'd'], 'held-out prompt')]
+  assert checked(held_out, evaluate_prompts=5) == [(['a', 'b'],), (['c', 'd', 'e'], 'held-out prompt')]
+  assert checked(None) == [(['a', 'b'],)]
+  assert checked(held_out, evaluate_prompts=1, method='sft') == [(['c'], 'held-out prompt')]

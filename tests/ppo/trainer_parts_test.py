@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from polar_jax.config import RftConfig, RolloutConfig
+from polar_jax.config import AlarmConfig, RewardConfig, RftConfig, RolloutConfig
 from polar_jax.ppo.experience import Experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets
 from polar_jax.ppo.metrics import Scores
-from polar_jax.ppo.trainer import Trainer
-from polar_jax.types import Prompt, Rollouts
+from polar_jax.ppo.rewards.shaping import Normalizer
+from polar_jax.ppo.run import PpoState
+from polar_jax.ppo.trainer import Trainer, _reference_rollouts
+from polar_jax.train.step import TrainState
+from polar_jax.types import Prompt, Rollouts, UserError
 
 LENGTH = np.array([3, 1, 2, 4], np.int32)
 MASK = (np.arange(4)[None] < LENGTH[:, None]).astype(np.float32)
@@ -157,3 +161,103 @@ def test_experience_metrics_by_hand():
   sft = make_trainer(config=RftConfig(method='sft'), reference_policy='params')._experience_metrics(rollouts, experience, scores)
   assert set(sft) == {'kl', 'kl_answer', 'nll'}
   assert sft['nll'] == pytest.approx(-experience.old_logprob_RT[valid].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(('resumed', 'reference', 'loads'), [(False, False, 1), (False, True, 1), (True, False, 0), (True, True, 1)])
+def test_initial_params_are_loaded_only_where_they_are_needed(resumed, reference, loads):
+  loaded, started = [], []
+  initial = {'decoder': {'w': np.ones(2, np.float32)}}
+  saved = {'tokens': 7, 'kl_coef': 0.3, 'base_length': 2.5, 'evaluated': {'evaluation_raw': 1.0}}
+  saved |= {'normalizer': {'kind': 'running', 'count': 3, 'mean': 0.5, 'squares': 2.0}, 'alarmed': True}
+  actor = TrainState('params', 'opt_state', 'step')
+  functions = types.SimpleNamespace(init=lambda key, params: started.append(params) or actor, abstract=actor)
+  trainer = make_trainer(actor=functions, critic=None, critic_state='old')
+  trainer.session = types.SimpleNamespace(step=0, resumed=resumed, restore=lambda abstract: (PpoState.join(actor, None), saved))
+  trainer.run.initial_params, trainer.run.needs_reference = lambda: loaded.append(1) or initial, reference
+  trainer.run.model = types.SimpleNamespace(compute_dtype='float32')
+  trainer._restore_or_init()
+  assert len(loaded) == loads and started == ([] if resumed else [initial])
+  assert (trainer.reference_policy is not None) == reference
+  assert trainer.actor_state == actor and trainer.critic_state is None
+  if resumed:
+    assert (trainer.tokens, trainer.kl_coef, trainer.base_length, trainer.evaluated) == (7, 0.3, 2.5, {'evaluation_raw': 1.0})
+    assert trainer.normalizer.to_json() == saved['normalizer'] and trainer.alarmed and not trainer.evaluation_due
+  else:
+    assert (trainer.tokens, trainer.kl_coef, trainer.base_length, trainer.evaluated) == (0, trainer.run.config.kl_coef, None, {})
+    assert not trainer.alarmed and not trainer.evaluation_due
+
+
+@pytest.mark.parametrize(('evaluation_due', 'alarmed', 'saved_alarm'), [(True, True, True), (False, True, False), (True, False, False)])
+def test_what_is_saved_is_what_a_resumed_run_reads(evaluation_due, alarmed, saved_alarm):
+  calls = []
+  actor, critic = TrainState('params', 'opt_state', 'step'), TrainState('critic params', 'critic opt_state', 'critic step')
+  own = {'tokens': 9, 'kl_coef': 0.2, 'base_length': 3.5, 'evaluated': {'evaluation_raw': 0.5}, 'evaluation_due': evaluation_due}
+  trainer = make_trainer(**own, alarmed=alarmed, normalizer=Normalizer('running'), actor_state=actor, critic_state=critic)
+  trainer.session.save = lambda *arguments, again: calls.append((*arguments, again))
+  trainer._save(again=True)
+  state, data, evaluated, again = calls[0]
+  assert state.split() == (actor, critic) and evaluated == own['evaluated'] and again
+  assert data == {**own, 'alarmed': saved_alarm, 'normalizer': Normalizer('running').to_json()}
+
+
+def test_summary_is_the_mean_of_the_last_twentieth_of_the_steps(tmp_path):
+  steps = [{'step': i, 'reward': float(i), 'kl': i / 10, 'tokens_per_second': 1.0} for i in range(1, 61)]
+  steps[-1] |= {'nll': 1.0}  # not of all of the last three steps
+  rows = [{'step': 0, 'evaluation_raw': 0.25}, *steps, {'step': 30, 'evaluation_raw': 0.5}, {'step': 60, 'evaluation_raw': 0.75}]
+  rows += [{'step': 60, 'alarms': ['too long', 'collapsed']}]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  trainer = make_trainer(60, tokens=123)
+  trainer.run.folder, trainer.run.facts = tmp_path, {'chat': 'llama'}
+  assert trainer._summarize({'goodput': 0.9}) == {
+    'steps': 60,
+    'responses': 240,
+    'tokens': 123,
+    'goodput': 0.9,
+    'reward': 59.0,
+    'kl': pytest.approx(5.9),
+    'alarms': ['too long', 'collapsed'],
+    'chat': 'llama',
+    'evaluation_before': {'raw': 0.25},
+    'evaluation_after': {'raw': 0.75},
+  }
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in steps[:3]))
+  short = trainer._summarize({})
+  assert short['reward'] == 3.0 and 'evaluation_before' not in short and short['alarms'] == []
+
+
+@pytest.mark.parametrize(('action', 'stops'), [('stop', True), ('warn', False)])
+def test_alarms_are_written_and_stop_a_run_only_if_they_are_to(action, stops):
+  lines, written = [], []
+  config = RftConfig(alarms=AlarmConfig(action=action, max_kl=0.5, window=1))
+  trainer = make_trainer(3, config, history=[{'step': 3, 'kl': 0.1}])
+  trainer.run.log, trainer.metrics = lines.append, types.SimpleNamespace(write=written.append)
+  assert not trainer._check_alarms() and not lines and not written
+  trainer.history = [{'step': 3, 'kl': 0.9}]
+  assert trainer._check_alarms() == stops
+  assert len(lines) == 1 and written == [{'stage': 'rft', 'step': 3, 'alarms': [lines[0].removeprefix('rft: ')]}]
+
+
+def test_references_become_rollouts_that_end_with_a_stop_token_where_it_fits():
+  tokenizer = types.SimpleNamespace(encode_batch=lambda texts: [[ord(c) for c in text] for text in texts])
+  run = types.SimpleNamespace(config=RftConfig(rollout=RolloutConfig(max_new=4)), stop_ids=(7, 9), tokenizer=tokenizer)
+  prompts = [Prompt('p', 'ab'), Prompt('q', 'abc'), Prompt('r', 'abcd'), Prompt('s', 'abcdef')]
+  a, b, c, d = map(ord, 'abcd')
+  out = _reference_rollouts(prompts, [[1], [2], [3], [4]], run)
+  assert out.tokens_RT.tolist() == [[a, b, 7, 0], [a, b, c, 7], [a, b, c, d], [a, b, c, d]] and out.tokens_RT.dtype == np.int32
+  assert out.length_R.tolist() == [3, 4, 4, 4] and out.stopped_R.tolist() == [True, True, False, False]
+  assert out.prompts == [[1], [2], [3], [4]] and not out.logprob_RT.any() and out.logprob_RT.shape == (4, 4)
+  with pytest.raises(UserError, match='no token ends a response'):
+    _reference_rollouts(prompts, [[1]] * 4, types.SimpleNamespace(config=run.config, stop_ids=(), tokenizer=tokenizer))
+
+
+def test_imitated_references_have_no_reward_and_no_samples(monkeypatch):
+  scored = []
+  config = RftConfig(prompts_per_step=2, num_generations=2, method='sft', reward=RewardConfig())
+  scores = make_trainer(config=config)._score([], ['a', 'b', 'c'], make_rollouts())
+  assert scores.raw_R.tolist() == scores.shaped_R.tolist() == [0, 0, 0] and scores.shuffled_R is None and scores.metrics == {}
+  monkeypatch.setattr('polar_jax.ppo.metrics.score', lambda *arguments: scored.append(arguments[-1]))
+  for step in range(5):
+    trainer = make_trainer(step, RftConfig(shuffled_every=2), normalizer=None)
+    trainer.run.reward = None
+    trainer._score([], [], make_rollouts())
+  assert scored == [(5, 0), None, (5, 2), None, (5, 4)]

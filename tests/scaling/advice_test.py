@@ -76,3 +76,39 @@ def test_chip_hours_follow_from_peak_and_mfu(analyzed):
 def test_unknown_topologies_are_refused(analyzed, topology):
   with pytest.raises(ConfigError, match=r'fit\.topology'):
     advice.advise(rows(), analyzed, FitConfig(flops=1e18, topology=topology))
+
+
+def test_advice_says_how_far_outside_the_swept_range_it_is_and_for_what(analyzed):
+  swept = rows()
+  for budget, decades in (
+    (swept.flops.min() / 100, 2.0),
+    (swept.flops.min(), 0.0),
+    (swept.flops.max(), 0.0),
+    (swept.flops.max() * 10, 1.0),
+  ):
+    advised = advice.advise(swept, analyzed, FitConfig(flops=float(budget)))
+    assert advised.decades == pytest.approx(decades, abs=1e-9)
+    assert (f'; {decades:.1f} decades outside the swept range' in advice.describe(advised)[1]) == (decades > 0)
+  lines = advice.describe(
+    advice.Advice(1e18, 2e8, 3e9, 0.51234, 0.5, 0.52, 0.0, 'some law', 1e-4, 63.6, 2e-5, 99.6, 'h100:8', 0.4, 8, 16.0, 2.0)
+  )
+  assert lines == [
+    'advice: 1e+18 FLOPs: 2e+08 parameters, 3e+09 tokens (by some law)',
+    'advice: expected loss 0.5123, 95% interval for one run [0.5000, 0.5200]',
+    "advice: learning rate 0.0001, batch 64 triplets; by the paper's laws (of models from 50M parameters): batch 100, learning rate 2e-05",
+    'advice: 16 chip-hours, 2 hours on h100:8 (8 chips) at 40% MFU',
+  ]
+
+
+def test_a_joint_law_that_grows_with_size_divides_nothing(analyzed):
+  assert advice._split(rows(), analyzed, 3e17)[1] == 'the joint law'
+  for name in ('a', 'b', 'alpha', 'beta'):
+    for value in (0.0, -0.1):
+      bad = {'joint': analyzed['joint'] | {name: value}}
+      assert advice._split(rows(), bad, 3e17)[1] == 'the sizes on the lower envelope'
+
+
+def test_flops_per_parameter_and_token_are_the_median_of_the_largest_size():
+  n, d = np.array([1e6, 2e6, 2e6, 2e6]), np.array([1e7, 1e7, 2e7, 4e7])
+  data = Results(n, d, np.array([9.0, 6.5, 6.0, 8.0]) * n * d, np.ones(4))
+  assert advice.flops_per_parameter_and_token(data) == pytest.approx(6.5)

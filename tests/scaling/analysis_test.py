@@ -8,6 +8,7 @@ from scaling_runs import SIZES, sweep
 
 from polar_jax.scaling import analysis, results
 from polar_jax.scaling.analysis import analyze
+from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
 
 
@@ -67,3 +68,38 @@ def test_batch_sizes_are_compared_at_the_same_learning_rate():
   batches, rates = (analysis._tuned(rows, name, degree)['optima'][0] for name, degree in (('batch', 2), ('learning_rate', 4)))
   assert (batches['swept'], batches['losses']) == ([16, 32, 64], [0.50, 0.52, 0.60]) and batches['value'] < 24
   assert rates['swept'] == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3] and rates['losses'] == [0.56, 0.52, 0.45, 0.51, 0.70]
+
+
+def test_the_largest_size_is_held_out_only_if_three_others_are_left():
+  for count, held_out in ((3, False), (4, True)):
+    rows = sweep().rows(np.flatnonzero(sweep().parameters <= SIZES[count - 1] * 1.001))
+    found = analysis._held_out(rows, 'N', 0), analysis._held_out(rows, 'C', 0)
+    assert [one is not None for one in found] == [held_out, held_out]
+  own, envelope = rows.longest(), rows.rows(np.flatnonzero(rows.parameters < SIZES[3] * 0.999)).envelope()
+  assert (found[0]['x'], found[1]['x']) == (own.parameters[-1], own.flops[-1]) and found[0]['loss'] == found[1]['loss'] == own.loss[-1]
+  slope, intercept = np.polyfit(np.log(envelope.flops), np.log(envelope.loss), 1)
+  assert found[1]['predicted'] == pytest.approx(np.exp(intercept) * own.flops[-1] ** slope, rel=5e-3)
+  assert all(one['low'] <= one['predicted'] <= one['high'] for one in found)
+
+
+def test_a_tuned_setting_has_a_law_of_the_optima_inside_their_sweeps():
+  """Four sizes with optima of 2 / size; of the smallest one the optimum is beyond the swept values."""
+  values, rows = np.geomspace(0.02, 0.5, 7), []
+  for size in (1.0, 5.0, 10.0, 20.0):
+    rows += [(size, size**2, 1.0, 0.5 + np.log(v / (2 / size)) ** 2, v, 8.0) for v in values]
+  results_ = Results(*np.array(rows).T)
+  found = analysis._tuned(results_, 'learning_rate', 2)
+  assert [o['at_edge'] for o in found['optima']] == [True, False, False, False]
+  assert [o['value'] for o in found['optima'][1:]] == pytest.approx([0.4, 0.2, 0.1], rel=1e-3)
+  assert found['no_law'].startswith('3 settings do not separate the effects of parameters, tokens')
+  with pytest.raises(FitError, match='needs 8 values of learning_rate at one size'):
+    analysis._tuned(results_, 'learning_rate', 7)
+  assert len(analysis._tuned(results_, 'learning_rate', 6)['optima']) == 4
+  three = [
+    (n, d, 1.0, 0.5 + np.log(v * n / (2 * d)) ** 2, v, 8.0)
+    for n, d in ((1.0, 1.0), (2.0, 1.0), (2.0, 4.0))
+    for v in np.geomspace(0.1, 40, 9)
+  ]
+  law = analysis._tuned(Results(*np.array(three).T), 'learning_rate', 2)['law']
+  assert law['exponents'] == pytest.approx({'parameters': -1, 'tokens': 1}, abs=1e-3) and law['factor'] == pytest.approx(2, rel=1e-3)
+  assert 'low' not in law and 'high' not in law  # as many settings as unknowns

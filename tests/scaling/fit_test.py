@@ -97,14 +97,15 @@ def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]
   return slope, np.sqrt(variance), residuals
 
 
-def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float]:
+def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int, resamples: int) -> tuple[float, float]:
   """Return the studentized bootstrap interval of the slope, one resample at a time."""
   n, centered = len(x), x - x.mean()
   slope, error, residuals = robust_line(x, y)
-  scaled = residuals / np.sqrt(1 - 1 / n - centered**2 / np.sum(centered**2))  # residuals of high leverage are too small
+  share = 1 - 1 / n - centered**2 / np.sum(centered**2)
+  scaled = residuals / np.sqrt(np.where(share < 0.05, 0.05, share))  # residuals of high leverage are too small
   scaled -= scaled.mean()
   t = []
-  for draw in np.random.default_rng(seed).integers(n, size=(2_000, n)):
+  for draw in np.random.default_rng(seed).integers(n, size=(resamples, n)):
     resampled, own_error, _ = robust_line(x, slope * centered + scaled[draw])
     if own_error > 1e-3 * error:
       t.append((resampled - slope) / own_error)
@@ -113,14 +114,15 @@ def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, fl
 
 
 @pytest.mark.parametrize(('n', 'seed', 'wider'), [(4, 0, 'tt'), (5, 1, 'bt'), (6, 0, 'tb'), (6, 2, 'bb')])
-def test_interval_is_the_union_of_students_t_and_a_studentized_bootstrap(n, seed, wider):
+def test_interval_is_the_union_of_students_t_and_a_studentized_bootstrap(n, seed, wider, monkeypatch):
+  monkeypatch.setattr(fit, '_RESAMPLES', 500)  # the oracle takes one at a time
   x, loss = runs(n, 0.01, seed)
   loss[1] *= 1.03  # noise is skewed: the two sides of the interval differ
   found = fit.fit_power_law(x, loss, seed=seed)
   plain = stats.linregress(np.log(x), np.log(loss))
   margin = stats.t.ppf(0.975, n - 2) * plain.stderr
   by_t = plain.slope - margin, plain.slope + margin
-  by_bootstrap = slow_bootstrap_t(np.log(x), np.log(loss), seed)
+  by_bootstrap = slow_bootstrap_t(np.log(x), np.log(loss), seed, 500)
   assert found.low == pytest.approx(min(by_t[0], by_bootstrap[0]), rel=1e-6)
   assert found.high == pytest.approx(max(by_t[1], by_bootstrap[1]), rel=1e-6)
   # The cases are such that each of the two methods determines each side at least once.
@@ -276,3 +278,35 @@ def test_laws_with_more_parameters_need_more_runs():
 def test_power_fit_converts_to_a_dict():
   written = dataclasses.asdict(fit.fit_power_law(*runs(5, 0.01)))
   assert {'alpha', 'beta', 'low', 'high', 'r2', 'n'} <= written.keys()
+
+
+def test_six_runs_of_three_sizes_determine_the_joint_law():
+  n, d = np.array([1e7, 1e7, 1e8, 1e8, 1e9, 1e9]), np.array([1e9, 1e10, 1e10, 1e11, 1e9, 1e11])
+  truth = fit.JointFit(irreducible=0.2, a=60.0, alpha=0.3, b=300.0, beta=0.33, r2=1.0, n=6)
+  found = fit.fit_joint(n, d, truth(n, d))
+  assert found.n == 6 and found.r2 == pytest.approx(1, abs=1e-6)
+  np.testing.assert_allclose(found(n, d), truth(n, d), rtol=1e-3)
+
+
+def test_r2_is_the_share_of_the_variance_of_the_logarithm():
+  log_loss, residuals = np.array([1.0, 2.0, 4.0, 5.0]), np.array([0.5, -0.5, 0.5, -0.5])
+  assert fit._r2(log_loss, residuals) == pytest.approx(1 - 1.0 / 10.0)
+  assert fit._r2(np.ones(3), np.zeros(3)) == 0.0
+
+
+def test_terms_that_vanish_start_the_search_at_a_level_that_is_finite():
+  """A pure law has no irreducible loss, and the best non-negative one on the grid is exactly 0."""
+  x, loss = runs(10)
+  n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e8, 4), np.geomspace(1e7, 1e10, 4)))
+  with np.errstate(divide='raise', invalid='raise'):
+    assert fit.fit_floored(x, loss).n == 10
+    assert fit.fit_joint(n, d, 40 * n**-0.3)(1e7, 1e9) == pytest.approx(40 * 1e7**-0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize('last', [2.0, 40.0])  # with a leverage of 0.6 and of 0.999, where its residual says nothing
+def test_bootstrap_scales_residuals_by_their_leverage_within_limits(monkeypatch, last):
+  monkeypatch.setattr(fit, '_RESAMPLES', 60)
+  x = np.array([0.0, 0.3, 0.5, 0.8, 1.0, last])
+  y = 2 - 0.3 * x + np.random.default_rng(4).normal(0, 0.1, 6)
+  slope, _, error, residuals = (a[0] for a in fit._robust_lines(x, y[None]))
+  assert fit._bootstrap_t(x, residuals, slope, error, 3) == pytest.approx(slow_bootstrap_t(x, y, 3, 60), rel=1e-6)

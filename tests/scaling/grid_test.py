@@ -46,6 +46,8 @@ def test_model_of_keeps_the_proportions_of_the_model():
   assert (narrow.head_dim, narrow.num_heads, narrow.num_kv_heads) == (8, 1, 1)
   between = grid.model_of(config, '40x3')  # not a multiple of the head dimension
   assert (between.head_dim, between.num_heads, between.num_kv_heads) == (10, 4, 2)
+  odd = grid.model_of(Config(model=dataclasses.replace(base, head_dim=15)), '64x3')  # the largest smaller even one
+  assert (odd.head_dim, odd.num_heads) == (8, 8)
 
 
 @pytest.mark.parametrize('size', ['64', 'ax3', '64x0', '7x1', '41x2', '0x1', '64x3x2'])
@@ -65,3 +67,25 @@ def test_config_of_scales_learning_rates_with_the_width():
   language_model = grid.config_of(config, Job('256x1', None, 1))
   assert language_model.pretrain_lm.learning_rate == pytest.approx(2e-3)
   assert (language_model.stage, language_model.seed) == ('pretrain_lm', 4) and language_model.pretrain == config.pretrain
+
+
+def test_cost_is_parameters_without_embedding_times_tokens():
+  model = ModelConfig(num_layers=2, d_model=16, d_ff=32, num_heads=2, num_kv_heads=2, head_dim=8, vocab_size=50)
+  without_embedding = lambda width: 2 * (4 * width**2 + 3 * width * 2 * width) + 5 * width + width
+  for width, tokens in ((16, 100), (32, 700)):
+    job = Job(f'{width}x2', Cell(f'{width}x2', tokens, 1e-3, 4))
+    assert grid.cost(Config(model=model), job) == without_embedding(width) * tokens
+
+
+def test_names_and_folders_of_jobs(tmp_path):
+  cell = Cell('8x1', 300, 1e-3, 4, seed=2)
+  assert cell.name == '8x1_tokens300_lr0.001_batch4_seed2' and dataclasses.replace(cell, seed=0).name == '8x1_tokens300_lr0.001_batch4'
+  run, lm = Job('8x1', cell, lm_seed=5), Job('8x1', None, lm_seed=5)
+  assert (run.seed, run.name, run.run_name) == (2, cell.name, f'sweep/{cell.name}')
+  assert (lm.seed, lm.name, lm.folder(tmp_path)) == (5, '8x1_lm_seed5', tmp_path / 'sweep/8x1_lm_seed5')
+
+
+@pytest.mark.parametrize(('unroll', 'size', 'expected'), [(1, '64x5', 1), (2, '64x5', 2), (3, '64x5', 5), (3, '128x3', 3), (4, '64x2', 2)])
+def test_layers_that_are_all_unrolled_stay_so_at_another_depth(unroll, size, expected):
+  base = ModelConfig(num_layers=3, d_model=64, d_ff=192, num_heads=6, num_kv_heads=2, head_dim=16, scan_unroll=unroll)
+  assert grid.model_of(Config(model=base), size).scan_unroll == expected

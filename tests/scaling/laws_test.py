@@ -87,3 +87,33 @@ def test_undetermined_laws_are_refused():
     laws.fit_product_law({'n': n, 'd': [7, 7, 7]}, [1, 2, 3])
   with pytest.raises(FitError, match='needs one positive number for each of 3'):
     laws.fit_product_law({'n': [1, 2]}, [1, 2, 3])
+
+
+@pytest.mark.parametrize('settings', [10, 400])
+@pytest.mark.parametrize(('independent', 'separated'), [(0.01, False), (0.04, True)])
+def test_quantities_must_vary_independently_by_a_share_that_does_not_depend_on_the_number_of_settings(settings, independent, separated):
+  """The smallest singular value of two standardized columns is sqrt(n (1 - r)) for a correlation r."""
+  x, z = np.cos(np.arange(settings) * 2 * np.pi / settings), np.sin(np.arange(settings) * 2 * np.pi / settings)
+  r = 1 - independent**2
+  logs = np.column_stack([3 + x, 5 + 2 * (r * x + np.sqrt(1 - r**2) * z)])
+  assert laws._identifiable(logs) == separated
+  if separated:
+    found = laws.fit_product_law({'n': np.exp(logs[:, 0]), 'd': np.exp(logs[:, 1])}, 7 * np.exp(logs @ [0.5, -0.25]))
+    assert found.exponents == pytest.approx({'n': 0.5, 'd': -0.25}, abs=1e-6)
+    assert found.factor == pytest.approx(7) and found.r2 == pytest.approx(1) and found.n == settings
+
+
+def test_a_law_without_degrees_of_freedom_has_no_interval():
+  found = laws.fit_product_law({'n': [1.0, 10.0]}, [3.0, 30.0])
+  assert (found.factor, found.exponents) == (pytest.approx(3), {'n': pytest.approx(1)})
+  assert (found.low, found.high) == ({'n': -np.inf}, {'n': np.inf})
+  three = laws.fit_product_law({'n': np.exp([0.0, 1.0, 2.0])}, np.exp([0.0, 2.0, 1.0]))
+  # By hand: slope 1/2, residuals (-1/2, 1, -1/2), variance 3/2, Sxx 2, and Student's t of one degree of freedom.
+  assert three.exponents['n'] == pytest.approx(0.5) and three.r2 == pytest.approx(1 - 1.5 / 2)
+  assert three.high['n'] - three.exponents['n'] == pytest.approx(12.7062047 * np.sqrt(1.5 / 2)) == three.exponents['n'] - three.low['n']
+
+
+@pytest.mark.parametrize(('spread', 'separated'), [(0.6e-6, False), (1.6e-6, True)])
+def test_a_quantity_that_hardly_varies_is_taken_as_constant(spread, separated):
+  x, z = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([-1.0, -1.0, 1.0, 1.0])
+  assert laws._identifiable(np.column_stack([3 + x, 5 + spread * z])) == separated

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from polar_jax.config import ConfigError
 from polar_jax.scaling import results
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
+from polar_jax.types import UserError
 
 
 def column(*values: float) -> np.ndarray:
@@ -70,3 +73,43 @@ def test_read_table_refuses_other_files(tmp_path, text):
   path.write_text(text)
   with pytest.raises(ConfigError, match='not the table of a sweep'):
     results.read_table(path)
+
+
+@pytest.mark.parametrize(
+  ('result', 'message'),
+  [
+    ({'loss': 0.5}, 'has no `steps`'),
+    ({'steps': True}, 'steps is True, which is not a finite number; delete result.json'),
+    ({'steps': 3, 'loss': float('nan')}, 'loss is nan|NaN'),
+    ({'steps': 3, 'learning_rate': '1e-3'}, "learning_rate is '1e-3', which is not a finite number"),
+    ({'steps': 3, 'validation_loss': None}, 'validation_loss is None'),
+  ],
+)
+def test_damaged_results_of_jobs_are_named(tmp_path, result, message):
+  assert results.read_result(tmp_path) is None
+  good = {'steps': 3, 'loss': 0.5, 'batch': 4, 'name': 'text', 'more': None}
+  results.write_result(tmp_path, good)
+  assert results.read_result(tmp_path) == good
+  (tmp_path / results.RESULT).write_text(json.dumps(result))
+  with pytest.raises(UserError, match=message):
+    results.read_result(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('parameters,tokens,flops,loss,loss\n1,1,1,1,1\n', "2 columns are called 'loss'; rename or remove all but one"),
+    ('parameters,tokens,flops,loss\n1,1,1,1,9\n', 'line 2 has 5 fields, and the header 4; quote fields with commas'),
+    ('parameters,tokens,flops,loss\n1,1,1,0\n', "line 2, column loss: '0' is not a positive finite number"),
+  ],
+)
+def test_read_refuses_columns_that_occur_twice_and_rows_that_are_too_long(tmp_path, text, message):
+  (tmp_path / 'bad.csv').write_text(text)
+  with pytest.raises(FitError, match=message):
+    results.read(tmp_path / 'bad.csv')
+  (tmp_path / 'good.csv').write_text('parameters,,tokens,flops,loss,,batch\n1,x,2,3,4,y,5,,\n\n6,,7,8,9,,10\n')  # empty names and fields
+  rows = results.read(tmp_path / 'good.csv')
+  assert rows.batch.tolist() == [5, 10] and rows.tokens.tolist() == [2, 7] and rows.learning_rate is None and len(rows) == 2
+  (tmp_path / 'runs.csv').write_text('run,loss\na,1\nb,2\na,3\n')
+  with pytest.raises(ConfigError, match="2 rows are of the run 'a'; remove all but one"):
+    results.read_table(tmp_path / 'runs.csv')

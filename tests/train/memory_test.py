@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import numpy as np
@@ -80,3 +81,34 @@ def test_the_allocator_gives_blocks_back_when_memory_is_short(monkeypatch, free,
   monkeypatch.setattr(memory.memory_lib, 'available', lambda _: free)
   memory.check('run: a step', Memory(temporary=10), mesh(), lambda _: None, lambda _: [])
   assert bool(calls) is maps
+
+
+@pytest.mark.parametrize(
+  ('rows', 'accumulation', 'needed', 'free', 'wanted'),
+  [
+    (16, 1, 100, 50, 3),  # 1.1 times the need, over what is free
+    (16, 2, 100, 50, 6),
+    (16, 4, 1_000, 50, 16),  # no more parts than rows
+    (5, 2, 1_000, 50, 6),
+    (16, 16, 100, 50, None),  # one row at once already
+    (3, 1, 10, None, 3),
+  ],
+)
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_accumulation_is_advised_in_proportion_to_what_is_missing(rows, accumulation, needed, free, wanted, remat):
+  train = TrainConfig(batch_size=32, gradient_accumulation_steps=accumulation)
+  lines = memory.remedies(dataclasses.replace(MODEL, remat=remat), train, rows, memory.Fit(needed, free, 'device'))
+  expected = [] if wanted is None else [f'set gradient_accumulation_steps to {wanted} or more (now {accumulation})']
+  expected += ["model.remat to 'full' (now 'none')"] if remat == 'none' else []
+  assert lines == [*expected, 'a smaller batch_size (now 32) or model, or free memory']
+
+
+def test_a_device_with_memory_of_its_own_has_the_least_of_its_neighbors(monkeypatch):
+  device = lambda process, free: types.SimpleNamespace(platform='gpu', process_index=process, free=free)
+  monkeypatch.setattr(memory.memory_lib, 'available', lambda device: device.free)
+  one = Memory(output=50, alias=40, temporary=7, code=3)
+  fit = lambda *devices: memory.fit_of(one, types.SimpleNamespace(devices=np.array(devices, object)), extra=1)
+  assert fit(device(0, 90), device(0, 30), device(1, 5), device(0, None)) == memory.Fit(21, 30, 'device')
+  unknown = fit(device(0, None))
+  assert unknown == memory.Fit(21, None, 'device') and unknown.fits
+  assert memory.Fit(30, 30, 'device').fits and not memory.Fit(31, 30, 'device').fits

@@ -162,3 +162,58 @@ def test_tensorboard_is_imported_without_torch(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   assert hasattr(metrics._import_tensorboard(), 'SummaryWriter')
   assert 'torch' not in sys.modules  # so that whoever needs it can import it
+
+
+def test_only_the_first_process_has_logs(tmp_path, monkeypatch):
+  home, folder = tmp_path / 'home', tmp_path / 'folder'
+  home.mkdir()
+  (home / FILE).write_text('{"step": 1}\n')
+  monkeypatch.setattr(metrics.jax, 'process_index', lambda: 1)
+  for log in (MetricsLog(folder, 0), metrics.StepLog(folder, 0, 'samples.jsonl')):
+    log.write({'step': 1})
+    log.flush()
+    log.close()
+    assert log.lost == 0
+  MetricsLog(folder, 0).histogram(1, 'rewards', np.zeros(3))
+  metrics.fetch_logs(folder, home, 5)
+  metrics.keep_logs(home, folder)
+  assert not folder.exists()
+
+
+def test_logs_are_kept_with_the_checkpoints_and_fetched_where_this_machine_has_fewer(tmp_path):
+  home, folder = tmp_path / 'home', tmp_path / 'folder'
+  home.mkdir()
+  write_steps(folder, [1, 2, 3])
+  (folder / 'summary.json').write_text('{}')
+  metrics.keep_logs(folder, home)
+  assert (home / FILE).read_bytes() == (folder / FILE).read_bytes() and (home / 'summary.json').exists()
+  assert not (home / 'samples.jsonl').exists()
+  kept = (home / FILE).stat()
+  metrics.keep_logs(home, home)  # one folder: nothing to copy
+  metrics.fetch_logs(home, home, 9)
+  assert (home / FILE).stat().st_ino == kept.st_ino and (home / FILE).stat().st_mtime_ns == kept.st_mtime_ns
+  for own, step, fetched in (([1], 3, True), ([1, 2], 2, False), ([1, 2, 3, 4], 3, False), ([], 1, True)):
+    (folder / FILE).write_text(''.join(json.dumps({'step': s}) + '\n' for s in own))
+    (folder / 'summary.json').unlink()
+    metrics.fetch_logs(folder, home, step)
+    assert [record['step'] for record in read_metrics(folder)] == ([1, 2, 3] if fetched else own)
+    assert (folder / 'summary.json').exists() == fetched
+    (folder / 'summary.json').write_text('{}')
+
+
+def test_an_evaluation_before_the_first_step_or_of_the_last_one_can_be_dropped(tmp_path):
+  lines = [{'step': 0, 'evaluation_raw': 1.0}, {'step': 1, 'loss': 0.5, 'step_seconds': 2.0}, {'step': 1, 'validation_loss': 1.0}]
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  for last, again, kept, lost in (
+    (-1, False, [], 2.0),
+    (0, True, [], 2.0),
+    (0, False, [0], 2.0),
+    (1, True, [0, 1], 0.0),
+    (1, False, [0, 1, 1], 0.0),
+  ):
+    (tmp_path / FILE).write_text(text)
+    log = metrics.StepLog(tmp_path, last, FILE, again)
+    log.close()
+    assert ([record['step'] for record in read_metrics(tmp_path)], log.lost) == (kept, lost)
+    assert log._file.closed
+  assert [metrics.is_evaluation(line) for line in lines] == [True, False, True]

@@ -1,0 +1,64 @@
+"""Parts of the evaluate stage on given data: references of each set, items apart from leaked ones, files of rewards."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import types
+
+import numpy as np
+import pytest
+
+from polar_jax.evaluate import sets as evaluation_sets
+from polar_jax.stages import evaluate_sets as stage
+
+
+@pytest.mark.parametrize(
+  ('given', 'asked', 'used'),
+  [
+    (['r', 's'], 'true,empty', ['true', 'empty']),
+    (['r', None], 'true,empty,shuffled,twin', ['empty', 'twin']),  # one without a reference is enough
+    ([None, None], 'true', ['empty']),
+    ([None, None], 'none , none', ['none']),
+  ],
+)
+def test_variants_that_need_references_are_left_out_where_an_item_has_none(given, asked, used):
+  lines = []
+  config = types.SimpleNamespace(evaluate=types.SimpleNamespace(references=asked), seed=0)
+  items = [
+    evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair(), reference=reference) for i, reference in enumerate(given)
+  ]
+  context = types.SimpleNamespace(config=config, log=lines.append)
+  found = stage._views(context, evaluation_sets.EvaluationSet('own', items), {})
+  assert list(found) == used
+  expected = {'empty': ['', ''], 'none': ['', ''], 'true': given, 'twin': ['a', 'a']}
+  assert {name: view.references for name, view in found.items()} == {name: expected[name] for name in used}
+  left_out = [variant for variant in asked.split(',') if variant in ('true', 'shuffled') and None in given]
+  told = [f'own: is not scored with the references {variant!r}: needs references, which the set does not have' for variant in left_out]
+  told += ['own: is scored with empty references'] if left_out == asked.split(',') else []
+  assert len(lines) == len(told) and all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+
+
+def test_items_without_prompts_in_the_training_files_are_measured_apart():
+  items = [evaluation_sets.Item(str(i), f'p{i}', ('a', 'b'), evaluation_sets.pair()) for i in range(4)]
+  rewards = [np.array(r, float) for r in ([1, 0], [0, 1], [1, 0], [0, 0])]
+  context = types.SimpleNamespace(config=types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=20)))
+  part = stage.Scored(evaluation_sets.EvaluationSet('own', items), {'true': rewards, 'twin': rewards[::-1]}, {})
+  found = stage._without(context, part, {'1': 'f, row 3', 'elsewhere': 'f, row 4'})
+  assert found['items'] == 1 and found['places'] == {'1': 'f, row 3'}
+  assert (found['without']['accuracy'], found['without']['n']) == (pytest.approx(2.5 / 3), 3)
+  assert stage._without(context, part, {str(i): 'f' for i in range(4)}) == {
+    'items': 4, 'places': {str(i): 'f' for i in range(4)}, 'without': None,
+  }  # fmt: skip
+
+
+def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
+  made = lambda name: evaluation_sets.EvaluationSet(name, [evaluation_sets.Item('1', 'p', ('a', 'b'), evaluation_sets.pair())])
+  part = lambda name, *views: stage.Scored(made(name), {view: [np.array([1.0, 2.0])] for view in views}, {})
+  stage._write(tmp_path / 'out', {'sets': {'a': {'n': 1}}}, [part('a', 'empty', 'twin'), part('b', 'twin', 'empty')])
+  read = lambda file: [json.loads(line)['set'] for line in gzip.decompress((tmp_path / 'out' / file).read_bytes()).decode().splitlines()]
+  assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == [
+    'evaluation.json', 'scores.jsonl.gz', 'scores_empty.jsonl.gz', 'scores_twin.jsonl.gz',
+  ]  # fmt: skip
+  assert read('scores.jsonl.gz') == ['a', 'b'] and read('scores_twin.jsonl.gz') == ['a'] and read('scores_empty.jsonl.gz') == ['b']
+  assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == {'sets': {'a': {'n': 1}}}
