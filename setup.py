@@ -55,6 +55,8 @@ EXTRAS = {
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
   'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
+  # Benchmarks of policies. Exact, because versions differ in prompts and scores; `math` has what its MATH-500 needs.
+  'lm_eval': ['lm_eval[math]==0.4.13'],
   'ray': ['ray>=2.40'],  # sweeps on a cluster; restarts the runs of a lost node
   # References that the tests compare with. torch is exact: another version rounds differently. Test weights come separately (README.md).
   'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', *GGUF],

