@@ -42,8 +42,8 @@ TWENTY = (
   Benchmark('alignbench', 'AlignBench', ('alignbench (judgeby_critiquellm)', 'score, 1-10'), needs=JUDGE),
   Benchmark('alpacaeval', 'AlpacaEval 2', ('alpaca_eval (alpacav2_judgeby_gpt4)', 'win rate against GPT-4-turbo'), needs=JUDGE),
   Benchmark('arena_hard', 'Arena-Hard', ('arena_hard', 'win rate against GPT-4-0314, both orders'), needs=JUDGE),
-  Benchmark('wildbench', 'WildBench', ('wildbench_pair', 'reward against three models'), needs=JUDGE),
-  Benchmark('mtbench', 'MT-Bench', ('mtbench_single_judge', 'score, 1-10'), needs=JUDGE),
+  Benchmark('wildbench', 'WildBench', ('wildbench (pair)', 'reward against three models'), needs=JUDGE),
+  Benchmark('mtbench', 'MT-Bench', ('mtbench (single judge)', 'score, 1-10'), needs=JUDGE),
   Benchmark('followbench', 'FollowBench', ('followbench_llmeval', 'hard and soft satisfaction'), needs=JUDGE),
   Benchmark('fofo', 'FoFo', ('fofo_judge', 'share of right formats'), needs=JUDGE),
   Benchmark(

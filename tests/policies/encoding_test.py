@@ -9,7 +9,6 @@ import pytest
 
 from polar_jax.config import ConfigError
 from polar_jax.data.tokenizer import BOS, ByteTokenizer, open_tokenizer
-from polar_jax.policies import benchmarks
 from polar_jax.policies.encoding import Encoder, cut, cut_at_stop, windows
 from polar_jax.policies.generation import Settings, settings_of
 from polar_jax.types import UserError
@@ -126,14 +125,3 @@ def test_settings_of_requests():
 def test_settings_that_are_not_supported_are_named(given, named):
   with pytest.raises(UserError, match=named):
     settings_of(given)
-
-
-def test_the_table_has_twenty_benchmarks_with_their_obstacles():
-  assert len(benchmarks.TWENTY) == len(benchmarks.BY_NAME) == 20
-  reasons = {name: benchmarks.obstacle(one, run_code=False) for name, one in benchmarks.BY_NAME.items()}
-  free = {name for name, reason in reasons.items() if reason is None}
-  assert free == {'drop', 'bbh', 'gpqa_diamond', 'hellaswag', 'musr', 'gsm8k', 'math_500', 'cmmlu', 'mmlu_pro', 'mmmlu_lite'}
-  assert {name for name, reason in reasons.items() if reason and 'run_code' in reason} == {'humaneval', 'mbpp'}
-  assert all(benchmarks.obstacle(benchmarks.BY_NAME[name], run_code=True) is None for name in ('humaneval', 'mbpp'))
-  assert all(one.opencompass[0] in (benchmarks.obstacle(one, True) or '') for one in benchmarks.TWENTY if one.task is None)
-  assert all(bool(one.metric) == (one.task is not None) for one in benchmarks.TWENTY)

@@ -151,27 +151,3 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path, request, world,
 def test_without_lm_eval_the_command_that_installs_it_is_named(tmp_path, request, world, capsys):
   assert run(tmp_path, request, world) == 1
   assert "pip install 'polar_jax[lm_eval]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.needs('lm_eval')
-def test_the_table_of_twenty_agrees_with_the_tasks_of_lm_eval(tmp_path, request, world, capsys):
-  from lm_eval.tasks import TaskManager
-
-  from polar_jax.policies.benchmarks import TWENTY
-
-  manager = TaskManager()
-  for benchmark in TWENTY:
-    if benchmark.task is None:
-      continue
-    entry = manager._index[benchmark.task].cfg
-    metric, _, name = benchmark.metric.partition(',')
-    if 'aggregate_metric_list' in entry:
-      listed = {(one['metric'], one.get('filter_list', 'none')) for one in entry['aggregate_metric_list']}
-      assert (metric, name) in listed, benchmark
-      continue
-    filters = {one['name'] for one in entry.get('filter_list', [])} or {'none'}
-    assert name in filters, benchmark
-    assert bool(entry.get('unsafe_code')) == (benchmark.needs != ''), benchmark
-    if 'num_fewshot' in entry:
-      assert entry['num_fewshot'] == benchmark.shots, benchmark
