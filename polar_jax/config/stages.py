@@ -32,7 +32,8 @@ STAGE_TABLE = {
   'pretrain': Stage('Pre-train a reward model on triplets of policies, contrastively.', ('pretrain', *_TRAINING)),
   'finetune': Stage('Fine-tune a reward model on ranked data.', ('finetune', *_TRAINING, 'ablations', 'synthesize.world')),
   'evaluate': Stage(
-    'Evaluate the reward models of the workdir, or one on files and public benchmarks, next to heuristic baselines.',
+    'Evaluate the reward models of the workdir, or one on files and public benchmarks, next to heuristic baselines; or a policy on '
+    'benchmarks.',
     ('evaluate', *_MODEL, 'input', 'output', 'checkpointing.folder', 'synthesize.world', 'synthesize.workers'),
   ),
   # In the miniature, rft trains start models by the settings of pretrain_lm, and samples references by those of synthesize.

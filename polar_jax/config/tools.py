@@ -10,7 +10,7 @@ from polar_jax.config.model import STORED_DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  """Evaluation of the reward models of a workdir, or of one reward model on given files and benchmarks."""
+  """Evaluation of the reward models of a workdir, of one reward model on given files and benchmarks, or of a policy on benchmarks."""
 
   rows_per_batch: int = option(16, 'Rows scored at a time; a row holds several groups of candidates.', min=1)
   bootstrap: int = option(2_000, 'Bootstrap resamples of the 95% intervals.', min=100)
@@ -56,6 +56,25 @@ class EvaluateConfig:
   language_model: str | None = option(
     None, 'Language model for a baseline: how much likelier a candidate is after the reference. None: no such baseline.'
   )
+  tasks: str | None = option(
+    None,
+    'Policies: benchmarks to run on the language model `checkpoint`, separated by commas: of configs/benchmarks_20.py, lm-eval, or '
+    '`include_path`. None: no benchmark.',
+  )
+  include_path: str | None = option(None, 'Policies: folder with your own task files of lm-eval (.yaml). None: only those that it has.')
+  shots: int | None = option(None, 'Policies: examples in a prompt. None: as many as the benchmark has.', min=0)
+  limit: int | None = option(None, 'Policies: use the first documents of each task only, to try a setting. None: all.', min=1)
+  chat: str = option('none', "Policies: auto: apply the checkpoint's chat template, if it has one; none: do not.", choices=('auto', 'none'))
+  max_length: int | None = option(
+    None, 'Policies: tokens that the model reads at a time, responses included. None: as many as it is made for.', min=2
+  )
+  max_new: int = option(256, 'Policies: longest response, in tokens, where a task does not say.', min=1)
+  answer_field: str | None = option(
+    None,
+    'Policies: field of a document with the answer, by which the rule last_number (with math-verify, if installed) judges too. None: that '
+    'of the benchmark.',
+  )
+  run_code: bool = option(False, 'Policies: run the code of responses on this machine, for the benchmarks that need it. Use a sandbox.')
 
 
 @dataclasses.dataclass(frozen=True)

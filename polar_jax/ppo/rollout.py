@@ -68,7 +68,12 @@ class RolloutEngine:
     self._lengths = tuple(length for length in _POWERS if _SHORTEST_ROW <= length <= self._longest)  # not compiled yet
 
   def generate(
-    self, params: dict[str, Any], prompts: Sequence[Sequence[int]], seed: tuple[int, ...], limits: Sequence[int] | None = None
+    self,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    seed: tuple[int, ...],
+    limits: Sequence[int] | None = None,
+    ended: Callable[[int, np.ndarray], bool] | None = None,
   ) -> Rollouts:
     """Sample a response to every prompt. In a run of several processes all call this with the same arguments and get all rollouts.
 
@@ -77,6 +82,8 @@ class RolloutEngine:
       prompts: token ids.
       seed: non-negative integers; the same seed gives the same rollouts.
       limits: most tokens of each response, where that is less than `max_new`.
+      ended: (index of a prompt, tokens of its response so far) -> whether nothing more is needed of it. It is asked after every call of
+        the device, so that a response has up to `generation.STEPS` tokens too many.
 
     Raises:
       UserError: a prompt is empty, or longer than `max_prompt`.
@@ -109,6 +116,9 @@ class RolloutEngine:
         out.append(running, num_generated_B, decoded)
         num_generated_B = decoded.num_generated_B.copy()
         running[~decoded.active_B] = -1
+        if ended is not None:
+          # Its slot goes on until the next prompt enters it, or the last response ends.
+          running[[b for b in np.flatnonzero(running >= 0) if ended(int(running[b]), out.response(running[b]))]] = -1
     stopped_R = np.isin(out.tokens_RT[np.arange(len(prompts)), out.length_R - 1], self._stop_ids)
     return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
 
@@ -184,6 +194,10 @@ class _Responses:
     self.tokens_RT = np.zeros((prompts, max_new), np.int32)
     self.logprob_RT = np.zeros((prompts, max_new), np.float32)
     self.length_R = np.zeros(prompts, np.int32)
+
+  def response(self, prompt: int) -> np.ndarray:
+    """Return the tokens of a response so far."""
+    return self.tokens_RT[prompt, : self.length_R[prompt]]
 
   def append(self, running: np.ndarray, num_generated_B: np.ndarray, decoded: Decoded) -> None:
     """Append the tokens that one call of `decode` sampled for each slot."""

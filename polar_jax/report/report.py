@@ -11,6 +11,7 @@ accuracies with {difference, low, high, clusters, clustered_by}; margins over th
   pretrain_lm, pretrain  loss, steps, tokens, accuracy and other numbers of the training
   rft          see `polar_jax.report.rft`
   evaluation   sets[NAME], as in the evaluation.json of the stage evaluate on given data
+  policies     benchmarks[NAME], not_run, options, as in the policies.json of the stage evaluate on benchmarks of policies
   sweep        runs, done, sizes; examples[SPLIT], what the triplets of all runs have that cannot be learned
   scaling      see `polar_jax.scaling.analysis`
   timing       seconds by stage, and `total`
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.report import evaluation, html, markdown, plots, sections, surveyed
+from polar_jax.report import evaluation, html, markdown, plots, policies, sections, surveyed
 from polar_jax.report import rft as rft_report
 from polar_jax.report import scaling as scaling_report
 from polar_jax.runtime import json_files, paths
@@ -222,7 +223,7 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
 def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: list[str]) -> str:
   # The overview and the limitations are about reward models; a workdir that only scored, converted or tuned a policy has none.
   studied = any(results.get(stage) for stage in sections.STAGES) or not (
-    tuning or any(results.get(tool) for tool in (*sections.TOOLS, 'evaluation'))
+    tuning or any(results.get(tool) for tool in (*sections.TOOLS, 'evaluation', 'policies'))
   )
   parts = [
     '# polar_jax run report',
@@ -231,6 +232,7 @@ def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: li
     *sections.preferences(results, figures),
     *sections.training(results, figures),
     *evaluation.section(results.get('evaluation', {}), figures),
+    *policies.section(results.get('policies', {})),
     *tuning,
     *sections.tools(results),
     *sections.time_and_environment(results),

@@ -17,7 +17,7 @@ from polar_jax.data.template import Template
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.clusters import Clusters, cluster
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.stages import evaluate_sets
+from polar_jax.stages import evaluate_policies, evaluate_sets
 from polar_jax.stages.context import Context
 from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
 from polar_jax.stages.pretrain import RUN as PRETRAIN
@@ -38,14 +38,19 @@ Baselines = Callable[[Sequence[Triplet], str], Mapping[str, np.ndarray]]
 
 
 def evaluate(context: Context) -> dict[str, Any]:
-  """Evaluate the runs of the workdir on the held-out splits of `data`, or one reward model on given sets (see `evaluate_sets`).
+  """Evaluate the runs of the workdir on the held-out splits of `data`.
+
+  Given sets, evaluate one reward model on them instead (`evaluate_sets`); given benchmarks of policies, a language model
+  (`evaluate_policies`).
 
   Returns:
-    The sections `evaluate` and `finetune` of the report, or `evaluation`.
+    The sections `evaluate` and `finetune` of the report, or `evaluation`, or `policies`.
 
   Raises:
     ConfigError: a run was trained, but there are no held-out examples to evaluate it on.
   """
+  if evaluate_policies.is_requested(context.config):
+    return evaluate_policies.run(context)
   if evaluate_sets.is_requested(context.config):
     return evaluate_sets.run(context)
   results: dict[str, Any] = {}
@@ -56,7 +61,10 @@ def evaluate(context: Context) -> dict[str, Any]:
     splits = held_out(context, context.preferences, 'data.preferences')
     results['finetune'] = evaluate_preferences(context, splits.get('test', splits[next(iter(splits))]))
   if not results:
-    context.log('evaluate: no pretrain or finetune run in this workdir yet; for other data set input or evaluate.benchmarks')
+    context.log(
+      'evaluate: no pretrain or finetune run in this workdir yet; for other data set input or evaluate.benchmarks; for policies set '
+      'evaluate.tasks'
+    )
   return results
 
 
