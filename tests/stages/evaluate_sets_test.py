@@ -269,7 +269,7 @@ def test_the_categories_of_the_paper(tmp_path, world):
     ({'evaluate.reference_file': 'IN/known.jsonl'}, 'known.jsonl: none of its 1 ids is of an item of pairs'),
     ({'evaluate.near_duplicates': 0.5}, 'evaluate.near_duplicates is set, but there is nothing to search'),
     ({'evaluate.compare': 'IN/lm'}, "evaluate.compare .*IN/lm: is not a reward model, but a model with the head 'lm'"),
-    ({'evaluate.compare': 'IN/reward,IN/../world0/reward'}, 'evaluate.compare: two systems would be named .*reward'),
+    ({'evaluate.compare': 'IN/reward,IN/./reward'}, 'evaluate.compare: two systems would be named .*reward'),
     ({'evaluate.language_model': 'IN/reward'}, 'evaluate.language_model .*: is not a language model, but a model with the head .reward.'),
     ({'evaluate.embedding': 'IN'}, "evaluate.embedding needs sentence-transformers; install it with: pip install 'polar_jax.embedding.'"),
     ({'evaluate.references': 'true,other'}, "evaluate.references: 'other' is unknown; name some of: true, none"),
