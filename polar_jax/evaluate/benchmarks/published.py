@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -120,5 +121,10 @@ def label(fields: Mapping[str, Any], name: str, known: Iterable[str]) -> str:
 
 def tables(folders: Iterable[pathlib.Path], suffixes: Sequence[str] = readers.SUFFIXES) -> list[pathlib.Path]:
   """Return the .parquet and .jsonl files below folders, as the hub and its command-line client lay them out."""
-  found = (file for folder in folders for suffix in suffixes for file in folder.rglob(f'*{suffix}'))
-  return sorted(file for file in found if not file.name.startswith('.'))
+  return sorted(file for folder in folders for file in files_below(folder, suffixes))
+
+
+def files_below(folder: pathlib.Path, suffixes: Sequence[str]) -> list[pathlib.Path]:
+  """Return the files with one of the suffixes at any depth, also below links to folders, but for hidden ones."""
+  found = (pathlib.Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+  return sorted(file for file in found if file.name.endswith(tuple(suffixes)) and not file.name.startswith('.'))

@@ -32,7 +32,7 @@ _LARGE = (
 def read(folders: Sequence[pathlib.Path], on_bad_example: str = 'raise') -> list[EvaluationSet]:
   """Read pairs and lists; see `polar_jax.evaluate.benchmarks.read`."""
   (folder,) = folders
-  files = [file for kind in KINDS for goal in GOALS for file in sorted((folder / kind / goal).rglob('*.json'))]
+  files = [file for kind in KINDS for goal in GOALS for file in published.files_below(folder / kind / goal, ('.json',))]
   if not files:
     raise UserError(f'{folder}: has no .json file of RMB in {"/".join(KINDS)} below {" or ".join(GOALS)}')
   skipped: list[tuple[str, str]] = []
