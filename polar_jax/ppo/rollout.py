@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from polar_jax.model import generation, heads, kv_cache
 from polar_jax.model.generation import Decoded, DecodeState, NewSequences
 from polar_jax.model.transformer import Block
 from polar_jax.runtime import preemption
-from polar_jax.runtime.compiled import executables
+from polar_jax.runtime.compiled import Memory, bytes_of_a_device, executables
 from polar_jax.types import Rollouts, UserError
 
 _SHORTEST_ROW, _LONGEST_ROW = 64, 512  # tokens of a row of packed prompts; longer if max_prompt requires it
@@ -40,6 +41,7 @@ class Weights(NamedTuple):
 class _Functions(NamedTuple):
   """The jitted functions of one model, mesh and configuration."""
 
+  shardings: tuple[Any, DecodeState]  # of the parameters in `Weights`, and of the state
   prepare: Callable[[dict[str, Any]], Weights]
   init_state: Callable[[], DecodeState]
   prefill: Callable[[Weights, DecodeState, NewSequences], DecodeState]
@@ -121,6 +123,28 @@ class RolloutEngine:
           running[[b for b in np.flatnonzero(running >= 0) if ended(int(running[b]), out.response(running[b]))]] = -1
     stopped_R = np.isin(out.tokens_RT[np.arange(len(prompts)), out.length_R - 1], self._stop_ids)
     return Rollouts(prompts, out.tokens_RT, out.length_R, out.logprob_RT, stopped_R)
+
+  @property
+  def concurrent(self) -> int:
+    """Responses that are decoded at a time."""
+    return self._config.max_concurrent
+
+  def memory(self, params: Any) -> Memory:
+    """Return the memory of what `generate` holds while it decodes, per device: its copy of the parameters, keys and values.
+
+    Nothing is compiled for it, so that the activations of prompts are not counted.
+
+    Args:
+      params: the policy's, or their shapes.
+    """
+    f = self._functions
+    with jax.set_mesh(self._mesh):
+      weights, state = jax.eval_shape(f.prepare, params), jax.eval_shape(f.init_state)
+    whole, placed = f.shardings
+    size = lambda array, sharding: math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    held = sum(jax.tree.leaves(jax.tree.map(size, (weights.params, state), (whole, placed))))
+    # XLA chooses the layout of the second copy of the blocks, which is divided as the first one is.
+    return Memory(output=held + bytes_of_a_device(weights.blocks) // self._mesh.shape['tensor'])
 
   def calls(self, params: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """Return (name, jitted function, shapes of its arguments) of all functions that `generate` calls, for prompts of full length."""
@@ -249,6 +273,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     return generation.decode(nnx.merge(graphdef, weights.params), weights.blocks, state, key, max_ended, config, stop_ids)
 
   return _Functions(
+    shardings=(params, state),
     prepare=jax.jit(prepare, out_shardings=whole),
     init_state=jax.jit(
       lambda: generation.init_state(model, config.max_concurrent, config.max_prompt + config.max_new), out_shardings=state

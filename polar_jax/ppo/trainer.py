@@ -142,7 +142,7 @@ class Trainer:
       return TrainedRun(self.actor_state.params, session.finish(self._save, self._summarize))
 
   def _check_memory(self) -> None:
-    """Compile the gradients of a micro-batch and check that they fit the memory.
+    """Check that the responses being decoded, and the gradients of a micro-batch, which are compiled for it, fit the memory.
 
     Raises:
       ConfigError: they do not.
@@ -161,12 +161,23 @@ class Trainer:
       memory = accumulate.prepare(params, sums, params, *inputs, np.float32(0))
       what = f'{run.name}: a micro-batch of {name} of {rows} x {length} tokens'
       memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params))
+    if run.config.method != 'sft':
+      c = run.config.rollout
+      what = f'{run.name}: decoding {self.engine.concurrent} responses of {c.max_prompt} + {c.max_new} tokens at a time'
+      memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer)
 
   def _smaller(self, fit: memory_lib.Fit) -> list[str]:
     """Return what to change so that a micro-batch fits."""
     c, model = self.run.config, self.run.model
     out = [f'set rft.micro_batch_rows to less than {c.micro_batch_rows}'] if c.micro_batch_rows > 1 else []
     out += [f"model.remat to 'full' (now '{model.remat}')"] if model.remat != 'full' else []
+    return [*out, 'a smaller policy, or free memory']
+
+  def _fewer(self, fit: memory_lib.Fit) -> list[str]:
+    """Return what to change so that the responses that are decoded at a time fit."""
+    c = self.run.config.rollout
+    out = [f'set rft.rollout.max_concurrent to less than {self.engine.concurrent}'] if self.engine.concurrent > 1 else []
+    out += [f'set rft.rollout.max_prompt ({c.max_prompt}) or max_new ({c.max_new}) to less']
     return [*out, 'a smaller policy, or free memory']
 
   def one_step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:

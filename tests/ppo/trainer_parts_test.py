@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from polar_jax.config import AlarmConfig, RewardConfig, RftConfig, RolloutConfig
+from polar_jax import sharding
+from polar_jax.config import AlarmConfig, ConfigError, MeshConfig, RewardConfig, RftConfig, RolloutConfig
 from polar_jax.ppo.experience import Experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets
 from polar_jax.ppo.metrics import Scores
 from polar_jax.ppo.rewards.shaping import Normalizer
 from polar_jax.ppo.run import PpoState
 from polar_jax.ppo.trainer import Trainer, _reference_rollouts
+from polar_jax.runtime.compiled import Memory
+from polar_jax.train import memory
 from polar_jax.train.step import TrainState
 from polar_jax.types import Prompt, Rollouts, UserError
 
@@ -62,6 +65,32 @@ def test_generate_reads_the_prompts_of_its_step_in_order():
     prompts, rollouts = trainer._generate()
     assert [p.prompt for p in prompts] == [f'p{i}' for i in numbers for _ in range(2)] and rollouts == 'rollouts'
     assert calls[-1] == ('params', [[i] for i in numbers for _ in range(2)], (5, step))
+
+
+@pytest.mark.parametrize('concurrent', [1, 8])
+def test_decoding_that_does_not_fit_is_refused_with_a_remedy(monkeypatch, concurrent):
+  lines = []
+  sizes = {1: 3 << 20, 8: 24 << 20}
+  make = lambda slots: types.SimpleNamespace(concurrent=slots, memory=lambda params: Memory(output=sizes[slots]))
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  trainer = make_trainer(engine=make(concurrent), critic=None)
+  no_gradients = Memory()
+  accumulate = types.SimpleNamespace(prepare=lambda *args: no_gradients)
+  abstract = types.SimpleNamespace(params={'w': np.zeros(2, np.float32)})
+  trainer.actor = types.SimpleNamespace(accumulate=accumulate, abstract=abstract, zeros=lambda params: (None, np.zeros(1)))
+  trainer.run = types.SimpleNamespace(**vars(trainer.run) | {'mesh': mesh, 'log': lines.append})
+  monkeypatch.setattr(memory.memory_lib, 'available', lambda device: 20 << 20)
+  if concurrent == 1:
+    trainer._check_memory()
+    assert any('rft: decoding 1 responses of' in line and 'needs 3' in line for line in lines)
+    monkeypatch.setattr(memory.memory_lib, 'available', lambda device: 1 << 20)
+    wanted = r'free: set rft.rollout.max_prompt \(\d+\) or max_new \(\d+\) to less; or a smaller policy'
+  else:
+    wanted = r'rft: decoding 8 responses of \d+ \+ \d+ tokens at a time needs .* free: set rft.rollout.max_concurrent to less than 8'
+  with pytest.raises(ConfigError, match=wanted):
+    trainer._check_memory()
+  trainer.run.config = RftConfig(method='sft')
+  trainer._check_memory()  # nothing is decoded
 
 
 def test_experience_compares_responses_to_the_same_prompt():
