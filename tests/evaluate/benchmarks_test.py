@@ -293,3 +293,10 @@ def test_a_line_that_names_its_set_is_of_no_other(tmp_path, two_sets):
 def test_items_without_rewards_can_be_left_out(tmp_path, two_sets):
   (one, rewards) = recorded(tmp_path, [*JUDGED[:2], ('other', [1, 2])]).of(two_sets, 'skip')['judgebench']
   assert len(one.items) == len(rewards) == 2 and one.skipped == (('id2', 'scores.jsonl has no rewards for it'),)
+
+
+@pytest.mark.parametrize('conversation', [[], 'p', ['p'], [{'role': 'user', 'content': 'p'}, 'p'], None])
+def test_conversations_of_another_form_are_refused(tmp_path, conversation):
+  write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Code/A.json', [pair_row('1', 'x', 'y') | {'conversation_input': conversation}])
+  with pytest.raises(UserError, match=r'A\.json, example 1: conversation_input must be a list of messages'):
+    benchmarks.read('rmb', tmp_path)

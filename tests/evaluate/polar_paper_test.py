@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from polar_jax.evaluate import measures, sets
 from polar_jax.evaluate.benchmarks import polar_paper
@@ -63,3 +64,13 @@ def test_the_report_shows_them(scored):
   assert average.endswith('| all |') and 'the categories of the paper' in text
   del found['paper']
   assert 'the categories of the paper' not in '\n'.join(evaluation.section({'sets': {'polar_rmb': found}}, {}))
+
+
+def test_the_published_accuracies_are_plausible():
+  """Near a coin at worst, and never near certainty; the average of a system is between its categories and weights them by prompts."""
+  categories = {name: values for name, values in polar_paper.PUBLISHED.items() if name != polar_paper.AVERAGE}
+  assert len(categories) == 12 and all(len(values) == len(polar_paper.SYSTEMS) == 8 for values in polar_paper.PUBLISHED.values())
+  assert all(45 < value < 90 for values in polar_paper.PUBLISHED.values() for value in values)
+  table = np.array([*categories.values()]).T
+  weights, residual = optimize.nnls(table, np.array(polar_paper.PUBLISHED[polar_paper.AVERAGE]))
+  assert residual < 0.5 and weights.sum() == pytest.approx(1, abs=0.02)
