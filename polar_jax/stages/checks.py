@@ -34,7 +34,7 @@ _EARLIER_STAGE = {run: 'finetune' if run.startswith('finetune') else run for run
 
 
 def check(context: Context, names: Sequence[str]) -> None:
-  """Check what the stages after the first will read, and that the disk has room for what all of them write.
+  """Check what the stages after the first, and the ablations, will read, and that the disk has room for what all of them write.
 
   Args:
     context: config, workdir and devices. Its cache keeps the examples for the stages.
@@ -44,6 +44,8 @@ def check(context: Context, names: Sequence[str]) -> None:
     UserError: a later stage would fail.
   """
   for position, name in enumerate(names):
+    if name == 'finetune':
+      _check_ablations(context, names[:position])
     if position and name in _CHECKS:
       _CHECKS[name](context, names[:position])
   if len(names) > 1 and jax.process_index() == 0:
@@ -59,8 +61,6 @@ def _check_pretrain(context: Context, earlier: Sequence[str]) -> None:
 def _check_finetune(context: Context, earlier: Sequence[str]) -> None:
   config = context.config
   _check_start(context, config.finetune.start_from, finetune_stage.FINETUNE, earlier)
-  if config.ablations and config.synthesize.world == 'ngram':
-    _check_start(context, pretrain_lm_stage.RUN, finetune_stage.FINETUNE_ONLY, earlier)
   _check_examples(context, context.preferences, config.data.preferences, config.finetune, earlier)
 
 
@@ -103,6 +103,20 @@ def _is_written(context: Context, given: str | None, earlier: Sequence[str]) -> 
   """Return whether an earlier stage of the command writes a data set, which is in the workdir if none is given."""
   inside = given is None or (not paths.in_bucket(given) and context.workdir.absolute() in pathlib.Path(given).absolute().parents)
   return inside and 'synthesize' in earlier
+
+
+def _check_ablations(context: Context, earlier: Sequence[str]) -> None:
+  """Check that the ablations, which run after the fine-tuning itself, have a language model to start from.
+
+  Raises:
+    ConfigError: they have none.
+  """
+  config = context.config
+  if config.ablations and config.synthesize.world == 'ngram':
+    try:
+      _check_start(context, pretrain_lm_stage.RUN, finetune_stage.FINETUNE_ONLY, earlier)
+    except ConfigError as error:
+      raise ConfigError(f'ablations: {error}, or set ablations to False') from error
 
 
 def _in_miniature(context: Context, given: str | None, earlier: Sequence[str]) -> bool:

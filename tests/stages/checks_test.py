@@ -89,6 +89,10 @@ def test_checkpoints_to_start_from(make, tmp_path):
     checks.check(make(finetune=missing), ('pretrain', 'finetune'))
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*pretrain_lm'):
     checks.check(make(ablations=True), ('pretrain', 'finetune'))
+  scratch = TrainConfig(steps=1, start_from='scratch')
+  with pytest.raises(ConfigError, match=r'ablations: no checkpoint .*pretrain_lm: .*, or set ablations to False'):
+    checks.check(make(ablations=True, finetune=scratch), ('finetune',))
+  checks.check(make(ablations=False, finetune=scratch), ('finetune',))  # a remedy of the message
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*elsewhere'):
     checks.check(make(rft=RftConfig(policy='pretrain_lm', reward=RewardConfig(checkpoint='elsewhere'))), ('pretrain_lm', 'rft'))
 
