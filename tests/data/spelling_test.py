@@ -134,3 +134,21 @@ def test_a_speller_is_made_only_where_text_may_be_dropped():
   assert not needed(byte_names, byte_fallback=True) and needed(one_less(byte_names), byte_fallback=True) and needed(byte_names)
   assert not needed(letters, by_bytes) and needed(one_less(letters), by_bytes) and needed(letters)
   assert needed(letters, by_bytes, end_of_word_suffix='</w>') and needed(letters, by_bytes, continuing_subword_prefix='##')
+
+
+def test_only_a_plain_byte_level_bpe_has_an_alphabet_that_is_reproduced():
+  step = {'type': 'ByteLevel', 'add_prefix_space': False}
+  split = {'type': 'Split', 'behavior': 'Isolated'}
+
+  def alphabet(steps=step, normalizer=None, decoder='ByteLevel', **model):
+    vocabulary = {spelling.byte_symbols()[byte]: byte for byte in b'ab\n'}
+    spec = {'model': {'type': 'BPE', 'vocab': vocabulary} | model, 'pre_tokenizer': steps}
+    return spelling.byte_alphabet(spec | {'normalizer': normalizer, 'decoder': decoder and {'type': decoder}})
+
+  chain = lambda *steps: {'type': 'Sequence', 'pretokenizers': [*steps]}
+  assert alphabet() == alphabet(chain(split, {'type': 'Digits'}, step)) == b'\nab'
+  for changed in ({'dropout': 0.1}, {'continuing_subword_prefix': '##'}, {'end_of_word_suffix': '</w>'}, {'type': 'WordPiece'}):
+    assert alphabet(**changed) is None
+  for steps in (None, split, step | {'add_prefix_space': True}, chain(split | {'behavior': 'Removed'}, step), chain(step, split)):
+    assert alphabet(steps) is None
+  assert alphabet(normalizer={'type': 'NFC'}) is None and alphabet(decoder='BPEDecoder') is None and alphabet(decoder=None) is None
