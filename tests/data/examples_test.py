@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 
 from polar_jax.data import examples as sources
 from polar_jax.data import tfds
-from polar_jax.types import Prompt, Triplet
+from polar_jax.types import Prompt, Triplet, UserError
 
 GOOD = {'prompt': 'p', 'reference': 'r', 'chosen': 'c', 'rejected': 'd'}
 MESSAGES = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
@@ -371,3 +372,28 @@ def test_examples_that_were_skipped_are_counted_and_the_first_twenty_are_named()
   named = '; '.join(f'example {i}: reason {i}' for i in range(1, 21))
   assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(20), 0) == f'f.jsonl: skipped 20 bad examples of 20 ({named})'
   assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(21), 1) == f'f.jsonl: skipped 21 bad examples of 22 ({named}; ...)'
+
+
+def test_examples_in_any_form(tmp_path):
+  """A path is opened, objects are returned as they are, and dicts are checked."""
+  path = write(tmp_path / 'train.jsonl', [GOOD])
+  triplet, prompt = Triplet('p', 'r', 'c', 'd'), Prompt('p', 'r')
+  for read, example in ((sources.as_triplets, triplet), (sources.as_prompts, prompt)):
+    own = [example]
+    assert read(own) is own
+    for given in (path, str(path), tmp_path, [GOOD], iter([GOOD]), (GOOD,)):
+      (found,) = read(given)
+      assert dataclasses.replace(found, metadata=example.metadata) == example
+    with pytest.raises(sources.DataError, match='test'):
+      read(tmp_path, 'test')
+    skipping = read([GOOD, {'prompt': 3}], 'train', 'skip')
+    assert len(skipping) == 1 and skipping.skipped[0][0] == 1
+    for given in (GOOD, 3, None):
+      with pytest.raises((sources.DataError, TypeError)):
+        read(given)
+  with pytest.raises(UserError, match='reference'):
+    sources.as_prompts([{'prompt': 'p'}])
+  (found,) = sources.as_prompts([{'prompt': 'p'}], optional=('reference',))
+  assert (found.prompt, found.reference) == ('p', '')
+  (found,) = sources.as_prompts([GOOD], optional=('reference',))
+  assert found.reference == 'r'

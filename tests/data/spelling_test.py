@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from polar_jax.config import TemplateConfig
+from polar_jax.data import spelling
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import TokenizerError, open_tokenizer
 
@@ -117,3 +118,37 @@ def test_with_an_unknown_token_such_text_stays_unknown_and_is_reported_once(tmp_
   assert ids.count(unknown) == 3
   assert template.encode_candidates('a', 'b', ['abc日abcabcabc'], 'pretrain')[0].count(unknown) == 1
   assert template.encode_candidates('a', 'b<unk>', ['c'], 'pretrain')[0].count(unknown) == 0
+
+
+def test_a_speller_is_made_only_where_text_may_be_dropped():
+  byte_names = {f'<0x{byte:02X}>': byte for byte in range(256)}
+  letters = {symbol: i for i, symbol in enumerate(spelling.byte_symbols())}
+  one_less = lambda vocabulary: dict(list(vocabulary.items())[1:])
+
+  def needed(vocabulary, steps=None, **model):
+    spec = {'model': {'type': 'BPE', 'vocab': vocabulary} | model, 'normalizer': None, 'pre_tokenizer': steps, 'added_tokens': []}
+    return spelling.speller(None, spec) is not None
+
+  by_bytes = {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits'}, {'type': 'ByteLevel'}]}
+  assert needed({'a': 0}) and not needed({'a': 0}, unk_token='a') and not needed({'a': 0}, type='Unigram')
+  assert not needed(byte_names, byte_fallback=True) and needed(one_less(byte_names), byte_fallback=True) and needed(byte_names)
+  assert not needed(letters, by_bytes) and needed(one_less(letters), by_bytes) and needed(letters)
+  assert needed(letters, by_bytes, end_of_word_suffix='</w>') and needed(letters, by_bytes, continuing_subword_prefix='##')
+
+
+def test_only_a_plain_byte_level_bpe_has_an_alphabet_that_is_reproduced():
+  step = {'type': 'ByteLevel', 'add_prefix_space': False}
+  split = {'type': 'Split', 'behavior': 'Isolated'}
+
+  def alphabet(steps=step, normalizer=None, decoder='ByteLevel', **model):
+    vocabulary = {spelling.byte_symbols()[byte]: byte for byte in b'ab\n'}
+    spec = {'model': {'type': 'BPE', 'vocab': vocabulary} | model, 'pre_tokenizer': steps}
+    return spelling.byte_alphabet(spec | {'normalizer': normalizer, 'decoder': decoder and {'type': decoder}})
+
+  chain = lambda *steps: {'type': 'Sequence', 'pretokenizers': [*steps]}
+  assert alphabet() == alphabet(chain(split, {'type': 'Digits'}, step)) == b'\nab'
+  for changed in ({'dropout': 0.1}, {'continuing_subword_prefix': '##'}, {'end_of_word_suffix': '</w>'}, {'type': 'WordPiece'}):
+    assert alphabet(**changed) is None
+  for steps in (None, split, step | {'add_prefix_space': True}, chain(split | {'behavior': 'Removed'}, step), chain(step, split)):
+    assert alphabet(steps) is None
+  assert alphabet(normalizer={'type': 'NFC'}) is None and alphabet(decoder='BPEDecoder') is None and alphabet(decoder=None) is None

@@ -99,6 +99,7 @@ def test_a_stopped_session_resumes_and_ends_like_an_uninterrupted_one(settings):
   np.testing.assert_array_equal(start_values[0].params['w'], 3.0)
   summary = run_until(session, *start_values, last=4)
   session.close()
+  assert 0 < summary['seconds'] < 600  # of this start
   assert summary['tokens'] == 40 and json.loads((settings.home / 'summary.json').read_text()) == summary
   assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2, 3, 4]
 
