@@ -5,7 +5,8 @@
 SmolLM2-135M, or --checkpoint=DIR, in float32 on two threads. Contexts are of English text that comes with Python, and have four
 continuations each, as multiple choice has; further, whole texts for their perplexity, and greedy responses of 32 tokens, half of which end
 earlier at a stop string. Each kind is answered once to compile, and then --rounds times in turns. Batches of the other backend have
---batch_size rows. The last line is a JSON object.
+--batch_size rows. The first likelihoods are computed in float64 too, to see which of the two a difference is due to. The last line is a
+JSON object.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ def difference(kind: str, ours: list[Any], theirs: list[Any]) -> dict[str, float
   return {'largest': max(gaps), 'largest_relative': max(gap / abs(b) for gap, b in zip(gaps, theirs, strict=True))}
 
 
+def errors(asked: list[Instance], ours: list[Any], theirs: list[Any], model: HFLM) -> dict[str, float]:
+  """Return how far likelihoods are from those of float64, after which `model` has float64 weights."""
+  model.model.double()
+  model.softmax_dtype = torch.float64
+  exact = [answer[0] for answer in model.loglikelihood(asked, disable_tqdm=True)]
+  far = lambda answers: max(abs(answer[0] - true) for answer, true in zip(answers, exact, strict=False))
+  return {'requests': len(asked), 'ours': far(ours), 'theirs': far(theirs)}
+
+
 def main() -> None:
   """Run the benchmark."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +98,7 @@ def main() -> None:
   parser.add_argument('--contexts', type=int, default=64)
   parser.add_argument('--words', type=int, default=120, help='of the longest context')
   parser.add_argument('--batch_size', type=int, default=16)
+  parser.add_argument('--exact', type=int, default=16, help='likelihoods that are computed in float64 too')
   parser.add_argument('--rounds', type=int, default=2)
   args = parser.parse_args()
   torch.set_num_threads(THREADS)
@@ -99,19 +110,21 @@ def main() -> None:
     ours = Policy(path=folder, dtype='float32')
     theirs = HFLM(pretrained=folder, device='cpu', dtype='float32', batch_size=args.batch_size)
     results: dict[str, Any] = {}
+    answers: dict[str, dict[str, list[Any]]] = {kind: {} for kind in KINDS}
     for kind in KINDS:
-      answers: dict[str, list[Any]] = {}
 
-      def answer(name: str, model: Any, kind: str = kind, answers: dict[str, list[Any]] = answers) -> None:
-        answers[name] = getattr(model, kind)(asked[kind], disable_tqdm=True)
+      def answer(name: str, model: Any, kind: str = kind) -> None:
+        answers[kind][name] = getattr(model, kind)(asked[kind], disable_tqdm=True)
 
       seconds = timing.alternate({'ours': lambda: answer('ours', ours), 'theirs': lambda: answer('theirs', theirs)}, args.rounds)
       results[kind] = {
         'requests': len(asked[kind]),
         **{name: statistics.median(values) for name, values in seconds.items()},
         'ratio': timing.ratio(seconds['theirs'], seconds['ours']),
-        **difference(kind, answers['ours'], answers['theirs']),
+        **difference(kind, answers[kind]['ours'], answers[kind]['theirs']),
       }
+    found = answers['loglikelihood']
+    float64 = errors(asked['loglikelihood'][: args.exact], found['ours'], found['theirs'], theirs)
   header = ['requests', 'number', 'ours, s', "lm-eval's hf, s", 'ratio', 'differences']
   fixed = ('requests', 'ours', 'theirs', 'ratio')
   rows = [
@@ -126,7 +139,8 @@ def main() -> None:
     for kind, r in results.items()
   ]
   print(timing.table(header, rows))
-  print(json.dumps({'contexts': args.contexts, 'words': args.words, 'batch_size': args.batch_size, **results}))
+  print(f'From float64, in {float64["requests"]} likelihoods: ours at most {float64["ours"]:.2g}, theirs {float64["theirs"]:.2g}')
+  print(json.dumps({'float64': float64, 'contexts': args.contexts, 'words': args.words, 'batch_size': args.batch_size, **results}))
 
 
 if __name__ == '__main__':

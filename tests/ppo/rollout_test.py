@@ -12,6 +12,7 @@ from flax import nnx
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig
+from polar_jax.model.generation import STEPS
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.types import UserError
@@ -170,3 +171,19 @@ def test_prompts_without_tokens_or_too_long_are_named(params):
     engine.generate(params, [[1], []], (0,))
   with pytest.raises(UserError, match='prompt 0 has 13 tokens'):
     engine.generate(params, [[1] * 13], (0,))
+
+
+def test_a_response_of_which_nothing_more_is_needed_makes_room(params, prompts):
+  engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, max_new=40), [])
+  seen: list[int] = []
+
+  def ended(index: int, ids: np.ndarray) -> bool:
+    seen.append(len(ids))
+    return index % 2 == 0
+
+  whole = engine.generate(params, prompts, (0,))
+  found = engine.generate(params, prompts, (0,), ended=ended)
+  assert set(whole.length_R.tolist()) == {40} and min(seen) > 0
+  for r, length in enumerate(found.length_R.tolist()):
+    assert length == (STEPS if r % 2 == 0 else 40)
+    assert (found.tokens_RT[r, :length] == whole.tokens_RT[r, :length]).all()
