@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from polar_jax.config import ConfigError, DataConfig, TemplateConfig
+from polar_jax.config import ConfigError, DataConfig, EvaluateConfig, TemplateConfig
 from polar_jax.data.examples import NoSplitError
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
@@ -35,7 +35,7 @@ class KnownScorer:
 def context(monkeypatch):
   monkeypatch.setattr(stage, '_scorer', lambda context, run: KnownScorer(run))
   monkeypatch.setattr(stage, 'trained', lambda context, run: True)
-  config = types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=50), data=DataConfig())
+  config = types.SimpleNamespace(evaluate=EvaluateConfig(bootstrap=100), data=DataConfig())
   return types.SimpleNamespace(config=config, log=lambda line: None)
 
 
