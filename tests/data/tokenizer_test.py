@@ -75,7 +75,7 @@ def test_of_two_special_strings_the_longer_wins():
 def test_bytes():
   tokenizer = tokenizer_lib.ByteTokenizer()
   check_interface(tokenizer)
-  assert tokenizer.vocab_size == 261
+  assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (261, 256, 257, 258, None)
   assert tokenizer.encode('é<pad>', add_bos=True) == [257, 0xC3, 0xA9, 256]
   assert tokenizer.encode('x<|reward|>y[UNUSED_TOKEN_130]') == [120, 259, 121, 260]
   assert tokenizer.decode([0xC3, 257, 65]) == '\ufffdA'
