@@ -290,3 +290,11 @@ def test_a_histogram_has_twelve_bins_and_some_width():
   found = reward_histogram(np.array([[1.0, 1.0]]))
   assert len(found['chosen']) == len(found['rejected']) == 12
   assert (found['low'], found['high']) == (1.0, 1.0 + 1e-6)
+
+
+def test_an_evaluation_of_the_last_step_stays_by_default(tmp_path):
+  text = '{"step": 1, "loss": 0.5}\n{"step": 1, "validation_loss": 1.0}\n'
+  for make in (lambda: metrics.StepLog(tmp_path, 1, FILE), lambda: MetricsLog(tmp_path, 1)):
+    (tmp_path / FILE).write_text(text)
+    make().close()
+    assert len(read_metrics(tmp_path)) == 2

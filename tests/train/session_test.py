@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import types
 from typing import Any, NamedTuple
@@ -250,4 +251,32 @@ def test_only_the_first_process_writes_a_summary(settings, monkeypatch):
 
   session._write_summary = as_another
   assert run_until(session, *values, last=4) == {} and not (settings.folder / 'summary.json').exists()
+  session.close()
+
+
+def test_an_evaluation_of_the_restored_step_stays_by_default(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    session.advance()
+    session.metrics.write({'step': 1, 'validation_loss': 1.0})
+    session.open_log(SAMPLES).write({'step': 1, 'validation_loss': 1.0})
+    session.save(state, {'tokens': 0}, {})
+  session.close()
+  session, *_ = start(settings)
+  session.open_log(SAMPLES)
+  assert [len(read_metrics(settings.folder, file)) for file in ('metrics.jsonl', SAMPLES)] == [1, 1]
+  session.close()
+
+
+def test_another_machine_continues_with_the_logs_that_were_kept(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    for step in (1, 2):
+      session.advance()
+      session.metrics.write({'step': step})
+      session.save(state, {'tokens': step}, {})
+  session.close()
+  shutil.rmtree(settings.folder)
+  session, *_ = start(settings)
+  assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2]
   session.close()
