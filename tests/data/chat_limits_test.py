@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 
+import jinja2
 import pytest
 
 from polar_jax.data import chat as chat_lib
@@ -121,3 +125,71 @@ def test_the_worker_answers_without_a_process():
   assert 'more than' in chat_worker.answer(env, {}, '{{ x * 2 }}', {'x': 'x' * chat_worker.MAX_OUTPUT})['error']
   many = dict.fromkeys(map(str, range(chat_worker._CACHED)))
   assert chat_worker.answer(env, many, 'a', {}) == {'text': 'a'} and len(many) == 1
+
+
+def test_a_stopped_process_has_ended_and_its_pipes_are_closed():
+  ChatTemplate('{{ messages[0].content }}')
+  process = chat_lib._WORKER._process
+  chat_lib._WORKER.stop()
+  assert process.returncode is not None and process.stdin.closed and process.stdout.closed and chat_lib._WORKER._process is None
+  chat_lib._WORKER.stop()  # there is none
+  assert ChatTemplate('{{ messages[0].content }}z').render(MESSAGES) == 'xz'
+  assert chat_lib._WORKER._process.pid != process.pid
+
+
+def test_limits_are_those_of_the_documentation():
+  """1 GiB of memory, 5 s of processor time and 16 million characters for each text (docs/checkpoints.md)."""
+  assert chat_worker.TOO_LARGE == 'needs more than 1,024 MiB of memory' and chat_worker.SECONDS == 5
+  assert chat_worker.TOO_LONG == 'gives a text of more than 16,777,216 characters'
+
+
+def test_an_output_may_have_the_largest_length(monkeypatch):
+  monkeypatch.setattr(chat_worker, 'MAX_OUTPUT', 6)
+  env = chat_worker.environment()
+  assert chat_worker.answer(env, {}, '{{ x * 2 }}', {'x': 'abc'}) == {'text': 'abcabc'}
+  assert chat_worker.answer(env, {}, '{{ x * 2 }}a', {'x': 'abc'}) == {'error': chat_worker.TOO_LONG}
+
+
+def test_up_to_thirty_two_compiled_templates_are_kept():
+  env, compiled = chat_worker.environment(), {}
+  for i in range(32):
+    assert chat_worker.answer(env, compiled, f'{i}', {}) == {'text': f'{i}'}
+  kept = compiled['3']
+  assert chat_worker.answer(env, compiled, '3', {}) == {'text': '3'} and len(compiled) == 32 and compiled['3'] is kept
+  assert chat_worker.answer(env, compiled, 'one more', None) == {'text': ''} and list(compiled) == ['one more']
+
+
+def test_messages_of_errors_are_one_line_of_three_hundred_characters():
+  line = chat_worker._one_line
+  assert line(jinja2.TemplateError('x' * 400)) == 'x' * 300 and line(jinja2.TemplateError('a \n b')) == 'a b'
+  assert line(jinja2.TemplateError('x' + ' ' * 598 + 'yz')) == 'x y'  # of the first six hundred
+  assert line(jinja2.TemplateError('')) == 'TemplateError: ' and line(ValueError('a')) == 'ValueError: a'
+  env = chat_worker.environment()
+  assert chat_worker.answer(env, {}, "a\n{{ raise_exception('b') }}", {}) == {'error': 'line 2 of the template: b'}
+  assert chat_worker._line(ValueError()) == ''  # raised outside of templates
+
+
+def test_names_of_namespaces():
+  env = chat_worker.environment()
+  source = '{% set ns = namespace({"a": 1}, b=2) %}{% set ns.a = 3 %}{{ ns.a }}{{ ns.b }}'
+  assert chat_worker.answer(env, {}, source, {}) == {'text': '32'}
+  for bad in ('namespace({"_a": 1})', 'namespace(_a=1)', 'namespace([("_a", 1)])'):
+    assert "'_a': names that begin with an underscore" in chat_worker.answer(env, {}, '{% set ns = ' + bad + ' %}', {})['error']
+
+
+def test_replies_follow_requests_until_there_are_no_more(monkeypatch):
+  timers = []
+  monkeypatch.setattr(chat_worker.signal, 'setitimer', lambda kind, seconds: timers.append((kind, seconds)))
+  requests = [pickle.dumps(request) for request in (('{{ x }}', {'x': 'é'}), ('{{', None), ('{{ f() }}', {'f': all_memory}), ('never', {}))]
+  replies = io.BytesIO()
+  chat_worker.serve(io.BytesIO(b''.join(chat_worker.LENGTH.pack(len(data)) + data for data in requests)), replies)
+  replies.seek(0)
+  read = []
+  while header := replies.read(8):
+    read.append(json.loads(replies.read(int.from_bytes(header, 'little'))))
+  assert read[0] == {'text': 'é'} and list(read[1]) == ['syntax'] and read[2:] == [{'error': chat_worker.TOO_LARGE}]
+  assert timers == [(signal.ITIMER_PROF, chat_worker.SECONDS), (signal.ITIMER_PROF, 0)] * 3
+
+
+def all_memory():
+  raise MemoryError

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import time
+import types
 
 import jinja2
 import pytest
@@ -158,3 +161,35 @@ def test_bad_templates_are_one_line(tmp_path):
   for bad, message in (([], 'no messages'), (['x'], r'messages\[0\] must be a message')):
     with pytest.raises(chat_lib.ChatTemplateError, match=message):
       chat_lib.ChatTemplate('').render(bad)
+
+
+def test_whether_a_folder_has_a_template_usable_or_not(tmp_path):
+  assert not chat_lib.ChatTemplate.exists(tmp_path)
+  for value, expected in ((None, False), ('{{', True), (3, True), ('', True)):
+    write(tmp_path, tokenizer_config__json={'chat_template': value})
+    assert chat_lib.ChatTemplate.exists(tmp_path) is expected
+  write(tmp_path, tokenizer_config__json={}, chat_template__jinja='{{')
+  assert chat_lib.ChatTemplate.exists(tmp_path)
+
+
+def test_null_keys_of_messages_are_absent_and_variables_replace_tokens():
+  source = '{{ messages[0].name is defined }}{{ bos_token }}{{ tools }}{{ documents }}{{ add_generation_prompt }}'
+  template = chat_lib.ChatTemplate(source, {'bos_token': '<s>'})
+  assert template.render([{'role': 'user', 'name': None}]) == 'False<s>NoneNoneTrue'
+  assert template.render([{'role': 'user', 'name': 'n'}], add_generation_prompt=False, bos_token='b', tools=[]) == 'Trueb[]NoneFalse'
+  assert chat_lib.ChatTemplate('x').special_tokens == {} and chat_lib.ChatTemplate('x').where == 'chat template'
+
+
+def test_a_reply_that_does_not_come_in_time_is_none():
+  receiver, sender = os.pipe()
+  with os.fdopen(receiver, 'rb') as stdout:
+    process, later = types.SimpleNamespace(stdout=stdout), time.monotonic() + 30
+    os.write(sender, b'abcd')
+    assert chat_lib._read(process, 3, later) == b'abc' and chat_lib._read(process, 0, later) == b''
+    started = time.monotonic()
+    assert chat_lib._read(process, 2, started + 0.2) is None  # of which one is there
+    assert 0.1 < time.monotonic() - started < 20
+    os.write(sender, b'ef')
+    assert chat_lib._read(process, 2, started) == b'ef'  # what is there is read even after the deadline
+    os.close(sender)
+    assert chat_lib._read(process, 1, later) is None

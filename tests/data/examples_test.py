@@ -397,3 +397,36 @@ def test_examples_in_any_form(tmp_path):
   assert (found.prompt, found.reference) == ('p', '')
   (found,) = sources.as_prompts([GOOD], optional=('reference',))
   assert found.reference == 'r'
+
+
+def test_no_examples_and_unknown_ways_to_treat_bad_ones_are_refused():
+  for read in (sources.as_triplets, sources.as_prompts):
+    with pytest.raises(sources.DataError, match=r'<examples>: no valid examples \(0 bad ones\)'):
+      read([])
+    with pytest.raises(ValueError, match='on_bad_example'):
+      read([GOOD], 'train', 'ignore')
+
+
+def test_up_to_twelve_names_of_a_folder_are_listed(tmp_path):
+  assert sources._listing(tmp_path) == 'nothing'
+  names = [f'a{i:02}' for i in range(13)]
+  for count, expected in ((12, ', '.join(names[:12])), (13, ', '.join(names[:12]) + ' and 1 more')):
+    for name in names[:count]:
+      (tmp_path / name).write_text('')
+    assert sources._listing(tmp_path) == expected
+
+
+def test_reasons_are_one_line_of_bounded_length():
+  assert sources.BadField('f', 'a\n  b').reason == 'a b' and sources.BadField(None, 'x' * 300).reason == 'x' * 300
+  long = sources.BadField(None, 'x' * 301)
+  assert long.reason == str(long) == 'x' * 150 + '...' + 'x' * 150 and long.field is None
+
+
+def test_answers_and_abilities_of_the_official_format():
+  """The outer ability has precedence; a reference may be optional."""
+  (found,) = sources.as_prompts([official(answer='4', ability='general')])
+  assert (found.answer, found.category, found.metadata) == ('4', 'general', {'data_source': 'some/set', 'split': 'train', 'index': 7})
+  (found,) = sources.as_prompts([official(ability=None, extra_info__extra='e')], optional=['reference'])
+  assert (found.category, found.metadata['extra'], found.reference[0]['content']) == ('math', 'e', 'So 4.')
+  (found,) = sources.as_prompts([official(extra_info=None)])
+  assert (found.prompt, found.category, found.metadata) == (ASK, 'math', {'data_source': 'some/set'})

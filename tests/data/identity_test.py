@@ -148,3 +148,62 @@ def test_changed_rows_that_were_not_looked_at(data_folder):
   a, b, c = (identity.triplets_digest(read_triplets(data_folder / f'cases/rows/res_{name}.jsonl')) for name in 'abc')
   assert len({a, b, c}) == 3
   assert a.rsplit(':', 1)[0] == b.rsplit(':', 1)[0] == c.rsplit(':', 1)[0]  # so earlier versions took them for the same
+
+
+def sha(text, digits=16):
+  return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def test_digests_are_those_that_runs_have_stored():
+  """Of all fields as JSON, 1,024 examples at a time; of nothing; of a chat template."""
+  triplets = [Triplet(f'p{i}', 'r', 'c', 'd', 'sft', 'x') for i in range(1_030)]
+  fields = [[t.prompt, t.reference, t.chosen, t.rejected, t.wrapper, t.category] for t in triplets]
+  content = sha(json.dumps(fields[:1_024]) + json.dumps(fields[1_024:]), 32)
+  assert identity.triplets_digest(triplets) == f'{earlier(triplets, lambda e: (e.prompt, e.reference, e.chosen, e.rejected))}:{content}'
+  assert identity.triplets_digest([]) == identity.prompts_digest([], with_metadata=True) == f'0:{sha("")}:{sha("")}'
+  prompts = [Prompt('p', 'r', 'a', 'x', {'b': 1, 'a': {'d': 2, 'c': 3}})]
+  start = f'1:{sha(repr([("p", "r", "a", None)]))}'
+  with_metadata = sha('[["p", "r", "a", null, "x", {"a": {"c": 3, "d": 2}, "b": 1}]]', 32)
+  assert identity.prompts_digest(prompts, with_metadata=True) == f'{start}:{with_metadata}'
+  assert identity.prompts_digest(prompts, with_metadata=False) == f'{start}:{sha(json.dumps([["p", "r", "a", None, "x", None]]), 32)}'
+  assert identity.chat_digest(ChatTemplate('a', {'pad_token': 'p', 'bos_token': '<s>'})) == sha(
+    '["a", {"bos_token": "<s>", "pad_token": "p"}]'
+  )
+  assert identity.ids_digest(np.array([1, 2])) == f'2:{hashlib.sha256(np.array([1, 2], np.int32).tobytes()).hexdigest()[:32]}'
+
+
+def test_the_digest_of_a_tokenizer_is_that_of_its_facts(tmp_path):
+  import tokenizers
+
+  model = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1}, []))
+  model.add_special_tokens([PAD, BOS, EOS])
+  model.post_processor = tokenizers.processors.TemplateProcessing(single=f'{BOS} $A', special_tokens=[(BOS, 3)])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  settings_ = {'eos_token': EOS, 'add_eos_token': True, 'added_tokens_decoder': {'5': {'content': '<x>', 'special': True, 'lstrip': False}}}
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings_ | {'additional_special_tokens': ['<x>', 'b']}))
+  facts = [{'eos': EOS}, ['<x>', 'b'], [['<x>', 5, True, {'lstrip': False}]], [3, 4, 2, None, 6], [None, True], [3]]
+  file = hashlib.sha256((tmp_path / 'tokenizer.json').read_bytes()).hexdigest()[:16]
+  assert identity.tokenizer_digest(open_tokenizer(tmp_path)) == f'{file}:{sha(json.dumps(facts))}'
+
+
+@dataclasses.dataclass
+class _Named:
+  name: str
+  when: datetime.date
+
+
+class _WithText:
+  def __str__(self):
+    return 'as text'
+
+
+class _WithRepr:
+  def __repr__(self):
+    return 'as repr'
+
+
+def test_values_of_any_type_are_plain():
+  assert identity._plain({1: (2, [_Opaque()]), 'n': np.arange(2)}) == {'1': ['2', ['_Opaque']], 'n': [0, 1]}
+  assert identity._plain(_Named('a', datetime.date(2024, 1, 2))) == {'name': 'a', 'when': '2024-01-02'}
+  assert [identity._plain(value) for value in (_Opaque(), _WithText(), _WithRepr())] == ['_Opaque', 'as text', 'as repr']
+  assert identity._plain(_Named) == str(_Named) and identity._plain(np.float32(0.5)) == 0.5

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from polar_jax.config import TemplateConfig
+from polar_jax.config import DataConfig, TemplateConfig
 from polar_jax.data import lengths, pipeline
+from polar_jax.data.examples import read_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.types import Triplet, UserError
@@ -69,3 +70,36 @@ def test_examples_of_a_run_are_those_of_its_batches(size, steps):
   batches = pipeline.pair_batches(source, plan, pack, steps=steps, seed=3)
   read = {int(i) for step in range(steps) for i in batches[step].index_BP.ravel() if i >= 0}
   assert lengths.examples_of_run(plan, size, steps=steps, seed=3) == sorted(read)
+
+
+def test_the_first_five_are_named_and_all_of_a_run_are_checked(tmp_path):
+  def message(rows, row_length, **order):
+    source = pipeline.TripletSegments(rows, Template(TemplateConfig(), ByteTokenizer()))
+    with pytest.raises(UserError) as error:
+      if order:
+        lengths.check_run(source, pipeline.BatchPlan(2), DataConfig(row_length=row_length, read_threads=1), **order)
+      else:
+        lengths.check(source, range(len(rows)), row_length, split='test', threads=1)
+    return str(error.value)
+
+  long, short = Triplet('p', 'r', 'c' * 200, 'd'), Triplet('p', 'r', 'c', 'd')
+  tokens = 1 + len('p\nr') + 1 + len('p\n') + (200 + 1) + (1 + 1)  # the prefix, stored once, and two tails with their reward tokens
+  found = message([long] * 4 + [short, long], 128)
+  assert found.startswith('5 of 6 test examples have more tokens than data.row_length=128 (counted from 0: 0, 1, 2, 3, 5; ')
+  assert f'the longest is example 0 with {tokens} tokens' in found
+  assert '(counted from 0: 0, 1, 2, 3, 4, ...; ' in message([long] * 6, 128)
+  rows = [long, *[short] * 7]
+  step = next(p for p in range(8) if pipeline.global_order(8, 5)(p)[0] == 0) // 2
+  assert '1 of 8 training examples have more tokens than data.row_length=128 (counted from 0: 0; ' in message(rows, 128, steps=4, seed=5)
+  assert f'1 of {2 * step + 2} training' in message(rows, 128, steps=step + 1, seed=5)
+  source = pipeline.TripletSegments(rows, Template(TemplateConfig(), ByteTokenizer()))
+  lengths.check_run(source, pipeline.BatchPlan(2), DataConfig(row_length=128), steps=step, seed=5)  # the long one is not read yet
+  lengths.check_run(source, pipeline.BatchPlan(2), DataConfig(row_length=256), steps=4, seed=5)
+  lengths.check_run(source, pipeline.BatchPlan(2), DataConfig(row_length=None), steps=4, seed=5)  # rows will be long enough
+
+
+def test_the_file_of_examples_that_are_too_long_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"prompt": "p", "reference": "r", "chosen": "%s", "rejected": "d"}\n' % ('c' * 200))
+  source = pipeline.TripletSegments(read_triplets(tmp_path / 'a.jsonl'), Template(TemplateConfig(), ByteTokenizer()))
+  with pytest.raises(UserError, match=r'^\S*a\.jsonl: 1 of 1 test examples'):
+    lengths.check(source, [0], 128, split='test', threads=1)

@@ -164,3 +164,30 @@ def test_items_may_count_for_several():
   assert packing.first_fit(lengths, 10, 4, counts) == [[0, 1], [2, 3], [4]]
   with pytest.raises(ValueError, match='counts as 3'):
     packing.first_fit(lengths, 10, 2, counts)
+
+
+def test_a_compilation_costs_as_much_as_fifty_steps():
+  sample = [[10] * 8] * 15 + [[10] * 12]  # rows for four: 4.125 a step and 50 (4 + 6); rows for six: 6 a step and 50 x 6
+  assert 4.125 * 106 + 500 > 6 * 106 + 300 and 4.125 * 107 + 500 < 6 * 107 + 300
+  assert [packing.plan(sample, 20, 1, steps).rows for steps in (106, 107, 108)] == [6, 4, 4]
+
+
+@pytest.mark.parametrize(('rows', 'needed', 'expected'), [(32, 33, 34), (13, 15, 15), (16, 17, 17), (31, 33, 33)])
+def test_rows_beyond_the_plan_come_in_sixteenths(rows, needed, expected):
+  assert packing.PackPlan(128, rows, 4, 1).rows_for(needed) == expected
+
+
+def test_sixteen_row_lengths_up_to_eight_mean_lengths_are_tried(monkeypatch):
+  tried = []
+
+  def cheapest(sample, row_length, multiple, steps):
+    tried.append(row_length)
+    return 1.0, packing.PackPlan(row_length, 1, 1, multiple)
+
+  monkeypatch.setattr(packing, '_cheapest', cheapest)
+  plan = packing.choose_plan([[1_000] * 3, [1_000]], 4_000, 2, 10)
+  # From 32 tiles of 128, which hold 4,000, to the 63 that hold 8,000.
+  assert tried == [128 * round(32 + 31 * i / 15) for i in range(16)] and plan.row_length == 4_096  # the shorter wins a tie
+  tried.clear()
+  packing.choose_plan([[10]], 257, 1, 10)
+  assert tried == [384]

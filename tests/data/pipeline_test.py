@@ -243,3 +243,56 @@ def test_text_batches_change_offset_with_the_epoch_and_shift_targets():
   assert [len(set(phases[e * size : (e + 1) * size])) for e in range(3)] == [1, 1, 1]
   assert phases[0] == 0
   assert len(set(phases)) > 1
+
+
+def test_a_batch_is_not_divided_unless_asked():
+  assert pipeline.BatchPlan(8) == (8, 1, sharding.Share(0, 1, 1))
+
+
+def test_the_sample_of_a_short_data_set_goes_on_with_the_next_epoch():
+  class Counted(pipeline.TripletSegments):
+    def take(self, indices):
+      read.append(list(indices))
+      return super().take(indices)
+
+  tokens, order, read = Counted(_tokens(5).source, Digits()), pipeline.global_order(5, 3), []
+  pipeline.plan_packing(tokens, pipeline.BatchPlan(4), 64, steps=3, seed=3)
+  assert read == [[order(p)[0] for p in range(4 * step, 4 * step + 4)] for step in range(3)]
+  read.clear()
+  pipeline.plan_packing(tokens, pipeline.BatchPlan(4), 64, steps=3, seed=3, once=True)
+  assert read == [[order(p)[0] for p in range(4)], [order(4)[0]], []]
+  read.clear()
+  pipeline.plan_packing(Counted(_tokens(2_048).source, Digits()), pipeline.BatchPlan(683), 64, steps=9, seed=3)
+  assert [len(some) for some in read] == [683, 683]  # a third step would be one triplet too many
+
+
+def test_a_triplet_may_fill_a_row():
+  tokens = _tokens(9)
+  longest = max(len(tokens[i].tokens) for i in range(9))
+  pack = pipeline.plan_packing(tokens, pipeline.BatchPlan(9), longest, steps=1, seed=0)
+  batch = pipeline.pair_batches(tokens, pipeline.BatchPlan(9), pack, steps=1, seed=0)[0]
+  assert batch.tokens_BT.shape[1] == longest and _indices(batch) == list(range(9))
+
+
+def test_batches_are_prefetched_only_by_threads(monkeypatch):
+  _, batches = _packed(11, pipeline.BatchPlan(8), steps=2, seed=5)
+  made, options = [], pipeline.grain.ReadOptions
+  monkeypatch.setattr(pipeline.grain, 'ReadOptions', lambda **values: made.append(values) or options(**values))
+  for threads in (0, 2):
+    pipeline.iterate(batches, threads=threads, prefetch=5)
+  assert made == [{'num_threads': 0, 'prefetch_buffer_size': 0}, {'num_threads': 2, 'prefetch_buffer_size': 5}]
+
+
+def test_only_what_may_exceed_enough_is_counted():
+  class Bounds(Digits):
+    def most_tokens(self, triplet):
+      return None if triplet.prompt == 'p3' else 20 + int(triplet.prompt[1:])
+
+    def encode(self, triplet):
+      encoded.append(triplet.prompt)
+      return super().encode(triplet)
+
+  encoded = []
+  tokens = pipeline.TripletSegments(_tokens(5).source, Bounds())
+  exact = [len(_tokens(5)[i].tokens) for i in range(5)]
+  assert tokens.most_tokens([4, 2, 0, 3, 1], 21) == [exact[4], exact[2], 20, exact[3], 21] and encoded == ['p4', 'p2', 'p3']

@@ -306,3 +306,68 @@ def test_a_table_without_columns(tmp_path):
   (tmp_path / 'a.parquet').write_bytes(sink.getvalue())
   with pytest.raises(DataError, match='no valid examples'):
     read_triplets(tmp_path / 'a.parquet')
+
+
+def test_durations_of_every_unit():
+  for unit, digits in (('s', 0), ('ms', 3), ('us', 6), ('ns', 9)):
+    (value,) = readers._values(column(pa.duration(unit), 1_234_567))
+    assert value == decimal.Decimal(1_234_567) / 10**digits and str(value) == str(decimal.Decimal(1_234_567).scaleb(-digits))
+
+
+def test_values_that_arrow_holds_in_several_ways():
+  nested = pa.array([[['a'], None], []], pa.large_list(pa.list_(pa.large_string())))
+  assert readers._values(nested) == [[['a'], None], []]
+  buffers = [None, pa.py_buffer(np.array([0, 1, 3], np.int64).tobytes()), pa.py_buffer(b'a\xff\xfe')]
+  assert readers._values(pa.Array.from_buffers(pa.large_string(), 2, buffers)) == ['a', b'\xff\xfe']
+  kinds = pa.array([0, 1, 0], pa.int8())
+  parts = [pa.array([1, None], pa.int64()), pa.array([LATE], pa.timestamp('ns'))]
+  union = pa.UnionArray.from_dense(kinds, pa.array([0, 0, 1], pa.int32()), parts)
+  assert readers._values(union) == [1, '2023-11-14T22:13:20.123456789', None]
+  assert readers._values(pa.array([True, None])) == [True, None] and readers._values(pa.array([{}], pa.struct([]))) == [{}]
+
+
+@pytest.mark.parametrize('splits', ['3', '[3]', '["train", null]'])
+def test_a_damaged_list_of_splits_is_named(tmp_path, splits):
+  save(tmp_path / 'train', table_of(['a']))
+  (tmp_path / 'dataset_dict.json').write_text(f'{{"splits": {splits}}}')
+  with pytest.raises(UserError, match=r'dataset_dict\.json: `splits` must be a list of names; save the data set again'):
+    open_triplets(tmp_path, 'train')
+
+
+def test_only_splits_that_are_there_are_listed(tmp_path):
+  save(tmp_path / 'train', table_of(['a']))
+  (tmp_path / 'dataset_dict.json').write_text('{"splits": ["train", "gone"]}')
+  assert readers.saved_splits(tmp_path) == {'train': tmp_path / 'train'}
+
+
+@pytest.mark.parametrize('entry', ['"data-00000-of-00001.arrow"', '{"filename": "../data/data-00000-of-00001.arrow"}', '{}', 'null'])
+def test_files_of_a_saved_data_set_must_be_named_plainly(tmp_path, entry):
+  folder = save(tmp_path / 'data', table_of(['a']))
+  (folder / 'state.json').write_text(f'{{"_data_files": [{entry}]}}')
+  with pytest.raises(DataError, match=r'state\.json: lists files that are not there'):
+    open_triplets(folder, 'train')
+
+
+def test_only_the_first_line_may_begin_with_a_mark(tmp_path):
+  path, line = tmp_path / 'a.jsonl', json.dumps(GOOD).encode()
+  path.write_bytes(b'\xef\xbb\xbf' + line + b'\n\xef\xbb\xbf' + line + b'\n\x1f\x8b\n')
+  assert [number for number, _ in read_triplets(path, 'skip').skipped] == [2, 3]
+
+
+def test_what_a_file_is_read_by_depends_on_its_name(tmp_path):
+  for name, reader in (('a.jsonl', readers._read_jsonl), ('a.jsonl.gz', readers._read_jsonl), ('a.parquet', readers._read_parquet)):
+    (tmp_path / name).write_bytes(b'')
+    assert readers.reader_of(tmp_path / name) is reader
+  assert readers.reader_of(save(tmp_path / 'saved', table_of(['a']))) is readers._read_saved
+  (tmp_path / 'saved/dataset_info.json').unlink()
+  assert not readers.is_saved_dataset(tmp_path / 'saved') and not readers.is_one_split(tmp_path / 'gone')
+
+
+def test_damaged_offsets_within_a_column_are_refused(tmp_path):
+  folder = save(tmp_path / 'data', table_of(['abcdefgh', 'ijklmnop', 'qrst']).slice(0, 2))
+  path = folder / 'data-00000-of-00001.arrow'
+  content, offsets = path.read_bytes(), np.array([0, 8, 16], np.int32).tobytes()
+  assert content.count(offsets) == 1
+  path.write_bytes(content.replace(offsets, np.array([0, 800, 16], np.int32).tobytes()))
+  with pytest.raises(DataError, match='not a readable folder'):
+    open_triplets(folder, 'train')

@@ -9,7 +9,7 @@ import pytest
 from polar_jax.config import TemplateConfig
 from polar_jax.data.examples import as_triplets, read_triplets
 from polar_jax.data.pipeline import TripletSegments
-from polar_jax.data.survey import Survey, survey, survey_prompts
+from polar_jax.data.survey import Survey, log_surveys, survey, survey_prompts
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.types import Prompt, Triplet
@@ -102,3 +102,30 @@ def test_prompts_and_references_that_the_reward_model_does_not_see_whole():
 def test_the_files_of_which_nothing_can_be_learned(data_folder, name, kind):
   found = look(read_triplets(data_folder / f'cases/rows/{name}_train.jsonl'))
   assert len(getattr(found, kind)) == found.examples == 8
+
+
+def test_five_numbers_are_listed_and_twenty_are_kept():
+  numbers = list(range(3, 25))
+  found = Survey(30, numbers[:5], numbers[:6], numbers[:20], numbers[:21], (30, 200))
+  assert [line.partition('(number ')[2].partition('): ')[0] for line in found.lines()] == ['3, 4, 5, 6, 7', *['3, 4, 5, 6, 7, ...'] * 3]
+  assert [len(kept) for kept in found.asdict()['numbers'].values()] == [5, 6, 20, 20]
+  assert found.asdict()['cut_prompts'] == 21 and found.lines()[2].startswith('20 of 30 examples have a reference or candidate longer')
+  assert Survey(1, [], [], [], [], (1, 2)).left_out == ()
+
+
+def test_the_same_text_is_no_other_kind_even_if_it_is_cut():
+  assert look([Triplet('p', 'r', LONG, LONG)]) == Survey(1, [1], [], [1], [], (30, 200))
+
+
+def test_surveys_of_the_splits_of_a_run_are_logged_and_returned():
+  segments = lambda triplets: TripletSegments(triplets, Template(SHORT, ByteTokenizer()))
+  lines = []
+  out = log_surveys('rm', {'train': segments(TRIPLETS[:2]), 'validation': None, 'test': segments(TRIPLETS[:1])}, 0, lines.append)
+  assert list(out) == ['train', 'test'] and out['train'] == look(TRIPLETS[:2]).asdict() and out['test']['examples'] == 1
+  assert lines == ['rm: train data: ' + look(TRIPLETS[:2]).lines()[0]]
+
+
+def test_prompts_of_a_reward_without_a_template_have_no_limits():
+  found = survey_prompts([Prompt('p' * 300, LONG)], None, [0])
+  assert found == Survey(1, [], [], [], [], (0, 0), [1])
+  assert survey_prompts([Prompt('p', 'r')], Template(SHORT, ByteTokenizer()), []).limits == (30, 200)

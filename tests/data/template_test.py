@@ -327,3 +327,73 @@ def test_pickle(bpe_path):
   template = template_lib.Template(TemplateConfig(max_length=30), tokenizer_lib.BpeTokenizer(bpe_path))
   row = Triplet('the lazy fox ' * 5, 'over', 'jumps', 'dog')
   assert pickle.loads(pickle.dumps(template)).encode(row) == template.encode(row)
+
+
+def test_the_bound_is_the_number_of_bytes_of_all_text():
+  """With the BOS, and the reward token as text."""
+  for prompt, reference, use_reference in (('é', 'rr', True), ('', 'r', True), ('é', 'rrrr', False)):
+    first = f'{prompt}\n{reference}<|reward|>' if use_reference else ''
+    expected = sum(1 + len(f'{first}{prompt}\n{answer}[UNUSED_TOKEN_130]'.encode()) for answer in ('c', 'dd'))
+    template = bytes_template(use_reference=use_reference)
+    assert template.most_tokens(Triplet(prompt, reference, 'c', 'dd')) == expected
+  assert bytes_template().most_tokens(Triplet('p', 'r', 'c', '</s>')) is None
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    template = bytes_template(separator=' | ')
+  assert template.most_tokens(Triplet('p', 'r', 'c', 'd')) == 2 * (1 + len('p\nr | p\nc[UNUSED_TOKEN_130]'))
+
+
+def test_what_is_cut_is_told_by_numbers_of_tokens():
+  # Two-byte letters: a text may have four bytes for each as far as is known without tokenizing.
+  cut = lambda row, **settings: bytes_template(**settings).truncated(row)
+  for long in range(3):
+    answers = ['r', 'c', 'd']
+    for text, expected in (('ééé', False), ('éééx', True)):
+      answers[long] = text
+      assert cut(Triplet('p', *answers), max_response_length=7) == (expected, False)
+  row = lambda prompt: Triplet(prompt, 'r', 'c', 'cccccc')  # rooms of the prompt: (24 - 4 - 2 - 2) // 2 = 8, (24 - 4 - 2 - 7) // 2 = 5
+  assert cut(row('éé'), max_length=24) == (False, False) and cut(row('ééa'), max_length=24) == (False, True)
+  assert cut(row('abcd'), max_length=24) is None and cut(row('abcde'), max_length=24) == (False, True)
+  # A response takes no more room than what is kept of it: (40 - 4 - 2 - 5) // 2 = 14
+  for prompt, expected in (('p' * 13, False), ('p' * 14, True)):
+    assert cut(Triplet(prompt, 'r', 'c' * 30, 'd' * 30), max_length=40, max_response_length=5) == (True, expected)
+  assert cut(Triplet('p', 'r' * 9, 'c', 'é'), max_response_length=4, use_reference=False) == (False, False)
+
+
+@pytest.mark.parametrize('field', ['prompt', 'reference', 'chosen', 'rejected'])
+def test_what_only_measures_texts_names_bad_ones_as_well(field):
+  row = Triplet(**{'prompt': 'p', 'reference': 'r', 'chosen': 'c', 'rejected': 'd', field: 3})
+  for measure in (bytes_template().truncated, bytes_template().most_tokens):
+    with pytest.raises(template_lib.TemplateError, match=rf'^{field} must be a string or a list of messages, not int'):
+      measure(row)
+
+
+def test_texts_that_just_fit_are_tokenized_once(monkeypatch):
+  def encodes(row, **settings):
+    template = bytes_template(**settings)
+    monkeypatch.setattr(template, '_cut', None)
+    try:
+      return bool(template.encode(row))
+    except TypeError:
+      return False
+
+  for long in range(3):
+    for text, expected in (('rrrr', True), ('rrrrr', False), ('é', True), ('éa', False)):  # at most five tokens with the BOS
+      answers = ['r', 'c', 'd']
+      answers[long] = text
+      assert encodes(Triplet('p', *answers), max_response_length=5) is expected
+  for prompt, expected in (('abcd', True), ('abcde', False)):
+    assert encodes(Triplet(prompt, 'r', 'c', 'cccccc'), max_length=24) is expected
+
+
+def test_texts_share_the_room_of_the_prompt_by_default():
+  template = bytes_template(max_length=24)
+  ends = ['<|reward|>defgh\nc[UNUSED_TOKEN_130]', '<|reward|>defgh\ncccccc[UNUSED_TOKEN_130]']
+  assert [text.partition('\nr')[2] for text in template.candidate_texts('abcdefgh', 'r', ['c', 'cccccc'])] == ends
+  alone = template.candidate_texts('abcdefgh', 'r', ['c', 'cccccc'], alone=True)
+  assert [text.partition('\nr')[2] for text in alone] == [ends[0].replace('defgh', 'abcdefgh'), ends[1]]
+
+
+def test_a_text_is_quoted_by_its_beginning():
+  assert template_lib.shortened('a\n') == "'a\\n'" and template_lib.shortened('b' * 60) == repr('b' * 60)
+  assert template_lib.shortened('b' * 60 + 'c') == repr('b' * 60) + '...'

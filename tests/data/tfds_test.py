@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import struct
 
 import numpy as np
 import pytest
@@ -67,3 +70,55 @@ def test_missing_and_existing_folders_are_named(tmp_path, folder):
     tfds.open_triplets(tmp_path)
   with pytest.raises(ValueError, match='already contains'):
     tfds.write_triplets(folder, 'my_examples', {'train': make_examples(1)}, '', {})
+
+
+def test_the_fingerprint_is_of_lengths_and_bytes():
+  """That of stored data sets must stay what it is."""
+  (example,) = make_examples(1)
+  metadata = json.dumps({'kl': 0.0, 'who': 'p'})
+  expected = hashlib.sha256()
+  for text in (example.prompt, example.reference, example.chosen, example.rejected, example.wrapper, example.category, metadata):
+    expected.update(struct.pack('<Q', len(text.encode())) + text.encode())
+  for name in ('prompt', 'reference', 'chosen', 'rejected'):
+    ids = np.asarray(example.metadata.get(f'{name}_ids', ()), np.int32)
+    expected.update(struct.pack('<Q', len(ids)) + ids.tobytes())
+  shuffled = dataclasses.replace(example, metadata=dict(reversed(example.metadata.items())))
+  assert tfds.fingerprint([example]) == tfds.fingerprint([shuffled]) == expected.hexdigest()
+
+
+def test_examples_are_read_from_both_ends_and_together(folder):
+  train = tfds.open_triplets(folder)['train']
+  assert [train[i].prompt for i in (0, -30, np.int64(29), -1)] == ['p0', 'p0', 'p29', 'p29']
+  assert [t.prompt for t in train.__getitems__(np.array([3, 1]))] == ['p3', 'p1']
+  for index in (30, -31):
+    with pytest.raises(IndexError, match=f'example {index} of a split of 30 examples'):
+      train[index]
+
+
+def test_what_cannot_be_read_is_named_with_its_folder(tmp_path):
+  class Damaged(list):
+    def __getitem__(self, index):
+      raise RuntimeError('crc\nmore')
+
+    def __getitems__(self, indices):
+      raise RuntimeError('crc')
+
+  with pytest.raises(types.UserError, match=r'^example 1 cannot be read \(.*crc'):
+    tfds.TripletSequence(Damaged([1, 2]))[1]
+  damaged = tfds.TripletSequence(Damaged([1, 2]), [tmp_path / 'a.array_record', tmp_path / 'b'])
+  assert damaged.shards == (tmp_path / 'a.array_record', tmp_path / 'b') and tfds.TripletSequence([]).shards == ()
+  with pytest.raises(types.UserError, match=rf'^{tmp_path}: one of the examples \[0, 1, 0\] ... cannot be read .*write the data set again'):
+    damaged.__getitems__([0, 1, 0, 1])
+
+
+def test_prompts_are_stored_joined_and_their_messages_in_full():
+  messages = [{'role': 'user', 'content': 'a'}, {'role': 'user', 'content': 'b'}]
+  made = tfds._triplet_of(types.Prompt(messages, messages[:1], '', 'x', {'k': 1}))
+  assert made == types.Triplet('a\nb', 'a', '', '', category='x', metadata={'policy_prompt': messages, 'k': 1})
+  assert tfds._triplet_of(types.Prompt('p', 'r', '7')) == types.Triplet('p', 'r', '', '', metadata={'answer': '7'})
+
+
+def test_a_damaged_data_set_is_named(tmp_path):
+  (tmp_path / 'dataset_info.json').write_text('{}')
+  with pytest.raises(types.UserError, match=rf'^{tmp_path}: not a readable TFDS data set \(\w+: .*; copy or write it again'):
+    tfds.open_triplets(tmp_path)

@@ -84,3 +84,17 @@ def test_bounds_of_stored_triplets_need_no_tokenizing():
   shared = 2 + 2  # `pp` and `ab`
   assert tokens.most_tokens([0, 2], 11) == [12 - shared, 6] and template.calls == 0
   assert tokens.most_tokens([1], 99) == [12 - shared] and template.calls == 1
+
+
+def test_a_store_is_written_into_a_new_folder_and_a_damaged_one_is_written_again(tmp_path):
+  rows, folder = _triplets(5), tmp_path / 'new' / 'store'
+  source = TripletSegments(rows, Letters())
+  token_store.store(source, np.array([3, 0]), folder, 'key', 1)
+  token_store.store(source, np.array([3, 0, 4]), folder, 'key', 2)
+  assert token_store.is_stored(folder, 'key', np.array([4, 3])) and not token_store.is_stored(folder, 'key', np.array([1]))
+  for name in ('lengths.npz', 'info.json'):
+    (folder / name).write_bytes(b'damaged')
+    assert not token_store.is_stored(folder, 'key', np.array([3]))
+    assert type(token_store.open_store(rows, Letters(), folder, 'key')) is TripletSegments
+    token_store.store(source, np.array([3]), folder, 'key', 1)
+  assert type(token_store.open_store(rows, Letters(), folder, 'key')) is token_store.StoredSegments

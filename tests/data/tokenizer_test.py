@@ -75,7 +75,7 @@ def test_of_two_special_strings_the_longer_wins():
 def test_bytes():
   tokenizer = tokenizer_lib.ByteTokenizer()
   check_interface(tokenizer)
-  assert tokenizer.vocab_size == 261
+  assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (261, 256, 257, 258, None)
   assert tokenizer.encode('é<pad>', add_bos=True) == [257, 0xC3, 0xA9, 256]
   assert tokenizer.encode('x<|reward|>y[UNUSED_TOKEN_130]') == [120, 259, 121, 260]
   assert tokenizer.decode([0xC3, 257, 65]) == '\ufffdA'
@@ -361,3 +361,104 @@ def test_stop_ids(tmp_path, bpe):
     write_json(tmp_path / 'generation_config.json', {'eos_token_id': bad})
     with pytest.raises(tokenizer_lib.TokenizerError, match=r'generation_config\.json: eos_token_id must be an id or a list of ids'):
       tokenizer_lib.stop_ids(tmp_path, bpe)
+
+
+def test_what_a_post_processor_puts_before_a_text():
+  special = {'<s>': {'id': '<s>', 'ids': [5, 6], 'tokens': ['<s>', '<t>']}, '</s>': {'id': '</s>', 'ids': [7], 'tokens': ['</s>']}}
+  token = lambda name: {'SpecialToken': {'id': name, 'type_id': 0}}
+  text = {'Sequence': {'id': 'A', 'type_id': 0}}
+  template = lambda *single: {'type': 'TemplateProcessing', 'single': list(single), 'pair': [], 'special_tokens': special}
+  prefix = lambda step, added=(): tokenizer_lib.prefix_of({'post_processor': step, 'added_tokens': list(added)})
+  assert prefix(template(token('<s>'), token('</s>'), text, token('</s>'))) == (5, 6, 7)
+  assert prefix(template(text, token('</s>'))) == () == prefix({'type': 'ByteLevel'})
+  for kind in ('BertProcessing', 'RobertaProcessing'):
+    assert prefix({'type': kind, 'sep': ['</s>', 7], 'cls': ['<s>', 5]}) == (5,)
+  assert prefix({'type': 'Sequence', 'processors': [{'type': 'ByteLevel'}, template(token('<s>'), text)]}) == (5, 6)
+  own = [{'content': string, 'id': i} for i, string in enumerate(tokenizer_lib.SPECIAL_TOKENS)]
+  assert prefix(None, own) == (1,) and prefix(None, own[:-1]) == () == prefix(None)
+  assert prefix(None, [{**entry, 'id': entry['id'] + 1} for entry in own]) == ()
+
+
+def test_stop_ids_may_be_zero(tmp_path, bpe):
+  write_json(tmp_path / 'config.json', {'eos_token_id': [0, -1, 3]})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (0, 3)
+  write_json(tmp_path / 'config.json', {'eos_token_id': []})
+  assert tokenizer_lib.stop_ids(tmp_path, bpe) == (2,)
+
+
+def test_up_to_twenty_names_of_a_folder_are_listed(tmp_path):
+  names = [f'a{i:02}' for i in range(22)]
+  for count, ending in ((20, ', '.join(names[:20])), (22, ', '.join(names[:20]) + ' and 2 more')):
+    for name in names[:count]:
+      (tmp_path / name).write_text('')
+    with pytest.raises(tokenizer_lib.TokenizerError) as error:
+      tokenizer_lib.open_tokenizer(tmp_path)
+    assert str(error.value).endswith(f'but: {ending}')
+
+
+class PanicException(BaseException):
+  """As the tokenizers library raises it."""
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (RuntimeError('x' * 300 + '\nmore'), 'x' * 160),
+    (Exception('first\nsecond'), 'first'),
+    (ValueError(), r'ValueError\(\)'),
+    (PanicException('p'), 'p'),
+  ],
+)
+def test_whatever_a_library_raises_is_a_damaged_file(bpe_path, error, reason):
+  class Failing(tokenizer_lib.BpeTokenizer):
+    def _load(self):
+      raise error
+
+  with pytest.raises(tokenizer_lib.TokenizerError, match=rf'tokenizer\.json: not a readable tokenizer file: {reason}; download it again'):
+    Failing(bpe_path).encode('a')
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), ImportError('no library'), tokenizer_lib.TokenizerError('own')])
+def test_other_errors_of_loading_are_passed_on(bpe_path, error):
+  class Failing(tokenizer_lib.BpeTokenizer):
+    def _load(self):
+      raise error
+
+  with pytest.raises(type(error)) as caught:
+    Failing(bpe_path).encode('a')
+  assert caught.value is error
+
+
+def test_unknown_text_is_what_its_own_string_does_not_explain():
+  class Some:
+    unk_id, control = 3, {'<unk>': 3, '<s>': 4}
+
+  unknown = tokenizer_lib.holds_unknown
+  assert unknown(Some(), 'ab', [7, 3]) and not unknown(Some(), 'ab', [7, 8]) and not unknown(Some(), 'a<unk>', [7, 3])
+  assert unknown(Some(), '<unk>b', [3, 3]) and not unknown(Some(), '<unk><s><unk>', [3, 4, 3])
+  Some.unk_id = None
+  assert not unknown(Some(), 'ab', [7, 3])
+
+
+def test_characters_are_unknown_alone_or_only_together(bpe_path):
+  class Pairs(tokenizer_lib.BpeTokenizer):
+    unk_id, control, prefix_ids = 9, {}, (1,)
+
+    def _encode(self, text):
+      return [9 if 'b' in text or 'xx' in text else 5]
+
+  with pytest.warns(UserWarning, match=r"tokenizer\.json has no token for 'b' \(in 'abb'\), which becomes its unknown token") as caught:
+    assert Pairs(bpe_path).encode('abb', add_bos=True) == [1, 9]
+  assert caught[0].filename == __file__
+  with pytest.warns(UserWarning, match=rf"has no token for '{'x' * 40}' \(in '{'x' * 40}'\)"):
+    Pairs(bpe_path).encode('x' * 50)
+
+
+def test_the_size_is_one_more_than_the_largest_id_and_defaults_name_tokens(tmp_path):
+  model = tokenizers.Tokenizer(models.WordLevel({'a': 0, 'b': 1, '<none>': 2}, unk_token='<none>'))
+  model.add_special_tokens(['<none>', '</s>', '<pad>', '<s>'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = tokenizer_lib.open_tokenizer(tmp_path)
+  ids = {token: model.token_to_id(token) for token in ('<s>', '</s>', '<pad>', '<none>')}
+  assert ids_of(tokenizer) == tuple(ids.values()) and tokenizer.vocab_size == 6 == max(ids.values()) + 1
+  assert tokenizer.control == ids and tokenizer.prefix_ids == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -217,3 +218,83 @@ def test_an_evaluation_before_the_first_step_or_of_the_last_one_can_be_dropped(t
     assert ([record['step'] for record in read_metrics(tmp_path)], log.lost) == (kept, lost)
     assert log._file.closed
   assert [metrics.is_evaluation(line) for line in lines] == [True, False, True]
+
+
+@pytest.mark.parametrize('step', ['true', '"1"', 'null', '1e999', '-1e999', '[1]'])
+def test_a_step_is_a_finite_number(tmp_path, step):
+  (tmp_path / FILE).write_text(f'{{"step": {step}}}\n')
+  with pytest.raises(UserError, match=r'metrics\.jsonl:1: .*(not an object with a `step`|not JSON|number)'):
+    read_metrics(tmp_path)
+
+
+def test_fields_that_are_no_numbers(tmp_path):
+  record = {
+    'step': 1,
+    'stage': 's',
+    'alarms': ['a'],
+    'reward_histogram': {'low': 0},
+    'pick': 'p',
+    'prompt': 'q',
+    'reference': 'r',
+    'output': 'o',
+  }
+  (tmp_path / FILE).write_text(json.dumps(record) + '\n')
+  assert read_metrics(tmp_path) == [record]
+  (tmp_path / FILE).write_text('{"step": 1, "output": 3}\n')
+  with pytest.raises(UserError, match="'output' is 3, which is not a str; delete the line"):
+    read_metrics(tmp_path)
+  (tmp_path / FILE).write_text('{"step": 1, "loss": "x"}\n')
+  with pytest.raises(UserError, match="'loss' is 'x', which is not a number; delete the line"):
+    read_metrics(tmp_path)
+
+
+def test_null_is_nan_in_metrics_alone(tmp_path):
+  for file in (FILE, metrics.SAMPLES):
+    (tmp_path / file).write_text('{"step": 1, "reward": null}\n')
+  assert np.isnan(read_metrics(tmp_path)[0]['reward']) and read_metrics(tmp_path, metrics.SAMPLES) == [{'step': 1, 'reward': None}]
+
+
+def test_tensorboard_gets_numbers_by_step_after_what_is_purged(tmp_path, monkeypatch):
+  made, calls = [], []
+
+  class Writer:
+    def __init__(self, folder, **settings):
+      made.append((folder, settings))
+
+    def __getattr__(self, name):
+      return lambda *arguments: calls.append((name, *arguments))
+
+  monkeypatch.setattr(metrics, '_import_tensorboard', lambda: types.SimpleNamespace(SummaryWriter=Writer))
+  log = MetricsLog(tmp_path, 4)
+  assert made == [(str(tmp_path / 'tensorboard'), {'purge_step': 5, 'flush_secs': 30})]
+  log.write({'stage': 's', 'step': 5, 'loss': 0.5, 'tokens': 3, 'reward_histogram': {}})
+  values = np.zeros(2)
+  log.histogram(5, 'rewards', values)
+  log.close()
+  assert calls == [('add_scalar', 'loss', 0.5, 5), ('add_scalar', 'tokens', 3, 5), ('add_histogram', 'rewards', values, 5), ('close',)]
+
+
+def test_records_are_synced_before_a_checkpoint_and_at_the_end(tmp_path, monkeypatch):
+  synced = []
+  monkeypatch.setattr(metrics.os, 'fsync', lambda file: synced.append(len(read_metrics(tmp_path))))
+  log = metrics.StepLog(tmp_path / 'new' / '..', 0, FILE)
+  synced.clear()
+  log.write({'step': 1})
+  log.flush()
+  log.write({'step': 2})
+  log.close()
+  assert synced == [1, 2]
+
+
+def test_a_histogram_has_twelve_bins_and_some_width():
+  found = reward_histogram(np.array([[1.0, 1.0]]))
+  assert len(found['chosen']) == len(found['rejected']) == 12
+  assert (found['low'], found['high']) == (1.0, 1.0 + 1e-6)
+
+
+def test_an_evaluation_of_the_last_step_stays_by_default(tmp_path):
+  text = '{"step": 1, "loss": 0.5}\n{"step": 1, "validation_loss": 1.0}\n'
+  for make in (lambda: metrics.StepLog(tmp_path, 1, FILE), lambda: MetricsLog(tmp_path, 1)):
+    (tmp_path / FILE).write_text(text)
+    make().close()
+    assert len(read_metrics(tmp_path)) == 2

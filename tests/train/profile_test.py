@@ -34,3 +34,15 @@ def test_steps_are_captured_after_those_that_are_skipped(tmp_path, monkeypatch, 
   profiler.close()
   assert events == expected
   assert lines == ([f'profile of {steps} steps: tensorboard --logdir {tmp_path / "profile"}'] if expected else [])
+
+
+def test_the_results_of_the_last_captured_step_are_awaited(tmp_path, monkeypatch):
+  events = []
+  monkeypatch.setattr(profile.jax.profiler, 'start_trace', lambda folder: events.append(folder))
+  monkeypatch.setattr(profile.jax.profiler, 'stop_trace', lambda: events.append('stop'))
+  monkeypatch.setattr(profile.jax, 'block_until_ready', events.append)
+  profiler = profile.Profiler(ProfileConfig(steps=2, skip=1), tmp_path, lambda line: None)
+  for step in range(4):
+    profiler.before(step)
+    profiler.after(step + 1, f'results {step}')
+  assert events == [str(tmp_path / 'profile'), 'results 2', 'stop']

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import types
 from typing import Any, NamedTuple
@@ -187,4 +188,95 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused_before_the_first_step(
   session.check_space(State({'w': jax.ShapeDtypeStruct((3,), jnp.float32)}), evaluate_every=None)
   with pytest.raises(ConfigError):
     session.check_space(abstract, evaluate_every=50)
+  session.close()
+
+
+@pytest.mark.parametrize(
+  ('on_disk', 'steps', 'evaluate_every', 'count'),
+  [
+    ([], 100, None, 4),  # keep 2, keep_best 1 and one being written
+    ([2, 4], 100, None, 2),
+    ([2, 4, 6, 8, 10], 100, None, 0),  # older ones make room
+    ([2], 6, None, 2),  # those of steps 4 and 6
+    ([2, 4], 5, None, 1),
+  ],
+)
+def test_only_checkpoints_that_are_not_there_yet_need_room(settings, monkeypatch, on_disk, steps, evaluate_every, count):
+  session, *_ = start(settings)
+  checked = []
+  monkeypatch.setattr(space, 'check', lambda *arguments: checked.append(arguments))
+  settings.steps, checkpointer = steps, session.checkpointer
+  session.checkpointer = types.SimpleNamespace(steps=on_disk)
+  abstract = State({'w': jax.ShapeDtypeStruct((3,), jnp.float32)})
+  session.check_space(abstract, evaluate_every)
+  monkeypatch.setattr('polar_jax.train.session.jax.process_index', lambda: 1)
+  session.check_space(abstract, evaluate_every)  # the first process alone looks
+  assert checked == [('run', settings.home, settings.checkpointing, 12 * count)]
+  session.checkpointer = checkpointer
+  session.close()
+
+
+def test_records_before_the_first_step_stay_only_if_there_is_a_checkpoint(settings):
+  settings.folder.mkdir(parents=True)
+  (settings.folder / 'metrics.jsonl').write_text('{"step": 0, "evaluation_raw": 1.0}\n{"step": 1, "step_seconds": 2.5}\n')
+  session, *_ = start(settings)
+  assert read_metrics(settings.folder) == [] and session.clock.seconds['lost'] == 2.5
+  assert not session.is_complete and session.steps_taken == 0
+  session.close()
+
+
+def test_a_summary_of_a_run_that_took_no_step_is_written_if_it_is_missing(settings):
+  session, *values = start(settings)
+  summary = run_until(session, *values, last=4)
+  session.close()
+  assert set(summary) == {'tokens', 'seconds', 'seconds_by_part', 'goodput'}
+  assert all(value == round(value, 3) for value in summary['seconds_by_part'].values())
+  (settings.folder / 'summary.json').unlink()
+  (settings.home / 'summary.json').unlink()
+  session, *values = start(settings)
+  assert run_until(session, *values, last=4)['tokens'] == 40 and (settings.home / 'summary.json').exists()
+  session.close()
+
+
+def test_only_the_first_process_writes_a_summary(settings, monkeypatch):
+  session, *values = start(settings)
+  write, first = session._write_summary, jax.process_index
+
+  def as_another(summarize):
+    monkeypatch.setattr('polar_jax.train.session.jax.process_index', lambda: 1)
+    try:
+      return write(summarize)
+    finally:
+      monkeypatch.setattr('polar_jax.train.session.jax.process_index', first)
+
+  session._write_summary = as_another
+  assert run_until(session, *values, last=4) == {} and not (settings.folder / 'summary.json').exists()
+  session.close()
+
+
+def test_an_evaluation_of_the_restored_step_stays_by_default(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    session.advance()
+    session.metrics.write({'step': 1, 'validation_loss': 1.0})
+    session.open_log(SAMPLES).write({'step': 1, 'validation_loss': 1.0})
+    session.save(state, {'tokens': 0}, {})
+  session.close()
+  session, *_ = start(settings)
+  session.open_log(SAMPLES)
+  assert [len(read_metrics(settings.folder, file)) for file in ('metrics.jsonl', SAMPLES)] == [1, 1]
+  session.close()
+
+
+def test_another_machine_continues_with_the_logs_that_were_kept(settings):
+  session, state, _ = start(settings)
+  with session.running():
+    for step in (1, 2):
+      session.advance()
+      session.metrics.write({'step': step})
+      session.save(state, {'tokens': step}, {})
+  session.close()
+  shutil.rmtree(settings.folder)
+  session, *_ = start(settings)
+  assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2]
   session.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import types
 
 import numpy as np
 import pytest
 
-from polar_jax.config import TrainConfig
+from polar_jax.config import ModelConfig, TrainConfig
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.sharding import Share
 from polar_jax.train import trainer as trainer_lib
@@ -182,3 +183,257 @@ def test_batches_are_divided_among_devices_and_micro_batches(monkeypatch):
   assert (plan.size, plan.multiple, plan.share) == (24, 12, Share(1, 2, 3))
   assert [trainer_lib.num_steps(TrainConfig(batch_size=10, steps=steps), 35) for steps in (None, 7)] == [3, 7]
   assert trainer_lib.num_steps(TrainConfig(batch_size=10), 3) == 1
+
+
+class Steps:
+  """A session of `total` steps that notes what happens in `events`."""
+
+  def __init__(self, total, save_due=(), start=0):
+    self.total, self.save_due, self.step, self.first_step, self.events, self.metrics = total, save_due, start, start, [], None
+    self.clock = types.SimpleNamespace(lap=lambda part: self.events.append(part))
+    note = lambda what: lambda *arguments: self.events.append((what, *arguments))
+    self.profiler = types.SimpleNamespace(before=note('before'), after=note('after'))
+
+  is_complete = property(lambda self: self.step >= self.total)
+  is_save_due = property(lambda self: self.step in self.save_due)
+  steps_taken = property(lambda self: self.step - self.first_step)
+
+  def advance(self):
+    self.step += 1
+
+  def running(self):
+    return contextlib.nullcontext()
+
+  @contextlib.contextmanager
+  def saving_if_stopped(self, save):
+    try:
+      yield
+    except Stopped:
+      save()
+      raise
+
+  def stop_if_preempted(self, save, *, finished):
+    self.events.append(('may stop', finished))
+
+  def finish(self, save, summarize):
+    self.events.append('finish')
+    save()
+    return summarize({'seconds': 1.0})
+
+
+def loop(total, validation='batches', evaluate_every=None, save_due=(), start=0, due_before=False):
+  """Run the loop of a trainer whose steps only count."""
+  trainer = make_trainer(validation_due=due_before, validated_step=-1, state=types.SimpleNamespace(params='params'))
+  session = trainer.session = Steps(total, save_due, start)
+  trainer.run.validation, trainer.run.train = validation, TrainConfig(evaluate_every=evaluate_every)
+
+  def validate():
+    session.events.append(('validate', session.step))
+    trainer.validated_step, trainer.validation_due = session.step, False
+
+  def take_step():
+    session.advance()
+    session.events.append(session.step)
+
+  trainer._take_step, trainer._validate = take_step, validate
+  trainer._save = lambda again=False: session.events.append(('save', session.step, again, trainer.validation_due))
+  trainer._summarize = lambda timing: timing | {'own': 2}
+  assert trainer.run_to_end() == ('params', {'seconds': 1.0, 'own': 2})
+  return session.events
+
+
+def test_the_loop_validates_at_the_end_and_in_between_and_saves_what_it_validated():
+  stop, end = [('may stop', False)], [('may stop', True), 'finish']
+  save = lambda step: [('save', step, False, False), 'save']
+  assert loop(5, evaluate_every=2, save_due=[1]) == [
+    *(1, 'evaluate', *save(1), *stop),
+    *(2, ('validate', 2), 'evaluate', *save(2), *stop),
+    *(3, 'evaluate', *stop),
+    *(4, ('validate', 4), 'evaluate', *save(4), *stop),
+    *(5, ('validate', 5), 'evaluate', *end, ('save', 5, False, False)),
+  ]
+  assert loop(2) == [1, 'evaluate', *stop, 2, ('validate', 2), 'evaluate', *end, ('save', 2, False, False)]
+  assert loop(2, None, 1) == [1, 'evaluate', *stop, 2, 'evaluate', *end, ('save', 2, False, False)]
+  again = [('validate', 1), ('save', 1, True, False)]  # a pass that was stopped is repeated
+  assert loop(2, start=1, due_before=True) == [*again, 2, ('validate', 2), 'evaluate', *end, ('save', 2, False, False)]
+  assert loop(1, start=1, due_before=True) == [*again, 'finish', ('save', 1, False, False)]
+
+
+def test_a_validation_that_is_stopped_is_due_when_the_run_resumes():
+  trainer, saved = make_trainer(validation_due=False, validated_step=-1), []
+  session = trainer.session = Steps(3)
+  trainer.run.validation, trainer.run.train = 'batches', TrainConfig(evaluate_every=1)
+
+  def stopped():
+    raise Stopped
+
+  trainer._take_step, trainer._validate = session.advance, stopped
+  trainer._save = lambda again=False: saved.append((session.step, again, trainer.validation_due))
+  with pytest.raises(Stopped):
+    trainer.run_to_end()
+  assert saved == [(1, False, True)]
+
+
+@pytest.mark.parametrize('one_at_a_time', [True, False])
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(monkeypatch, one_at_a_time):
+  trainer = make_trainer(one_at_a_time=one_at_a_time, state='state 0', pending='pending 0', count_flops=None)
+  session = trainer.session = Steps(9)
+  events, note = session.events, lambda what: lambda *arguments: session.events.append((what, *arguments))
+  batch = types.SimpleNamespace(tokens_BT=np.zeros((8, 4)))
+  trainer.iterator = type('Batches', (), {'__next__': lambda self: batch, 'get_state': lambda self: f'iterator after {session.step}'})()
+  trainer.run.mesh = 'mesh'
+  monkeypatch.setattr(trainer_lib.sharding, 'put_local', lambda host, mesh: host if mesh == 'mesh' else None)
+  monkeypatch.setattr(trainer_lib.jax, 'block_until_ready', note('wait'))
+  trainer._compile, trainer._write_pending = note('compile'), note('write')
+  trainer._pending_step = lambda host, output: ('pending', host is batch, output)
+
+  def train_step(state, given):
+    events.append(('train', state, given is batch))
+    return f'state {session.step + 1}', f'output {session.step + 1}'
+
+  trainer.train_step = train_step
+  for step in (1, 2):
+    trainer._take_step()
+    assert events == [
+      'data',
+      *([('compile', batch)] if step == 1 else []),
+      *([('wait', f'state {step - 1}')] if one_at_a_time else []),
+      ('before', step - 1),
+      ('train', f'state {step - 1}', True),
+      'compile' if step == 1 else 'step',
+      ('write',),
+      ('after', step, f'output {step}'),
+      'step',
+    ]
+    assert (trainer.state, trainer.iterator_state) == (f'state {step}', f'iterator after {step}')
+    assert trainer.pending == ('pending', True, f'output {step}')
+    events.clear()
+
+
+def test_the_first_shape_is_checked_together_with_validation(monkeypatch):
+  checked = []
+
+  def check(what, memory, mesh, log, remedies):
+    checked.append((what, memory, mesh, remedies.args))
+
+  monkeypatch.setattr(trainer_lib.memory_lib, 'check', check)
+  monkeypatch.setattr(trainer_lib.sharding, 'batch_shards', lambda mesh: 4)
+  monkeypatch.setattr(trainer_lib.sharding, 'put_local', lambda batch, mesh: batch)
+  call = lambda name: types.SimpleNamespace(prepare=lambda *arguments: (name, *arguments))
+  batch, other = (types.SimpleNamespace(tokens_BT=np.zeros(shape)) for shape in ((8, 16), (12, 5)))
+  trainer = make_trainer(train_step=call('train'), evaluate_step=call('evaluate'), state=types.SimpleNamespace(params='params'))
+  trainer.run.mesh, trainer.run.validation, trainer.compiled_rows = 'mesh', [other, batch], {8}
+  trainer._compile(batch)
+  model, config = trainer.run.model, trainer.run.train
+  step = ('run: a step of 8 x 16 tokens', ('train', trainer.state, batch), 'mesh', (model, config, 2))
+  assert checked == [step, ('run: validation of 12 x 5 tokens', ('evaluate', 'params', other), 'mesh', (model, config, 3))]
+  for rows, validation in (({8, 9}, [other]), ({8}, None)):
+    checked.clear()
+    trainer.compiled_rows, trainer.run.validation = rows, validation
+    trainer._compile(batch)
+    assert checked == [step]
+
+
+class Opened:
+  """A session that notes what a trainer asks of it."""
+
+  def __init__(self, saved=None):
+    self.resumed, self.saved, self.asked = saved is not None, saved, []
+
+  def check_space(self, abstract, evaluate_every):
+    self.asked.append((abstract, evaluate_every))
+
+  def restore(self, abstract):
+    return f'restored {abstract}', self.saved
+
+  def open_logs(self, *arguments):
+    self.asked.append(arguments)
+
+
+def started(monkeypatch, session, validation=None, platform='gpu', **changes):
+  """Return a new trainer of a run of five steps."""
+
+  class Iterator:
+    at = 'start'
+
+    def set_state(self, state):
+      self.at = state
+
+    def get_state(self):
+      return self.at
+
+  read = []
+  monkeypatch.setattr(
+    trainer_lib.pipeline, 'iterate', lambda batches, *, threads, prefetch: read.append((batches, threads, prefetch)) or Iterator()
+  )
+  functions = types.SimpleNamespace(train='train', evaluate='evaluate', abstract='abstract', init=lambda key, start: (key, start))
+  monkeypatch.setattr(trainer_lib, '_functions', lambda run: functions)
+  monkeypatch.setattr(trainer_lib, 'executables', lambda function: f'executables of {function}')
+  monkeypatch.setattr(trainer_lib.jax.random, 'key', lambda seed: f'key {seed}')
+  monkeypatch.setattr(trainer_lib.flops, 'peak_flops', lambda device: (50.0, 'table'))
+  run = types.SimpleNamespace(
+    train=TrainConfig(evaluate_every=3, log_every=7, learning_rate=1.0, warmup_ratio=0.4, final_lr_ratio=0.0),
+    steps=5,
+    validation=validation,
+    objective=RANKING,
+    profile=types.SimpleNamespace(peak_flops=None),
+    batches='batches',
+    threads=2,
+    prefetch=6,
+    seed=4,
+    load_start=None,
+    mesh=types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object)),
+  )
+  vars(run).update(changes)
+  trainer = trainer_lib._Trainer(run, session)
+  assert read == [('batches', 2, 6)] and (trainer.train_step, trainer.evaluate_step) == ('executables of train', 'executables of evaluate')
+  return trainer
+
+
+def test_a_new_run_starts_from_its_seed(monkeypatch):
+  session = Opened()
+  trainer = started(monkeypatch, session)
+  assert trainer.state == ('key 4', None) and session.asked == [('abstract', None), (7, False)]
+  np.testing.assert_allclose(trainer.learning_rates, [0, 0.5, 1, 0.75, 0.25], atol=1e-6)
+  assert (trainer.tokens, trainer.flops, trainer.validation, trainer.validated_step, trainer.validation_due) == (0, 0.0, {}, -1, False)
+  assert (trainer.iterator_state, trainer.pending, trainer.compiled_rows, trainer.one_at_a_time) == ('start', None, set(), False)
+  assert (trainer.peak_flops, trainer.peak_source) == (50.0, 'table') and trainer.count_flops is trainer_lib.flops.reward_model_flops
+  session = Opened()
+  profile = types.SimpleNamespace(peak_flops=9.0)
+  trainer = started(monkeypatch, session, [1], 'cpu', load_start=lambda: {'decoder': 1}, objective=NEXT_TOKEN, profile=profile)
+  assert trainer.state == ('key 4', {'decoder': 1}) and session.asked == [('abstract', 3), (7, False)] and trainer.one_at_a_time
+  assert (trainer.peak_flops, trainer.peak_source) == (9.0, 'profile.peak_flops')
+  assert trainer.count_flops is trainer_lib.flops.language_model_flops
+
+
+@pytest.mark.parametrize(
+  ('validation', 'due', 'expected'), [([1], True, True), (None, True, False), ([1], False, False), ([1], None, False)]
+)
+def test_a_resumed_run_continues_where_it_was(monkeypatch, validation, due, expected):
+  saved = {'iterator': 'third batch', 'tokens': 70, 'flops': 3.0, 'validated': {'validation_loss': 2.0}}
+  session = Opened(saved if due is None else saved | {'validation_due': due})  # older checkpoints have none
+  trainer = started(monkeypatch, session, validation, load_start=lambda: pytest.fail('a resumed run loads no start'))
+  assert trainer.state == 'restored abstract' and trainer.iterator.at == trainer.iterator_state == 'third batch'
+  assert (trainer.tokens, trainer.flops, trainer.validation) == (70, 3.0, {'validation_loss': 2.0})
+  assert trainer.validation_due is expected and session.asked[1] == (7, expected)
+
+
+def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch):
+  built = []
+
+  def build(*arguments):
+    built.append(arguments)
+    return trainer_lib.step_lib.StepFunctions('init', 'train', 'evaluate', 'abstract')
+
+  monkeypatch.setattr(trainer_lib.step_lib, 'build', build)
+  monkeypatch.setattr(trainer_lib.step_lib, 'scheduled_init', lambda *arguments: arguments)
+  monkeypatch.setattr(trainer_lib, 'make_optimizer', lambda *arguments: arguments)
+  trainer_lib._compiled.cache_clear()
+  configs = [TrainConfig(learning_rate=rate, gradient_accumulation_steps=2, b1=b1) for rate, b1 in ((0.1, 0.9), (0.2, 0.9), (0.2, 0.8))]
+  make = lambda train, steps: types.SimpleNamespace(objective=RANKING, model=ModelConfig(), train=train, mesh='mesh', steps=steps)
+  try:
+    found = [trainer_lib._functions(make(config, steps)) for steps, config in enumerate(configs)]
+  finally:
+    trainer_lib._compiled.cache_clear()
+  assert found == [(('init', config, steps), 'train', 'evaluate', 'abstract') for steps, config in enumerate(configs)]
+  assert built == [(RANKING, ModelConfig(), (trainer_lib.without_schedule(config), 1), 'mesh', 2) for config in (configs[0], configs[2])]
