@@ -290,6 +290,7 @@ def test_policy_learns_a_python_reward(language_model, tmp_path, mesh):
     )
 
 
+@pytest.mark.slow  # sums of rewards have tests of their own
 def test_policy_takes_a_reward_model_and_a_weighted_sum(language_model, trained, tmp_path, mesh):
   args = dataclasses.replace(RFT, steps=1)
   prompts = [{'prompt': f'p{i}', 'reference': 'aaaa'} for i in range(8)]

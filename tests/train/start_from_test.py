@@ -185,6 +185,7 @@ def scores(folder: pathlib.Path, context: Context) -> np.ndarray:
   return Scorer(opened.params(context.mesh), opened.model, template, context.mesh).score_pairs(context.triplets('validation'))
 
 
+@pytest.mark.slow  # the tests of conventions convert and export as well
 def test_scores_survive_conversion_to_hugging_face_and_back(trained, tmp_path):
   context, run, _ = trained
   convert_to = lambda source, target: convert.convert(
