@@ -174,3 +174,10 @@ def test_impossible_texts_decide_or_are_rejected():
 def test_bad_likelihoods_are_refused(arguments, message):
   with pytest.raises(ValueError, match=message):
     baselines.bayes_scores(*arguments)
+
+
+def test_a_policy_of_probability_zero_changes_nothing():
+  rng = np.random.default_rng(3)
+  reference, candidate = -5 * rng.random((3, 7)), -5 * rng.random((3, 7))
+  expected = baselines.bayes_scores(reference[1:], candidate[1:], np.array([0.4, 0.6]))
+  np.testing.assert_allclose(baselines.bayes_scores(reference, candidate, np.array([0.0, 0.4, 0.6])), expected)

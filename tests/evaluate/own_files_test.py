@@ -39,6 +39,7 @@ def test_answers_to_a_prompt_are_one_item(tmp_path):
   assert (first.id, first.candidates, first.correct, first.reference) == ('1', ('so 1,000', 'no number', '$1000'), (True, False, True), 'g')
   assert first.answers == ('1000', None, '1000') and first.facts['source'] == 's' and 'policy' not in first.facts
   assert {(c.better, c.worse) for c in first.comparisons} == {((0,), (1,)), ((2,), (1,))}
+  assert not {'response', 'correct', 'answer', 'prompt_id'} & {*first.facts, *second.facts}
   assert (second.id, second.correct, second.answers) == ('r1', (False, True), ('B', '3'))
 
 
@@ -56,4 +57,5 @@ def test_rows_of_a_prompt_must_agree(tmp_path):
 def test_given_answers_of_a_list(tmp_path):
   row = {'prompt': 'p', 'candidates': ['is 1', 'is 2', 'c'], 'correct': [True, False, False]}
   read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n').items[0].answers
+  assert set(own_files.read(write(tmp_path, [row | {'answers': None, 'own': 3}]), 'n').items[0].facts) == {'own', 'wrapper'}
   assert read() == ('1', '2', None) and read(answers=['A', None, 2.5]) == ('A', None, '2.5')

@@ -204,6 +204,16 @@ def test_right_and_wrong_answers_as_references_and_second_systems(tmp_path, worl
 
 
 @pytest.mark.usefixtures('root')
+def test_items_without_a_reference_in_the_file_are_left_out_on_request(tmp_path, world):
+  (tmp_path / 'given.jsonl').write_text('{"id": "3", "reference": "x"}')
+  given = {'input': str(world / 'pairs.jsonl'), 'evaluate.references': 'file', 'evaluate.reference_file': str(tmp_path / 'given.jsonl')}
+  (all_items,) = evaluate_sets.read_sets(config_of(tmp_path, **given))
+  assert len(all_items.items) == 8 and not all_items.skipped  # the variant is refused later, with the number of those that lack one
+  (some,) = evaluate_sets.read_sets(config_of(tmp_path, **given, **{'data.on_bad_example': 'skip'}))
+  assert [item.id for item in some.items] == ['3'] and len(some.skipped) == 7
+
+
+@pytest.mark.usefixtures('root')
 def test_texts_that_the_model_reads_only_in_part_are_counted(tmp_path, world):
   rows = [FILES['pairs.jsonl'][0], FILES['pairs.jsonl'][1] | {'rejected': 'long ' * 40}]
   (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
