@@ -33,27 +33,35 @@ def curve(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000, seed:
     `majority`, the most frequent of the final answers, if all items have `answers`. `items` is their number. None if no item has
     `correct`.
   """
-  known = [(item, sets.checked_rewards(item, scores)) for item, scores in zip(items, rewards, strict=True) if item.correct is not None]
-  if not known:
+  of_rewards = reward_curve(items, rewards, resamples, seed)
+  if of_rewards is None:
     return None
-  most = min(len(item.candidates) for item, _ in known)
-  correct = [np.array(item.correct, np.float64) for item, _ in known]
-  reward = np.array([expected_best(scores, c)[:most] for (_, scores), c in zip(known, correct, strict=True)])
-  low, high = _interval(reward, resamples, seed)
-  out = {
+  known = [item for item in items if item.correct is not None]
+  most = len(of_rewards['reward'])
+  correct = [np.array(item.correct, np.float64) for item in known]
+  out: dict[str, Any] = {
     'n': list(range(1, most + 1)),
-    'reward': reward.mean(axis=0).tolist(),
-    'low': low.tolist(),
-    'high': high.tolist(),
+    **of_rewards,
     'oracle': np.mean([_oracle(c)[:most] for c in correct], axis=0).tolist(),
     'random': [float(np.mean([c.mean() for c in correct]))] * most,
     'items': len(known),
   }
-  if all(item.answers is not None for item, _ in known):
+  if all(item.answers is not None for item in known):
     rng = np.random.default_rng(seed)
-    votes = [majority(item.answers or (), c, rng)[:most] for (item, _), c in zip(known, correct, strict=True)]
+    votes = [majority(item.answers or (), c, rng)[:most] for item, c in zip(known, correct, strict=True)]
     out['majority'] = np.mean(votes, axis=0).tolist()
   return out
+
+
+def reward_curve(items: Sequence[Item], rewards: Rewards, resamples: int = 2_000, seed: int = 0) -> dict[str, list[float]] | None:
+  """Return `reward`, `low` and `high` of `curve`, whose arguments these are: all of it that depends on the rewards."""
+  known = [(item, sets.checked_rewards(item, scores)) for item, scores in zip(items, rewards, strict=True) if item.correct is not None]
+  if not known:
+    return None
+  most = min(len(item.candidates) for item, _ in known)
+  reward_IN = np.array([expected_best(scores, np.array(item.correct, np.float64))[:most] for item, scores in known])
+  low_N, high_N = _interval(reward_IN, resamples, seed)
+  return {'reward': reward_IN.mean(axis=0).tolist(), 'low': low_N.tolist(), 'high': high_N.tolist()}
 
 
 def expected_best(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:

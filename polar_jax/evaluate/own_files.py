@@ -144,7 +144,8 @@ def _grouped(path: pathlib.Path, rows: Sequence[tuple[int, Item]], mode: str, sk
 def _answers(fields: dict[str, Any], candidates: Sequence[Text]) -> tuple[str | None, ...]:
   """Return the final answer of each candidate: given ones, or last numbers."""
   if fields.get('answers') is not None:
-    given = _list(fields, 'answers', len(candidates), lambda v: v is None or (isinstance(v, (str, int, float))), 'strings, numbers or null')
+    valid = lambda v: v is None or (isinstance(v, (str, int, float)) and not isinstance(v, bool))
+    given = _list(fields, 'answers', len(candidates), valid, 'strings, numbers or null')
     return tuple(None if value is None else str(value) for value in given)
   numbers = [last_number(join_messages(text, 'candidate')) for text in candidates]
   return tuple(None if number is None else str(number) for number in numbers)

@@ -170,6 +170,7 @@ class Policy(TemplateLM):
     return answers
 
   def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+    # Abstract in TemplateLM, and called by its `loglikelihood` alone, which is overridden.
     raise NotImplementedError('requests are tokenized by `loglikelihood`')
 
   def _given(self, requests: Sequence[Instance]) -> list[tuple[Any, ...]]:

@@ -149,6 +149,10 @@ class Trainer:
       StopRequested: SIGTERM arrived.
     """
     run = self.run
+    if run.config.method != 'sft':
+      c = run.config.rollout
+      what = f'{run.name}: decoding {self.engine.concurrent} responses of {c.max_prompt} + {c.max_new} tokens at a time'
+      memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer)
     rows, length = micro_batch_rows(run.config, run.mesh), self.row_length
     placed = sharding.batch_sharding(run.mesh)
     shape = lambda kind, dtype: kind._make([jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)] * len(kind._fields))
@@ -161,10 +165,6 @@ class Trainer:
       memory = accumulate.prepare(params, sums, params, *inputs, np.float32(0))
       what = f'{run.name}: a micro-batch of {name} of {rows} x {length} tokens'
       memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params))
-    if run.config.method != 'sft':
-      c = run.config.rollout
-      what = f'{run.name}: decoding {self.engine.concurrent} responses of {c.max_prompt} + {c.max_new} tokens at a time'
-      memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer)
 
   def _smaller(self, fit: memory_lib.Fit) -> list[str]:
     """Return what to change so that a micro-batch fits."""

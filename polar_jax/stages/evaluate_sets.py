@@ -249,8 +249,10 @@ def _measure(context: Context, part: Scored) -> dict[str, Any]:
   result |= {'revisions': dict(one.revisions)} if one.revisions else {}
   best = best_of_n.curve(one.items, rewards, resamples, context.config.seed)
   if best is not None:
-    curves = {name: best_of_n.curve(one.items, values, resamples, context.config.seed) for name, values in part.rewards.items()}
-    best['references'] = {name: {key: of[key] for key in ('reward', 'low', 'high')} for name, of in curves.items() if of is not None}
+    of_main = {key: best[key] for key in ('reward', 'low', 'high')}
+    others = {name: values for name, values in part.rewards.items() if name != part.main}
+    curves = {name: best_of_n.reward_curve(one.items, values, resamples, context.config.seed) for name, values in others.items()}
+    best['references'] = {part.main: of_main, **curves}
     result['best_of_n'] = best
   context.log(f'{one.name}: accuracy {result["accuracy"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}], {result["ties"]} ties')
   return result

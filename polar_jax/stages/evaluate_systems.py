@@ -12,17 +12,18 @@ import numpy as np
 from polar_jax import api
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError
+from polar_jax.data import readers
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.template import Template, join_messages
 from polar_jax.evaluate import recorded, text_baselines
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
+from polar_jax.policies.batched import BatchedPolicy
 from polar_jax.runtime import paths
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.stages.context import Context
 from polar_jax.types import Group, Text, Triplet
 
 _NAMED = 20  # ids of truncated items in evaluation.json
-_FILES = ('.jsonl', '.jsonl.gz')
 
 
 class RewardSystem:
@@ -117,7 +118,7 @@ def others(context: Context, texts: Sequence[str], found: Sequence[EvaluationSet
   names = _names([paths.path_of(text) for text in texts])
   out = []
   for name, text in zip(names, texts, strict=True):
-    if text.endswith(_FILES):
+    if text.endswith(readers.SUFFIXES):
       held = recorded.Recorded(paths.path_of(text)).of(found)
       by_id = {of: {item.id: rewards for item, rewards in zip(one.items, all_of, strict=True)} for of, (one, all_of) in held.items()}
       out.append(Other(name, lambda one, *_, by_id=by_id: [by_id[one.name][i.id] for i in one.items] if one.name in by_id else None))
@@ -182,31 +183,36 @@ def model_baselines(context: Context) -> Baselines:
   if settings.language_model:
     path = context.checkpoint(settings.language_model)
     model = api.load(_open(context, 'evaluate.language_model', path, 'lm'), mesh=context.mesh, compute=context.config.model)
-    out['likelihood_ratio'] = lambda items: likelihood_ratio(items, model)
+    policy = BatchedPolicy(model)
+    out['likelihood_ratio'] = lambda items: likelihood_ratio(items, policy, context.log)
   return out
 
 
-def likelihood_ratio(items: Sequence[Item], model: Any) -> Rewards:
+def likelihood_ratio(items: Sequence[Item], policy: BatchedPolicy, log: Callable[[str], None]) -> Rewards:
   """Return how much more likely a language model finds each candidate after it has read the reference, in nats.
 
-  The model reads the prompt, the reference, and the prompt again; without reference only the prompt. Lines separate them.
+  The model reads the prompt, the reference, and the prompt again; without reference only the prompt. Lines separate them. What all
+  candidates of an item read is computed once.
 
   Args:
     items: with references.
-    model: a `polar_jax.LanguageModel`.
+    policy: the language model.
+    log: receives a line if contexts are too long for the model.
+
+  Raises:
+    UserError: a candidate is longer than the model reads.
   """
   texts = [[join_messages(text, 'candidate') for text in item.candidates] for item in items]
-  out = [np.zeros(len(of), np.float64) for of in texts]
-  # An empty candidate is as likely with the reference as without.
-  rows = [(i, c) for i, of in enumerate(texts) for c, text in enumerate(of) if text]
-  prompts = [context for i, _ in rows for context in _contexts(items[i])]
-  found = model.logprobs(prompts, [texts[i][c] for i, c in rows for _ in range(2)])  # one call, because each compiles
-  sums = [float(row.sum(dtype=np.float64)) for row in found]
-  for (i, c), with_reference, without in zip(rows, sums[::2], sums[1::2], strict=True):
-    out[i][c] = with_reference - without
-  return out
+  # With the newline before it, a candidate has a token even if it is empty.
+  found = policy.likelihoods(
+    [(context, f'\n{text}') for item, of in zip(items, texts, strict=True) for text in of for context in _contexts(item)]
+  )
+  ratios = np.array([with_reference.logprob - without.logprob for with_reference, without in zip(found[::2], found[1::2], strict=True)])
+  if cut := sum(one.truncated for one in found):
+    log(f'likelihood_ratio: the beginning of {cut:,} of {len(found):,} contexts was cut to the {policy.max_length} tokens of the model')
+  return np.split(ratios, np.cumsum([len(of) for of in texts])[:-1])
 
 
 def _contexts(item: Item) -> tuple[str, str]:
   prompt, reference = join_messages(item.prompt, 'prompt'), join_messages(item.reference or '', 'reference')
-  return f'{prompt}\n{reference}\n\n{prompt}\n', f'{prompt}\n'
+  return f'{prompt}\n{reference}\n\n{prompt}', prompt

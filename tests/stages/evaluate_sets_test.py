@@ -9,6 +9,8 @@ import runpy
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
@@ -17,9 +19,11 @@ from polar_jax import runner, sharding
 from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, parse
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.evaluate import hub
+from polar_jax.evaluate.sets import Item, pair
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
-from polar_jax.stages import evaluate_sets
+from polar_jax.policies.batched import BatchedPolicy
+from polar_jax.stages import evaluate_sets, evaluate_systems
 
 SHAPE = ModelConfig(
   vocab_size=ByteTokenizer.vocab_size, num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=16, init_std=0.3
@@ -134,6 +138,11 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
   assert status == 0
   text = (tmp_path / 'b/run/report.md').read_text()
   assert '2 of 8 prompts of pairs are in the training files; accuracy without them: ' in text
+  rows = [json.loads(line) for line in gzip.decompress(other.read_bytes()).decode().splitlines()]
+  pq.write_table(pa.Table.from_pylist([{name: row[name] for name in ('set', 'id', 'rewards')} for row in rows]), tmp_path / 'same.parquet')
+  _, of_table, _ = run(tmp_path / 'c', world, input=files, **given | {'evaluate.compare': str(tmp_path / 'same.parquet')})
+  for name, found in again.items():
+    assert of_table[name]['compare']['same.parquet'] == found['compare']['scores_shuffled.jsonl.gz']
   assert 'points from scores\\_shuffled.jsonl.gz' in text.replace('scores_shuffled', 'scores\\_shuffled')
   assert f'There are {2 * (8 + 1)} paired tests in all' in text
   rewards = {line['id']: line['rewards'] for line in lines if line['set'] == 'pairs'}
@@ -201,6 +210,21 @@ def test_right_and_wrong_answers_as_references_and_second_systems(tmp_path, worl
   report = (tmp_path / 'run/report.html').read_text()
   assert {path.stem for path in (tmp_path / 'run/figures').iterdir()} == {'evaluation', 'calibration', 'best_of_n', 'reference_curve'}
   assert report.count('<img') == 4
+
+
+def test_the_likelihood_ratio_is_that_of_single_sequences(world):
+  model, lines = polar_jax.load(world / 'lm'), []
+  made = lambda i, *candidates: Item(str(i), f'p{i}', candidates, pair(), reference=f'r{i} and more')
+  items = [made(0, 'a b', '', 'longer text'), made(1, 'a b', 'c')]
+  found = evaluate_systems.likelihood_ratio(items, BatchedPolicy(model), lines.append)
+  for i, item in enumerate(items):
+    for candidate, ratio in zip(item.candidates, found[i], strict=True):
+      contexts = [f'p{i}\nr{i} and more\n\np{i}', f'p{i}']
+      logp = [float(model.logprobs([context], [f'\n{candidate}'])[0].sum()) for context in contexts]
+      assert ratio == pytest.approx(logp[0] - logp[1], abs=1e-4)
+  assert np.ptp(np.concatenate(found)) > 0.01 and not lines
+  evaluate_systems.likelihood_ratio(items, BatchedPolicy(model, max_length=16), lines.append)
+  assert lines == ['likelihood_ratio: the beginning of 5 of 10 contexts was cut to the 16 tokens of the model']
 
 
 @pytest.mark.usefixtures('root')
@@ -327,6 +351,7 @@ ROW = {'prompt': 'p', 'reference': 'r', 'candidates': ['a', 'b']}
     (ROW | {'correct': [True, False], 'id': 1.5}, 'id must be a string or an integer'),
     (ROW | {'correct': [True, False], 'reference': 3}, 'reference'),
     (ROW | {'correct': [True, False], 'wrapper': 'x'}, 'wrapper'),
+    (ROW | {'correct': [True, False], 'answers': ['3', True]}, 'answers must be a list of strings, numbers or null'),
     (ROW | {'correct': [True, False], 'answers': ['3']}, 'answers must be a list of strings, numbers or null'),
     ({'prompt': 'p', 'response': 'a', 'correct': 1}, 'correct must be true or false'),
     ({'prompt': 'p', 'response': 3, 'correct': True}, 'response'),
