@@ -271,6 +271,7 @@ def share_of_letters(prompts, completions, **columns):
   return [sum(' ' <= character <= '~' for character in text) / 6 for text in completions]
 
 
+@pytest.mark.long
 def test_policy_learns_a_python_reward(language_model, tmp_path, mesh):
   result = polar_jax.train_policy(
     language_model,

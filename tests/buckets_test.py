@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from polar_jax.miniature import vocabulary
 
-pytestmark = pytest.mark.needs('gcsfs')
+pytestmark = [pytest.mark.needs('gcsfs'), pytest.mark.long]
 
 STEPS, SPLITS = 30, ('train', 'validation')
 

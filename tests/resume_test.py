@@ -107,6 +107,7 @@ def test_uninterrupted_run_is_a_sound_oracle(world):
   assert 'resumed' not in world.output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kills', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_killed_at_any_point(world, kills):
   workdir, rng = f'killed{kills}', np.random.default_rng(7)

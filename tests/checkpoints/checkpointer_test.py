@@ -74,6 +74,7 @@ def open_checkpoints(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.long
 def test_restore_bit_identical_on_every_mesh(open_checkpoints):
   state = random_state(abstract_state(MESHES[0]))
   kept = jax.device_get(state)

@@ -108,6 +108,7 @@ def test_gradients_of_one_pair_alone(model, name):
   _assert_same(_loss(model, _shared_rows([PAIRS[name]]), weights), _loss(model, _plain_rows(PAIRS[name]), weights))
 
 
+@pytest.mark.long
 def test_padding_changes_nothing(model):
   weights = np.ones(len(CASES), np.float32)
   plain = _loss(model, _shared_rows(CASES), weights)

@@ -110,6 +110,7 @@ def test_decoder_against_the_oracle(changes):
   np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('layers', [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 2])
 def test_hidden_states_at_chosen_tokens_are_those_of_the_full_path(layers):
   graphdef, params = _randomised(dataclasses.replace(CONFIG, num_layers=layers))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from polar_jax.config import ModelConfig
@@ -14,6 +15,7 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.mark.long
 def test_a_value_is_the_reward_read_at_that_token():
   """The two models share parameters, so a critic can start from a reward model."""
   rng = np.random.default_rng(0)

@@ -348,6 +348,7 @@ def make_trainer(config: RftConfig, prompts, rollouts, mesh) -> Trainer:
   return trainer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_step_equals_the_oracle(name):
   config = CONFIGS[name]

@@ -144,6 +144,7 @@ def alone(world):
   return losses(world, 'alone')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_as_one_does(world, alone, processes):
   name = f'together{processes}'
@@ -227,6 +228,7 @@ def test_a_stopped_process_is_named(world):
   assert not re.search(r'process 0 on .*behind', text)
 
 
+@pytest.mark.long
 def test_a_lost_process_stops_the_others_with_a_named_error(world):
   """Immediately: the time limit for a silent process is longer than this test waits."""
   settings = ('--config.pretrain.steps=100000', '--config.checkpointing.every_steps=100000', '--config.distributed.heartbeat=1000')

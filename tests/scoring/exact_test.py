@@ -36,6 +36,7 @@ def test_ladder():
 
 # Meshes differ in the last bits; each mesh must always give the same ones. The models are at least 64 by 192, because smaller matmuls
 # round alike whatever their shape.
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('devices', 'mesh', 'changes'),
   [

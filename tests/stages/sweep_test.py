@@ -226,6 +226,7 @@ def _fake_python(folder: pathlib.Path, script: str) -> str:
   return str(path)
 
 
+@pytest.mark.long
 def test_commands_for_a_queue_run_their_jobs(make_sweep, tmp_path):
   context = make_sweep(tmp_path, jobs_only=True, sizes=('8x1',), tokens=(300,))
   stage.run(context)

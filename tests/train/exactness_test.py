@@ -80,6 +80,7 @@ def two_sequences(world):
   return jax.tree.map(np.asarray, (params, loss, rewards, gradients))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('mesh', 'accumulation', 'remat', 'attention'),
   [

@@ -44,6 +44,7 @@ def checked(train: TrainConfig, model: ModelConfig, log) -> None:
   memory.check('run: a step', memory_of(train, model), mesh(), log, remedies)
 
 
+@pytest.mark.long
 def test_every_remedy_of_the_message_makes_the_step_fit(monkeypatch):
   train, lines = TrainConfig(batch_size=ROWS), []
   needed = memory.fit_of(memory_of(train, MODEL), mesh()).needed

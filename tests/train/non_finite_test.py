@@ -53,6 +53,7 @@ def examples_of(step, context):
   return [example for example in range(EXAMPLES) if step_of(example, context) == step]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('accumulation', 'devices'), [(2, 8), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (1, 4))])
 def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make_context, monkeypatch, accumulation, devices):
   context = make_context(
@@ -79,6 +80,7 @@ def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(parameters(tmp_path / 'pretrain', context)))
 
 
+@pytest.mark.long
 def test_a_non_finite_gradient_names_all_examples_of_the_batch(tmp_path, make_context, monkeypatch):
   context = make_context(tmp_path, evaluate_every=None)
   examples = examples_of(1, context)

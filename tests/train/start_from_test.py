@@ -67,6 +67,7 @@ def assert_equal(a, b):
   assert {x.dtype for x in jax.tree.leaves(a)} == {np.dtype(np.float32)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['hugging_face', pytest.param('converted', marks=pytest.mark.slow)])
 def test_starts_from_all_parameters_of_a_reward_model(reward_folder, tmp_path, make_context, kind):
   folder, params = reward_folder

@@ -182,6 +182,7 @@ def test_a_batch_of_only_padding_is_finite():
   assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
 
 
+@pytest.mark.long
 def test_next_token_objective_is_trained_by_the_same_step():
   rng = np.random.default_rng(0)
   windows = [rng.integers(0, 40, 13) for _ in range(6)]

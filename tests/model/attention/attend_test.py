@@ -84,6 +84,7 @@ def test_on_a_mesh(backend, heads, kv_heads, queries, mesh, make_case, monkeypat
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('backend', ['reference', 'chunked', 'merged'])
 def test_two_intervals_are_one_softmax(backend, make_case, monkeypatch):
   """Two adjacent intervals give the values and gradients of the whole one, also where one part, or both, are empty."""
