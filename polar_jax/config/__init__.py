@@ -6,13 +6,14 @@ ConfigDict. --help and docs/options.md are generated from the same dataclasses.
 """
 
 from polar_jax.config.base import ConfigError
-from polar_jax.config.data import DataConfig, SynthesizeConfig, TemplateConfig, TokenizerConfig
+from polar_jax.config.data import DataConfig, TemplateConfig, TokenizerConfig
 from polar_jax.config.model import ATTENTION_BACKENDS, DTYPES, FAMILIES, REMAT_POLICIES, ROPE_SCALINGS, STORED_DTYPES, ModelConfig
 from polar_jax.config.parsing import default_config, parse
 from polar_jax.config.renamed import RENAMED, current_name
 from polar_jax.config.rft import AlarmConfig, RewardConfig, RftConfig, RolloutConfig, StudyConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import STAGES, requested_stages
+from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import (
   CheckpointingConfig,
@@ -45,6 +46,7 @@ __all__ = [
   'ModelConfig',
   'OptimizerConfig',
   'PlanConfig',
+  'PoolConfig',
   'ProfileConfig',
   'RewardConfig',
   'RftConfig',

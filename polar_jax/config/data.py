@@ -72,32 +72,3 @@ class DataConfig:
   )
   read_threads: int = option(2, 'Threads that prepare batches; 0: none, and no prefetching.', min=0)
   prefetch: int = option(4, 'Batches prepared ahead.', min=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class SynthesizeConfig:
-  """Synthesis of data: samples of a pool of n-gram policies, or arithmetic word problems."""
-
-  world: str = option('ngram', 'ngram: triplets of n-gram policies; arithmetic: word problems.', choices=('ngram', 'arithmetic'))
-  vocab_size: int = option(1_024, 'Vocabulary size of the BPE tokenizer that is trained.', min=300)
-  policies: int = option(256, 'Number of policies in the pool.', min=8)
-  unseen_policies: int = option(48, 'Number of `policies` that are kept for evaluation.', min=2)
-  max_order: int = option(4, 'Highest order of the n-grams that a policy models (1: unigrams).', min=1, max=5)
-  min_window: float = option(
-    0.15, 'Smallest share of a corpus that a policy learns from; the largest is the whole corpus.', exclusive_min=0, max=1
-  )
-  prefix_min_tokens: int = option(4, 'Shortest prompt, in tokens.', min=1)
-  prefix_max_tokens: int = option(12, 'Longest prompt, in tokens.', min=1)
-  max_tokens: int = option(32, 'Longest trajectory, in tokens.', min=4)
-  temperature: float = option(1.0, "Sampling temperature, multiplied with the policy's own.", exclusive_min=0)
-  top_p: float = option(1.0, "Nucleus sampling; the smaller of this and the policy's own applies.", exclusive_min=0, max=1)
-  top_k: int | None = option(None, 'Sample from this many likeliest tokens. None: from all.', min=1)
-  documents: int = option(0, 'Documents that policies of the pool write for pretrain_lm to read in addition to the corpora.', min=0)
-  document_tokens: int = option(256, 'Longest document, in tokens.', min=16)
-  train_examples: int = option(60_000, 'Training triplets, or word problems.', min=1)
-  evaluation_examples: int = option(2_000, 'Triplets, or word problems, in each of the other splits.', min=1)
-  preference_examples: int = option(8_000, 'Ranked training examples.', min=1)
-  preference_evaluation_examples: int = option(2_000, 'Ranked examples in each of the other splits.', min=1)
-  max_number: int = option(12, 'Word problems: largest number in a problem and its answer.', min=6)
-  two_steps: float = option(0.25, 'Word problems: share of problems that take two steps.', min=0, max=1)
-  workers: int = option(2, 'Threads that sample and score the policies; no result depends on it.', min=1)

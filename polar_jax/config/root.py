@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from polar_jax.config.base import option, section
-from polar_jax.config.data import DataConfig, SynthesizeConfig, TemplateConfig, TokenizerConfig
+from polar_jax.config.data import DataConfig, TemplateConfig, TokenizerConfig
 from polar_jax.config.model import ModelConfig
 from polar_jax.config.rft import RftConfig, StudyConfig
+from polar_jax.config.synthesis import SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import CheckpointingConfig, DistributedConfig, MeshConfig, ProfileConfig, TrainConfig
 

@@ -28,6 +28,8 @@ class Generated(NamedTuple):
 
   text: str
   truncated: bool  # whether the prompt was cut
+  tokens: int  # that were sampled
+  ended: bool  # by the model or a stop string; False: the limit of its length was reached
 
 
 class BatchedPolicy:
@@ -132,7 +134,7 @@ class BatchedPolicy:
       settings.append(one)
       truncated.append(len(ids) > room)
     model = self.model
-    texts = generation.generate(
+    responses = generation.generate(
       model.params,
       model.config,
       model.mesh,
@@ -144,7 +146,7 @@ class BatchedPolicy:
       slots=self._rows,
       progress=progress,
     )
-    return [Generated(*pair) for pair in zip(texts, truncated, strict=True)]
+    return [Generated(one.text, cut, one.tokens, one.ended) for one, cut in zip(responses, truncated, strict=True)]
 
   def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
     """Return a conversation as text, through the model's chat template.

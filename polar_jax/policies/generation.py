@@ -80,6 +80,14 @@ def settings_of(given: Mapping[str, Any], max_new: int = MAX_NEW) -> Settings:
   return Settings(tuple(until), most, warmth, nucleus if warmth else 1.0, few if warmth else None)
 
 
+class Response(NamedTuple):
+  """A response to a prompt."""
+
+  text: str
+  tokens: int  # that were sampled
+  ended: bool  # by the model or a stop string; False: the limit of its length was reached
+
+
 class Ending:
   """Knows where responses end.
 
@@ -115,7 +123,7 @@ def generate(
   seed: int = 0,
   slots: int | None = None,
   progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
+) -> list[Response]:
   """Return the responses to prompts, in order.
 
   Prompts with the same sampling and of similar length are decoded together, the longest first. Capacities are powers of two, so that few
@@ -133,8 +141,7 @@ def generate(
     slots: most responses decoded at a time; None: 64, or fewer if their keys and values would take more than 8 GiB.
     progress: receives the number of responses that are done.
   """
-  out = [''] * len(prompts)
-  done = 0
+  out: dict[int, Response] = {}
   for number, members in enumerate(_together(prompts, settings, slots or _SLOTS)):
     one = settings[members[0]]
     longest, most = max(len(prompts[i]) for i in members), max(settings[i].max_new for i in members)
@@ -155,10 +162,11 @@ def generate(
     with jax.default_matmul_precision('highest') if model.compute_dtype == 'float32' else contextlib.nullcontext():
       rollouts = engine.generate(params, [prompts[i] for i in members], (seed, number), limits, ended if asked else None)
     for r, i in enumerate(members):
-      out[i], _ = ending.text(r, rollouts.tokens_RT[r, : rollouts.length_R[r]].tolist())
-    done += len(members)
-    progress(done)
-  return out
+      length = int(rollouts.length_R[r])
+      text, ended = ending.text(r, rollouts.tokens_RT[r, :length].tolist())
+      out[i] = Response(text, length, ended)
+    progress(len(out))
+  return [out[i] for i in range(len(prompts))]
 
 
 def _power(count: int) -> int:
