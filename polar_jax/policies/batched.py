@@ -106,6 +106,7 @@ class BatchedPolicy:
     requests: Sequence[tuple[str, Mapping[str, Any]]],
     max_new: int = generation.MAX_NEW,
     progress: Callable[[int], None] = lambda done: None,
+    seed: int | None = None,
   ) -> list[Generated]:
     """Return a response to each prompt.
 
@@ -113,6 +114,7 @@ class BatchedPolicy:
       requests: (prompt, settings), see `generation.settings_of`. A prompt that leaves no room for the response loses its beginning.
       max_new: most tokens of a response, where the settings do not say.
       progress: receives the number of requests that are done.
+      seed: of sampling; None: that of the policy.
 
     Raises:
       UserError: settings are not supported, or leave no room for a prompt; the message names the request.
@@ -142,7 +144,7 @@ class BatchedPolicy:
       model.stop_ids,
       prompts,
       settings,
-      seed=self._seed,
+      seed=self._seed if seed is None else seed,
       slots=self._rows,
       progress=progress,
     )

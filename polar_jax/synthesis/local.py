@@ -56,8 +56,8 @@ class CheckpointSampler:
       except ChatTemplateError as error:
         out[place] = Failure(str(error))
     # The seed of the first request stands for all of them: they are always the same ones.
-    self._policy._seed = requests[0].seed if requests else 0
-    for (place, _), answer in zip(asked, self._policy.generate([request for _, request in asked]), strict=True):
+    answers = self._policy.generate([request for _, request in asked], seed=requests[0].seed) if asked else []
+    for (place, _), answer in zip(asked, answers, strict=True):
       out[place] = Failure('the prompt is too long for the model') if answer.truncated else Sample(answer.text, answer.ended, answer.tokens)
       self._tokens += answer.tokens
     self._requests += len(requests)

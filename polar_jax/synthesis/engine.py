@@ -1,0 +1,160 @@
+"""Samples the units of a pool: servers in threads of their own, all at once; models of this process one after the other meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from polar_jax.runtime import preemption
+from polar_jax.synthesis.plan import Plan, Unit
+from polar_jax.synthesis.pool import PolicySpec
+from polar_jax.synthesis.samples import QuarantineError, Sampler
+from polar_jax.synthesis.store import Store
+from polar_jax.types import one_line
+
+_LANES = 2  # units of a server in flight, so that it is busy while one of them ends
+_SHOW_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass
+class _Progress:
+  """How far a policy is."""
+
+  total: int  # units
+  done: int = 0
+  samples: int = 0  # of this process
+  started: float | None = None
+  ended: bool = False
+
+  def line(self, name: str, now: float) -> str:
+    """Return a line about the policy."""
+    elapsed = max(now - (self.started or now), 1e-9)
+    rate = self.samples / elapsed
+    left = (self.total - self.done) * elapsed / self.done if self.done else None
+    return f'synthesize: {name}  unit {self.done:,}/{self.total:,}  {rate:,.1f} samples/s' + (
+      '' if left is None or self.ended else f'  {_duration(left)} left'
+    )
+
+
+class Engine:
+  """Samples what a plan lacks.
+
+  Args:
+    plan: of the units.
+    store: receives their results.
+    log: receives lines about progress.
+    stop: is set when the run stops, so that waits for servers end.
+  """
+
+  def __init__(self, plan: Plan, store: Store, log: Callable[[str], None], stop: threading.Event):
+    self._plan, self._store, self._log, self._stop = plan, store, log, stop
+    self._progress: dict[str, _Progress] = {}
+    self._shown = time.monotonic()
+    self._failed: list[BaseException] = []
+    self.quarantined: dict[str, str] = {}  # name -> reason
+
+  def run(self, servers: Mapping[str, Sampler], local: Sequence[PolicySpec], open_local: Callable[[PolicySpec], Sampler]) -> None:
+    """Sample all that is missing.
+
+    Args:
+      servers: by the name of their policy; sampled at the same time.
+      local: policies that `open_local` opens, one after the other.
+      open_local: returns the sampler of a policy, which is dropped when it has done its units.
+
+    Raises:
+      UserError: a result cannot be stored, or a model of this process cannot be used.
+      StopRequested: SIGTERM arrived. What is finished is stored.
+    """
+    for name in [*servers, *(spec.name for spec in local)]:
+      self._progress[name] = _Progress(self._plan.missing(name))
+    threads = [thread for name, sampler in servers.items() for thread in self._lanes(name, sampler)]
+    try:
+      for thread in threads:
+        thread.start()
+      for spec in local:
+        if self._progress[spec.name].total:
+          self._sample(spec.name, open_local(spec), self._plan.units(spec.name), self._check)
+      while any(thread.is_alive() for thread in threads):
+        self._check()
+        time.sleep(_POLL_SECONDS)
+    except BaseException:
+      self._stop.set()
+      raise
+    finally:
+      for thread in threads:
+        thread.join()
+    self._raise()
+    self._show(last=True)
+
+  def _lanes(self, name: str, sampler: Sampler) -> list[threading.Thread]:
+    """Return the threads that sample one server, which take its units from one queue."""
+    units, lock = self._plan.units(name), threading.Lock()
+
+    def queue() -> Iterator[Unit]:
+      while True:
+        with lock:
+          unit = next(units, None)
+        if unit is None or name in self.quarantined or self._stop.is_set():
+          return
+        yield unit
+
+    def work() -> None:
+      try:
+        self._sample(name, sampler, queue(), lambda: None)
+      except BaseException as error:
+        if not self._stop.is_set():
+          self._failed.append(error)
+
+    count = min(_LANES, self._progress[name].total)
+    return [threading.Thread(target=work, name=f'{name} {lane}', daemon=True) for lane in range(count)]
+
+  def _sample(self, name: str, sampler: Sampler, units: Iterator[Unit], check: Callable[[], None]) -> None:
+    """Sample units, and store each when it is done."""
+    progress = self._progress[name]
+    progress.started = progress.started or time.monotonic()
+    for unit in units:
+      before = sampler.counts()
+      try:
+        results = sampler.sample(unit.requests)
+      except QuarantineError as error:
+        if name not in self.quarantined:
+          self.quarantined[name] = one_line(str(error))
+          self._log(f'synthesize: {name}: given up, its {progress.done:,} finished units are kept: {error}')
+        return
+      self._store.finish_unit(name, unit.shard, unit.requests, results, _difference(sampler.counts(), before))
+      progress.done += 1
+      progress.samples += len(unit.requests)
+      check()
+    progress.ended = True
+
+  def _check(self) -> None:
+    """Look after everything that is not done in this thread."""
+    preemption.check()
+    self._raise()
+    if time.monotonic() - self._shown > _SHOW_SECONDS:
+      self._show()
+
+  def _raise(self) -> None:
+    if self._failed:
+      raise self._failed[0]
+
+  def _show(self, last: bool = False) -> None:
+    self._shown = time.monotonic()
+    for name, progress in self._progress.items():
+      if progress.started is not None and (last or not progress.ended):
+        self._log(progress.line(name, self._shown))
+
+
+def _difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, int]:
+  return {key: value - before.get(key, 0) for key, value in after.items() if isinstance(value, int)}
+
+
+def _duration(seconds: float) -> str:
+  for size, unit in ((3600, 'h'), (60, 'min')):
+    if seconds >= size:
+      return f'{seconds / size:.1f} {unit}'
+  return f'{seconds:.0f} s'

@@ -1,0 +1,101 @@
+"""What is asked of whom: which policies answer a prompt, and the units of work.
+
+All of it is a function of the run's seed, the names and weights of the policies, and the prompts' ids, whatever was done before: a run that
+is started again asks for what is missing, and a policy that joins the pool changes nothing of the others but where it takes their place.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from polar_jax.synthesis.pool import PolicySpec
+from polar_jax.synthesis.samples import PoolPrompt, Request, seed_of
+from polar_jax.synthesis.store import Store
+
+UNSEEN = 'unseen_prompts'
+_KEPT = 64  # shards whose draws are remembered
+
+
+class Unit(NamedTuple):
+  """The requests of one policy for the prompts of one shard."""
+
+  policy: str
+  shard: int
+  requests: list[Request]
+
+
+class Plan:
+  """The units of a run. Its methods may be called from several threads.
+
+  Args:
+    specs: of the policies that are sampled, in any order.
+    store: of the prompts and of the units that are finished.
+    kinds: of all prompts.
+    seed: of the run.
+    policies: that answer a prompt; of the held-out ones as many again, for unseen prompts alone.
+    samples: of each policy that answers a prompt.
+    shard_size: prompts of a unit.
+  """
+
+  def __init__(
+    self, specs: Sequence[PolicySpec], store: Store, kinds: Sequence[str], *, seed: int, policies: int, samples: int, shard_size: int
+  ):
+    self._specs, self._store, self._kinds, self._seed = list(specs), store, list(kinds), seed
+    self._policies, self._samples, self._size = policies, samples, shard_size
+    self._lock = threading.Lock()
+    self._drawn: collections.OrderedDict[int, list[tuple[PoolPrompt, set[str]]]] = collections.OrderedDict()
+
+  @property
+  def num_shards(self) -> int:
+    """The number of shards of prompts."""
+    return math.ceil(self._store.num_prompts() / self._size)
+
+  def answering(self, prompt: PoolPrompt) -> set[str]:
+    """Return the names of the policies that answer a prompt, drawn by weight without replacement."""
+    groups = [False, True] if prompt.split == UNSEEN else [False]
+    out: set[str] = set()
+    for held_out in groups:
+      eligible = [spec for spec in self._specs if spec.held_out == held_out and spec.accepts(prompt.kind, self._kinds)]
+      if len(eligible) > self._policies:
+        eligible = sorted(eligible, key=lambda spec: self._key(prompt, spec))[: self._policies]
+      out.update(spec.name for spec in eligible)
+    return out
+
+  def units(self, policy: str) -> Iterator[Unit]:
+    """Yield the units of a policy that are not finished, in their order."""
+    done = self._store.done_units(policy)
+    for shard in range(self.num_shards):
+      if shard in done:
+        continue
+      prompts = [prompt for prompt, names in self._shard(shard) if policy in names]
+      if prompts:
+        yield Unit(policy, shard, self.requests(policy, prompts))
+
+  def requests(self, policy: str, prompts: Sequence[PoolPrompt], samples: int | None = None) -> list[Request]:
+    """Return the requests for samples of a policy."""
+    count = self._samples if samples is None else samples
+    return [Request(prompt, i, seed_of(self._seed, policy, prompt.id, i)) for prompt in prompts for i in range(count)]
+
+  def missing(self, policy: str) -> int:
+    """Return the number of units of a policy that are not finished."""
+    return sum(1 for _ in self.units(policy))
+
+  def _key(self, prompt: PoolPrompt, spec: PolicySpec) -> tuple[float, str]:
+    """Return an exponential variable of rate `weight`: the smallest of them are a weighted draw without replacement."""
+    digest = hashlib.blake2b(f'{self._seed}\0{prompt.id}\0{spec.name}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+    uniform = (int.from_bytes(digest, 'big') + 1) / (2**64 + 1)
+    return -math.log(uniform) / spec.weight, spec.name
+
+  def _shard(self, shard: int) -> list[tuple[PoolPrompt, set[str]]]:
+    with self._lock:
+      if shard not in self._drawn:
+        prompts = self._store.prompts(shard * self._size, (shard + 1) * self._size)
+        self._drawn[shard] = [(prompt, self.answering(prompt)) for prompt in prompts]
+        if len(self._drawn) > _KEPT:
+          self._drawn.popitem(last=False)
+      return self._drawn[shard]
