@@ -1,13 +1,19 @@
-"""The synthesize stage for the world of word problems; the miniature has its own (`polar_jax.miniature`)."""
+"""The synthesize stage for pools of language models and the world of word problems; the miniature has its own (`polar_jax.miniature`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from polar_jax.stages.context import Context
-from polar_jax.synthesis import arithmetic
 
 
 def synthesize(context: Context) -> dict[str, Any]:
-  """Write prompts and preferences to `workdir/data`. Returns the section `synthesize` of the report."""
-  return {'synthesize': arithmetic.synthesize(context.config.synthesize, context.config.seed, context.workdir, context.log)}
+  """Write the data to `workdir/data`. Returns the section `synthesize` of the report."""
+  config = context.config
+  if config.synthesize.pool:
+    from polar_jax.synthesis import run
+
+    return {'synthesize': run.synthesize(config.synthesize, config.seed, context.workdir, context.log)}
+  from polar_jax.synthesis import arithmetic
+
+  return {'synthesize': arithmetic.synthesize(config.synthesize, config.seed, context.workdir, context.log)}

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from polar_jax.runtime import preemption
 from polar_jax.synthesis.plan import Plan, Unit
@@ -55,6 +54,7 @@ class Engine:
     self._progress: dict[str, _Progress] = {}
     self._shown = time.monotonic()
     self._failed: list[BaseException] = []
+    self._run = store.start_run()
     self.quarantined: dict[str, str] = {}  # name -> reason
 
   def run(self, servers: Mapping[str, Sampler], local: Sequence[PolicySpec], open_local: Callable[[PolicySpec], Sampler]) -> None:
@@ -117,15 +117,15 @@ class Engine:
     progress = self._progress[name]
     progress.started = progress.started or time.monotonic()
     for unit in units:
-      before = sampler.counts()
       try:
         results = sampler.sample(unit.requests)
       except QuarantineError as error:
+        self._store.count(name, self._run, sampler.counts())
         if name not in self.quarantined:
           self.quarantined[name] = one_line(str(error))
           self._log(f'synthesize: {name}: given up, its {progress.done:,} finished units are kept: {error}')
         return
-      self._store.finish_unit(name, unit.shard, unit.requests, results, _difference(sampler.counts(), before))
+      self._store.finish_unit(name, unit.shard, unit.requests, results, self._run, sampler.counts())
       progress.done += 1
       progress.samples += len(unit.requests)
       check()
@@ -147,10 +147,6 @@ class Engine:
     for name, progress in self._progress.items():
       if progress.started is not None and (last or not progress.ended):
         self._log(progress.line(name, self._shown))
-
-
-def _difference(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, int]:
-  return {key: value - before.get(key, 0) for key, value in after.items() if isinstance(value, int)}
 
 
 def _duration(seconds: float) -> str:

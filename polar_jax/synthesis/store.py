@@ -23,7 +23,8 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS prompts (
   number INTEGER PRIMARY KEY, id TEXT UNIQUE, digest BLOB UNIQUE, text TEXT, kind TEXT, source TEXT, split TEXT, dropped TEXT);
 CREATE TABLE IF NOT EXISTS policies (number INTEGER PRIMARY KEY, name TEXT UNIQUE, identity TEXT);
-CREATE TABLE IF NOT EXISTS units (policy INTEGER, shard INTEGER, counts TEXT, PRIMARY KEY (policy, shard)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS units (policy INTEGER, shard INTEGER, PRIMARY KEY (policy, shard)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counts (run INTEGER, policy INTEGER, value TEXT, PRIMARY KEY (run, policy)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS samples (
   prompt INTEGER, policy INTEGER, sample INTEGER, text TEXT, ended INTEGER, tokens INTEGER, PRIMARY KEY (prompt, policy, sample)
 ) WITHOUT ROWID;
@@ -116,7 +117,7 @@ class Store:
       Counts: `read`, `added`.
     """
     read = added = 0
-    with self._transaction():
+    with self.transaction():
       for given, text, kind, source in prompts:
         read += 1
         added += self._add_prompt(given, text, kind, source, split_of)[1]
@@ -147,7 +148,7 @@ class Store:
       Number of answers by policy.
     """
     counts: dict[str, int] = {}
-    with self._transaction():
+    with self.transaction():
       for policy, given, text, response, source in rows:
         if policy not in self._numbers:
           self.add_policy(policy, {'kind': 'recorded'})
@@ -183,25 +184,33 @@ class Store:
     kept = 'dropped IS NOT NULL' if column == 'dropped' else 'dropped IS NULL'
     return dict(self._all(f'SELECT {column}, COUNT(*) FROM prompts WHERE {kept} GROUP BY {column} ORDER BY {column}'))
 
-  def kinds_of(self, policy: str) -> dict[str, int]:
-    """Return the number of prompts, by the number of a policy's samples of each: {'0': ..., ...}; of prompts not dropped."""
-    found = self._all(
-      'SELECT n, COUNT(*) FROM (SELECT COUNT(*) AS n FROM samples JOIN prompts ON prompt = number '
-      'WHERE policy = ? AND dropped IS NULL GROUP BY prompt) GROUP BY n',
-      (self._numbers.get(policy, -1),),
-    )
-    return {str(n): count for n, count in found}
+  def has_pairs(self) -> bool:
+    """Return whether some prompt that was not dropped has two samples of one policy."""
+    statement = 'SELECT 1 FROM samples JOIN prompts ON prompt = number WHERE dropped IS NULL GROUP BY prompt, policy HAVING COUNT(*) > 1'
+    return bool(self._all(f'{statement} LIMIT 1'))
 
   def done_units(self, policy: str) -> set[int]:
     """Return the numbers of the units of a policy that are finished."""
     return {shard for (shard,) in self._all('SELECT shard FROM units WHERE policy = ?', (self._numbers.get(policy, -1),))}
 
+  def start_run(self) -> int:
+    """Return a number for the counts of this process."""
+    number = int(self.fact('runs') or 0)
+    self.set_fact('runs', number + 1)
+    return number
+
   def finish_unit(
-    self, policy: str, shard: int, requests: Sequence[Request], results: Sequence[Sample | Failure], counts: Mapping[str, int]
+    self,
+    policy: str,
+    shard: int,
+    requests: Sequence[Request],
+    results: Sequence[Sample | Failure],
+    run: int,
+    counts: Mapping[str, int],
   ) -> None:
-    """Store the results of a unit, all or none."""
+    """Store the results of a unit and what the policy has cost this run so far, all or nothing."""
     number = self._numbers[policy]
-    with self._transaction():
+    with self.transaction():
       for request, result in zip(requests, results, strict=True):
         key = (request.prompt.index, number, request.sample)
         if isinstance(result, Failure):
@@ -209,32 +218,42 @@ class Store:
         else:
           text = result.text.encode('utf-8', 'replace').decode()  # SQLite stores no lone surrogates
           self._db.execute('INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)', (*key, text, result.ended, result.tokens))
-      self._db.execute('INSERT INTO units VALUES (?, ?, ?)', (number, shard, json.dumps(dict(counts))))
+      self._db.execute('INSERT INTO units VALUES (?, ?)', (number, shard))
+      self.count(policy, run, counts)
 
-  def unit_counts(self) -> dict[str, dict[str, int]]:
-    """Return the sums of the counts of finished units, by policy."""
+  def count(self, policy: str, run: int, counts: Mapping[str, int]) -> None:
+    """Store what a policy has cost this run so far."""
+    self._write('INSERT OR REPLACE INTO counts VALUES (?, ?, ?)', [(run, self._numbers[policy], json.dumps(dict(counts)))])
+
+  def costs(self) -> dict[str, dict[str, int]]:
+    """Return the sums over all runs of what each policy has cost: `requests`, `retries`, `prompt_tokens`, `tokens`."""
     out: dict[str, dict[str, int]] = {}
-    for name, text in self._all('SELECT name, counts FROM units JOIN policies ON policy = number'):
+    for name, text in self._all('SELECT name, value FROM counts JOIN policies ON policy = number'):
       sums = out.setdefault(name, {})
       for key, value in json.loads(text).items():
         sums[key] = sums.get(key, 0) + value
     return out
 
   def sample_counts(self) -> dict[str, int]:
-    """Return the number of samples by policy."""
-    return dict(self._all('SELECT name, COUNT(*) FROM samples JOIN policies ON policy = number GROUP BY name ORDER BY name'))
+    """Return the number of samples by policy, of prompts that were not dropped."""
+    return dict(
+      self._all(
+        'SELECT name, COUNT(*) FROM samples s JOIN policies p ON s.policy = p.number JOIN prompts q ON s.prompt = q.number '
+        'WHERE dropped IS NULL GROUP BY name ORDER BY name'
+      )
+    )
 
   def failure_counts(self) -> dict[str, int]:
     """Return the number of requests without an answer by policy."""
     return dict(self._all('SELECT name, COUNT(*) FROM failures JOIN policies ON policy = number GROUP BY name ORDER BY name'))
 
-  def samples(self, low: int, high: int) -> list[Stored]:
-    """Return the samples of the prompts low <= number < high that were not dropped, by prompt, policy and number."""
+  def samples(self, low: int, high: int, split: str) -> list[Stored]:
+    """Return the samples of the prompts of a split low <= number < high that were not dropped, by prompt, policy and number."""
     names = {number: name for name, number in self._numbers.items()}
     rows = self._all(
       'SELECT prompt, policy, sample, s.text, ended FROM samples s JOIN prompts ON prompt = number '
-      'WHERE prompt >= ? AND prompt < ? AND dropped IS NULL ORDER BY prompt, policy, sample',
-      (low, high),
+      'WHERE prompt >= ? AND prompt < ? AND split = ? AND dropped IS NULL ORDER BY prompt, policy, sample',
+      (low, high, split),
     )
     return [Stored(prompt, names[policy], sample, text, bool(ended)) for prompt, policy, sample, text, ended in rows]
 
@@ -256,10 +275,11 @@ class Store:
       raise self._error(error) from error
 
   def _write(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
-    with self._transaction():
+    with self.transaction():
       self._db.executemany(statement, rows)
 
-  def _transaction(self) -> _Transaction:
+  def transaction(self) -> _Transaction:
+    """Return a context in which all changes happen, or none if an error leaves it."""
     return _Transaction(self, self._db, self._lock)
 
   def _error(self, error: Exception) -> StoreError:

@@ -1,0 +1,319 @@
+"""Triplets of a pool of language models: reads the pool and its prompts, samples what is missing, pairs the samples, and writes the data."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from polar_jax.config import PoolConfig
+from polar_jax.data import tfds
+from polar_jax.runtime import json_files, paths
+from polar_jax.runtime.clock import Clock
+from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
+from polar_jax.synthesis import card, cleanup, filters, inputs, pairing
+from polar_jax.synthesis.addresses import Addresses
+from polar_jax.synthesis.engine import Engine
+from polar_jax.synthesis.plan import UNSEEN, Plan
+from polar_jax.synthesis.pool import PolicySpec, check_names, read_pool
+from polar_jax.synthesis.samples import Failure, PoolPrompt, QuarantineError, Sampler
+from polar_jax.synthesis.store import Store
+from polar_jax.types import Triplet, UserError
+
+SAMPLES, TRIPLETS, CARD = 'samples.sqlite', 'triplets', 'card.json'
+SPLITS = ('train', 'validation', UNSEEN, 'unseen_policies')
+_SHOWN, _PROMPTS_SHOWN = 160, 3
+_AT_ONCE = 256  # prompts that are paired together
+_DESCRIPTION = 'Triplets of a pool of language models: reference and chosen are two samples of one policy, rejected is one of another.'
+
+
+def synthesize(config: PoolConfig, seed: int, workdir: pathlib.Path, log: Callable[[str], None]) -> dict[str, Any]:
+  """Make the triplets of a pool in workdir/data, or continue where an earlier call stopped.
+
+  Writes samples.sqlite (what was sampled), triplets/ (a TFDS data set), card.json and card.md (what they are) and figures/.
+
+  Args:
+    config: of the pool.
+    seed: of every draw and of every request.
+    workdir: of the run.
+    log: receives lines about progress.
+
+  Returns:
+    The section `synthesize` of the report.
+
+  Raises:
+    UserError: an input cannot be used, or nothing can be made of the samples.
+    Preempted: SIGTERM arrived. What was sampled is kept.
+  """
+  folder, clock = workdir / 'data', Clock()
+  path = pathlib.Path(paths.path_of(str(config.pool)))
+  specs = read_pool(path)
+  store = Store(folder / SAMPLES, inputs.settings_of(config, seed))
+  try:
+    with SigtermFlag():
+      specs = _prepare(config, seed, path, specs, store, log)
+      clock.lap('inputs')
+      plan = Plan(
+        [spec for spec in specs if spec.kind != inputs.RECORDED],
+        store,
+        list(store.count_prompts('kind')),
+        seed=seed,
+        policies=config.policies_per_prompt,
+        samples=config.samples_per_prompt,
+        shard_size=config.unit_prompts,
+      )
+      if config.check:
+        _show_answers(config, plan, store, specs, log)
+        return {}
+      quarantined = _sample(config, plan, store, specs, log)
+      clock.lap('sampling')
+      section = _write(config, seed, folder, store, specs, quarantined, log)
+      clock.lap('triplets')
+  except StopRequested:
+    raise Preempted('synthesize', 'the units that were finished are kept') from None
+  finally:
+    store.close()
+  return {**section, 'seconds': clock.seconds}
+
+
+def _prepare(
+  config: PoolConfig, seed: int, path: pathlib.Path, specs: Sequence[PolicySpec], store: Store, log: Callable[[str], None]
+) -> list[PolicySpec]:
+  """Read prompts and recorded answers, leave out what must not be there, and return the checked pool."""
+  inputs.add_prompts(config, seed, store, log)
+  expanded = inputs.add_recorded(config, specs, store, log)
+  check_names(path, expanded)
+  for spec in expanded:
+    if spec.kind != inputs.RECORDED:
+      store.add_policy(spec.name, spec.identity())
+  _filter(config, store, log)
+  inputs.check(expanded, store)
+  return expanded
+
+
+def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> None:
+  """Leave out near duplicates, and prompts of evaluation files, once."""
+  exclude = [pathlib.Path(paths.path_of(name.strip())) for name in (config.exclude or '').split(',') if name.strip()]
+  wanted = [config.near_duplicates, [str(file) for file in exclude], store.num_prompts()]
+  if store.fact('filtered') == wanted:
+    return
+  if config.near_duplicates is not None:
+    kept = list(store.all_prompts())
+    dropped = filters.near_duplicates((prompt.text for prompt in kept), config.near_duplicates)
+    store.drop_prompts([kept[i].index for i in dropped], 'near duplicate')
+    log(f'synthesize: {len(dropped):,} near duplicates among the prompts left out')
+  if exclude:
+    kept = list(store.all_prompts())
+    found = filters.contaminated([prompt.text for prompt in kept], exclude, None)
+    store.drop_prompts([kept[i].index for i in found], 'contamination')
+    listed = [{'prompt': kept[i].id, 'found_in': where} for i, where in found.items()]
+    store.set_fact('contaminated', listed)
+    log(f'synthesize: {len(found):,} prompts left out that occur in {", ".join(file.name for file in exclude)}')
+  store.set_fact('filtered', wanted)
+
+
+def _sample(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[PolicySpec], log: Callable[[str], None]) -> dict[str, str]:
+  """Sample what is missing. Returns the reasons of the policies that were given up."""
+  stop = threading.Event()
+  engine = Engine(plan, store, log, stop)
+  remote = [spec for spec in specs if spec.kind == 'openai']
+  local = [spec for spec in specs if spec.kind in ('checkpoint', 'ngram')]
+  if not remote and not local:
+    return {}
+  addresses = Addresses(stop) if remote else None
+  try:
+    engine.run({spec.name: _open_server(spec, config, addresses) for spec in remote}, local, open_local)
+  finally:
+    if addresses is not None:
+      addresses.close()
+  return engine.quarantined
+
+
+def open_local(spec: PolicySpec) -> Sampler:
+  """Open a policy of this process."""
+  from polar_jax.synthesis import local  # loads JAX models
+
+  return local.CheckpointSampler(spec) if spec.kind == 'checkpoint' else local.NgramSampler(spec)
+
+
+def _open_server(spec: PolicySpec, config: PoolConfig, addresses: Addresses | None) -> Sampler:
+  from polar_jax.synthesis.openai import OpenaiSampler
+
+  assert addresses is not None
+  return OpenaiSampler(spec, config, addresses)
+
+
+def _show_answers(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[PolicySpec], log: Callable[[str], None]) -> None:
+  """Log what each policy answers to three prompts that it would be asked.
+
+  Raises:
+    UserError: some policies do not answer.
+  """
+  failed, addresses = {}, Addresses()
+  for spec in specs:
+    if spec.kind == inputs.RECORDED:
+      continue
+    prompts = list(itertools.islice(_prompts_of(plan, store, spec), _PROMPTS_SHOWN))
+    try:
+      sampler = _open_server(spec, config, addresses) if spec.kind == 'openai' else open_local(spec)
+      answers = sampler.sample(plan.requests(spec.name, prompts, samples=1)) if prompts else []
+    except (QuarantineError, UserError) as error:
+      failed[spec.name] = str(error)
+      log(f'check: {spec.name}: FAILED: {error}')
+      continue
+    for prompt, answer in zip(prompts, answers, strict=True):
+      shown = f'FAILED: {answer.reason}' if isinstance(answer, Failure) else f'{_short(answer.text)!r}'
+      log(f'check: {spec.name}: {_short(prompt.text)!r} -> {shown}')
+  addresses.close()
+  if failed:
+    raise UserError(f'{len(failed)} of the policies do not answer: {", ".join(failed)}; see the lines above')
+
+
+def _prompts_of(plan: Plan, store: Store, spec: PolicySpec) -> Iterator[PoolPrompt]:
+  return (prompt for prompt in store.all_prompts() if spec.name in plan.answering(prompt))
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= _SHOWN else f'{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}'
+
+
+class _Triplets:
+  """Makes the triplets of one split after the other, with counts of what is left out."""
+
+  def __init__(self, config: PoolConfig, seed: int, store: Store, specs: Sequence[PolicySpec]):
+    self._store = store
+    self._facts = {
+      spec.name: pairing.PolicyFacts(spec.weight, spec.family, spec.size, spec.date, spec.held_out, spec.near_to) for spec in specs
+    }
+    self._rules = pairing.PairingRules(pairs_per_prompt=config.pairs_per_prompt, near_share=config.near_share, seed=seed)
+    self.tally = card.Tally()
+    self.dropped: dict[str, int] = {}  # by policy: samples that became empty
+
+  def of_split(self, split: str) -> Iterator[Triplet]:
+    """Yield the triplets of a split."""
+    stored = UNSEEN if split == 'unseen_policies' else split
+    counted = split != 'unseen_policies'  # its prompts are those of unseen_prompts
+    for low in range(0, self._store.num_prompts(), _AT_ONCE):
+      prompts = {prompt.index: prompt for prompt in self._store.prompts(low, low + _AT_ONCE)}
+      rows = [row for row in self._store.samples(low, low + _AT_ONCE, stored) if row.policy in self._facts]
+      texts = cleanup.clean([row.text for row in rows], [row.ended for row in rows])
+      candidates: dict[int, list[pairing.Candidate]] = {}
+      for row, text in zip(rows, texts, strict=True):
+        if text.strip():
+          candidates.setdefault(row.prompt, []).append(pairing.Candidate(row.policy, row.sample, text))
+        elif counted:
+          self.dropped[row.policy] = self.dropped.get(row.policy, 0) + 1
+      for number, of_prompt in candidates.items():
+        made = pairing.pair(prompts[number], of_prompt, self._facts, self._rules)
+        if counted:
+          self.tally.drop(made.left_out)
+        for triplet in made.triplets.get(split, ()):
+          self.tally.update(split, triplet)
+          yield triplet
+
+
+def _write(
+  config: PoolConfig,
+  seed: int,
+  folder: pathlib.Path,
+  store: Store,
+  specs: Sequence[PolicySpec],
+  quarantined: Mapping[str, str],
+  log: Callable[[str], None],
+) -> dict[str, Any]:
+  """Write the triplets and their card, and return the section of the report."""
+  source = _Triplets(config, seed, store, specs)
+  shutil.rmtree(folder / TRIPLETS, ignore_errors=True)
+  (folder / CARD).unlink(missing_ok=True)
+  splits: dict[str, Iterator[Triplet]] = {}
+  for split in SPLITS:
+    if next(_Triplets(config, seed, store, specs).of_split(split), None) is not None:
+      splits[split] = source.of_split(split)
+  if not splits:
+    raise UserError(_nothing(quarantined))
+  written = tfds.write(folder / TRIPLETS, TRIPLETS, splits, _DESCRIPTION, {'seed': seed})
+  for split in SPLITS:
+    if split not in splits:  # its samples are counted all the same
+      for _ in source.of_split(split):
+        pass
+  values = _card(config, seed, store, specs, quarantined, source, written)
+  card.write(folder, values)
+  rows = ', '.join(f'{split} {count:,}' for split, count in written.rows.items())
+  log(f'synthesize: triplets: {rows}; see {folder / "card.md"}')
+  if quarantined:
+    log(f'synthesize: NOT COMPLETE: {", ".join(quarantined)} did not answer; repeat the command when they do')
+  fingerprints = {f'{TRIPLETS}/{split}': value for split, value in written.fingerprints.items()}
+  return {'rows': {f'{TRIPLETS}/{split}': count for split, count in written.rows.items()}, 'fingerprints': fingerprints}
+
+
+def _nothing(quarantined: Mapping[str, str]) -> str:
+  if quarantined:
+    name, reason = next(iter(quarantined.items()))
+    return f'no triplet could be made: {len(quarantined)} policies did not answer; {name}: {reason}'
+  return (
+    'no triplet could be made: no prompt has two different samples of one policy and one of another; raise the temperature, or record more '
+    'answers'
+  )
+
+
+def _card(
+  config: PoolConfig,
+  seed: int,
+  store: Store,
+  specs: Sequence[PolicySpec],
+  quarantined: Mapping[str, str],
+  source: _Triplets,
+  written: tfds.Written,
+) -> dict[str, Any]:
+  """Return the content of the data card."""
+  samples, failures, costs = store.sample_counts(), store.failure_counts(), store.costs()
+  counts = {
+    spec.name: card.PolicyCount(
+      kind=spec.kind,
+      samples=samples.get(spec.name, 0),
+      dropped=source.dropped.get(spec.name, 0),
+      failed=failures.get(spec.name, 0),
+      requests=costs.get(spec.name, {}).get('requests', 0),
+      retries=costs.get(spec.name, {}).get('retries', 0),
+      tokens=costs.get(spec.name, {}).get('tokens', 0),
+      prompt_tokens=costs.get(spec.name, {}).get('prompt_tokens', 0),
+      quarantined=quarantined.get(spec.name),
+      family=spec.family,
+      size=spec.size,
+      date=spec.date,
+      held_out=spec.held_out,
+      triplets=source.tally.triplets_of(spec.name),
+    )
+    for spec in specs
+  }
+  pool_digest = hashlib.sha256(json.dumps([spec.identity() | {'name': spec.name} for spec in specs], sort_keys=True).encode()).hexdigest()
+  return card.content(
+    source.tally,
+    counts,
+    rows=written.rows,
+    fingerprint=written.fingerprint,
+    fingerprints=written.fingerprints,
+    checksums=written.checksums,
+    complete=not quarantined,
+    seed=seed,
+    prompts={
+      'by_split': store.count_prompts('split'),
+      'by_file': store.count_prompts('source'),
+      'by_kind': store.count_prompts('kind'),
+      'left_out': {**(store.fact('prompt_counts') or {}), **store.count_prompts('dropped')},
+      'contaminated': store.fact('contaminated') or [],
+    },
+    settings={**inputs.settings_of(config, seed), 'pairs_per_prompt': config.pairs_per_prompt, 'near_share': config.near_share},
+    pool=pool_digest,
+  )
+
+
+def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Return the card of the data in a workdir; None if there is none."""
+  path = workdir / 'data' / CARD
+  return json_files.read(path, 'run the synthesize stage again') if path.exists() else None
