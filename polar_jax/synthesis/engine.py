@@ -123,7 +123,7 @@ class Engine:
         self._store.count(name, self._run, sampler.counts())
         if name not in self.quarantined:
           self.quarantined[name] = one_line(str(error))
-          self._log(f'synthesize: {name}: given up, its {progress.done:,} finished units are kept: {error}')
+          self._log(f'synthesize: {name}: given up, and what it finished is kept: {error}')
         return
       self._store.finish_unit(name, unit.shard, unit.requests, results, self._run, sampler.counts())
       progress.done += 1

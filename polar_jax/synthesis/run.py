@@ -1,4 +1,4 @@
-"""Triplets of a pool of language models: reads the pool and its prompts, samples what is missing, pairs the samples, and writes the data."""
+"""Triplets of a pool of language models: from the file of the pool through samples and pairs to the data and their card."""
 
 from __future__ import annotations
 

@@ -56,7 +56,15 @@ class Failure(NamedTuple):
 
 
 class QuarantineError(UserError):
-  """A policy cannot be sampled any more. What it gave before is kept. The message is one line, without the policy's name."""
+  """A policy cannot be sampled any more. What it gave before is kept. The message is one line, without the policy's name.
+
+  Attributes:
+    status: of HTTP, if a server refused the request.
+  """
+
+  def __init__(self, message: str, status: int | None = None):
+    super().__init__(message)
+    self.status = status
 
 
 class Sampler(Protocol):
