@@ -1,19 +1,22 @@
-"""Samples the units of a pool: servers in threads of their own, all at once; models of this process one after the other meanwhile."""
+"""Samples the units of a pool: servers in threads of their own, all at once; the other policies one after the other meanwhile."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from polar_jax.runtime import preemption
 from polar_jax.synthesis.plan import Plan, Unit
 from polar_jax.synthesis.pool import PolicySpec
-from polar_jax.synthesis.samples import QuarantineError, Sampler
+from polar_jax.synthesis.samples import Failure, QuarantineError, Sample, Sampler
 from polar_jax.synthesis.store import Store
+from polar_jax.synthesis.workers import Attempt, Tasks, Watch
 from polar_jax.types import one_line
 
+Backend = Callable[[Tasks, Watch], Generator[Attempt, None, None]]
 _LANES = 2  # units of a server in flight, so that it is busy while one of them ends
 _SHOW_SECONDS = 10.0
 _POLL_SECONDS = 0.2
@@ -27,7 +30,6 @@ class _Progress:
   done: int = 0
   samples: int = 0  # of this process
   started: float | None = None
-  ended: bool = False
 
   def line(self, name: str, now: float) -> str:
     """Return a line about the policy."""
@@ -57,13 +59,13 @@ class Engine:
     self._run = store.start_run()
     self.quarantined: dict[str, str] = {}  # name -> reason
 
-  def run(self, servers: Mapping[str, Sampler], local: Sequence[PolicySpec], open_local: Callable[[PolicySpec], Sampler]) -> None:
+  def run(self, servers: Mapping[str, Sampler], local: Sequence[PolicySpec], backend: Backend) -> None:
     """Sample all that is missing.
 
     Args:
       servers: by the name of their policy; sampled at the same time.
-      local: policies that `open_local` opens, one after the other.
-      open_local: returns the sampler of a policy, which is dropped when it has done its units.
+      local: the other policies, one after the other.
+      backend: samples the units of the latter; see `workers.run`.
 
     Raises:
       UserError: a result cannot be stored, or a model of this process cannot be used.
@@ -75,9 +77,8 @@ class Engine:
     try:
       for thread in threads:
         thread.start()
-      for spec in local:
-        if self._progress[spec.name].total:
-          self._sample(spec.name, open_local(spec), self._plan.units(spec.name), self._check)
+      if local:
+        self._sample_local(local, backend)
       while any(thread.is_alive() for thread in threads):
         self._check()
         time.sleep(_POLL_SECONDS)
@@ -89,6 +90,29 @@ class Engine:
         thread.join()
     self._raise()
     self._show(last=True)
+
+  def _sample_local(self, local: Sequence[PolicySpec], backend: Backend) -> None:
+    costs: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def tasks() -> Iterator[tuple[PolicySpec, Unit]]:
+      for spec in local:
+        for unit in self._plan.units(spec.name):
+          if spec.name in self.quarantined:
+            break
+          self._progress[spec.name].started = self._progress[spec.name].started or time.monotonic()
+          yield spec, unit
+
+    attempts = backend(tasks(), self._check)
+    try:
+      for attempt in attempts:
+        name = attempt.unit.policy
+        if isinstance(attempt.results, QuarantineError):
+          self._give_up(name, attempt.results)
+          continue
+        costs[name].update(attempt.counts)
+        self._finish(attempt.unit, attempt.results, costs[name])
+    finally:
+      attempts.close()  # at once: it ends the processes
 
   def _lanes(self, name: str, sampler: Sampler) -> list[threading.Thread]:
     """Return the threads that sample one server, which take its units from one queue."""
@@ -104,7 +128,7 @@ class Engine:
 
     def work() -> None:
       try:
-        self._sample(name, sampler, queue(), lambda: None)
+        self._sample(name, sampler, queue())
       except BaseException as error:
         if not self._stop.is_set():
           self._failed.append(error)
@@ -112,24 +136,28 @@ class Engine:
     count = min(_LANES, self._progress[name].total)
     return [threading.Thread(target=work, name=f'{name} {lane}', daemon=True) for lane in range(count)]
 
-  def _sample(self, name: str, sampler: Sampler, units: Iterator[Unit], check: Callable[[], None]) -> None:
-    """Sample units, and store each when it is done."""
-    progress = self._progress[name]
-    progress.started = progress.started or time.monotonic()
+  def _sample(self, name: str, sampler: Sampler, units: Iterator[Unit]) -> None:
+    """Sample units of a server, and store each when it is done."""
+    self._progress[name].started = self._progress[name].started or time.monotonic()
     for unit in units:
       try:
         results = sampler.sample(unit.requests)
       except QuarantineError as error:
         self._store.count(name, self._run, sampler.counts())
-        if name not in self.quarantined:
-          self.quarantined[name] = one_line(str(error))
-          self._log(f'synthesize: {name}: given up, and what it finished is kept: {error}')
+        self._give_up(name, error)
         return
-      self._store.finish_unit(name, unit.shard, unit.requests, results, self._run, sampler.counts())
-      progress.done += 1
-      progress.samples += len(unit.requests)
-      check()
-    progress.ended = True
+      self._finish(unit, results, sampler.counts())
+
+  def _finish(self, unit: Unit, results: Sequence[Sample | Failure], counts: Mapping[str, int]) -> None:
+    self._store.finish_unit(unit.policy, unit.shard, unit.requests, results, self._run, counts)
+    progress = self._progress[unit.policy]
+    progress.done += 1
+    progress.samples += len(unit.requests)
+
+  def _give_up(self, name: str, error: QuarantineError) -> None:
+    if name not in self.quarantined:
+      self.quarantined[name] = one_line(str(error))
+      self._log(f'synthesize: {name}: given up, and what it finished is kept: {error}')
 
   def _check(self) -> None:
     """Look after everything that is not done in this thread."""
@@ -145,7 +173,7 @@ class Engine:
   def _show(self, last: bool = False) -> None:
     self._shown = time.monotonic()
     for name, progress in self._progress.items():
-      if progress.started is not None and (last or not progress.ended):
+      if progress.started is not None and (last or progress.done < progress.total):
         self._log(progress.line(name, self._shown))
 
 

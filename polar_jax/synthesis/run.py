@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -16,7 +17,7 @@ from polar_jax.data import tfds
 from polar_jax.runtime import json_files, paths
 from polar_jax.runtime.clock import Clock
 from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
-from polar_jax.synthesis import card, cleanup, filters, inputs, pairing
+from polar_jax.synthesis import card, cleanup, filters, inputs, pairing, workers
 from polar_jax.synthesis.addresses import Addresses
 from polar_jax.synthesis.engine import Engine
 from polar_jax.synthesis.plan import UNSEEN, Plan
@@ -122,23 +123,17 @@ def _sample(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[Policy
   stop = threading.Event()
   engine = Engine(plan, store, log, stop)
   remote = [spec for spec in specs if spec.kind == 'openai']
-  local = [spec for spec in specs if spec.kind in ('checkpoint', 'ngram')]
+  local = [spec for spec in specs if spec.kind not in ('openai', inputs.RECORDED)]
   if not remote and not local:
     return {}
   addresses = Addresses(stop) if remote else None
   try:
-    engine.run({spec.name: _open_server(spec, config, addresses) for spec in remote}, local, open_local)
+    servers = {spec.name: _open_server(spec, config, addresses) for spec in remote}
+    engine.run(servers, local, functools.partial(workers.run, config))
   finally:
     if addresses is not None:
       addresses.close()
   return engine.quarantined
-
-
-def open_local(spec: PolicySpec) -> Sampler:
-  """Open a policy of this process."""
-  from polar_jax.synthesis import local  # loads JAX models
-
-  return local.CheckpointSampler(spec) if spec.kind == 'checkpoint' else local.NgramSampler(spec)
 
 
 def _open_server(spec: PolicySpec, config: PoolConfig, addresses: Addresses | None) -> Sampler:
@@ -160,7 +155,7 @@ def _show_answers(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[
       continue
     prompts = list(itertools.islice(_prompts_of(plan, store, spec), _PROMPTS_SHOWN))
     try:
-      sampler = _open_server(spec, config, addresses) if spec.kind == 'openai' else open_local(spec)
+      sampler = _open_server(spec, config, addresses) if spec.kind == 'openai' else workers.open_sampler(spec)
       answers = sampler.sample(plan.requests(spec.name, prompts, samples=1)) if prompts else []
     except (QuarantineError, UserError) as error:
       failed[spec.name] = str(error)

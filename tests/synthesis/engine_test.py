@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import threading
 import time
 
 import pytest
 
+from polar_jax.config import PoolConfig
 from polar_jax.runtime.preemption import StopRequested
+from polar_jax.synthesis import workers
 from polar_jax.synthesis.engine import Engine
 from polar_jax.synthesis.plan import Plan
 from polar_jax.synthesis.pool import PolicySpec
@@ -100,7 +103,9 @@ def run(tmp_path, specs, samplers, local=(), log=None, **changes):
   engine = Engine(plan_of(store, specs), store, log or (lambda line: None), threading.Event())
   servers = {name: sampler for name, sampler in samplers.items() if name not in local}
   try:
-    engine.run(servers, [spec for spec in specs if spec.name in local], lambda spec: samplers[spec.name])
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(workers, 'open_sampler', lambda spec: samplers[spec.name])
+      engine.run(servers, [spec for spec in specs if spec.name in local], functools.partial(workers.run, PoolConfig()))
   finally:
     rows, costs = sampled(store), store.costs()
     store.close()
