@@ -37,7 +37,7 @@ class _Progress:
     rate = self.samples / elapsed
     left = (self.total - self.done) * elapsed / self.done if self.done else None
     return f'synthesize: {name}  unit {self.done:,}/{self.total:,}  {rate:,.1f} samples/s' + (
-      '' if left is None or self.ended else f'  {_duration(left)} left'
+      '' if left is None or self.done == self.total else f'  {_duration(left)} left'
     )
 
 

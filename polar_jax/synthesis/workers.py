@@ -86,13 +86,16 @@ def run(config: PoolConfig, tasks: Tasks, watch: Watch) -> Generator[Attempt, No
 
 
 def _inline(tasks: Tasks, watch: Watch) -> Generator[Attempt, None, None]:
-  for spec, unit in tasks:
-    watch()
-    try:
-      yield Attempt(unit, *sample_unit(spec, unit.requests))
-    except QuarantineError as error:
-      yield Attempt(unit, error, {})
-  _opened.clear()
+  try:
+    for spec, unit in tasks:
+      watch()
+      try:
+        attempt = Attempt(unit, *sample_unit(spec, unit.requests))
+      except QuarantineError as error:
+        attempt = Attempt(unit, error, {})
+      yield attempt
+  finally:
+    _opened.clear()
 
 
 def _processes(tasks: Tasks, watch: Watch, workers: int) -> Generator[Attempt, None, None]:
