@@ -17,7 +17,7 @@ from polar_jax.config.renamed import RENAMED_VALUES
 from polar_jax.config.stages import EVERY_STAGE_READS, STAGE_TABLE, STAGES, check_overrides
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIG_FILES = sorted((ROOT / 'configs').glob('*.py'))
+CONFIG_FILES = sorted(path for path in (ROOT / 'configs').glob('*.py') if not path.name.startswith('pool_'))
 
 
 def _fields(section=Config, prefix=''):
