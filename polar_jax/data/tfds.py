@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
+import itertools
 import json
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from polar_jax import types
+from polar_jax.data import records
 from polar_jax.data.template import join_messages
-from polar_jax.runtime import json_files
+from polar_jax.runtime import json_files, paths
 
 VERSION = '1.0.0'
-_TEXTS = ('prompt', 'reference', 'chosen', 'rejected')
-_LABELS = ('wrapper', 'category')
-_IDS = tuple(f'{name}_ids' for name in _TEXTS)  # optional: empty on disk where absent
-
-
-class _TripletBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-  """A builder that writes examples in the given order; the pipeline shuffles them when it reads."""
-
-  VERSION = tfds.core.Version(VERSION)
-
-  def __init__(self, splits: Mapping[str, Iterable[types.Triplet]], description: str, metadata: Mapping[str, Any], **kwargs: Any):
-    self._splits, self._text, self._values = splits, description, metadata
-    super().__init__(**kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-    features = {name: tfds.features.Text() for name in (*_TEXTS, *_LABELS, 'metadata')} | dict.fromkeys(_IDS, ids)
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self._text,
-      features=tfds.features.FeaturesDict(features),
-      metadata=tfds.core.MetadataDict(self._values),
-      disable_shuffling=True,
-    )
-
-  def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-    return {name: self._generate_examples(name, triplets) for name, triplets in self._splits.items()}
-
-  def _generate_examples(self, split: str, triplets: Iterable[types.Triplet]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for i, triplet in enumerate(triplets):
-      yield i, _to_example(triplet, f'{split} example {i}')
+CHECKSUMS = 'checksums.json'  # in the folder of a data set: size and SHA-256 of each of its files of records
+_FILE_FORMAT = 'array_record'
+_SHARD_BYTES = 256 << 20  # of records before they are compressed
+_INCOMPLETE = 'incomplete.'  # start of the name of a folder that is being written
+_SPLIT = re.compile(r'[\w-]+')
+_REMEDY = 'copy or write the data set again'
 
 
 class TripletSequence(Sequence[types.Triplet]):
@@ -83,10 +62,34 @@ class TripletSequence(Sequence[types.Triplet]):
       raise types.UserError(f'{where}{which} cannot be read ({json_files.shorten(error)}); copy or write the data set again') from error
 
 
+class Written(NamedTuple):
+  """What was written of a data set."""
+
+  folder: pathlib.Path
+  rows: dict[str, int]  # by split
+  fingerprints: dict[str, str]  # by split: what `fingerprint` returns for its triplets
+  checksums: dict[str, str]  # by file: SHA-256 of its bytes
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of the whole data set: of the fingerprints of its splits, in any order."""
+    return hashlib.sha256(json.dumps(self.fingerprints, sort_keys=True).encode()).hexdigest()
+
+
 def write_triplets(
   folder: pathlib.Path, name: str, splits: Mapping[str, Iterable[types.Triplet]], description: str, metadata: Mapping[str, Any]
 ) -> pathlib.Path:
-  """Write a data set to `folder`/`name`/VERSION and return that path.
+  """Write a data set to `folder`/`name`/VERSION and return that path. See `write`."""
+  return write(folder, name, splits, description, metadata).folder
+
+
+def write(
+  folder: pathlib.Path, name: str, splits: Mapping[str, Iterable[types.Triplet]], description: str, metadata: Mapping[str, Any]
+) -> Written:
+  """Write a data set to `folder`/`name`/VERSION, with the checksums of its files.
+
+  Splits are read once, one after another, and no more than one triplet of them is held at a time. The same triplets give the same bytes.
+  The folder appears when it is complete; what an interrupted call has left is not taken for a data set, and the next call removes it.
 
   Args:
     folder: the TFDS data directory; nothing is written elsewhere.
@@ -96,20 +99,108 @@ def write_triplets(
     metadata: JSON values stored with the data set (pool parameters, seeds).
 
   Raises:
-    ValueError: a triplet is not plain text, or the folder already contains the data set.
+    ValueError: a triplet is not plain text, a split has no triplet or a name that TFDS cannot read, or the folder already contains the
+      data set.
   """
   target = pathlib.Path(folder) / name / VERSION
   if target.exists():
     raise ValueError(f'{target} already contains a data set; remove it, or write to another folder')
-  tfds.disable_progress_bar()
-  builder_class = type(''.join(w.title() for w in name.split('_')), (_TripletBuilder,), {'name': name}, skip_registration=True)
-  builder = builder_class(splits, description, metadata, data_dir=str(folder), file_format='array_record')
-  config = tfds.download.DownloadConfig(try_download_gcs=False, register_checksums=False)
-  downloads = target.parent / 'downloads'  # TFDS requires this folder although nothing is downloaded, and prints its progress to stdout
-  with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare(download_dir=str(downloads), download_config=config)
-  shutil.rmtree(downloads, ignore_errors=True)
-  return target
+  for split in splits:
+    if not _SPLIT.fullmatch(split) or split == 'all':
+      raise ValueError(f'split {split!r}: TFDS cannot read a split of this name; use letters, digits, _ and -, and not "all"')
+  incomplete = target.with_name(f'{_INCOMPLETE}{VERSION}')
+  shutil.rmtree(incomplete, ignore_errors=True)
+  incomplete.mkdir(parents=True)
+  try:
+    template = tfds.core.ShardedFileTemplate(data_dir=incomplete, dataset_name=name, filetype_suffix=_FILE_FORMAT)
+    written = {split: _write_split(template.replace(split=split), split, triplets) for split, triplets in splits.items()}
+    _write_info(template, {split: part.info for split, part in written.items()}, description, metadata)
+    files = {file: values for part in written.values() for file, values in part.files.items()}
+    paths.write_atomically(incomplete / CHECKSUMS, json.dumps({'files': files}, indent=1, sort_keys=True) + '\n')
+    os.rename(incomplete, target)
+  except BaseException:
+    shutil.rmtree(incomplete, ignore_errors=True)
+    raise
+  return Written(
+    target,
+    {split: part.fingerprint.rows for split, part in written.items()},
+    {split: part.fingerprint.hexdigest() for split, part in written.items()},
+    {file: values['sha256'] for file, values in sorted(files.items())},
+  )
+
+
+class _WrittenSplit(NamedTuple):
+  info: tfds.core.SplitInfo
+  fingerprint: records.Fingerprint
+  files: dict[str, dict[str, Any]]  # name -> size and SHA-256
+
+
+def _write_split(template: tfds.core.ShardedFileTemplate, split: str, triplets: Iterable[types.Triplet]) -> _WrittenSplit:
+  """Write a split file by file. Names of TFDS hold the number of files, which is known in the end."""
+  fingerprint = records.Fingerprint()
+  sizes: list[int] = []
+  lengths: list[int] = []
+  shards: list[pathlib.Path] = []
+  rest = enumerate(triplets)
+  for first in rest:  # of a file
+    shards.append(pathlib.Path(template.data_dir) / f'{split}.{len(shards)}')
+    before = fingerprint.rows
+    sizes.append(_write_shard(shards[-1], itertools.chain([first], rest), split, fingerprint))
+    lengths.append(fingerprint.rows - before)
+  if not shards:
+    raise ValueError(f'split {split!r} has no examples, which TFDS cannot store; leave the split out')
+  files = {}
+  for i, shard in enumerate(shards):
+    path = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards)))
+    os.rename(shard, path)
+    files[path.name] = {'bytes': path.stat().st_size, 'sha256': _sha256(path)}
+  info = tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=sum(sizes), filename_template=template)
+  return _WrittenSplit(info, fingerprint, files)
+
+
+def _write_shard(path: pathlib.Path, triplets: Iterator[tuple[int, types.Triplet]], split: str, fingerprint: records.Fingerprint) -> int:
+  """Write triplets to one file until it is full or there are no more. Returns the bytes of its records."""
+  size = 0
+  # A group of one record can be read without its neighbors: training reads in random order.
+  with contextlib.closing(array_record_module.ArrayRecordWriter(str(path), 'group_size:1,zstd:2')) as writer:
+    for i, triplet in triplets:
+      try:
+        fields = records.fields_of(triplet)
+      except ValueError as error:
+        raise ValueError(f'{split} example {i}: {error}') from error
+      record = records.record_of(fields)
+      writer.write(record)
+      fingerprint.add(fields)
+      size += len(record)
+      if size >= _SHARD_BYTES:
+        break
+  return size
+
+
+def _write_info(
+  template: tfds.core.ShardedFileTemplate, splits: Mapping[str, tfds.core.SplitInfo], description: str, metadata: Mapping[str, Any]
+) -> None:
+  """Write what TFDS reads to find splits and features."""
+  identity = tfds.core.DatasetIdentity(
+    name=template.dataset_name, version=tfds.core.Version(VERSION), data_dir=str(template.data_dir), module_name=__name__
+  )
+  ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+  texts = {name: tfds.features.Text() for name in (*records.TEXTS, *records.LABELS, 'metadata')}
+  info = tfds.core.DatasetInfo(
+    builder=identity,
+    description=description,
+    features=tfds.features.FeaturesDict(texts | dict.fromkeys(records.IDS, ids)),
+    metadata=tfds.core.MetadataDict(metadata),
+    disable_shuffling=True,  # examples are in the given order; the pipeline shuffles them when it reads
+  )
+  info.set_file_format(_FILE_FORMAT)
+  info.set_splits(tfds.core.SplitDict(list(splits.values())))
+  info.write_to_directory(template.data_dir)
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write_prompts(
@@ -143,21 +234,70 @@ def _triplet_of(example: types.Prompt) -> types.Triplet:
 def open_triplets(folder: pathlib.Path) -> dict[str, TripletSequence]:
   """Open every split of the one data set in `folder`, which may be a TFDS data directory or the versioned folder itself.
 
+  Sizes of files are compared with those that were written; `verify` compares all their bytes.
+
   Raises:
     UserError: the folder contains no data set, or more than one, or a damaged one.
   """
+  found = _find(folder)
+  if (found / CHECKSUMS).exists():  # earlier versions did not write it
+    _check_sizes(found)
+  try:
+    return _open(found)
+  except Exception as error:
+    reason = f'{type(error).__name__}: {json_files.shorten(error)}'
+    raise types.UserError(f'{found}: not a readable TFDS data set ({reason}); copy or write it again') from error
+
+
+def verify(folder: pathlib.Path) -> dict[str, str]:
+  """Compare every byte of the one data set in `folder` (see `open_triplets`) with the checksums that were written with it.
+
+  Returns:
+    the SHA-256 of each file of records, by its name.
+
+  Raises:
+    UserError: a file is damaged, or the folder contains no data set with checksums.
+  """
+  found = _find(folder)
+  files = _check_sizes(found)
+  damaged = [name for name, (_, digest) in files.items() if _sha256(found / name) != digest]
+  if damaged:
+    raise types.UserError(f'{found}: the bytes of {", ".join(damaged)} are not those that were written; {_REMEDY}')
+  return {name: digest for name, (_, digest) in files.items()}
+
+
+def _find(folder: pathlib.Path) -> pathlib.Path:
   folder = pathlib.Path(folder)
-  found = sorted(p.parent for pattern in ('', '*/', '*/*/') for p in folder.glob(f'{pattern}dataset_info.json'))
+  found = sorted(
+    p.parent
+    for pattern in ('', '*/', '*/*/')
+    for p in folder.glob(f'{pattern}dataset_info.json')
+    if not p.parent.name.startswith(_INCOMPLETE)
+  )
   if len(found) != 1:
     listed = ', '.join(map(str, found)) or 'none'
     raise types.UserError(
       f'{folder} must contain one TFDS data set (a dataset_info.json), found: {listed}; name the folder of one data set'
     )
+  return found[0]
+
+
+def _check_sizes(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
+  """Return size and SHA-256 of each file of records as they were written, after a look at the sizes that the files have now."""
+  stored = json_files.read(folder / CHECKSUMS, _REMEDY).get('files')
   try:
-    return _open(found[0])
-  except Exception as error:
-    reason = f'{type(error).__name__}: {json_files.shorten(error)}'
-    raise types.UserError(f'{found[0]}: not a readable TFDS data set ({reason}); copy or write it again') from error
+    files = {name: (int(values['bytes']), str(values['sha256'])) for name, values in stored.items()}
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise types.UserError(f'{folder / CHECKSUMS}: damaged ({type(error).__name__}: {json_files.shorten(error)}); {_REMEDY}') from error
+  present = {path.name: path.stat().st_size for path in folder.glob(f'*.{_FILE_FORMAT}-*')}
+  for name in sorted(files.keys() | present.keys()):
+    if name not in files:
+      raise types.UserError(f'{folder}: {name} is not among the files in {CHECKSUMS}; {_REMEDY}')
+    if name not in present:
+      raise types.UserError(f'{folder}: {name} is missing; {_REMEDY}')
+    if present[name] != files[name][0]:
+      raise types.UserError(f'{folder}: {name} has {present[name]:,} bytes, and {files[name][0]:,} were written; {_REMEDY}')
+  return files
 
 
 def _open(folder: pathlib.Path) -> dict[str, TripletSequence]:
@@ -170,31 +310,13 @@ def _open(folder: pathlib.Path) -> dict[str, TripletSequence]:
 
 def fingerprint(triplets: Iterable[types.Triplet]) -> str:
   """Return the SHA-256 (hex) of the triplets in order, as a reader gets them: texts, labels, ids and metadata."""
-  digest = hashlib.sha256()
-  for i, triplet in enumerate(triplets):
-    example = _to_example(triplet, f'example {i}')
-    for name in (*_TEXTS, *_LABELS, 'metadata'):
-      value = example[name].encode()
-      digest.update(len(value).to_bytes(8, 'little') + value)
-    for name in _IDS:
-      digest.update(len(example[name]).to_bytes(8, 'little') + example[name].tobytes())
+  digest = records.Fingerprint()
+  for triplet in triplets:
+    digest.update(triplet)
   return digest.hexdigest()
 
 
-def _to_example(triplet: types.Triplet, where: str) -> dict[str, Any]:
-  example: dict[str, Any] = {}
-  for name in (*_TEXTS, *_LABELS):
-    value = getattr(triplet, name)
-    if not isinstance(value, str):
-      raise ValueError(f'{where}: field {name} must be text in a TFDS data set, not {type(value).__name__}; join messages first')
-    example[name] = value
-  example['metadata'] = json.dumps({k: v for k, v in triplet.metadata.items() if k not in _IDS}, sort_keys=True)
-  for name in _IDS:
-    example[name] = np.asarray(triplet.metadata.get(name, ()), np.int32)
-  return example
-
-
 def _from_example(example: Mapping[str, Any]) -> types.Triplet:
-  texts = {name: example[name].decode() for name in (*_TEXTS, *_LABELS)}
-  ids = {name: np.asarray(example[name], np.int32) for name in _IDS if len(example[name])}
+  texts = {name: example[name].decode() for name in (*records.TEXTS, *records.LABELS)}
+  ids = {name: np.asarray(example[name], np.int32) for name in records.IDS if len(example[name])}
   return types.Triplet(**texts, metadata={**json.loads(example['metadata']), **ids})
