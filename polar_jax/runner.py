@@ -28,7 +28,7 @@ from polar_jax.types import UserError, one_line
 
 # Each stage is imported when it runs: scoring a file needs neither the miniature nor scipy.
 _STAGES = {
-  'synthesize': 'polar_jax.stages.synthesize:synthesize',
+  'synthesize': 'polar_jax.synthesis.stage:synthesize',
   'pretrain_lm': 'polar_jax.stages.pretrain_lm:pretrain_lm',
   'pretrain': 'polar_jax.stages.pretrain:pretrain',
   'finetune': 'polar_jax.stages.finetune:finetune',

@@ -40,7 +40,8 @@ class PoolConfig:
     max=1,
   )
   exclude: str | None = option(
-    None, 'Evaluation files, separated by commas, whose prompts are left out: equal ones, and those with a 13-gram of words in common.'
+    None,
+    'Evaluation files, separated by commas: prompts that are in them, or share 13 words in a row with them, are left out. None: no file.',
   )
   unit_prompts: int = option(64, 'Prompts of a unit of work, which is done whole or again.', min=1)
   max_in_flight: int = option(64, 'Most requests at a time to one address.', min=1)
