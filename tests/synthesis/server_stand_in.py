@@ -1,8 +1,9 @@
-"""A stand-in for an OpenAI-compatible server, whose answers depend on the prompt and the seed, and that fails as told."""
+"""A stand-in for an OpenAI-compatible server, whose answers depend on the prompt and the seed, and that fails as told; and its samplers."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import socket
@@ -10,8 +11,13 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
+
+from polar_jax.synthesis.samples import PoolPrompt, QuarantineError, Request, Sample
+from polar_jax.synthesis.server import ServerConfig, ServerSampler
 
 
 def text_of(prompt: str, seed: int) -> str:
@@ -194,3 +200,71 @@ def free_port() -> int:
   with socket.socket() as sock:
     sock.bind(('127.0.0.1', 0))
     return sock.getsockname()[1]
+
+
+BASE = ServerConfig(
+  base_urls=(),
+  model='zoo/m-1b',
+  chat=False,
+  system=None,
+  temperature=0.7,
+  top_p=0.9,
+  top_k=None,
+  max_tokens=64,
+  api_key_env=None,
+  max_in_flight=8,
+  timeout=5.0,
+  patience=30.0,
+)
+
+
+class FakeTime:
+  """A clock that only `sleep` moves."""
+
+  def __init__(self):
+    self.now, self.slept = 1_000.0, 0.0
+
+  def clock(self):
+    return self.now
+
+  def sleep(self, seconds):
+    assert 0 < seconds <= 0.2  # SIGTERM must not wait longer
+    self.now += seconds
+    self.slept += seconds
+
+
+@contextlib.contextmanager
+def making() -> Iterator[Any]:
+  """Yield a function that makes samplers, which are closed at the end of the block."""
+  made: list[ServerSampler] = []
+
+  def build(*servers, fake=None, addresses=None, **settings):
+    urls = tuple(server if isinstance(server, str) else server.url for server in servers)
+    fake = fake or FakeTime()
+    config = dataclasses.replace(BASE, base_urls=urls, **settings)
+    made.append(ServerSampler(config, addresses=addresses, clock=fake.clock, sleep=fake.sleep))
+    return made[-1]
+
+  yield build
+  for sampler in made:
+    sampler._shared.close()
+
+
+def prompt(i, text=None):
+  return PoolPrompt(f'p{i}', f'prompt {i}' if text is None else text, 'prefix', 'f.jsonl', i, 'train')
+
+
+def requests(prompts=1, samples=1, text=None):
+  return [Request(prompt(i, text), k, 100 * i + k) for i in range(prompts) for k in range(samples)]
+
+
+def usual(wanted):
+  return [Sample(text_of(r.prompt.text, r.seed), True, 7) for r in wanted]
+
+
+def quarantined(sampler, wanted):
+  with pytest.raises(QuarantineError) as caught:
+    sampler.sample(wanted)
+  message = str(caught.value)
+  assert '\n' not in message and 'None' not in message
+  return message
