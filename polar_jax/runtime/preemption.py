@@ -91,6 +91,16 @@ def check() -> None:
     raise StopRequested
 
 
+def check_this_process() -> None:
+  """Stop if SIGTERM arrived, from any thread and as often as one likes. In runs of several processes it does nothing.
+
+  Raises:
+    StopRequested: SIGTERM arrived, and a `SigtermFlag` is in scope.
+  """
+  if not isinstance(SigtermFlag._of_main, _OfAllProcesses):
+    check()
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
   """Scope in which SIGTERM interrupts the main thread at once, such as a wait for a server.

@@ -47,6 +47,18 @@ def test_loops_stop_only_in_the_scope_of_a_flag():
   preemption.check()
 
 
+def test_loops_whose_rounds_differ_stop_in_any_thread_but_not_in_runs_of_several_processes(monkeypatch):
+  preemption.check_this_process()
+  with SigtermFlag() as flag, concurrent.futures.ThreadPoolExecutor(1) as thread:
+    preemption.check_this_process()
+    flag.set()
+    assert isinstance(thread.submit(preemption.check_this_process).exception(), StopRequested)
+    monkeypatch.setattr(preemption._OfAllProcesses, 'is_set', lambda _: pytest.fail('the processes would have to agree'))
+    monkeypatch.setattr(SigtermFlag, '_of_main', preemption._OfAllProcesses())
+    preemption.check_this_process()
+    monkeypatch.undo()
+
+
 def test_a_wait_is_interrupted_and_work_after_it_is_not():
   with SigtermFlag() as flag:
     with pytest.raises(StopRequested), preemption.interruptible():
