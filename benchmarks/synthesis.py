@@ -23,10 +23,10 @@ import threading
 import time
 
 import timing
-from polar_jax.synthesis.addresses import Addresses
 
 from polar_jax.config import PoolConfig
 from polar_jax.synthesis import run
+from polar_jax.synthesis.addresses import Addresses
 from polar_jax.synthesis.openai import OpenaiSampler
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import PREFIX, PoolPrompt, Request

@@ -18,6 +18,7 @@ from polar_jax.synthesis.store import Store
 from polar_jax.types import UserError
 
 RECORDED = 'recorded'
+MEMBERS = 'members'  # setting of a recorded policy: its names in the files
 _LISTED = 5  # names in a message
 
 
@@ -84,7 +85,7 @@ def add_recorded(config: PoolConfig, specs: Sequence[PolicySpec], store: Store, 
   """Add recorded answers, if they are not there yet, and return the pool with a policy for each that was recorded.
 
   An entry takes the policies of its files that its setting `policy` names or matches, or else the one of its own name, or else all that
-  no other entry of the same files takes.
+  no other entry of the same files takes. With `merge` they are one policy, recorded under several names.
 
   Raises:
     UserError: a file cannot be used or has changed, or an entry takes no policy.
@@ -110,7 +111,8 @@ def add_recorded(config: PoolConfig, specs: Sequence[PolicySpec], store: Store, 
         f'policy {spec.name!r}: {", ".join(paths)} has no answer of {", ".join(spec.settings.get("policy", [spec.name]))[:80]} (it has: '
         f'{known or "no rows"}{" ..." if len(found[paths]) > _LISTED else ""}); correct the setting policy'
       )
-    out += [dataclasses.replace(spec, name=name) for name in names]
+    groups = {spec.name: names} if spec.settings.get('merge') else {name: [name] for name in names}
+    out += [dataclasses.replace(spec, name=name, settings={**spec.settings, MEMBERS: members}) for name, members in groups.items()]
   return out
 
 
@@ -155,7 +157,7 @@ def check(specs: Sequence[PolicySpec], store: Store) -> None:
   recorded = store.sample_counts()
   for spec in specs:
     if spec.kind == RECORDED:
-      if not recorded.get(spec.name):
+      if not any(recorded.get(member) for member in spec.settings[MEMBERS]):
         raise UserError(f'policy {spec.name!r} has no recorded answer to any prompt that is kept; remove it, or add prompts')
     elif not kinds:
       raise ConfigError(f'policy {spec.name!r} has no prompts: set synthesize.prompts')
@@ -164,9 +166,9 @@ def check(specs: Sequence[PolicySpec], store: Store) -> None:
         f'policy {spec.name!r} has no prompts: it answers prompts of kind {spec.prompts}, and all of synthesize.prompts are of kind '
         f'{", ".join(kinds)}'
       )
-  if all(spec.kind == RECORDED for spec in specs) and not store.has_pairs():
+  if all(spec.kind == RECORDED for spec in specs) and not store.has_pairs([spec.settings[MEMBERS] for spec in specs]):
     raise UserError(
-      'no prompt of the pool has two samples of one policy, which a triplet needs; record each policy twice, or add one to sample'
+      'no prompt of the pool has two samples of one policy, which a triplet needs; add answers of a second run, or merge names of one policy'
     )
 
 

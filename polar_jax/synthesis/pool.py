@@ -32,7 +32,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
   'checkpoint': ('chat', 'system', 'layers', 'bits', 'max_length', 'batch_size'),
   'openai': ('chat', 'system', 'api_key_env'),
-  'recorded': ('policy',),
+  'recorded': ('policy', 'merge'),
   'ngram': ('order', 'window', 'strength', 'vocab_size'),
   'vllm': ('chat', 'system', 'engine'),
 }
@@ -228,7 +228,7 @@ def _settings(path: pathlib.Path, where: str, given: Mapping[str, Any], own: Seq
             f'{where}: base_url is {value!r:.80}; it must be an address such as http://localhost:8000/v1, or a list of them'
           )
         out[key] = urls
-      case 'chat':
+      case 'chat' | 'merge':
         out[key] = _flag(where, given, key)
       case 'layers' | 'bits' | 'order' | 'vocab_size' | 'max_length' | 'batch_size':
         out[key] = _whole(where, given, key, None)

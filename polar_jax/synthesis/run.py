@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import pathlib
 import shutil
 import threading
@@ -14,7 +14,7 @@ from typing import Any
 
 from polar_jax.config import PoolConfig
 from polar_jax.data import tfds
-from polar_jax.runtime import json_files, paths
+from polar_jax.runtime import paths
 from polar_jax.runtime.clock import Clock
 from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.synthesis import card, cleanup, filters, inputs, pairing, workers
@@ -24,12 +24,13 @@ from polar_jax.synthesis.plan import UNSEEN, Plan
 from polar_jax.synthesis.pool import PolicySpec, check_names, read_pool
 from polar_jax.synthesis.samples import Failure, PoolPrompt, QuarantineError, Sampler
 from polar_jax.synthesis.store import Store
+from polar_jax.synthesis.tally import Lengths, PolicyCount, Tally
 from polar_jax.types import Triplet, UserError
 
-SAMPLES, TRIPLETS, CARD = 'samples.sqlite', 'triplets', 'card.json'
-SPLITS = ('train', 'validation', UNSEEN, 'unseen_policies')
+SAMPLES, TRIPLETS = 'samples.sqlite', 'triplets'
 _SHOWN, _PROMPTS_SHOWN = 160, 3
 _AT_ONCE = 256  # prompts that are paired together
+_LEFT_OUT = ('held_out', 'equal', 'too_few')  # counts of a pairing for the card
 _DESCRIPTION = 'Triplets of a pool of language models: reference and chosen are two samples of one policy, rejected is one of another.'
 
 
@@ -182,34 +183,47 @@ class _Triplets:
 
   def __init__(self, config: PoolConfig, seed: int, store: Store, specs: Sequence[PolicySpec]):
     self._store = store
-    self._facts = {
-      spec.name: pairing.PolicyFacts(spec.weight, spec.family, spec.size, spec.date, spec.held_out, spec.near_to) for spec in specs
-    }
-    self._rules = pairing.PairingRules(pairs_per_prompt=config.pairs_per_prompt, near_share=config.near_share, seed=seed)
-    self.tally = card.Tally()
-    self.dropped: dict[str, int] = {}  # by policy: samples that became empty
+    self._policy_of = {member: spec.name for spec in specs for member in spec.settings.get(inputs.MEMBERS, [spec.name])}
+    self._merged = {spec.name for spec in specs if spec.settings.get('merge')}
+    facts = {spec.name: pairing.PolicyFacts(spec.weight, spec.family, spec.size, spec.date, spec.held_out, spec.near_to) for spec in specs}
+    self._pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, config.near_share, seed))
+    self.tally = Tally()
+    self.kept: dict[str, Lengths] = {spec.name: Lengths() for spec in specs}
+    self.dropped: collections.Counter[str] = collections.Counter()  # by policy: samples of which the clean-up left nothing
 
-  def of_split(self, split: str) -> Iterator[Triplet]:
-    """Yield the triplets of a split."""
-    stored = UNSEEN if split == 'unseen_policies' else split
-    counted = split != 'unseen_policies'  # its prompts are those of unseen_prompts
+  def of_split(self, split: str, *, count: bool = True) -> Iterator[Triplet]:
+    """Yield the triplets of a split; `count` them and what is left out."""
+    stored = UNSEEN if split == pairing.UNSEEN_POLICIES else split
+    new = count and split != pairing.UNSEEN_POLICIES  # its samples are those of unseen_prompts
     for low in range(0, self._store.num_prompts(), _AT_ONCE):
       prompts = {prompt.index: prompt for prompt in self._store.prompts(low, low + _AT_ONCE)}
-      rows = [row for row in self._store.samples(low, low + _AT_ONCE, stored) if row.policy in self._facts]
-      texts = cleanup.clean([row.text for row in rows], [row.ended for row in rows])
-      candidates: dict[int, list[pairing.Candidate]] = {}
-      for row, text in zip(rows, texts, strict=True):
-        if text.strip():
-          candidates.setdefault(row.prompt, []).append(pairing.Candidate(row.policy, row.sample, text))
-        elif counted:
-          self.dropped[row.policy] = self.dropped.get(row.policy, 0) + 1
-      for number, of_prompt in candidates.items():
-        made = pairing.pair(prompts[number], of_prompt, self._facts, self._rules)
-        if counted:
-          self.tally.drop(made.left_out)
+      for number, candidates in self._candidates(low, stored, new).items():
+        made = self._pairer.pair(prompts[number], candidates)
+        if new:
+          self.tally.dropped.update({reason: made.counts[reason] for reason in _LEFT_OUT if made.counts[reason]})
         for triplet in made.triplets.get(split, ()):
-          self.tally.update(split, triplet)
+          if count:
+            self.tally.update(triplet, split)
           yield triplet
+
+  def _candidates(self, low: int, split: str, count: bool) -> dict[int, list[pairing.Candidate]]:
+    """Return the cleaned samples by prompt."""
+    rows = [row for row in self._store.samples(low, low + _AT_ONCE, split) if row.policy in self._policy_of]
+    out: dict[int, list[pairing.Candidate]] = {}
+    numbers: collections.Counter[tuple[int, str]] = collections.Counter()
+    for row, text in zip(rows, cleanup.clean([row.text for row in rows], [row.ended for row in rows]), strict=True):
+      policy, is_empty = self._policy_of[row.policy], not text.strip()
+      # Names that are merged each have a sample 0.
+      sample = numbers[row.prompt, policy] if policy in self._merged else row.sample
+      numbers[row.prompt, policy] += 1
+      if not is_empty:
+        out.setdefault(row.prompt, []).append(pairing.Candidate(policy, sample, text))
+      if count and is_empty:
+        self.dropped[policy] += 1
+        self.tally.dropped['empty'] += 1
+      elif count:
+        self.kept[policy].add(len(text))
+    return out
 
 
 def _write(
@@ -224,22 +238,17 @@ def _write(
   """Write the triplets and their card, and return the section of the report."""
   source = _Triplets(config, seed, store, specs)
   shutil.rmtree(folder / TRIPLETS, ignore_errors=True)
-  (folder / CARD).unlink(missing_ok=True)
-  splits: dict[str, Iterator[Triplet]] = {}
-  for split in SPLITS:
-    if next(_Triplets(config, seed, store, specs).of_split(split), None) is not None:
-      splits[split] = source.of_split(split)
+  (folder / card.JSON).unlink(missing_ok=True)
+  splits = {split: source.of_split(split) for split in pairing.SPLITS if next(source.of_split(split, count=False), None) is not None}
   if not splits:
     raise UserError(_nothing(quarantined))
   written = tfds.write(folder / TRIPLETS, TRIPLETS, splits, _DESCRIPTION, {'seed': seed})
-  for split in SPLITS:
-    if split not in splits:  # its samples are counted all the same
-      for _ in source.of_split(split):
-        pass
+  for split in set(pairing.SPLITS) - set(splits):  # their samples count all the same
+    collections.deque(source.of_split(split), maxlen=0)
   values = _card(config, seed, store, specs, quarantined, source, written)
   card.write(folder, values)
   rows = ', '.join(f'{split} {count:,}' for split, count in written.rows.items())
-  log(f'synthesize: triplets: {rows}; see {folder / "card.md"}')
+  log(f'synthesize: triplets: {rows}; see {folder / card.MARKDOWN}')
   if quarantined:
     log(f'synthesize: NOT COMPLETE: {", ".join(quarantined)} did not answer; repeat the command when they do')
   fingerprints = {f'{TRIPLETS}/{split}': value for split, value in written.fingerprints.items()}
@@ -266,49 +275,42 @@ def _card(
   written: tfds.Written,
 ) -> dict[str, Any]:
   """Return the content of the data card."""
-  samples, failures, costs = store.sample_counts(), store.failure_counts(), store.costs()
-  counts = {
-    spec.name: card.PolicyCount(
+  failures, costs = store.failure_counts(), store.costs()
+  policies = {
+    spec.name: PolicyCount(
       kind=spec.kind,
-      samples=samples.get(spec.name, 0),
-      dropped=source.dropped.get(spec.name, 0),
+      samples=source.kept[spec.name].count,
+      dropped=source.dropped[spec.name],
       failed=failures.get(spec.name, 0),
-      requests=costs.get(spec.name, {}).get('requests', 0),
-      retries=costs.get(spec.name, {}).get('retries', 0),
-      tokens=costs.get(spec.name, {}).get('tokens', 0),
-      prompt_tokens=costs.get(spec.name, {}).get('prompt_tokens', 0),
+      **{key: costs.get(spec.name, {}).get(key, 0) for key in ('requests', 'tokens', 'prompt_tokens')},
       quarantined=quarantined.get(spec.name),
       family=spec.family,
-      size=spec.size,
-      date=spec.date,
+      size='' if spec.size is None else f'{spec.size:g}B',
+      date=spec.date or '',
       held_out=spec.held_out,
-      triplets=source.tally.triplets_of(spec.name),
+      lengths=source.kept[spec.name],
     )
     for spec in specs
   }
-  pool_digest = hashlib.sha256(json.dumps([spec.identity() | {'name': spec.name} for spec in specs], sort_keys=True).encode()).hexdigest()
-  return card.content(
+  settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(PoolConfig)}
+  given = {name: value for name, value in settings.items() if value != getattr(PoolConfig(), name)}
+  values = card.make(
     source.tally,
-    counts,
-    rows=written.rows,
-    fingerprint=written.fingerprint,
-    fingerprints=written.fingerprints,
-    checksums=written.checksums,
-    complete=not quarantined,
+    policies,
+    written,
     seed=seed,
-    prompts={
-      'by_split': store.count_prompts('split'),
-      'by_file': store.count_prompts('source'),
-      'by_kind': store.count_prompts('kind'),
-      'left_out': {**(store.fact('prompt_counts') or {}), **store.count_prompts('dropped')},
-      'contaminated': store.fact('contaminated') or [],
-    },
-    settings={**inputs.settings_of(config, seed), 'pairs_per_prompt': config.pairs_per_prompt, 'near_share': config.near_share},
-    pool=pool_digest,
+    command=[
+      *('python', '-m', 'polar_jax.main', '--config=configs/synthesize.py', f'--config.seed={seed}'),
+      *(f'--config.synthesize.{name}={value}' for name, value in given.items()),
+    ],
+    prompts=store.count_prompts_by_file(),
+    missing=[f'{name} was given up' for name in quarantined],
+    description=_DESCRIPTION,
   )
-
-
-def read_card(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Return the card of the data in a workdir; None if there is none."""
-  path = workdir / 'data' / CARD
-  return json_files.read(path, 'run the synthesize stage again') if path.exists() else None
+  more = {
+    'prompts_left_out': {**(store.fact('prompt_counts') or {}), **store.count_prompts('dropped')},
+    'contaminated': store.fact('contaminated') or [],
+    'settings': settings,
+    'pool': [{'name': spec.name, **spec.identity(), 'weight': spec.weight, 'near_to': list(spec.near_to)} for spec in specs],
+  }
+  return values | more

@@ -212,7 +212,7 @@ class ServerSampler:
       advice = 'redirects are not followed: give the address that it leads to'
     else:
       advice = 'check that it is the address of an OpenAI-compatible server'
-    raise QuarantineError(f'{where}: status {status}: {message}; {advice}')
+    raise QuarantineError(f'{where}: status {status}: {message}; {advice}', status)
 
   def _give_up(self, address: Address, error: TemporaryError, tries: int, seconds: float) -> QuarantineError:
     return QuarantineError(

@@ -184,10 +184,26 @@ class Store:
     kept = 'dropped IS NOT NULL' if column == 'dropped' else 'dropped IS NULL'
     return dict(self._all(f'SELECT {column}, COUNT(*) FROM prompts WHERE {kept} GROUP BY {column} ORDER BY {column}'))
 
-  def has_pairs(self) -> bool:
-    """Return whether some prompt that was not dropped has two samples of one policy."""
-    statement = 'SELECT 1 FROM samples JOIN prompts ON prompt = number WHERE dropped IS NULL GROUP BY prompt, policy HAVING COUNT(*) > 1'
-    return bool(self._all(f'{statement} LIMIT 1'))
+  def count_prompts_by_file(self) -> dict[str, dict[str, int]]:
+    """Return the number of prompts that were not dropped, by source and split."""
+    out: dict[str, dict[str, int]] = {}
+    statement = 'SELECT source, split, COUNT(*) FROM prompts WHERE dropped IS NULL GROUP BY source, split ORDER BY source, split'
+    for source, split, count in self._all(statement):
+      out.setdefault(source, {})[split] = count
+    return out
+
+  def has_pairs(self, groups: Iterable[Sequence[str]]) -> bool:
+    """Return whether some prompt that was not dropped has two samples of one of some groups of policies."""
+    for names in groups:
+      marks = ', '.join('?' * len(names))
+      found = self._all(
+        f'SELECT 1 FROM samples JOIN prompts ON prompt = number WHERE dropped IS NULL AND policy IN ({marks}) GROUP BY prompt '
+        'HAVING COUNT(*) > 1 LIMIT 1',
+        [self._numbers[name] for name in names],
+      )
+      if found:
+        return True
+    return False
 
   def done_units(self, policy: str) -> set[int]:
     """Return the numbers of the units of a policy that are finished."""

@@ -83,12 +83,12 @@ def test_samples_by_split_without_dropped_prompts(store):
 
 def test_recorded_answers_are_numbered_in_their_order(store):
   rows = [('r', '1', 'one', 'x', 'f'), ('s', '1', 'one', 'y', 'f'), ('r', '1', 'one', 'z', 'f'), ('r', '5', 'new', 'w', 'f')]
-  assert not store.has_pairs()
+  assert not store.has_pairs([['a'], ['b']])
   assert store.add_recorded(rows, 'instruction', TRAIN) == {'r': 3, 's': 1}
   assert store.samples(0, 9, 'train') == [(0, 'r', 0, 'x', True), (0, 'r', 1, 'z', True), (0, 's', 0, 'y', True), (2, 'r', 0, 'w', True)]
-  assert store.has_pairs()
+  assert store.has_pairs([['s'], ['r']]) and store.has_pairs([['r', 's']]) and not store.has_pairs([['s'], ['a']])
   store.drop_prompts([0], 'x')
-  assert not store.has_pairs()
+  assert not store.has_pairs([['r', 's']])
 
 
 def test_other_settings_are_refused_by_name(store, tmp_path):
