@@ -1,0 +1,319 @@
+"""Triplets of the samples of one prompt: two samples of one policy are reference and chosen, a sample of another policy is rejected.
+
+What is drawn depends on nothing but the seed, the prompt's id, the facts of the policies and the samples of this prompt: not on their
+order, nor on other prompts.
+
+Policies that are held out meet each other only, and only on prompts that are unseen too: those triplets are the split 'unseen_policies'.
+All others go to the split of their prompt. Whether a training policy is a near twin of one held out is not checked here.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+from polar_jax.synthesis.samples import INSTRUCTION, PREFIX, PoolPrompt
+from polar_jax.types import Triplet
+
+PROMPT_SPLITS = ('train', 'validation', 'unseen_prompts')
+UNSEEN_POLICIES = 'unseen_policies'
+SPLITS = (*PROMPT_SPLITS, UNSEEN_POLICIES)
+DIFFICULTIES = ('near_to', 'family', 'other')  # what the policies of a triplet have in common, the hardest first
+WRAPPERS = {PREFIX: 'pretrain', INSTRUCTION: 'sft'}  # a continuation follows its prompt without a separator
+COUNTS = ('candidates', 'empty', 'held_out', 'equal', 'too_few')
+_DRAWS = 4  # of a negative by weight, before all policies are put in an order
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A sample of a policy after clean-up."""
+
+  policy: str
+  sample: int
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyFacts:
+  """What is known of a policy.
+
+  Attributes:
+    weight: how often it is drawn, relative to others; positive.
+    family: policies of one family are related; '' if it has none.
+    size: number of parameters; None if unknown.
+    date: when it appeared: an ISO date, a month or a year; None if unknown.
+    held_out: no training triplet has a sample of it.
+    near_to: names of policies that hardly differ from it: other steps of its training, or its merges and quantizations.
+  """
+
+  weight: float
+  family: str = ''
+  size: float | None = None
+  date: str | None = None
+  held_out: bool = False
+  near_to: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PairingRules:
+  """How triplets are drawn.
+
+  Attributes:
+    pairs_per_prompt: triplets of a prompt, in each split that it has, at most.
+    near_share: probability that the rejected policy is chosen for being close to the other one: among policies linked by `near_to`, in
+      either direction, if there are any, else among its family, else among all. There, the nearest in size, then in date, is taken with
+      probability 1/2, else the next with probability 1/2, and so on. Otherwise it is drawn by weight.
+    seed: of all draws.
+  """
+
+  pairs_per_prompt: int
+  near_share: float = 0.0
+  seed: int = 0
+
+  def __post_init__(self) -> None:
+    if self.pairs_per_prompt < 1 or not 0 <= self.near_share <= 1:
+      raise ValueError(f'pairs_per_prompt must be positive and near_share in [0, 1], not {self.pairs_per_prompt} and {self.near_share}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+  """Triplets of one prompt.
+
+  Attributes:
+    triplets: by split, in the order in which they were drawn; splits without any are absent.
+    counts: by name of COUNTS: candidates; those left out because they are `empty`, or by a policy that is `held_out` from this prompt;
+      pairs of the remaining samples of a split that are `equal` as texts, which meet in no triplet; and splits of the prompt with `too_few`
+      different samples for any triplet (that of held-out policies counts only if there are two).
+  """
+
+  triplets: Mapping[str, list[Triplet]]
+  counts: Mapping[str, int]
+
+
+class Pairer:
+  """Draws the triplets of any number of prompts. It has no state but what it was made of.
+
+  Args:
+    facts: of all policies, by name.
+    rules: how triplets are drawn.
+
+  Raises:
+    ValueError: a weight is not positive, or a date cannot be read.
+  """
+
+  def __init__(self, facts: Mapping[str, PolicyFacts], rules: PairingRules):
+    for name, fact in facts.items():
+      if not (fact.weight > 0 and math.isfinite(fact.weight)):
+        raise ValueError(f'policy {name}: its weight must be positive, not {fact.weight}')
+    self.facts, self.rules = dict(facts), rules
+    self._days = {name: None if fact.date is None else _days(name, fact.date) for name, fact in facts.items()}
+    self._several_held_out = sum(fact.held_out for fact in facts.values()) > 1
+    self.difficulty = functools.cache(self._difficulty)
+    self.nearest = functools.cache(self._nearest)
+
+  def pair(self, prompt: PoolPrompt, candidates: Sequence[Candidate]) -> Pairing:
+    """Return the triplets of a prompt.
+
+    Args:
+      prompt: the prompt.
+      candidates: samples of any policies, in any order.
+
+    Raises:
+      ValueError: two samples of a policy have one number, a policy is unknown, or the kind or split of the prompt is.
+    """
+    if prompt.split not in PROMPT_SPLITS or prompt.kind not in WRAPPERS:
+      raise ValueError(f'prompt {prompt.id}: unknown kind or split: {prompt.kind!r}, {prompt.split!r}')
+    counts = dict.fromkeys(COUNTS, 0)
+    by_split = self._samples(prompt, candidates, counts)
+    triplets = {}
+    for split, samples in by_split.items():
+      texts = [candidate.text for of_policy in samples.values() for candidate in of_policy]
+      if len(texts) > len(set(texts)):
+        counts['equal'] += sum(count * (count - 1) // 2 for count in collections.Counter(texts).values())
+      digest = hashlib.blake2b(f'{self.rules.seed}\0{split}\0{prompt.id}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
+      drawn = _Draw(self, samples, random.Random(int.from_bytes(digest, 'big'))).triples()
+      if drawn:
+        triplets[split] = [self._triplet(prompt, *triple) for triple in drawn]
+      elif split != UNSEEN_POLICIES or self._several_held_out:
+        counts['too_few'] += 1
+    return Pairing(triplets, counts)
+
+  def _samples(self, prompt: PoolPrompt, candidates: Sequence[Candidate], counts: dict[str, int]) -> dict[str, dict[str, list[Candidate]]]:
+    """Return the candidates that can be used by split and policy, both names and numbers in order; counts those that cannot."""
+    counts['candidates'] = len(candidates)
+    grouped: dict[str, dict[int, Candidate]] = {}
+    for candidate in candidates:
+      of_policy = grouped.setdefault(candidate.policy, {})
+      if candidate.sample in of_policy:
+        raise ValueError(f'prompt {prompt.id}: two samples {candidate.sample} of policy {candidate.policy}')
+      of_policy[candidate.sample] = candidate
+    unseen = prompt.split == 'unseen_prompts'
+    by_split: dict[str, dict[str, list[Candidate]]] = {
+      split: {} for split in ((prompt.split, UNSEEN_POLICIES) if unseen else (prompt.split,))
+    }
+    for policy in sorted(grouped):
+      if policy not in self.facts:
+        raise ValueError(f'prompt {prompt.id}: there are no facts of policy {policy}')
+      samples = [candidate for _, candidate in sorted(grouped[policy].items()) if candidate.text.strip()]
+      counts['empty'] += len(grouped[policy]) - len(samples)
+      held_out = self.facts[policy].held_out
+      if held_out and not unseen:
+        counts['held_out'] += len(samples)
+      elif samples:
+        by_split[UNSEEN_POLICIES if held_out else prompt.split][policy] = samples
+    return by_split
+
+  def _triplet(self, prompt: PoolPrompt, reference: Candidate, chosen: Candidate, rejected: Candidate) -> Triplet:
+    metadata = {
+      'reference_policy': reference.policy,
+      'chosen_policy': chosen.policy,
+      'rejected_policy': rejected.policy,
+      'prompt_id': prompt.id,
+      'reference_sample': reference.sample,
+      'chosen_sample': chosen.sample,
+      'rejected_sample': rejected.sample,
+      'difficulty': self.difficulty(reference.policy, rejected.policy),
+    }
+    category = self.facts[reference.policy].family or reference.policy
+    return Triplet(prompt.text, reference.text, chosen.text, rejected.text, WRAPPERS[prompt.kind], category, metadata)
+
+  def _difficulty(self, a: str, b: str) -> str:
+    """Return what two policies have in common: one of DIFFICULTIES."""
+    one, other = self.facts[a], self.facts[b]
+    if b in one.near_to or a in other.near_to:
+      return 'near_to'
+    return 'family' if one.family and one.family == other.family else 'other'
+
+  def _nearest(self, policy: str) -> list[list[str]]:
+    """Return all other policies by DIFFICULTIES, the nearest first."""
+
+    def distance(name: str) -> tuple[float, float, str]:
+      sizes, days = (self.facts[policy].size, self.facts[name].size), (self._days[policy], self._days[name])
+      size = abs(math.log(sizes[0] / sizes[1])) if sizes[0] and sizes[1] else math.inf
+      date = abs(days[0] - days[1]) if days[0] is not None and days[1] is not None else math.inf
+      return size, date, name
+
+    others = sorted((name for name in self.facts if name != policy), key=distance)
+    return [[name for name in others if self.difficulty(policy, name) == difficulty] for difficulty in DIFFICULTIES]
+
+
+def pair(prompt: PoolPrompt, candidates: Sequence[Candidate], facts: Mapping[str, PolicyFacts], rules: PairingRules) -> Pairing:
+  """Return the triplets of one prompt. For many prompts, a `Pairer` prepares the facts only once.
+
+  Raises:
+    ValueError: as `Pairer` and its `pair`.
+  """
+  return Pairer(facts, rules).pair(prompt, candidates)
+
+
+class _Draw:
+  """Draws the triplets of one prompt and split.
+
+  Args:
+    pairer: facts and rules.
+    samples: by policy, in a fixed order.
+    rng: only its `random` is used, whose numbers are the same in every version of Python.
+  """
+
+  def __init__(self, pairer: Pairer, samples: Mapping[str, list[Candidate]], rng: random.Random):
+    self._pairer, self._samples, self._random = pairer, samples, rng.random
+    self._names = list(samples)
+    self._weights = [pairer.facts[name].weight for name in self._names]
+    self._sums = list(itertools.accumulate(self._weights))
+    self._used: set[tuple[str, str, str]] = set()
+
+  def triples(self) -> list[tuple[Candidate, Candidate, Candidate]]:
+    """Return triples of reference, chosen and rejected, with different texts and no two alike, as many as the rules ask for if there are.
+
+    In every round, each policy with two samples gives one, in an order drawn by weight.
+    """
+    wanted = self._pairer.rules.pairs_per_prompt
+    out: list[tuple[Candidate, Candidate, Candidate]] = []
+    if len(self._names) < 2:
+      return []
+    policies = self._by_weight([i for i, name in enumerate(self._names) if len(self._samples[name]) > 1])
+    while policies and len(out) < wanted:
+      left = []
+      for i in policies:
+        triple = self._triple(i) if len(out) < wanted else None
+        if triple is not None:
+          out.append(triple)
+          left.append(i)
+      policies = left
+    return out
+
+  def _triple(self, i: int) -> tuple[Candidate, Candidate, Candidate] | None:
+    """Draw a triple with reference and chosen of policy i; None if all have been drawn."""
+    samples = self._samples[self._names[i]]
+    count, pairs = len(samples), len(samples) * (len(samples) - 1)
+    first, near = int(self._random() * pairs), self._random() < self._pairer.rules.near_share
+    for k in range(pairs):
+      a, b = divmod((first + k) % pairs, count - 1)
+      reference, chosen = samples[a], samples[b + (b >= a)]
+      if reference.text == chosen.text:
+        continue
+      for j in self._near(i) if near else self._any(i):
+        rejected = self._rejected(j, reference.text, chosen.text)
+        if rejected is not None:
+          return reference, chosen, rejected
+    return None
+
+  def _rejected(self, j: int, reference: str, chosen: str) -> Candidate | None:
+    """Draw a sample of policy j that makes a new triple; None if there is none."""
+    samples = self._samples[self._names[j]]
+    first = int(self._random() * len(samples))
+    for k in range(len(samples)):
+      candidate = samples[(first + k) % len(samples)]
+      key = (reference, chosen, candidate.text)
+      if candidate.text != reference and candidate.text != chosen and key not in self._used:
+        self._used.add(key)
+        return candidate
+    return None
+
+  def _any(self, i: int) -> Iterator[int]:
+    """Yield policies other than i, drawn by weight: a few, with repetitions, then each of them."""
+    for _ in range(_DRAWS):
+      j = min(bisect.bisect_right(self._sums, self._random() * self._sums[-1]), len(self._sums) - 1)
+      if j != i:
+        yield j
+    yield from self._by_weight([j for j in range(len(self._names)) if j != i])
+
+  def _near(self, i: int) -> Iterator[int]:
+    """Yield all policies other than i, the near ones first, as `PairingRules.near_share` says."""
+    for group in self._pairer.nearest(self._names[i]):
+      rest = [self._places[name] for name in group if name in self._places]
+      while rest:
+        k = 0
+        while k < len(rest) - 1 and self._random() < 0.5:
+          k += 1
+        yield rest.pop(k)
+
+  @functools.cached_property
+  def _places(self) -> dict[str, int]:
+    return {name: i for i, name in enumerate(self._names)}
+
+  def _by_weight(self, policies: list[int]) -> list[int]:
+    """Return policies in a random order: each place is drawn by weight from those that are left (exponential clocks)."""
+    clocks = {i: -math.log(1.0 - self._random()) / self._weights[i] for i in policies}
+    return sorted(policies, key=clocks.__getitem__)
+
+
+def _days(name: str, date: str) -> int:
+  """Return the day of a date, as a number.
+
+  Raises:
+    ValueError: the date is neither YYYY, YYYY-MM nor YYYY-MM-DD; the message names the policy.
+  """
+  try:
+    year, month, day = (*map(int, date.split('-')), 1, 1)[:3]
+    return datetime.date(year, month, day).toordinal()
+  except ValueError as error:
+    raise ValueError(f'policy {name}: its date must be YYYY, YYYY-MM or YYYY-MM-DD, not {date!r:.40}') from error
