@@ -168,7 +168,7 @@ def check(specs: Sequence[PolicySpec], store: Store) -> None:
       )
   if all(spec.kind == RECORDED for spec in specs) and not store.has_pairs([spec.settings[MEMBERS] for spec in specs]):
     raise UserError(
-      'no prompt of the pool has two samples of one policy, which a triplet needs; add answers of a second run, or merge names of one policy'
+      'no prompt of the pool has two samples of one policy, which a triplet needs; add answers of another run, or merge names of a policy'
     )
 
 
