@@ -160,6 +160,11 @@ def test_a_fault_that_lasts_ends_the_policy(make, name):
   assert said.get(name, '') in message
 
 
+def test_the_time_limit_bounds_the_parts_of_a_reply_together(make):
+  with Server(act=stand_in.trickle) as server:
+    assert 'no whole reply within 0.1 s' in quarantined(make(server, patience=0, timeout=0.1), requests())
+
+
 def test_chat_without_a_message_is_no_answer(make):
   with Server(act=send({'choices': [{'text': 'a'}]})) as server:
     assert 'a choice without message' in quarantined(make(server, chat=True, patience=0), requests())
