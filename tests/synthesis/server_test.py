@@ -356,7 +356,7 @@ def test_empty_answers(make):
     message = quarantined(make(server), requests(3))
     assert 'all 3 answers are empty; check that chat=False suits the model' in message
     assert make(server).sample(requests(1, 4)) == [Sample('', True, 7)] * 4  # one prompt with nothing to say
-    server.script = [send()]
+    server.act = send(lambda body: reply_to(body, 'a' if body['prompt'] == 'prompt 0' else ''))
     assert len(make(server).sample(requests(3, 2))) == 6  # empty answers are no sign of a cache
 
 
