@@ -350,7 +350,7 @@ class Addresses:
       with self._lock:
         self._give_back(address, connection)
         call.in_flight.remove(connection)
-        if call in self._calls:  # otherwise it was given up, and a failure is no fault of the address
+        if call in self._calls:  # otherwise it was given up, and a failure is not the fault of the address
           call.finish(job, address, result, error)
           if error is not None or call.is_done():
             self._progress.notify_all()

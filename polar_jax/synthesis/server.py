@@ -1,10 +1,10 @@
 """A policy that is sampled through an OpenAI-compatible server: vLLM, SGLang, LMDeploy, llama.cpp, or a service.
 
 The answer to a request must depend on nothing but the request. Every request therefore carries its seed, a retry repeats the request as it
-was, and what a server gives for another reason is no answer: a generation that the server aborted is asked for again. A server that
+was, and what a server gives for another reason does not count: a generation that the server aborted is asked for again. A server that
 ignores the seeds is only noticed if it also gives the same answer to all of them, as a cache does.
 
-A server that is down, busy, or replies with something that is no answer is asked again, at another address if there is one, for up to
+A server that is down, busy, or replies with something else than an answer is asked again, at another address if there is one, for up to
 `patience` seconds. A status that no retry changes ends the policy at once (`QuarantineError`), or is the `Failure` of one request if it is
 about its prompt.
 """
@@ -83,7 +83,7 @@ class ServerSampler:
     sleep: waits for some seconds; for tests.
 
   Raises:
-    ConfigError: the variable of the API key is missing, an address is no URL, or httpx is not installed.
+    ConfigError: the variable of the API key is missing, an address is not a URL, or httpx is not installed.
   """
 
   def __init__(

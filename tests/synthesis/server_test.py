@@ -160,6 +160,11 @@ def test_a_fault_that_lasts_ends_the_policy(make, name):
   assert said.get(name, '') in message
 
 
+def test_the_time_limit_bounds_the_parts_of_a_reply_together(make):
+  with Server(act=stand_in.trickle) as server:
+    assert 'no whole reply within 0.1 s' in quarantined(make(server, patience=0, timeout=0.1), requests())
+
+
 def test_chat_without_a_message_is_no_answer(make):
   with Server(act=send({'choices': [{'text': 'a'}]})) as server:
     assert 'a choice without message' in quarantined(make(server, chat=True, patience=0), requests())
@@ -351,7 +356,7 @@ def test_empty_answers(make):
     message = quarantined(make(server), requests(3))
     assert 'all 3 answers are empty; check that chat=False suits the model' in message
     assert make(server).sample(requests(1, 4)) == [Sample('', True, 7)] * 4  # one prompt with nothing to say
-    server.script = [send()]
+    server.act = send(lambda body: reply_to(body, 'a' if body['prompt'] == 'prompt 0' else ''))
     assert len(make(server).sample(requests(3, 2))) == 6  # empty answers are no sign of a cache
 
 
