@@ -156,16 +156,17 @@ def test_missing_and_existing_folders_are_named(tmp_path, folder):
     tfds.write_triplets(folder, 'my_examples', {'train': make_examples(1)}, '', {})
 
 
-def test_the_fingerprint_is_of_lengths_and_bytes():
+@pytest.mark.parametrize('ids', [{}, {'chosen_ids': np.arange(3, dtype=np.int32)}])
+def test_the_fingerprint_is_of_lengths_and_bytes(ids):
   """That of stored data sets must stay what it is."""
-  (example,) = make_examples(1)
+  example = dataclasses.replace(make_examples(1)[0], metadata={'kl': 0.0, 'who': 'p', **ids})
   metadata = json.dumps({'kl': 0.0, 'who': 'p'})
   expected = hashlib.sha256()
   for text in (example.prompt, example.reference, example.chosen, example.rejected, example.wrapper, example.category, metadata):
     expected.update(struct.pack('<Q', len(text.encode())) + text.encode())
   for name in ('prompt', 'reference', 'chosen', 'rejected'):
-    ids = np.asarray(example.metadata.get(f'{name}_ids', ()), np.int32)
-    expected.update(struct.pack('<Q', len(ids)) + ids.tobytes())
+    values = np.asarray(ids.get(f'{name}_ids', ()), np.int32)
+    expected.update(struct.pack('<Q', len(values)) + values.tobytes())
   shuffled = dataclasses.replace(example, metadata=dict(reversed(example.metadata.items())))
   assert tfds.fingerprint([example]) == tfds.fingerprint([shuffled]) == expected.hexdigest()
 
@@ -230,6 +231,14 @@ def test_a_record_is_what_protocol_buffers_make_of_a_triplet(odd):
     assert record == b'\n' + varint(sum(map(len, parts))) + b''.join(parts)
 
 
+def test_texts_of_every_length_have_the_header_of_protocol_buffers():
+  lengths = [*range(300), 2**13 - 1, 2**13, 2**14 - 20, 2**14 - 1, 2**14, 2**21]
+  for length in [*lengths, *lengths[::-1]]:  # headers are made, and then kept
+    triplet = types.Triplet('', '', 'c' * length, '')
+    record = records.record_of(records.fields_of(triplet))
+    assert len(record) == example_of(triplet).ByteSize() and tf_example_pb2.Example.FromString(record) == example_of(triplet), length
+
+
 def varint(value):
   return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + varint(value // 128)
 
@@ -265,6 +274,8 @@ def test_shards_are_cut_by_size_and_the_same_triplets_give_the_same_bytes(tmp_pa
   n = len(opened['train'].shards)
   assert 2 < n < 10 and len(opened['other'].shards) == 1
   assert [file.name for file in opened['train'].shards] == [f'some-train.array_record-{i:05}-of-{n:05}' for i in range(n)]
+  shards = {file.name for split in opened.values() for file in split.shards}
+  assert files_of(b).keys() == {*shards, tfds.CHECKSUMS, 'dataset_info.json', 'features.json', 'metadata.json'}
   info = json.loads((b / 'dataset_info.json').read_text())['splits'][0]
   lengths = [int(count) for count in info['shardLengths']]
   sizes = [len(records.record_of(records.fields_of(t))) for t in make_examples(30)]
