@@ -49,8 +49,8 @@ def contaminated(prompts: Sequence[str], files: Sequence[pathlib.Path], near: fl
 
   A prompt shares text with a row if one of its 13-grams of words is in a text of the row, or if it is equal to a text of the row.
 
-  The index of the files takes 16 bytes for each of their 13-grams, and four times as much while it is made; with `near`, some 10 KB for each
-  of their texts. Grams are compared by 64-bit hashes: among 10^8 grams, a wrong match in 10^8 others has a probability of 1 in 2,000.
+  The index of the files takes 16 bytes for each of their 13-grams, and four times as much while it is made; with `near`, some 13 KB for
+  each of their texts. Grams are compared by 64-bit hashes: among 10^8 grams, a wrong match in 10^8 others has a probability of 1 in 2,000.
 
   Args:
     prompts: to be used for training.

@@ -191,6 +191,7 @@ def test_near_policies_are_preferred():
   difficulties = {name: pairing.Pairer(facts, PairingRules(1)).difficulty('a', name) for name in 'bcdefghi'}
   assert difficulties == {**dict.fromkeys('bc', 'near_to'), **dict.fromkeys('def', 'family'), **dict.fromkeys('ghi', 'other')}
   assert pairing.Pairer(facts, PairingRules(1)).difficulty('b', 'a') == 'near_to'
+  assert pairing.Pairer(MAKE, PairingRules(1)).difficulty('b', 'a') == 'other'  # without a family
   # Half of the pairs are drawn by weight: i has 9 of the 16 parts that a leaves.
   shares = rejected_of('a', facts, 0.5, 'abcdefghi')
   assert shares['i'] == pytest.approx(0.5 * 9 / 16, abs=0.07) and shares['b'] == pytest.approx(0.25 + 0.5 / 16, abs=0.07)
