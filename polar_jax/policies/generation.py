@@ -163,8 +163,8 @@ def generate(
       rollouts = engine.generate(params, [prompts[i] for i in members], (seed, number), limits, ended if asked else None)
     for r, i in enumerate(members):
       length = int(rollouts.length_R[r])
-      text, ended = ending.text(r, rollouts.tokens_RT[r, :length].tolist())
-      out[i] = Response(text, length, ended)
+      text, has_ended = ending.text(r, rollouts.tokens_RT[r, :length].tolist())
+      out[i] = Response(text, length, has_ended)
     progress(len(out))
   return [out[i] for i in range(len(prompts))]
 

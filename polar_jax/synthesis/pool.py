@@ -171,7 +171,7 @@ def _read(path: pathlib.Path) -> Any:
 def _spec(path: pathlib.Path, number: int, entry: Any, defaults: Mapping[str, Any]) -> PolicySpec:
   """Return the policy of one entry."""
   if not isinstance(entry, Mapping):
-    raise ConfigError(f'{path}: policy {number} is {json_files.shorten(repr(entry))}; it must be an object')
+    raise ConfigError(f'{path}: policy {number} is {entry!r:.80}; it must be an object')
   name = entry.get('name')
   if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or not name.isprintable() or name != name.strip():
     raise ConfigError(f'{path}: policy {number} needs a name of printable characters, at most {_MAX_NAME} (found: {name!r:.60})')
