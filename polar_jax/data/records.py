@@ -68,7 +68,7 @@ def record_of(fields: Fields) -> bytes:
     _WRAPPER[len(wrapper)], wrapper,
   ))
   # fmt: on
-  return b'\x0a' + _varint(len(content)) + content
+  return _TOTAL[len(content)] + content
 
 
 class Fingerprint:
@@ -111,13 +111,13 @@ class Fingerprint:
 
 
 class _Headers(dict[int, bytes]):
-  """The bytes before the value of a field, by the length of the value."""
+  """The bytes before a value of bytes, by its length: that of a field, or of all features if no field is named."""
 
-  def __init__(self, name: str):
+  def __init__(self, name: str = ''):
     self._name = name.encode()
 
   def __missing__(self, size: int) -> bytes:
-    header = _header(self._name, _BYTES, size)
+    header = _header(self._name, _BYTES, size) if self._name else b'\x0a' + _varint(size)
     if size < _KEPT:
       self[size] = header
     return header
@@ -163,6 +163,7 @@ def _int64_list(name: str, values: np.ndarray) -> bytes:
 
 
 _PROMPT, _REFERENCE, _CHOSEN, _REJECTED, _WRAPPER, _CATEGORY, _METADATA = map(_Headers, (*TEXTS, *LABELS, 'metadata'))
+_TOTAL = _Headers()
 _NO_IDS = tuple(_int64_list(name, np.zeros(0, np.int32)) for name in IDS)
 _ZEROS = bytes(8 * len(IDS))
 

@@ -49,7 +49,7 @@ def _bars(ax: Axes, names: list[str], counts: Mapping[str, Mapping[str, Any]], r
     width = [counts[name]['roles'].get(role, 0) for name in names]
     ax.barh(range(len(names)), width, left=start, height=0.72, color=_COLORS[role], label=role)
     start = [a + b for a, b in zip(start, width, strict=True)]
-  # A dollar sign of a name is no formula.
+  # Dollar signs of names do not begin formulas.
   ax.set_yticks(range(len(names)), [_label(name, counts[name]) for name in names], parse_math=False)
   ax.set_ylim(rows - 0.4, -0.6)
   ax.tick_params(axis='y', length=0)
