@@ -33,7 +33,7 @@ from polar_jax.synthesis.samples import PREFIX, PoolPrompt, Request
 
 WORDS = [f'{a}{b}' for a in 'bcdfghklmnprst' for b in ('an', 'e', 'ill', 'o', 'urn')]
 POLICIES, WORDS_OF_ANSWER = 20, 60
-IN_FLIGHT, REQUESTS, TOKENS, SECONDS = 64, 1_024, 32, 0.1  # of the stand-in: seconds and tokens of an answer
+IN_FLIGHT, REQUESTS, TOKENS, SECONDS = 64, 1_024, 64, 0.25  # of the stand-in: seconds and tokens of an answer
 
 
 def recorded(folder: pathlib.Path, rows: int) -> PoolConfig:
@@ -161,7 +161,7 @@ def busy(url: str, model: str, rounds: int, requests: int) -> tuple[list[float],
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--rows', type=int, default=100_000, help='recorded answers that are paired')
+  parser.add_argument('--rows', type=int, default=400_000, help='recorded answers that are paired')
   parser.add_argument('--memory_rows', type=int, default=1_000_000, help='recorded answers of the measurement of memory; 0: none')
   parser.add_argument('--requests', type=int, default=REQUESTS)
   parser.add_argument('--server', help='address of a server, instead of the stand-in')
