@@ -14,5 +14,5 @@ from polar_jax.config import default_config
 def get_config():
   config = default_config()
   config.stage = 'synthesize'
-  config.synthesize.near_duplicates = 0.8
+  config.synthesize.world = 'pool'
   return config

@@ -185,6 +185,8 @@ def test_a_value_for_a_section_is_refused():
     ({'tokenizer__kind': 'file'}, ['tokenizer.path', 'tokenizer.json']),
     ({'synthesize__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
     ({'synthesize__policies': 50, 'synthesize__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
+    ({'synthesize__prompts': 'x.jsonl'}, ['synthesize.prompts is set', 'synthesize.pool is not; set it']),
+    ({'synthesize__near_duplicates': 0.5}, ['synthesize.near_duplicates is set', 'synthesize.pool is not; set it']),
     ({'mesh__data': 0}, ['mesh', '(0, -1, 1, 1)', 'data, fsdp, tensor, context']),
     ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
   ],

@@ -17,6 +17,7 @@ from polar_jax.config.renamed import RENAMED_VALUES, current_name
 from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
+from polar_jax.config.synthesis import PoolConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -175,6 +176,9 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'synthesize.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesize.prefix_max_tokens ({s.prefix_max_tokens})')
   if s.unseen_policies > s.policies - 2:
     raise ConfigError(f'synthesize.unseen_policies ({s.unseen_policies}) must leave two of synthesize.policies ({s.policies}) to train on')
+  set_without_pool = [f.name for f in dataclasses.fields(PoolConfig) if s.pool is None and getattr(s, f.name) not in (None, f.default)]
+  if set_without_pool:
+    raise ConfigError(f'synthesize.{set_without_pool[0]} is set, but synthesize.pool is not; set it to the file of a pool (docs/pools.md)')
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')

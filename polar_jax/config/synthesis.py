@@ -33,7 +33,7 @@ class PoolConfig:
     0.05, 'Share of prompts for the splits `unseen_prompts` and, with the policies that are held out, `unseen_policies`.', min=0, max=1
   )
   near_duplicates: float | None = option(
-    None,
+    0.8,
     'Leave out prompts that share at least this part of the 5-grams of words with an earlier one, by MinHash (extra contamination). '
     'None: only equal ones.',
     exclusive_min=0,
@@ -63,7 +63,11 @@ class PoolConfig:
 class SynthesizeConfig(PoolConfig):
   """Synthesis of data: triplets of a pool of language models, samples of n-gram policies, or arithmetic word problems."""
 
-  world: str = option('ngram', 'ngram: triplets of n-gram policies; arithmetic: word problems.', choices=('ngram', 'arithmetic'))
+  world: str = option(
+    'ngram',
+    'ngram: triplets of n-gram policies; arithmetic: word problems; pool: triplets of `pool`.',
+    choices=('ngram', 'arithmetic', 'pool'),
+  )
   vocab_size: int = option(1_024, 'Vocabulary size of the BPE tokenizer that is trained.', min=300)
   policies: int = option(256, 'Number of policies in the pool.', min=8)
   unseen_policies: int = option(48, 'Number of `policies` that are kept for evaluation.', min=2)

@@ -9,8 +9,10 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, PoolConfig
 from polar_jax.data import readers
+from polar_jax.runtime import paths
 from polar_jax.synthesis import prompts as prompts_lib
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import INSTRUCTION
@@ -94,22 +96,22 @@ def add_recorded(config: PoolConfig, specs: Sequence[PolicySpec], store: Store, 
   found: dict[tuple[str, ...], dict[str, int]] = {}
   for spec in specs:
     if spec.kind == RECORDED:
-      paths = tuple(spec.settings['path'])
-      found[paths] = _import(paths, spec.name, store, split, log)
+      files = tuple(spec.settings['path'])
+      found[files] = _import(files, spec.name, store, split, log)
   named = {spec.name: _named(spec, found[tuple(spec.settings['path'])]) for spec in specs if spec.kind == RECORDED}
   out = []
   for spec in specs:
     if spec.kind != RECORDED:
       out.append(spec)
       continue
-    paths = tuple(spec.settings['path'])
+    files = tuple(spec.settings['path'])
     taken = {name for other, names in named.items() if other != spec.name for name in names or ()}
-    names = named[spec.name] if named[spec.name] is not None else [name for name in found[paths] if name not in taken]
+    names = named[spec.name] if named[spec.name] is not None else [name for name in found[files] if name not in taken]
     if not names:
-      known = ', '.join(list(found[paths])[:_LISTED])
+      known = ', '.join(list(found[files])[:_LISTED])
       raise UserError(
-        f'policy {spec.name!r}: {", ".join(paths)} has no answer of {", ".join(spec.settings.get("policy", [spec.name]))[:80]} (it has: '
-        f'{known or "no rows"}{" ..." if len(found[paths]) > _LISTED else ""}); correct the setting policy'
+        f'policy {spec.name!r}: {", ".join(files)} has no answer of {", ".join(spec.settings.get("policy", [spec.name]))[:80]} (it has: '
+        f'{known or "no rows"}{" ..." if len(found[files]) > _LISTED else ""}); correct the setting policy'
       )
     groups = {spec.name: names} if spec.settings.get('merge') else {name: [name] for name in names}
     out += [dataclasses.replace(spec, name=name, settings={**spec.settings, MEMBERS: members}) for name, members in groups.items()]
@@ -124,21 +126,23 @@ def _named(spec: PolicySpec, names: dict[str, int]) -> list[str] | None:
   return [name for name in names if any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _import(paths: tuple[str, ...], name: str, store: Store, split: Any, log: Callable[[str], None]) -> dict[str, int]:
+def _import(files: tuple[str, ...], name: str, store: Store, split: Any, log: Callable[[str], None]) -> dict[str, int]:
   """Add the answers of some files, if they are not there yet. Returns the number of answers by policy."""
   counts: dict[str, int] = {}
-  for path in map(pathlib.Path, paths):
-    fact, digest = f'recorded {path.name}', _digest(path)
-    known = store.fact(fact)
-    if known and known['digest'] != digest:
+  for path in map(pathlib.Path, files):
+    digest = _digest(path)
+    seen = store.fact(f'recorded file {path}')  # its digest
+    if seen not in (None, digest):
       raise UserError(f'{path}: has changed since its answers were read into {store.path}; name another workdir, or remove that file')
-    if not known:
+    known = store.fact(f'recorded {digest}')  # also of a file that was moved
+    if known is None:
       rows: Iterator[Any] = prompts_lib.read_recorded(path, name)
       with store.transaction():
-        known = {'digest': digest, 'counts': store.add_recorded(rows, INSTRUCTION, split)}
-        store.set_fact(fact, known)
-      log(f'synthesize: {path.name}: {sum(known["counts"].values()):,} answers of {len(known["counts"]):,} policies')
-    for policy, count in known['counts'].items():
+        known = store.add_recorded(rows, INSTRUCTION, split)
+        store.set_fact(f'recorded {digest}', known)
+        store.set_fact(f'recorded file {path}', digest)
+      log(f'synthesize: {path.name}: {sum(known.values()):,} answers of {len(known):,} policies')
+    for policy, count in known.items():
       counts[policy] = counts.get(policy, 0) + count
   return counts
 
@@ -153,6 +157,8 @@ def check(specs: Sequence[PolicySpec], store: Store) -> None:
     group = [spec for spec in specs if spec.held_out == held_out]
     if len(group) < 2 and (group or not held_out):
       raise ConfigError(f'the pool has {len(group)} {what}; a triplet needs two')
+  for spec in specs:
+    _check_kind(spec)
   kinds = list(store.count_prompts('kind'))
   recorded = store.sample_counts()
   for spec in specs:
@@ -170,6 +176,22 @@ def check(specs: Sequence[PolicySpec], store: Store) -> None:
     raise UserError(
       'no prompt of the pool has two samples of one policy, which a triplet needs; add answers of another run, or merge names of a policy'
     )
+
+
+def _check_kind(spec: PolicySpec) -> None:
+  """Check, without loading it, that a policy of this machine can be opened."""
+  settings = spec.settings
+  if spec.kind == 'ngram':
+    for file in settings['path']:
+      if not pathlib.Path(file).is_file():
+        raise ConfigError(f'policy {spec.name!r}: no file at {file}')
+  if spec.kind == 'checkpoint':
+    try:
+      opened = open_pretrained(paths.path_of(settings['path']))
+    except UserError as error:
+      raise ConfigError(f'policy {spec.name!r}: {error}') from error
+    if opened.head != 'lm':
+      raise ConfigError(f'policy {spec.name!r}: {settings["path"]} has a {opened.head} head; only a language model can be a policy')
 
 
 def _digest(path: pathlib.Path) -> str:

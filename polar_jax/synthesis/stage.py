@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from polar_jax.config import ConfigError
 from polar_jax.stages.context import Context
 
 
 def synthesize(context: Context) -> dict[str, Any]:
   """Write the data to `workdir/data`. Returns the section `synthesize` of the report."""
   config = context.config
+  if config.synthesize.world == 'pool' and not config.synthesize.pool:
+    raise ConfigError('synthesize.pool is not set; set it to the file of a pool (docs/pools.md)')
   if config.synthesize.pool:
     from polar_jax.synthesis import run
 

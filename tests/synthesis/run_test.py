@@ -195,9 +195,12 @@ def record(folder, rows, name='answers.jsonl.gz'):
 
 def recorded_pool(folder, entries, rows):
   record(folder, rows)
-  pool = [{'kind': 'recorded', 'path': 'answers.jsonl.gz', **entry} for entry in entries]
+  pool = [entry if 'kind' in entry else {'kind': 'recorded', 'path': 'answers.jsonl.gz', **entry} for entry in entries]
   (folder / 'pool.json').write_text(json.dumps(pool))
   return PoolConfig(pool=str(folder / 'pool.json'), validation_share=0.0, unseen_share=0.0)
+
+
+SERVER = {'kind': 'openai', 'base_url': 'http://127.0.0.1:9', 'model': 'm'}
 
 
 def answers(policies, runs=2, prompts=5):
@@ -247,8 +250,10 @@ def test_entries_divide_the_policies_of_a_file(tmp_path):
     ([{'name': 'all'}, {'name': 'b', 'held_out': True}], answers(['a', 'b', 'c']), '1 policies that are held out; a triplet needs two'),
     ([{'name': 'all'}], [], "policy 'all': .* has no answer of all .it has: no rows"),
     ([{'name': 'all', 'path': 'none.jsonl'}], [], 'none.jsonl: no such file'),
-    ([{'name': 'all'}, {'name': 'n', 'kind': 'ngram', 'path': 'x', 'prompts': 'prefix'}], answers(['a', 'b']), "policy 'n' has no prompts"),
-    ([{'name': 'all'}, {'name': 'a', 'kind': 'ngram', 'path': 'x'}], answers(['a', 'b']), "two policies have the name 'a'"),
+    ([{'name': 'all'}, {**SERVER, 'name': 'n', 'prompts': 'prefix'}], answers(['a', 'b']), "policy 'n' has no prompts: it answers"),
+    ([{'name': 'all'}, {**SERVER, 'name': 'a'}], answers(['a', 'b']), "two policies have the name 'a'"),
+    ([{'name': 'all'}, {'name': 'n', 'kind': 'ngram', 'path': 'x'}], answers(['a', 'b']), "policy 'n': no file at .*x"),
+    ([{'name': 'all'}, {'name': 'n', 'kind': 'checkpoint', 'path': 'x'}], answers(['a', 'b']), "policy 'n': checkpoint .*no such file"),
   ],
 )
 def test_pools_without_triplets(tmp_path, entries, rows, message):
@@ -268,6 +273,16 @@ def test_answers_that_changed_are_refused(tmp_path):
   recorded_pool(tmp_path, [{'name': 'all'}], answers(['a', 'b', 'c']))
   with pytest.raises(UserError, match=r'answers\.jsonl\.gz: has changed since its answers were read into .*samples\.sqlite'):
     synthesize(config, tmp_path / 'run')
+
+
+def test_files_of_one_name_in_two_folders(tmp_path):
+  for number, policies in enumerate(['ab', 'cd']):
+    record(tmp_path / f'{number}', answers(policies))
+  pool = [{'name': 'all', 'kind': 'recorded', 'path': ['0/answers.jsonl.gz', '1/answers.jsonl.gz']}]
+  (tmp_path / 'pool.json').write_text(json.dumps(pool))
+  synthesize(PoolConfig(pool=str(tmp_path / 'pool.json')), tmp_path / 'run')
+  card, _ = read(tmp_path / 'run')
+  assert {name: values['samples'] for name, values in card['policies'].items()} == dict.fromkeys('abcd', 10)
 
 
 def test_prompts_are_left_out_and_listed(tmp_path):
