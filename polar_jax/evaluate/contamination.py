@@ -7,20 +7,19 @@ of its 5-grams of words with a text of a training row: the Jaccard similarity of
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from polar_jax.data import readers
 from polar_jax.data.template import join_messages
+from polar_jax.evaluate.near import NearDuplicates
 from polar_jax.evaluate.sets import Item
 from polar_jax.evaluate.words import ngrams, words_of
 from polar_jax.runtime import json_files, text_files
 from polar_jax.types import UserError
 
 N = 13
-_SHINGLE, _PERMUTATIONS = 5, 256  # words of an n-gram of a near duplicate; hashes of a signature
 Matcher = Callable[[Sequence[str]], list[int]]  # words of a training text -> indices of items
 
 
@@ -38,11 +37,10 @@ def find(items: Sequence[Item], files: Sequence[pathlib.Path], near: float | Non
   matchers = [_exact(items), *([] if near is None else [_near(items, near)])]
   found: dict[int, str] = {}
   for file in files:
-    for number, row in _rows(file):
-      for text in _texts(row):
-        words = words_of(text)
-        for index in (index for match in matchers for index in match(words)):
-          found.setdefault(index, f'{file.name}, row {number}')
+    for number, text in texts_of(file):
+      words = words_of(text)
+      for index in (index for match in matchers for index in match(words)):
+        found.setdefault(index, f'{file.name}, row {number}')
   return dict(sorted(found.items()))
 
 
@@ -60,30 +58,24 @@ def _exact(items: Sequence[Item]) -> Matcher:
 
 
 def _near(items: Sequence[Item], threshold: float) -> Matcher:
-  """Return a matcher of near duplicates. Prompts of fewer words than an n-gram have none."""
-  if importlib.util.find_spec('datasketch') is None:
-    raise UserError("evaluate.near_duplicates needs datasketch; install it with: pip install 'polar_jax[contamination]'")
-  import datasketch
+  prompts = NearDuplicates(threshold, 'evaluate.near_duplicates')
+  for index, item in enumerate(items):
+    prompts.add(index, words_of(join_messages(item.prompt, 'prompt')))
+  return prompts.find
 
-  def signature(words: Sequence[str]) -> Any:
-    out = datasketch.MinHash(num_perm=_PERMUTATIONS, seed=1)
-    out.update_batch([' '.join(gram).encode() for gram in ngrams(words, _SHINGLE)])
-    return out
 
-  prompts = [words_of(join_messages(item.prompt, 'prompt')) for item in items]
-  signatures = {index: signature(words) for index, words in enumerate(prompts) if len(words) >= _SHINGLE}
-  # The table proposes candidates, with a lower threshold because it may miss some; the estimate of the similarity decides.
-  table = datasketch.MinHashLSH(threshold=0.8 * threshold, num_perm=_PERMUTATIONS)
-  for index, of_prompt in signatures.items():
-    table.insert(index, of_prompt)
+def texts_of(file: pathlib.Path) -> Iterator[tuple[int, str]]:
+  """Yield (number of the row from 1, text) of every text in a file, at any depth of its rows.
 
-  def match(words: Sequence[str]) -> list[int]:
-    if len(words) < _SHINGLE:
-      return []
-    of_text = signature(words)
-    return sorted(index for index in table.query(of_text) if signatures[index].jaccard(of_text) >= threshold)
+  Args:
+    file: .jsonl, .jsonl.gz, .parquet, a folder of `save_to_disk`, or .txt, which is one row.
 
-  return match
+  Raises:
+    UserError: the file or a line cannot be read.
+  """
+  for number, row in _rows(file):
+    for text in _texts(row):
+      yield number, text
 
 
 def _rows(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
