@@ -107,7 +107,8 @@ def test_loops_of_nested_words(letters, copies, more, ended):
     ('0 ' * 70, '0 0 0'),
     (f'# {"-" * 100}\n', None),
     (f'so {"!" * 200} or', 'so !!!'),
-    (f'{"ha" * 70}', 'hahaha'),
+    ('ha' * 64, 'hahaha'),
+    ('ha' * 63, None),
     (f'{"</div>" * 20}\n', None),
   ],
 )
@@ -131,6 +132,19 @@ def test_long_passages_loop_only_up_to_the_end():
 def test_an_incomplete_last_word_does_not_hide_a_loop():
   text = 'the cat sat the cat sat the cat sat the ca'
   assert cleanup.clean([text, text], [False, True]) == ['the cat sat the cat sat the cat sat', text]
+  complete = 'the cat sat ' * 3 + 'the '
+  assert cleanup.clean([complete], [False]) == ['the cat sat the cat sat the cat sat']
+
+
+def test_a_loop_within_a_loop_does_not_hide_it():
+  at_end = ('c a b ' + 'z a b c a b c a b c a b ' * 3).split()  # its last 11 words are three copies of a b c and a part, too
+  in_the_middle = ('q ' + 'x a b a b a b a ' * 4 + 'b and so on').split()  # a b follows four times in the fourth copy alone
+  assert cleanup.clean([' '.join(at_end), ' '.join(in_the_middle)], [True, True]) == [' '.join(at_end[:36]), ' '.join(in_the_middle[:25])]
+
+
+def test_passages_of_several_words_are_looked_for_in_words():
+  long_word = ''.join(map(chr, range(0x400, 0x400 + 130)))  # so that characters are searched too
+  assert cleanup.clean([f'{long_word} zab{" -ab" * 40}'], [True]) == [f'{long_word} zab -ab -ab -ab']
 
 
 @pytest.mark.parametrize(
@@ -161,6 +175,9 @@ def test_an_incomplete_last_word_does_not_hide_a_loop():
     ('  word', '  word'),
     ('So why?... Bec', 'So why?...'),
     ('a ' + '!' * 40 + ' bcd', 'a ' + '!' * 40),
+    ('ab." c d', 'ab."'),
+    ('今天下了一整天的雨。OK then', '今天下了一整天的雨。'),
+    ('So it has         123. Th en', 'So it has         123.'),
     ('   ', ''),
     ('', ''),
   ],

@@ -175,8 +175,8 @@ def test_near_policies_are_preferred():
     'a': PolicyFacts(1.0, 'x', 8e9, '2024-06', near_to=('b',)),
     'b': PolicyFacts(1.0, 'y'),
     'c': PolicyFacts(1.0, 'y', near_to=('a', 'unknown')),
-    'd': PolicyFacts(1.0, 'x', 70e9),
-    'e': PolicyFacts(1.0, 'x', 1e9),  # 1/8 is nearer to 8 than 70 is
+    'd': PolicyFacts(1.0, 'x', 16e9),
+    'e': PolicyFacts(1.0, 'x', 1e9, '2024-06'),  # the date of a, but 8 / 1 is a larger ratio than 16 / 8
     'f': PolicyFacts(1.0, 'x'),
     'g': PolicyFacts(1.0, '', 8e9, '2023-01'),
     'h': PolicyFacts(1.0, 'z', 8e9, '2024-09-30'),
@@ -185,12 +185,13 @@ def test_near_policies_are_preferred():
   near = lambda policies: rejected_of('a', facts, 1.0, policies)
   roughly = lambda **shares: pytest.approx(shares, abs=0.08)
   assert near('abcdefghi') == roughly(b=0.5, c=0.5)  # in either direction
-  assert near('adefghi') == roughly(e=0.5, d=0.25, f=0.25)  # nearest in size, those of unknown size last
+  assert near('adefghi') == roughly(d=0.5, e=0.25, f=0.25)  # nearest in size, those of unknown size last
   assert near('aghi') == roughly(h=0.5, g=0.25, i=0.25)  # nearest in date
   assert near('ai') == {'i': 1.0}
   difficulties = {name: pairing.Pairer(facts, PairingRules(1)).difficulty('a', name) for name in 'bcdefghi'}
   assert difficulties == {**dict.fromkeys('bc', 'near_to'), **dict.fromkeys('def', 'family'), **dict.fromkeys('ghi', 'other')}
   assert pairing.Pairer(facts, PairingRules(1)).difficulty('b', 'a') == 'near_to'
+  assert pairing.Pairer(MAKE, PairingRules(1)).difficulty('b', 'a') == 'other'  # without a family
   # Half of the pairs are drawn by weight: i has 9 of the 16 parts that a leaves.
   shares = rejected_of('a', facts, 0.5, 'abcdefghi')
   assert shares['i'] == pytest.approx(0.5 * 9 / 16, abs=0.07) and shares['b'] == pytest.approx(0.25 + 0.5 / 16, abs=0.07)
