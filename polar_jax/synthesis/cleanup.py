@@ -140,7 +140,7 @@ def _cut_loop(text: str, words: list[str], ended: bool, is_suspect: bool) -> str
   Args:
     text: a sample.
     words: of the text.
-    ended: whether it ended by itself; else its last word may be incomplete, and is no sign that a loop was left.
+    ended: whether it ended by itself; else its last word may be incomplete, and does not show that a loop was left.
     is_suspect: whether its words may loop, or one of them is long.
   """
   cuts = []
