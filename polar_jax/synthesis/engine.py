@@ -173,7 +173,7 @@ class Engine:
   def _show(self, last: bool = False) -> None:
     self._shown = time.monotonic()
     for name, progress in self._progress.items():
-      if progress.started is not None and (last or progress.done < progress.total):
+      if progress.started is not None and name not in self.quarantined and (last or progress.done < progress.total):
         self._log(progress.line(name, self._shown))
 
 
