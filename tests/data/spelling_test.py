@@ -152,3 +152,12 @@ def test_only_a_plain_byte_level_bpe_has_an_alphabet_that_is_reproduced():
   for steps in (None, split, step | {'add_prefix_space': True}, chain(split | {'behavior': 'Removed'}, step), chain(step, split)):
     assert alphabet(steps) is None
   assert alphabet(normalizer={'type': 'NFC'}) is None and alphabet(decoder='BPEDecoder') is None and alphabet(decoder=None) is None
+
+
+def test_bytes_have_the_symbols_of_the_library():
+  symbols = spelling.byte_symbols()
+  library = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  assert len(symbols) == 256 and set(symbols) == set(library.alphabet())
+  for character in map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0x10000, 0x110000, 0x10000)]):
+    ((word, _),) = library.pre_tokenize_str(character)
+    assert word == ''.join(symbols[byte] for byte in character.encode())
