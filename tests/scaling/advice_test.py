@@ -112,3 +112,11 @@ def test_flops_per_parameter_and_token_are_the_median_of_the_largest_size():
   n, d = np.array([1e6, 2e6, 2e6, 2e6]), np.array([1e7, 1e7, 2e7, 4e7])
   data = Results(n, d, np.array([9.0, 6.5, 6.0, 8.0]) * n * d, np.ones(4))
   assert advice.flops_per_parameter_and_token(data) == pytest.approx(6.5)
+
+
+def test_three_sizes_on_the_envelope_divide_a_budget():
+  n = np.array([1e6, 1e6, 1e7, 1e7, 1e8, 1e8])
+  flops = 120 * n**2 * np.tile([1.0, 2.0], 3)
+  three = Results(n, flops / (6 * n), flops, 3 * flops**-0.05)
+  assert len(np.unique(three.envelope().parameters)) == 3
+  assert advice._split(three, {}, 1.2e18)[0] == pytest.approx(1e8, rel=0.5)

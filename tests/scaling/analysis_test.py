@@ -103,3 +103,19 @@ def test_a_tuned_setting_has_a_law_of_the_optima_inside_their_sweeps():
   law = analysis._tuned(Results(*np.array(three).T), 'learning_rate', 2)['law']
   assert law['exponents'] == pytest.approx({'parameters': -1, 'tokens': 1}, abs=1e-3) and law['factor'] == pytest.approx(2, rel=1e-3)
   assert 'low' not in law and 'high' not in law  # as many settings as unknowns
+
+
+def test_of_two_sweeps_of_one_length_that_of_the_lower_loss_counts():
+  batch, rate = np.tile([16.0, 32, 64], 2), np.repeat([1e-3, 2e-3], 3)
+  for first, second in ((0.5, 0.4), (0.4, 0.5)):
+    loss = np.array([first + 0.1, first, first + 0.1, second + 0.2, second + 0.1, second])
+    rows = Results(*(np.full(6, value) for value in (1e4, 1e6, 1e12)), loss, rate, batch)
+    (optimum,) = analysis._tuned(rows, 'batch', 2)['optima']
+    assert min(optimum['losses']) == 0.4
+
+
+def test_the_bootstrap_has_seed_zero_by_default():
+  rows = sweep(0.01)
+  (found, own, other) = (analysis._power_law(rows.longest(), rows.longest().parameters, seed, 'N') for seed in (0, 0, 1))
+  assert found == own != other
+  assert analyze(rows)['N'].items() >= found.items()

@@ -61,6 +61,7 @@ def test_processes_report_the_last_line_of_a_failed_job(tmp_path):
     script = f'import sys; print("on cores {cores}"); print("polar_jax: no luck", file=sys.stderr); sys.exit({3 * (job.size == "2x2")})'
     return [sys.executable, '-c', script]
 
+  JOBS[0].folder(tmp_path).mkdir(parents=True)  # of an earlier start
   ended = run(JobRunner(unused, command, unused), tmp_path, backend='processes', workers=2)
   log = tmp_path / 'sweep/2x2_lm/log.txt'
   assert ended == {'1x1_lm': None, '2x2_lm': f'no luck (exit status 3, log: {log})', '3x3_lm': None}
@@ -126,14 +127,14 @@ class FakeRay(types.ModuleType):
   def __init__(self, initialized: bool = False):
     super().__init__('ray')
     self.__spec__ = importlib.machinery.ModuleSpec('ray', None)
-    self.initialized, self.calls, self.options, self.cancelled = initialized, [], None, []
+    self.initialized, self.calls, self.options, self.cancelled, self.waits = initialized, [], None, [], []
     self.exceptions = types.SimpleNamespace(RayError=type('RayError', (Exception,), {}))
 
   def is_initialized(self):
     return self.initialized
 
   def init(self, **settings):
-    self.calls.append(('init', settings['address']))
+    self.calls.append(('init', settings))
 
   def shutdown(self):
     self.calls.append('shutdown')
@@ -143,6 +144,7 @@ class FakeRay(types.ModuleType):
     return lambda task: types.SimpleNamespace(remote=lambda *arguments: (task, arguments))
 
   def wait(self, references, timeout):
+    self.waits.append(timeout)
     return references[:1], references[1:]
 
   def get(self, reference):
@@ -169,7 +171,8 @@ def test_ray_runs_each_job_in_a_process_of_its_own_and_reports_its_failure(tmp_p
   assert errors == {'1x1_lm': None, '2x2_lm': 'no luck', '3x3_lm': ('the node died ' + 'x' * 400)[:300]}
   assert places == [(str(tmp_path.resolve()), job.name) for job in JOBS] and len(watched) == 3
   assert ray.options == {'num_cpus': 3, 'num_gpus': 0.5, 'max_calls': 1, 'max_retries': 10}
-  assert ray.calls == [('init', 'host:1'), 'shutdown']
+  quiet = {'log_to_driver': False, 'include_dashboard': False, 'configure_logging': False}
+  assert ray.calls == [('init', {'address': 'host:1', **quiet}), 'shutdown'] and set(ray.waits) == {1.0}
   monkeypatch.setitem(sys.modules, 'ray', ray := FakeRay(initialized=True))
   assert run(JobRunner(unused, unused, lambda *_: None), tmp_path, backend='ray') == dict.fromkeys(errors) and ray.calls == []
 

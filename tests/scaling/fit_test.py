@@ -259,6 +259,7 @@ def test_envelope_of_one_curve_is_the_curve():
     ([1e6, 2e6, 4e6], [0.6, 0.5, -0.4], 'row 2 has -0.4'),
     ([0.0, 2e6, 4e6], [0.6, 0.5, 0.4], 'x must be positive and finite: row 0 has 0.0'),
     ([1e6, 2e6, 4e6], [0.6, 0.5], 'the same length'),
+    ([[1e6, 2e6, 4e6]], [[0.6, 0.5, 0.4]], 'the same length'),
   ],
 )
 def test_runs_that_determine_no_law_are_refused(x, loss, message):
@@ -310,3 +311,15 @@ def test_bootstrap_scales_residuals_by_their_leverage_within_limits(monkeypatch,
   y = 2 - 0.3 * x + np.random.default_rng(4).normal(0, 0.1, 6)
   slope, _, error, residuals = (a[0] for a in fit._robust_lines(x, y[None]))
   assert fit._bootstrap_t(x, residuals, slope, error, 3) == pytest.approx(slow_bootstrap_t(x, y, 3, 60), rel=1e-6)
+
+
+def test_four_runs_determine_a_floored_law():
+  x = np.geomspace(1e6, 1e9, 4)
+  assert fit.fit_floored(x, 0.3 + 10 * x**-0.2).irreducible == pytest.approx(0.3, rel=1e-2)
+
+
+def test_an_interval_is_of_two_thousand_resamples(monkeypatch):
+  sizes, robust_lines = [], fit._robust_lines
+  monkeypatch.setattr(fit, '_robust_lines', lambda log_x, y_Bn: sizes.append(len(y_Bn)) or robust_lines(log_x, y_Bn))
+  assert fit.fit_power_law(*runs(5, 0.01)) == fit.fit_power_law(*runs(5, 0.01), seed=0) != fit.fit_power_law(*runs(5, 0.01), seed=1)
+  assert sizes == [1, 2_000] * 3

@@ -117,3 +117,10 @@ def test_a_law_without_degrees_of_freedom_has_no_interval():
 def test_a_quantity_that_hardly_varies_is_taken_as_constant(spread, separated):
   x, z = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([-1.0, -1.0, 1.0, 1.0])
   assert laws._identifiable(np.column_stack([3 + x, 5 + spread * z])) == separated
+
+
+@pytest.mark.parametrize('unit', [0.0008, 0.0012, 0.4444, 0.9988, 0.9992])
+def test_an_optimum_next_to_an_edge_is_inside(unit):
+  values = np.geomspace(1, 100, 41)
+  found = laws.optimum(values, bowl(values, 100**unit), 2)
+  assert not found.at_edge and np.log(found.value) / np.log(100) == pytest.approx(unit, abs=1e-6)

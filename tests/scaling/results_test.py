@@ -113,3 +113,15 @@ def test_read_refuses_columns_that_occur_twice_and_rows_that_are_too_long(tmp_pa
   (tmp_path / 'runs.csv').write_text('run,loss\na,1\nb,2\na,3\n')
   with pytest.raises(ConfigError, match="2 rows are of the run 'a'; remove all but one"):
     results.read_table(tmp_path / 'runs.csv')
+
+
+def test_the_rows_of_the_best_runs_stay_in_the_order_of_the_file():
+  rows = Results(column(3, 1, 2, 1), column(5, 5, 5, 5), column(1, 2, 3, 4), column(0.1, 0.5, 0.3, 0.4))
+  assert rows.best().flops.tolist() == [1, 3, 4]
+
+
+def test_a_result_is_indented_and_finite(tmp_path):
+  results.write_result(tmp_path, {'steps': 3})
+  assert (tmp_path / results.RESULT).read_text() == '{\n  "steps": 3\n}\n'
+  with pytest.raises(ValueError, match='JSON'):
+    results.write_result(tmp_path, {'steps': 3, 'loss': float('nan')})
