@@ -235,3 +235,15 @@ def test_a_reply_is_awaited_in_milliseconds_until_the_deadline(monkeypatch):
     for deadline in (10.25, 9.0):
       assert chat_lib._read(types.SimpleNamespace(stdout=stdout), 1, deadline) is None
   assert timeouts == [250.0, 0.0]
+
+
+def test_a_reply_that_comes_in_parts_is_read_up_to_its_end(monkeypatch):
+  receiver, sender = os.pipe()
+  parts = [b'ab', b'cdef']
+  monkeypatch.setattr(
+    chat_lib.select, 'poll', lambda: types.SimpleNamespace(register=lambda *_: None, poll=lambda _: os.write(sender, parts.pop(0)))
+  )
+  with os.fdopen(receiver, 'rb') as stdout:
+    assert chat_lib._read(types.SimpleNamespace(stdout=stdout), 3, time.monotonic() + 30) == b'abc'
+    assert os.read(receiver, 9) == b'def'
+  os.close(sender)

@@ -67,3 +67,9 @@ def test_intervals_resample_items():
   assert found['low'][0] == found['high'][0] == 0.5  # one of two is right everywhere
   alone = best_of_n.curve(items[:1], [np.array([1.0, 0.0])])
   assert alone['low'] == [0.0, 0.0] and alone['high'] == [1.0, 1.0]
+
+
+def test_two_hundred_orders_vote():
+  answers, correct = ('7', '8', '7', '9', '8'), np.array([1.0, 0.0, 1.0, 0.0, 0.0])
+  votes = lambda **settings: best_of_n.majority(answers, correct, np.random.default_rng(0), **settings).tolist()
+  assert votes() == votes(orders=200) != votes(orders=201)

@@ -59,3 +59,9 @@ def test_given_answers_of_a_list(tmp_path):
   read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n').items[0].answers
   assert set(own_files.read(write(tmp_path, [row | {'answers': None, 'own': 3}]), 'n').items[0].facts) == {'own', 'wrapper'}
   assert read() == ('1', '2', None) and read(answers=['A', None, 2.5]) == ('A', None, '2.5')
+
+
+def test_messages_are_one_prompt_whatever_the_order_of_their_keys(tmp_path):
+  rows = [answer([{'role': 'user', 'content': 'p'}], 'a', True), answer([{'content': 'p', 'role': 'user'}], 'b', False)]
+  (item,) = own_files.read(write(tmp_path, rows), 'n').items
+  assert item.candidates == ('a', 'b') and item.correct == (True, False)

@@ -128,3 +128,9 @@ def test_references_of_a_file(tmp_path):
     file.write_text('\n'.join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=message):
       references.read_file(file, sets_)
+
+
+def test_messages_are_the_same_prompt_whatever_the_order_of_their_keys():
+  prompts = [[{'role': 'user', 'content': 'p'}], [{'content': 'p', 'role': 'user'}]]
+  with pytest.raises(UserError, match='all items have the same prompt'):
+    refs([item(i, prompt=prompt, reference='r') for i, prompt in enumerate(prompts)], 'shuffled')
