@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import types
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from polar_jax.config import ModelConfig, TrainConfig
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.sharding import Share
+from polar_jax.train import step as step_lib
 from polar_jax.train import trainer as trainer_lib
-from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.session import NonFiniteError
 
 
@@ -437,3 +441,28 @@ def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch
     trainer_lib._compiled.cache_clear()
   assert found == [(('init', config, steps), 'train', 'evaluate', 'abstract') for steps, config in enumerate(configs)]
   assert built == [(RANKING, ModelConfig(), (trainer_lib.without_schedule(config), 1), 'mesh', 2) for config in (configs[0], configs[2])]
+
+
+class PairRows(NamedTuple):
+  w: jnp.ndarray
+  index: jnp.ndarray
+
+
+@pytest.mark.parametrize(('accumulation', 'weights'), [(1, [1.0]), (2, [3.0, 0.0, 2.0, 1.0]), (1, [0.0, 0.0]), (3, [0.5, 1.0, 1.0])])
+def test_sums_are_divided_by_the_count_of_the_whole_batch(accumulation, weights):
+  """The loss of a row is w x p^2 for a parameter p; without anything to count nothing is divided by zero."""
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.p = nnx.Param(jnp.float32(3.0))
+
+  def loss_sums(model, batch):
+    return jnp.sum(batch.w * model.p[...] ** 2), {'weight': jnp.sum(batch.w)}, {'index': batch.index}
+
+  batch = PairRows(jnp.array(weights), jnp.arange(len(weights)))
+  objective = Objective('reward', loss_sums, lambda batch: jnp.sum(batch.w > 0))
+  graphdef, state = nnx.split(Model())
+  metrics, rows, grads = step_lib._loss_and_grads(graphdef, objective, nnx.to_pure_dict(state), batch, accumulation)
+  mean = sum(weights) / max(sum(w > 0 for w in weights), 1)
+  assert {name: float(value) for name, value in metrics.items()} == pytest.approx({'loss': 9 * mean, 'weight': mean})
+  assert float(grads['p']) == pytest.approx(6 * mean) and rows['index'].tolist() == list(range(len(weights)))
