@@ -323,3 +323,22 @@ def test_an_interval_is_of_two_thousand_resamples(monkeypatch):
   monkeypatch.setattr(fit, '_robust_lines', lambda log_x, y_Bn: sizes.append(len(y_Bn)) or robust_lines(log_x, y_Bn))
   assert fit.fit_power_law(*runs(5, 0.01)) == fit.fit_power_law(*runs(5, 0.01), seed=0) != fit.fit_power_law(*runs(5, 0.01), seed=1)
   assert sizes == [1, 2_000] * 3
+
+
+@pytest.mark.parametrize('outlier', [1.0, 1.3])
+def test_noise_is_the_robust_standard_deviation_about_the_line(outlier):
+  x, loss = runs(9, 0.01, seed=4)
+  loss[4] *= outlier
+  _, error, residuals = robust_line(np.log(x), np.log(loss))
+  found = fit.fit_power_law(x, loss)
+  assert found.noise == pytest.approx(error * np.sqrt(np.sum((np.log(x) - np.log(x).mean()) ** 2)), rel=1e-6)
+  assert found.residuals == pytest.approx(residuals.tolist(), abs=1e-9)
+  assert 0.3 < found.noise / 0.01 < 2
+
+
+def test_one_outlier_has_little_influence_on_a_floored_law():
+  x = np.geomspace(1e6, 1e12, 20)
+  loss = (0.35 + 12.0 * x**-0.25) * np.exp(np.random.default_rng(0).normal(0, 1e-3, 20))
+  clean = fit.fit_floored(x, loss)
+  loss[10] *= 1.5
+  assert fit.fit_floored(x, loss).irreducible == pytest.approx(clean.irreducible, rel=2e-3)
