@@ -65,3 +65,10 @@ def test_messages_are_one_prompt_whatever_the_order_of_their_keys(tmp_path):
   rows = [answer([{'role': 'user', 'content': 'p'}], 'a', True), answer([{'content': 'p', 'role': 'user'}], 'b', False)]
   (item,) = own_files.read(write(tmp_path, rows), 'n').items
   assert item.candidates == ('a', 'b') and item.correct == (True, False)
+
+
+@pytest.mark.parametrize(('field', 'values'), [('category', ('x', 'y')), ('wrapper', ('sft', 'pretrain'))])
+def test_rows_of_a_prompt_have_one_category_and_one_wrapper(tmp_path, field, values):
+  rows = [answer('p', 'a', True, **{field: values[0]}), answer('p', 'b', False, **{field: values[1]})]
+  with pytest.raises(UserError, match=f'example 2: {field} is another one than in row 1'):
+    own_files.read(write(tmp_path, rows), 'n')

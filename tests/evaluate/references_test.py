@@ -134,3 +134,10 @@ def test_messages_are_the_same_prompt_whatever_the_order_of_their_keys():
   prompts = [[{'role': 'user', 'content': 'p'}], [{'content': 'p', 'role': 'user'}]]
   with pytest.raises(UserError, match='all items have the same prompt'):
     refs([item(i, prompt=prompt, reference='r') for i, prompt in enumerate(prompts)], 'shuffled')
+
+
+def test_all_items_must_have_what_a_variant_needs():
+  held, styled = {references.REFERENCES: {'right': 'a', 'wrong': 'b'}}, {references.STYLES: ('x',)}
+  for variant, facts in (('right', held), ('wrong', held), ('style', styled)):
+    assert references.lacking([item(0, facts=facts)] * 2, variant) is None
+    assert references.lacking([item(0, facts=facts), item(1)], variant).startswith('needs ')
