@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import types
 from typing import NamedTuple
@@ -446,6 +447,7 @@ def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch
 class PairRows(NamedTuple):
   w: jnp.ndarray
   index: jnp.ndarray
+  pairs: jnp.ndarray
 
 
 @pytest.mark.parametrize(('accumulation', 'weights'), [(1, [1.0]), (2, [3.0, 0.0, 2.0, 1.0]), (1, [0.0, 0.0]), (3, [0.5, 1.0, 1.0])])
@@ -457,12 +459,18 @@ def test_sums_are_divided_by_the_count_of_the_whole_batch(accumulation, weights)
       self.p = nnx.Param(jnp.float32(3.0))
 
   def loss_sums(model, batch):
-    return jnp.sum(batch.w * model.p[...] ** 2), {'weight': jnp.sum(batch.w)}, {'index': batch.index}
+    return jnp.sum(batch.w * model.p[...] ** 2), {'weight': jnp.sum(batch.w)}, {'index': batch.index, 'pairs': batch.pairs}
 
-  batch = PairRows(jnp.array(weights), jnp.arange(len(weights)))
+  pairs = np.arange(4 * len(weights)).reshape(-1, 2, 2)
+  batch = PairRows(jnp.array(weights), jnp.arange(len(weights)), jnp.array(pairs))
   objective = Objective('reward', loss_sums, lambda batch: jnp.sum(batch.w > 0))
   graphdef, state = nnx.split(Model())
   metrics, rows, grads = step_lib._loss_and_grads(graphdef, objective, nnx.to_pure_dict(state), batch, accumulation)
   mean = sum(weights) / max(sum(w > 0 for w in weights), 1)
   assert {name: float(value) for name, value in metrics.items()} == pytest.approx({'loss': 9 * mean, 'weight': mean})
   assert float(grads['p']) == pytest.approx(6 * mean) and rows['index'].tolist() == list(range(len(weights)))
+  np.testing.assert_array_equal(rows['pairs'], pairs)
+
+
+def test_a_step_is_one_micro_batch_by_default():
+  assert inspect.signature(step_lib.build).parameters['accumulation'].default == 1 == TrainConfig().gradient_accumulation_steps
