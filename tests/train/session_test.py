@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import types
 from typing import Any, NamedTuple
 
@@ -287,12 +288,13 @@ def test_another_machine_continues_with_the_logs_that_were_kept(settings):
 def test_a_run_ends_or_stops_once_its_checkpoint_is_written(settings):
   session, *_ = start(settings)
   events, checkpointer = [], session.checkpointer
-  session.checkpointer = types.SimpleNamespace(wait=lambda: events.append('wait'))
+  session.checkpointer = types.SimpleNamespace(wait=lambda: events.append('wait') or time.sleep(0.02))
   save = lambda: events.append('save')
   with session.running():
     session.advance()
     assert heartbeat._position[:2] == ('run', 1)
-    session.finish(save, lambda timing: events.append('summarize') or timing)
+    summary = session.finish(save, lambda timing: events.append('summarize') or timing)
+    assert summary['seconds_by_part']['save'] >= 0.02 and summary['seconds'] >= 0.02
     assert events == ['save', 'wait', 'summarize']
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted, match=r'saved at step 1\.'):
@@ -310,3 +312,17 @@ def test_everything_that_was_opened_is_closed(settings):
     part.close = lambda name=name, close=part.close: closed.append(name) or close()
   session.close()
   assert closed == ['profiler', 'progress', 'checkpointer'] and session.metrics._file.closed and samples._file.closed
+
+
+def test_progress_begins_at_the_restored_step(settings, monkeypatch):
+  opened = []
+  monkeypatch.setattr(
+    'polar_jax.train.session.StepProgress', lambda *given: opened.append(given) or types.SimpleNamespace(close=lambda: None)
+  )
+  session, state, _ = start(settings)
+  with session.running():
+    session.advance()
+    session.save(state, {'tokens': 0}, {})
+  session.close()
+  start(settings)[0].close()
+  assert opened == [('run', 4, 0, 100), ('run', 4, 1, 100)]
