@@ -326,3 +326,19 @@ def test_progress_begins_at_the_restored_step(settings, monkeypatch):
   session.close()
   start(settings)[0].close()
   assert opened == [('run', 4, 0, 100), ('run', 4, 1, 100)]
+
+
+def test_what_is_saved_replaces_nothing_by_default(settings):
+  session, state, _ = start(settings)
+  calls, checkpointer = [], session.checkpointer
+  session.checkpointer = types.SimpleNamespace(save=lambda *given, again: calls.append((*given, again)))
+  session.advance()
+  session.save(state, {'tokens': 7}, {'loss': 0.5})
+  session.save(state, {'step': 9}, {}, again=True)
+  seconds, fingerprint = session.clock.seconds, settings.fingerprint
+  assert calls == [
+    (1, state, {'step': 1, 'tokens': 7, 'seconds': seconds}, fingerprint, {'loss': 0.5}, False),
+    (1, state, {'step': 9, 'seconds': seconds}, fingerprint, {}, True),
+  ]
+  session.checkpointer = checkpointer
+  session.close()

@@ -50,7 +50,7 @@ def test_the_record_of_a_step_by_hand(monkeypatch, step, shows_histogram):
   monkeypatch.setattr(trainer_lib.time, 'perf_counter', lambda: 13.0)
   monkeypatch.setattr(trainer_lib.jax, 'device_count', lambda: 2)
   rewards = np.array([[[1.0, 2.0], [3.0, 0.0]], [[5.0, 6.0], [9.0, 9.0]]])
-  trainer = make_trainer(pending=pending(step, {'rewards_BPC': rewards, 'index': np.array([[4, 7], [2, -1]])}))
+  trainer = make_trainer(pending=pending(step, {'rewards_BPC': rewards, 'index': np.array([[4, 7], [0, -1]])}))
   trainer._write_pending()
   trainer._write_pending()  # once
   (record,) = trainer.written
@@ -81,13 +81,13 @@ def test_the_record_of_a_step_by_hand(monkeypatch, step, shows_histogram):
 
 @pytest.mark.parametrize('name', ['loss', 'grad_norm', 'parameter_norm'])
 def test_a_step_that_is_not_finite_names_the_examples_of_bad_rows(name):
-  rows = {'index': np.array([[4, 7], [2, -1], [1, 9]]), 'rewards_BPC': np.zeros((3, 2, 2))}
+  rows = {'index': np.array([[4, 7], [2, -1], [0, 9]]), 'rewards_BPC': np.zeros((3, 2, 2))}
   trainer = make_trainer(pending=pending(**{name: float('nan')}, rows=rows))
-  with pytest.raises(NonFiniteError, match=r'run: step 4 has .*: none; the batch has examples \[1, 2, 4, 7, 9\]'):
+  with pytest.raises(NonFiniteError, match=r'run: step 4 has .*: none; the batch has examples \[0, 2, 4, 7, 9\]'):
     trainer._write_pending()
   assert not trainer.written and trainer.tokens == 100
-  rows['rewards_BPC'][1, 1, 0], rows['rewards_BPC'][0, 0, 1] = np.inf, np.nan  # that of a padded pair spoils its row
-  with pytest.raises(NonFiniteError, match=r'non-finite outputs: examples \[2, 4, 7\]'):
+  rows['rewards_BPC'][1, 1, 0], rows['rewards_BPC'][2, 0, 1] = np.inf, np.nan  # that of a padded pair spoils its row
+  with pytest.raises(NonFiniteError, match=r'non-finite outputs: examples \[0, 2, 9\]'):
     make_trainer(pending=pending(**{name: float('inf')}, rows=rows))._write_pending()
 
 
@@ -130,6 +130,8 @@ def test_the_summary_by_hand(tmp_path):
     'validation_loss': 9.0,
     'parameters': 3,
   }
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in steps[:39]))
+  assert trainer._summarize({})['loss'] == 39.0  # the last one of 39
 
 
 @pytest.mark.parametrize(('validated_step', 'ranked'), [(4, True), (3, False)])
@@ -139,8 +141,9 @@ def test_a_checkpoint_is_ranked_by_a_validation_of_its_own_step(validated_step, 
   trainer.validated_step = validated_step
   trainer.session.save = lambda *arguments, again: calls.append((*arguments, again))
   trainer._save(again=True)
+  trainer._save()
   data = {'iterator': {'at': 3}, 'tokens': 100, 'flops': 5.0, 'validated': {'validation_loss': 1.0}, 'validation_due': True}
-  assert calls == [('state', data, {'validation_loss': 1.0} if ranked else {}, True)]
+  assert calls == [('state', data, {'validation_loss': 1.0} if ranked else {}, again) for again in (True, False)]
 
 
 def test_a_validation_is_written_shown_and_remembered(monkeypatch):
