@@ -114,8 +114,18 @@ def test_of_two_sweeps_of_one_length_that_of_the_lower_loss_counts():
     assert min(optimum['losses']) == 0.4
 
 
-def test_the_bootstrap_has_seed_zero_by_default():
-  rows = sweep(0.01)
-  (found, own, other) = (analysis._power_law(rows.longest(), rows.longest().parameters, seed, 'N') for seed in (0, 0, 1))
-  assert found == own != other
-  assert analyze(rows)['N'].items() >= found.items()
+def test_learning_rates_have_a_quartic_and_batches_a_parabola(monkeypatch):
+  """As in the paper: the former needs five values, the latter three."""
+  calls = []
+
+  def tuned(rows, name, degree):
+    calls.append((name, degree))
+    raise FitError('no values')
+
+  monkeypatch.setattr(analysis, '_tuned', tuned)
+  monkeypatch.setattr(analysis, '_power_law', lambda *_: {})
+  monkeypatch.setattr(analysis, '_held_out', lambda *_: None)
+  for name in ('fit_floored', 'fit_joint'):
+    monkeypatch.setattr(analysis.fit, name, lambda *_: tuned(None, 'law', 0))
+  left_out = analyze(sweep())['left_out']
+  assert calls[2:] == [('learning_rate', 4), ('batch', 2)] and left_out['batch'] == 'no values'

@@ -102,6 +102,7 @@ def test_a_table_fits_its_terminal_and_shows_what_failed(tmp_path, monkeypatch):
   [
     ([{'step': 7, 'loss': 0.5}, *({'step': 7, 'note': 'x' * 90} for _ in range(60))], JobState(7, 0.5)),  # within the last 8 KiB
     ([{'step': 7, 'loss': 0.5}, *({'step': 7, 'note': 'x' * 90} for _ in range(90))], JobState()),
+    ([{'step': 7, 'loss': 0.5}], JobState(7, 0.5)),
     ([{'step': 7, 'loss': 0.5}, {'step': 8, 'loss': 1}, {'step': None, 'loss': 0.4}, [1], {'loss': 0.1}], JobState(7, 0.5)),
   ],
 )

@@ -67,7 +67,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
   assert [*results.read_table(path)] == ['other', 'a', 'b']
 
 
-@pytest.mark.parametrize('text', ['loss\n0.5\n', 'run,loss\n,0.5\n', 'run,loss\na\n'])
+@pytest.mark.parametrize('text', ['loss\n0.5\n', 'run,loss\n,0.5\n', 'run,loss\na\n', 'run,loss\na,0.5\n,0.6\n'])
 def test_read_table_refuses_other_files(tmp_path, text):
   path = tmp_path / results.TABLE
   path.write_text(text)
@@ -100,6 +100,7 @@ def test_damaged_results_of_jobs_are_named(tmp_path, result, message):
   [
     ('parameters,tokens,flops,loss,loss\n1,1,1,1,1\n', "2 columns are called 'loss'; rename or remove all but one"),
     ('parameters,tokens,flops,loss\n1,1,1,1,9\n', 'line 2 has 5 fields, and the header 4; quote fields with commas'),
+    ('parameters,tokens,flops,loss\n1,1,1,1,,9\n', 'line 2 has 6 fields, and the header 4; quote fields with commas'),
     ('parameters,tokens,flops,loss\n1,1,1,0\n', "line 2, column loss: '0' is not a positive finite number"),
   ],
 )
@@ -125,3 +126,8 @@ def test_a_result_is_indented_and_finite(tmp_path):
   assert (tmp_path / results.RESULT).read_text() == '{\n  "steps": 3\n}\n'
   with pytest.raises(ValueError, match='JSON'):
     results.write_result(tmp_path, {'steps': 3, 'loss': float('nan')})
+
+
+def test_quoted_fields_may_follow_a_space(tmp_path):
+  (tmp_path / 'r.csv').write_text('parameters, tokens, flops, loss, "a note"\n1, 2, 3, 4, "one, two"\n')
+  assert results.read(tmp_path / 'r.csv').loss.tolist() == [4.0]
