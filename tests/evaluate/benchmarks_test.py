@@ -147,6 +147,13 @@ def test_rankings_of_three_from_pairs(tmp_path):
   assert list(one.official(items, [np.array([1.0, 0.0])] * 5)) == [*sorted(groups), 'all', 'group_mean']
 
 
+@pytest.mark.parametrize(('edges', 'references'), [(['zb', 'ab', 'bc'], {'bc': 'z'}), (['zb', 'ab', 'bc', 'ac'], {'bc': 'a'})])
+def test_of_several_answers_at_the_top_one_that_also_beats_the_third_is_the_reference(tmp_path, edges, references):
+  write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Chat/A.json', [pair_row(edge, *edge) for edge in edges])
+  (one,) = benchmarks.read('polar_rmb', tmp_path)
+  assert {''.join(item.candidates): item.reference for item in one.items} == references
+
+
 @pytest.mark.data
 def test_a_published_group_is_read_whole(data_folder, tmp_path):
   parts = [f'{kind}/Helpfulness/Translation' for kind in ('Pairwise_set', 'BoN_set')]
