@@ -60,7 +60,13 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   'data': (('polar_jax/data',), ('tests/data',)),
   'evaluate': (
     ('polar_jax/evaluate', 'polar_jax/stages/evaluate.py', 'polar_jax/stages/evaluate_sets.py'),
-    ('tests/evaluate', 'tests/stages/evaluate_test.py', 'tests/stages/evaluate_sets_test.py', 'tests/report/report_test.py'),
+    (
+      'tests/evaluate',
+      'tests/stages/evaluate_test.py',
+      'tests/stages/evaluate_sets_parts_test.py',
+      'tests/stages/evaluate_sets_test.py',
+      'tests/report/report_test.py',
+    ),
   ),
   'scaling': (('polar_jax/scaling',), ('tests/scaling', 'tests/stages/fit_test.py')),
 }

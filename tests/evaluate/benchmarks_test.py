@@ -147,7 +147,10 @@ def test_rankings_of_three_from_pairs(tmp_path):
   assert list(one.official(items, [np.array([1.0, 0.0])] * 5)) == [*sorted(groups), 'all', 'group_mean']
 
 
-@pytest.mark.parametrize(('edges', 'references'), [(['zb', 'ab', 'bc'], {'bc': 'z'}), (['zb', 'ab', 'bc', 'ac'], {'bc': 'a'})])
+@pytest.mark.parametrize(
+  ('edges', 'references'),
+  [(['zb', 'ab', 'bc'], {'bc': 'z'}), (['zb', 'ab', 'bc', 'ac'], {'bc': 'a'}), (['ta', 'ax', 'xy', 'yx'], {'ax': 't'})],
+)
 def test_of_several_answers_at_the_top_one_that_also_beats_the_third_is_the_reference(tmp_path, edges, references):
   write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Chat/A.json', [pair_row(edge, *edge) for edge in edges])
   (one,) = benchmarks.read('polar_rmb', tmp_path)
