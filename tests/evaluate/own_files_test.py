@@ -72,3 +72,9 @@ def test_rows_of_a_prompt_have_one_category_and_one_wrapper(tmp_path, field, val
   rows = [answer('p', 'a', True, **{field: values[0]}), answer('p', 'b', False, **{field: values[1]})]
   with pytest.raises(UserError, match=f'example 2: {field} is another one than in row 1'):
     own_files.read(write(tmp_path, rows), 'n')
+
+
+@pytest.mark.parametrize('judged', [{'ranks': [2, 1]}, {'correct': [False, True]}])
+def test_two_candidates_are_enough_for_a_list(tmp_path, judged):
+  (item,) = own_files.read(write(tmp_path, [{'prompt': 'p', 'candidates': ['a', 'b'], **judged}]), 'n').items
+  assert item.candidates == ('a', 'b') and item.comparisons == (((1,), (0,)),)
