@@ -97,6 +97,18 @@ def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]
   return slope, np.sqrt(variance), residuals
 
 
+@pytest.mark.parametrize('n', [4, 5, 6, 8])
+def test_robust_lines_take_the_steps_of_their_docstring(n):
+  """With noise so heavy that twenty steps do not forget where they began."""
+  rng = np.random.default_rng(n)
+  x, noise_Bn = np.sort(rng.normal(size=n)), rng.standard_t(1, (40, n)) * 0.1
+  y_Bn = 2 - 0.3 * x + noise_Bn
+  slopes, _, errors, residuals_Bn = fit._robust_lines(x, y_Bn)
+  for y, *found in zip(y_Bn, slopes, errors, residuals_Bn, strict=True):
+    for got, expected in zip(found, robust_line(x, y), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
 def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int, resamples: int) -> tuple[float, float]:
   """Return the studentized bootstrap interval of the slope, one resample at a time."""
   n, centered = len(x), x - x.mean()
