@@ -81,7 +81,7 @@ def _near(items: Sequence[Item], threshold: float) -> Matcher:
     if len(words) < _SHINGLE:
       return []
     of_text = signature(words)
-    return [index for index in table.query(of_text) if signatures[index].jaccard(of_text) >= threshold]
+    return sorted(index for index in table.query(of_text) if signatures[index].jaccard(of_text) >= threshold)
 
   return match
 
