@@ -17,6 +17,8 @@ import argparse
 import ast
 import compileall
 import concurrent.futures
+import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mutation_process
@@ -58,7 +60,13 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
   'data': (('polar_jax/data',), ('tests/data',)),
   'evaluate': (
     ('polar_jax/evaluate', 'polar_jax/stages/evaluate.py', 'polar_jax/stages/evaluate_sets.py'),
-    ('tests/evaluate', 'tests/stages/evaluate_test.py', 'tests/stages/evaluate_sets_test.py', 'tests/report/report_test.py'),
+    (
+      'tests/evaluate',
+      'tests/stages/evaluate_test.py',
+      'tests/stages/evaluate_sets_parts_test.py',
+      'tests/stages/evaluate_sets_test.py',
+      'tests/report/report_test.py',
+    ),
   ),
   'scaling': (('polar_jax/scaling',), ('tests/scaling', 'tests/stages/fit_test.py')),
 }
@@ -110,16 +118,18 @@ class Result(NamedTuple):
 def mutants_of(path: str, source: str) -> list[Mutant]:
   """Return all mutants of a file."""
   lines, out = source.splitlines(), []
-  for node in _code_nodes(ast.parse(source)):
-    for target, text in _changes(node, source):
-      if target.lineno != target.end_lineno:
-        continue
-      line = lines[target.lineno - 1]
-      # Columns of ast count bytes.
-      content = line.encode()
-      became = (content[: target.col_offset] + text.encode() + content[target.end_col_offset :]).decode()
-      if became != line and _is_valid(lines, target.lineno, became):
-        out.append(Mutant(path, target.lineno, line, became))
+  encoded = [line.encode() for line in lines]  # columns of ast count bytes
+  text = functools.partial(_text_of, encoded)
+  for statement in ast.parse(source).body:
+    own = lines[statement.lineno - 1 : statement.end_lineno]  # compiled again for each mutant, instead of the whole file
+    for node in _code_nodes(ast.Module([statement], [])):
+      for target, other in _changes(node, text):
+        if target.lineno != target.end_lineno:
+          continue
+        line, content = lines[target.lineno - 1], encoded[target.lineno - 1]
+        became = (content[: target.col_offset] + other.encode() + content[target.end_col_offset :]).decode()
+        if became != line and _is_valid(own, target.lineno - statement.lineno + 1, became):
+          out.append(Mutant(path, target.lineno, line, became))
   return list(dict.fromkeys(out))
 
 
@@ -140,9 +150,16 @@ def _code_nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
       yield from _code_nodes(child)
 
 
-def _changes(node: ast.expr | ast.stmt, source: str) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
-  """Yield (part of the code, text that replaces it)."""
-  text = lambda part: ast.get_source_segment(source, part) or ''
+def _text_of(lines: Sequence[bytes], part: ast.expr | ast.stmt) -> str:
+  """Return the source of a part: as `ast.get_source_segment`, which splits the whole file each time."""
+  own = list(lines[part.lineno - 1 : part.end_lineno])
+  own[-1] = own[-1][: part.end_col_offset]
+  own[0] = own[0][part.col_offset :]
+  return b'\n'.join(own).decode()
+
+
+def _changes(node: ast.expr | ast.stmt, text: Callable[[Any], str]) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
+  """Yield (part of the code, text that replaces it); `text` returns the source of a part."""
   match node:
     case ast.Compare(left=left, ops=[operator], comparators=[right]):
       yield node, f'{text(left)} {_COMPARISONS[type(operator)]} {text(right)}'
@@ -419,7 +436,16 @@ class Workplace:
     if code is None:  # with all processes that the tests started
       os.killpg(process.pid, signal.SIGKILL)
       process.join()
+    _end_processes_in(copy)
     return code, time.perf_counter() - started
+
+
+def _end_processes_in(folder: pathlib.Path) -> None:
+  """End what tests left running in a session of its own, such as a worker that a mutant keeps busy for ever."""
+  for link in pathlib.Path('/proc').glob('[0-9]*/cwd'):
+    with contextlib.suppress(OSError):  # of other users, or ended meanwhile
+      if folder.resolve() in (own := pathlib.Path(os.readlink(link)), *own.parents):
+        os.kill(int(link.parent.name), signal.SIGKILL)
 
 
 def main() -> None:

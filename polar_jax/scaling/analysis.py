@@ -96,7 +96,7 @@ def _held_out(rows: Results, law: str, seed: int) -> dict[str, Any] | None:
   """Compare the largest size with the prediction of a law fitted to all others; None if they are too few."""
   largest = rows.parameters.max()
   others = rows.rows(np.flatnonzero(rows.parameters < largest))
-  if len(others) == 0 or len(np.unique(others.parameters)) < 3:
+  if len(np.unique(others.parameters)) < 3:
     return None
   own = rows.rows(np.flatnonzero(rows.parameters == largest)).longest()
   source = others.longest() if law == 'N' else others.envelope()

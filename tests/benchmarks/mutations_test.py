@@ -143,3 +143,18 @@ def test_a_mutant_is_killed_survives_or_takes_too_long(mutations, tmp_path):
   slow = mutations.Mutant('polar_jax/code.py', 5, '  time.sleep(0)', '  time.sleep(60)')
   assert place.run(slow, tests).status == 'timeout'
   assert (folder / 'copy1/polar_jax/code.py').read_text() == source
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/cwd').exists(), reason='needs the list of processes of Linux')
+def test_what_a_mutant_leaves_running_is_ended(mutations, tmp_path):
+  root, folder = tmp_path / 'project', tmp_path / 'copies'
+  (root / 'polar_jax').mkdir(parents=True)
+  (root / 'tests').mkdir()
+  folder.mkdir()
+  (root / 'polar_jax/code.py').write_text('x = 1\n')
+  sleep = "subprocess.Popen(['sleep', '60'], start_new_session=True)"
+  (root / 'tests/code_test.py').write_text(f"import subprocess\ndef test():\n  open('pid', 'w').write(str({sleep}.pid))\n")
+  place = mutations.Workplace(folder, root, 60.0)
+  assert place.run(mutations.Mutant('polar_jax/code.py', 1, 'x = 1', 'x = 2'), ['tests/code_test.py']).status == 'survived'
+  process = pathlib.Path('/proc', (folder / 'copy1/pid').read_text())
+  assert not process.exists() or ' Z ' in (process / 'stat').read_text()

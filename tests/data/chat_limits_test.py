@@ -63,6 +63,7 @@ def test_a_bomb_is_one_line_and_the_next_template_works(bomb):
   with pytest.raises(ChatTemplateError) as error:
     ChatTemplate(BOMBS[bomb], where='here').render(MESSAGES)
   assert str(error.value).startswith('here: ') and len(str(error.value)) <= 500 and '\n' not in str(error.value)
+  assert bomb != 'loop' or str(error.value) == 'here: takes more than 5 s'
   assert ChatTemplate('{{ messages[0].content }}y').render(MESSAGES) == 'xy'
 
 
@@ -101,13 +102,33 @@ def test_one_process_serves_all_renderings():
   for thread in threads:
     thread.join()
   assert texts == {i: f'é{i}' * 50_000 for i in range(8)} and chat_lib._WORKER._process.pid == first
+  assert os.getsid(first) == first  # no signal of the terminal reaches it
 
 
-def test_a_process_that_dies_is_replaced():
+@pytest.mark.parametrize(
+  ('end', 'reason'),
+  [
+    (signal.SIGKILL, 'takes more than 60 s, or more memory than there is'),
+    (signal.SIGTERM, r'ends the process that renders it \(exit status -15\)'),
+  ],
+)
+def test_a_process_that_dies_is_replaced(end, reason):
   template = ChatTemplate('{{ messages[0].content }}')
-  os.kill(chat_lib._WORKER._process.pid, signal.SIGKILL)
-  with pytest.raises(ChatTemplateError, match='or more memory than there is'):
+  os.kill(chat_lib._WORKER._process.pid, end)
+  with pytest.raises(ChatTemplateError, match=f'^chat template: {reason}$'):
     template.render(MESSAGES)
+  assert template.render(MESSAGES) == 'x'
+
+
+def test_the_reply_to_an_interrupted_request_is_not_taken_for_the_next_one(monkeypatch):
+  template = ChatTemplate('{{ messages[0].content }}')
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(chat_lib, '_read', interrupted)
+    template.render([{'role': 'user', 'content': 'of the first'}])
   assert template.render(MESSAGES) == 'x'
 
 

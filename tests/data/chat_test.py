@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import pickle
+import resource
+import subprocess
+import sys
 import time
 import types
 
@@ -11,6 +15,7 @@ import pytest
 from optional import transformers
 
 from polar_jax.data import chat as chat_lib
+from polar_jax.data import chat_worker
 from polar_jax.types import UserError
 
 CONVERSATIONS = [
@@ -193,3 +198,52 @@ def test_a_reply_that_does_not_come_in_time_is_none():
     assert chat_lib._read(process, 2, started) == b'ef'  # what is there is read even after the deadline
     os.close(sender)
     assert chat_lib._read(process, 1, later) is None
+
+
+def test_a_forked_process_leaves_the_worker_to_its_parent():
+  code = """
+import os
+from polar_jax.data import chat
+template = chat.ChatTemplate('{{ messages[0].content }}')
+child = os.fork()
+if child:
+  os.waitpid(child, 0)
+print(template.render([{'role': 'user', 'content': 'child' if child == 0 else 'parent'}]), chat._WORKER._process.pid, flush=True)
+"""
+  environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
+  run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+  (child, own), (parent, first) = (line.split() for line in run.stdout.splitlines())
+  assert (child, parent) == ('child', 'parent') and own != first
+
+
+def test_the_worker_has_its_limits_and_needs_no_path_of_this_process(monkeypatch):
+  root = pathlib.Path(__file__).parents[2]
+  monkeypatch.setattr(sys, 'path', [path for path in sys.path if path and pathlib.Path(path).resolve() != root])
+  worker = chat_lib._Worker()
+  assert worker.ask(pickle.dumps(('{{ x }}', {'x': 'y'}))) == {'text': 'y'}
+  limits = [resource.prlimit(worker._process.pid, kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_CORE)]
+  worker.stop()
+  assert limits == [chat_worker.MEMORY, 0]
+
+
+def test_a_reply_is_awaited_in_milliseconds_until_the_deadline(monkeypatch):
+  timeouts = []
+  poll = types.SimpleNamespace(register=lambda *_: None, poll=timeouts.append)
+  monkeypatch.setattr(chat_lib.select, 'poll', lambda: poll)
+  monkeypatch.setattr(chat_lib.time, 'monotonic', lambda: 10.0)
+  with open(os.devnull, 'rb') as stdout:
+    for deadline in (10.25, 9.0):
+      assert chat_lib._read(types.SimpleNamespace(stdout=stdout), 1, deadline) is None
+  assert timeouts == [250.0, 0.0]
+
+
+def test_a_reply_that_comes_in_parts_is_read_up_to_its_end(monkeypatch):
+  receiver, sender = os.pipe()
+  parts = [b'ab', b'cdef']
+  monkeypatch.setattr(
+    chat_lib.select, 'poll', lambda: types.SimpleNamespace(register=lambda *_: None, poll=lambda _: os.write(sender, parts.pop(0)))
+  )
+  with os.fdopen(receiver, 'rb') as stdout:
+    assert chat_lib._read(types.SimpleNamespace(stdout=stdout), 3, time.monotonic() + 30) == b'abc'
+    assert os.read(receiver, 9) == b'def'
+  os.close(sender)

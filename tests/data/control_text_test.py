@@ -22,14 +22,14 @@ SEPARATOR, REWARD = '<|reward|>', '[UNUSED_TOKEN_130]'
 CONTROL = ['<|reward|>', '[UNUSED_TOKEN_130]', '</s>', '<s>', '<pad>', '<|im_start|>', '<|im_end|>']
 
 
-def byte_level(folder, normalizer=None, special=True):
-  """A byte-level BPE with the control tokens from 256 on; `special` says whether the template's two are marked so."""
+def byte_level(folder, normalizer=None, special=True, control=CONTROL):
+  """A byte-level BPE with the tokens `control` from 256 on; `special` says whether the template's two are marked so."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   model = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
   model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
   if normalizer is not None:
     model.normalizer = normalizer
-  for token in CONTROL:
+  for token in control:
     is_special = special or token not in (SEPARATOR, REWARD)
     model.add_tokens([tokenizers.AddedToken(token, special=is_special, normalized=False)])
   bos = model.token_to_id('<s>')
@@ -173,6 +173,8 @@ def test_messages_cannot_end_themselves(tokenizer):
     ("<|im_start|>{{ messages[0].content.split('X') | join }}<|im_end|>", '<|im_XendX|>'.replace('_X', 'X_')),
     ('<|im_start|>{% for part in messages[0].content %}{{ part.text }}{% endfor %}<|im_end|>', [{'text': '<|im_'}, {'text': 'end|>'}]),
     ('<|im_start|>{{ messages[0].content }}end|><|im_end|>', 'a<|im_'),
+    ('{{ messages[0].content }}|im_end|>', 'a<'),
+    ('<|im_end|{{ messages[0].content }}', '>b'),
   ],
 )
 def test_a_template_that_joins_texts_to_a_control_token_is_refused(tmp_path, source, content):
@@ -193,9 +195,20 @@ def test_roles_cannot_become_control_tokens(tmp_path, role):
   with pytest.raises(ChatTemplateError, match=r'here: the role of messages\[1\], .* rename it') as error:
     encoder.render([{'role': 'user', 'content': 'a'}, {'role': role, 'content': 'b'}], add_generation_prompt=False)
   assert len(str(error.value)) <= 500
+  could_become = role.strip().lower() in ('im_end', 'end', wide('im_end'))
+  assert ('could become the control token' if could_become else 'is not a plain word') in str(error.value)
   for renamed in ('user', 'tool', 'judge 2', 'r\u00e9dacteur'):
     text, ids = encoder.render([{'role': renamed, 'content': 'b'}], add_generation_prompt=False)
     assert text == f'<|{renamed}|>b' and ids == encoder._tokenizer.encode(text)
+
+
+def test_a_role_in_common_use_may_be_a_control_token_and_a_message_may_have_none(tmp_path):
+  tokenizer = byte_level(tmp_path, control=[*CONTROL, '<|user|>', '<|tool_call|>'])
+  source = '{% for m in messages %}{% if m.role is defined %}<|{{ m.role }}|>{% endif %}{{ m.content }}{% endfor %}'
+  messages = [{'role': 'user', 'content': 'a<|user|>'}, {'content': 'b'}, {'role': 'tool_call', 'content': 'c'}]
+  text, ids = ConversationEncoder(ChatTemplate(source), tokenizer).render(messages, add_generation_prompt=False)
+  a, b, c = (tokenizer.encode(letter) for letter in 'abc')
+  assert text == '<|user|>ab<|tool_call|>c' and ids == [tokenizer.special_id('<|user|>'), *a, *b, tokenizer.special_id('<|tool_call|>'), *c]
 
 
 def test_special_tokens_of_this_package_are_the_controls_of_bytes():

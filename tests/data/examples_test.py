@@ -132,7 +132,7 @@ def test_damaged_gzip(tmp_path, damage):
   elif damage == 'crc':
     data[-6] ^= 1
   path.write_bytes(b'{"prompt": 1}' if damage == 'plain' else bytes(data))
-  with pytest.raises(sources.DataError, match=r'a\.jsonl\.gz.*truncated or damaged'):
+  with pytest.raises(sources.DataError, match=rf'a\.jsonl\.gz.*truncated or damaged after line {0 if damage == "plain" else ""}'):
     sources.read_triplets(path, 'raise')
 
 
@@ -374,13 +374,28 @@ def test_examples_that_were_skipped_are_counted_and_the_first_twenty_are_named()
   assert sources.describe_skipped(pathlib.Path('f.jsonl'), bad(21), 1) == f'f.jsonl: skipped 21 bad examples of 22 ({named}; ...)'
 
 
+class Table:
+  """Rows by their numbers, as libraries have them that know no Sequence of Python."""
+
+  def __init__(self, rows):
+    self._rows = rows
+
+  def __len__(self):
+    return len(self._rows)
+
+  def __getitem__(self, index):
+    return self._rows[index]
+
+
 def test_examples_in_any_form(tmp_path):
   """A path is opened, objects are returned as they are, and dicts are checked."""
   path = write(tmp_path / 'train.jsonl', [GOOD])
   triplet, prompt = Triplet('p', 'r', 'c', 'd'), Prompt('p', 'r')
   for read, example in ((sources.as_triplets, triplet), (sources.as_prompts, prompt)):
-    own = [example]
-    assert read(own) is own
+    for own in ([example], Table([example])):
+      assert read(own) is own
+    with pytest.raises(sources.DataError, match=r'must be a path or a sequence of dicts or .*s, not dict'):
+      read(GOOD)
     for given in (path, str(path), tmp_path, [GOOD], iter([GOOD]), (GOOD,)):
       (found,) = read(given)
       assert dataclasses.replace(found, metadata=example.metadata) == example

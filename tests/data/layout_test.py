@@ -249,6 +249,12 @@ def test_responses_to_one_prompt_share_it():
   assert not batch.prefix_end_BT.any()
 
 
+def test_long_and_short_rows_are_dealt_to_micro_batches_alike():
+  rollouts = make_rollouts([(6, 6), (7, 6), (9, 6), (8, 6), (10, 6)])  # a row each, the longest first
+  batches = layout.policy_batches(rollouts, range(5), 16, 2)
+  assert [batch.rollout_BT.max(axis=1).tolist() for batch in batches] == [[4, 1], [2, 0], [3, -1]]
+
+
 def test_a_rollout_longer_than_a_row_is_refused():
   with pytest.raises(ValueError, match=r'8 tokens.* row length 7'):
     layout.policy_batches(make_rollouts([(4, 5)]), [0], 7, 1)

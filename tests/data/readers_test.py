@@ -354,6 +354,11 @@ def test_only_the_first_line_may_begin_with_a_mark(tmp_path):
   assert [number for number, _ in read_triplets(path, 'skip').skipped] == [2, 3]
 
 
+def test_what_the_disk_cannot_read_is_named(tmp_path):
+  with pytest.raises(DataError, match=rf'{tmp_path}: cannot be read after line 0 \(.*directory'):
+    list(readers._read_jsonl(tmp_path))
+
+
 def test_what_a_file_is_read_by_depends_on_its_name(tmp_path):
   for name, reader in (('a.jsonl', readers._read_jsonl), ('a.jsonl.gz', readers._read_jsonl), ('a.parquet', readers._read_parquet)):
     (tmp_path / name).write_bytes(b'')

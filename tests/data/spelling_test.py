@@ -152,3 +152,26 @@ def test_only_a_plain_byte_level_bpe_has_an_alphabet_that_is_reproduced():
   for steps in (None, split, step | {'add_prefix_space': True}, chain(split | {'behavior': 'Removed'}, step), chain(step, split)):
     assert alphabet(steps) is None
   assert alphabet(normalizer={'type': 'NFC'}) is None and alphabet(decoder='BPEDecoder') is None and alphabet(decoder=None) is None
+
+
+def test_bytes_have_the_symbols_of_the_library():
+  symbols = spelling.byte_symbols()
+  library = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  assert len(symbols) == 256 and set(symbols) == set(library.alphabet())
+  for character in map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0x10000, 0x110000, 0x10000)]):
+    ((word, _),) = library.pre_tokenize_str(character)
+    assert word == ''.join(symbols[byte] for byte in character.encode())
+
+
+def test_a_word_is_spelled_by_symbols_of_their_places():
+  def spells(vocabulary, word, **model):
+    tokens = {token: i for i, token in enumerate(vocabulary)}
+    return spelling.Speller(None, {'model': {'vocab': tokens} | model, 'added_tokens': []})._spells(word)
+
+  by_end = lambda word: spells(['a', 'b</w>'], word, end_of_word_suffix='</w>')
+  assert [by_end(word) for word in ('ab', 'aab', 'b', 'ba', 'a', 'abb')] == [True, True, True, False, False, False]
+  by_start = lambda word: spells(['a', '##b'], word, continuing_subword_prefix='##')
+  assert [by_start(word) for word in ('ab', 'abb', 'a', 'b', 'ba')] == [True, True, True, False, False]
+  by_bytes = lambda word, **model: spells(['a', *bytes_of('é')], word, **model)
+  assert by_bytes('aé', byte_fallback=True) and not by_bytes('aé') and not by_bytes('ê', byte_fallback=True)
+  assert spells(['日本'], '日本', ignore_merges=True) and not spells(['日本'], '日本') and not spells(['日本'], '日', ignore_merges=True)

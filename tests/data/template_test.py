@@ -244,6 +244,36 @@ def test_configured_ids_win_and_stand_for_their_strings():
   assert bytes_template(rule='client', **settings).encode(row)[0] == [257, *b'pr', 900, *b'pcd', 901]
 
 
+def test_separator_and_reward_token_may_be_the_same():
+  for rule in ('trainer', 'client'):
+    template = bytes_template(rule=rule, separator='[UNUSED_TOKEN_130]')
+    assert template.encode(Triplet('p', 'r', 'c[UNUSED_TOKEN_130]', 'd')) == (
+      [257, *b'p\nr', 260, *b'p\nc', 260],
+      [257, *b'p\nr', 260, *b'p\nd', 260],
+    )
+
+
+def test_a_text_must_lose_its_control_tokens_in_eight_rounds():
+  class Stubborn(tokenizer_lib.ByteTokenizer):
+    """Makes a control token of a text `rounds` times."""
+
+    rounds = 0
+
+    def encode_batch(self, texts, add_bos=False):
+      found = super().encode_batch(texts, add_bos)
+      if self.rounds:
+        self.rounds -= 1
+        found[0].append(258)
+      return found
+
+  template = template_lib.Template(TemplateConfig(), tokenizer := Stubborn())
+  tokenizer.rounds = 7
+  assert template._without_control_tokens('ab') == 'ab' and tokenizer.rounds == 0
+  tokenizer.rounds = 8
+  with pytest.raises(template_lib.TemplateError, match="makes a control token of the text 'ab' each time it is removed"):
+    template._without_control_tokens('ab')
+
+
 def test_separator_that_is_no_token_is_text_with_one_warning_per_process():
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')

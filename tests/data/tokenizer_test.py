@@ -79,7 +79,8 @@ def test_bytes():
   assert tokenizer.encode('é<pad>', add_bos=True) == [257, 0xC3, 0xA9, 256]
   assert tokenizer.encode('x<|reward|>y[UNUSED_TOKEN_130]') == [120, 259, 121, 260]
   assert tokenizer.decode([0xC3, 257, 65]) == '\ufffdA'
-  assert tokenizer.decode([259, 65]) == 'A'
+  assert tokenizer.decode([259, 65]) == 'A' == tokenizer.decode([256, 65, 260])
+  assert tokenizer.decode([256, 255, 65, 260], skip_special=False) == '<pad>\ufffdA[UNUSED_TOKEN_130]'
   assert tokenizer.is_exact('é')
   assert not tokenizer.is_exact('a</s>')
 
@@ -212,6 +213,7 @@ def test_a_bpe_without_some_bytes_refuses_text_it_would_drop(tmp_path):
   vocabulary.train_tokenizer(['plain text\n' * 20], 300).save(str(path))
   tokenizer = tokenizer_lib.BpeTokenizer(path)
   assert tokenizer.decode(tokenizer.encode('text plain\n')) == 'text plain\n' and tokenizer.is_exact('text plain')
+  tokenizer._loaded = tokenizer._model._replace(speller=None)  # its bytes suffice, which is faster
   for text, character in (('na\u00efve', '\u00ef'), ('a\tb', '\\t'), ('\u65e5\u672c', '\u65e5')):
     with pytest.raises(tokenizer_lib.TokenizerError, match='no token for') as error:
       tokenizer.encode(text)
@@ -290,7 +292,9 @@ def test_tokens_that_only_the_config_files_define(tmp_path):
   ids = tokenizer.encode('a<|reward|><plain>b<x>  c<y>')
   assert ids[1:3] == [259, 260] and ids[4:] == [261, *tokenizer.encode('c'), 262]
   assert tokenizer.decode(ids) == 'a<plain>b<x>c'
-  assert tokenizer.unk_id == tokenizer.special_id('!') == tokenizer.encode('a!')[1]  # named, and therefore special, as in transformers
+  assert (
+    tokenizer.unk_id == tokenizer.special_id('!') == tokenizer.control['!'] == tokenizer.encode('a!')[1]
+  )  # named, and therefore special, as in transformers
   write_json(tmp_path / 'added_tokens.json', {'<|reward|>': 300})
   with pytest.raises(tokenizer_lib.TokenizerError, match=r"lacks the token '<x>', which has the id 261 in .* would get the id 259"):
     tokenizer_lib.open_tokenizer(tmp_path).encode('a')
@@ -427,6 +431,19 @@ def test_other_errors_of_loading_are_passed_on(bpe_path, error):
   with pytest.raises(type(error)) as caught:
     Failing(bpe_path).encode('a')
   assert caught.value is error
+
+
+@pytest.mark.parametrize(('error', 'reason'), [(Exception('x' * 300 + '\nmore'), 'x' * 200), (ValueError(), 'ValueError()')])
+def test_text_that_the_library_refuses_is_named_with_its_reason(bpe, error, reason):
+  class Failing:
+    def encode(self, text, add_special_tokens):
+      raise error
+
+  bpe._loaded = bpe._model._replace(model=Failing())
+  with pytest.raises(tokenizer_lib.TokenizerError) as caught:
+    bpe.encode('a' * 50)
+  expected = f"tokenizer.json cannot tokenize '{'a' * 40}': {reason}; use tokenizer.kind=byte, or another tokenizer file"
+  assert str(caught.value).endswith(expected)
 
 
 def test_unknown_text_is_what_its_own_string_does_not_explain():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import types
 
 import pytest
 
@@ -26,6 +28,13 @@ def test_tokens_beyond_the_embedding_are_named():
     r"'<\|reward\|>' \(259\); use the tokenizer that belongs",
   ):
     check_tokenizer(ByteTokenizer(), 257, 'a/model')
+
+
+@pytest.mark.parametrize(('only', 'named'), [(10_009, "'x' (10009)"), (10_010, '10019')])
+def test_of_the_tokens_beyond_the_embedding_ten_thousand_are_looked_at(only, named):
+  tokenizer = types.SimpleNamespace(path='a.json', vocab_size=10_020, decode=lambda ids, skip_special: 'x' if ids == [only] else '')
+  with pytest.raises(VocabularyError, match=rf'a\.json has ids up to 10019, such as {re.escape(named)}; use'):
+    check_tokenizer(tokenizer, 10, 'm')
 
 
 @pytest.mark.parametrize('name', ['reward_token_id', 'separator_id'])

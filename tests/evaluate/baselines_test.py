@@ -181,3 +181,8 @@ def test_a_policy_of_probability_zero_changes_nothing():
   reference, candidate = -5 * rng.random((3, 7)), -5 * rng.random((3, 7))
   expected = baselines.bayes_scores(reference[1:], candidate[1:], np.array([0.4, 0.6]))
   np.testing.assert_allclose(baselines.bayes_scores(reference, candidate, np.array([0.0, 0.4, 0.6])), expected)
+
+
+def test_of_equally_good_baselines_the_first_name_is_compared_with():
+  equal = dict.fromkeys(('words', 'overlap_1', 'length'), np.ones(3))
+  assert baselines.margin_over_best_baseline(np.ones(3), equal, resamples=10)['baseline'] == 'length'

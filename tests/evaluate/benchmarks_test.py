@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from polar_jax.evaluate import benchmarks
+from polar_jax.evaluate.benchmarks import published
 from polar_jax.evaluate.recorded import Recorded
 from polar_jax.types import UserError
 
@@ -122,6 +124,9 @@ def test_rmb(tmp_path):
   assert one.items[0].prompt == [{'role': 'user', 'content': 'p'}]
   rewards = [np.array(r, float) for r in ([1, 0], [0, 0], [2, 1], [1, 0, 1, -1])]  # right, tie, right, tie with the second loser
   found = one.official(one.items, rewards)
+  groups = ('Rewrite', 'Chat', 'Translation', 'Code', 'Reasoning')
+  items = [dataclasses.replace(one.items[0], category=group) for group in groups]
+  assert list(one.official(items, [np.array([1.0, 0.0])] * 5)['by_group']) == sorted(groups)
   assert found.pop('by_group') == {'Code': {'pairwise': 50.0, 'bon': 0.0}, 'Harmlessness': {'pairwise': 100.0}}
   assert found == {
     'helpfulness_pairwise': 50, 'helpfulness_bon': 0, 'helpfulness': 25, 'harmlessness_pairwise': 100, 'harmlessness': 100,
@@ -137,6 +142,19 @@ def test_rankings_of_three_from_pairs(tmp_path):
   assert one.items[0].facts['reference_model'] == 'a'
   found = one.official(one.items, [np.array([1.0, 0.0]), np.array([0.0, 0.0])])
   assert found == {'Chat': 75.0, 'all': 75.0, 'group_mean': 75.0}
+  groups = ('Rewrite', 'Chat', 'Translation', 'Code', 'Reasoning')
+  items = [dataclasses.replace(one.items[0], category=group) for group in groups]
+  assert list(one.official(items, [np.array([1.0, 0.0])] * 5)) == [*sorted(groups), 'all', 'group_mean']
+
+
+@pytest.mark.parametrize(
+  ('edges', 'references'),
+  [(['zb', 'ab', 'bc'], {'bc': 'z'}), (['zb', 'ab', 'bc', 'ac'], {'bc': 'a'}), (['ta', 'ax', 'xy', 'yx'], {'ax': 't'})],
+)
+def test_of_several_answers_at_the_top_one_that_also_beats_the_third_is_the_reference(tmp_path, edges, references):
+  write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Chat/A.json', [pair_row(edge, *edge) for edge in edges])
+  (one,) = benchmarks.read('polar_rmb', tmp_path)
+  assert {''.join(item.candidates): item.reference for item in one.items} == references
 
 
 @pytest.mark.data
@@ -300,3 +318,20 @@ def test_conversations_of_another_form_are_refused(tmp_path, conversation):
   write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Code/A.json', [pair_row('1', 'x', 'y') | {'conversation_input': conversation}])
   with pytest.raises(UserError, match=r'A\.json, example 1: conversation_input must be a list of messages'):
     benchmarks.read('rmb', tmp_path)
+
+
+def test_files_are_read_in_the_order_of_their_paths(tmp_path):
+  names = [f'{folder}/{name}.jsonl' for folder in ('b', 'a') for name in 'fbdaceg']
+  for name in (*names, 'a/.hidden.jsonl', 'a/other.txt'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  ordered = [tmp_path / name for name in sorted(names)]
+  assert published.files_below(tmp_path, ('.jsonl',)) == published.tables([tmp_path / 'b', tmp_path / 'a']) == ordered
+
+
+def test_ids_that_occur_twice_are_refused(tmp_path):
+  write(tmp_path / 'rm_bench/chat_filtered.json', [style_row(0), style_row(0)])
+  write(tmp_path / 'rmb/Pairwise_set/Helpfulness/Code/A.json', [pair_row('1', 'x', 'y'), pair_row('1', 'y', 'z')])
+  for name, twice in (('rm_bench', 'chat/0'), ('rmb', 'pairwise/1')):
+    with pytest.raises(UserError, match=f"{name}: the id '{twice}' occurs twice"):
+      benchmarks.read(name, tmp_path)

@@ -63,7 +63,20 @@ def test_intervals_resample_items():
   share = np.mean(flags)
   half = 1.96 * np.sqrt(share * (1 - share) / 200)
   assert found['reward'][1] == pytest.approx(share)
-  assert found['low'][1] == pytest.approx(share - half, abs=0.012) and found['high'][1] == pytest.approx(share + half, abs=0.012)
+  assert found['low'][1] == pytest.approx(share - half, abs=0.007) and found['high'][1] == pytest.approx(share + half, abs=0.007)
   assert found['low'][0] == found['high'][0] == 0.5  # one of two is right everywhere
   alone = best_of_n.curve(items[:1], [np.array([1.0, 0.0])])
   assert alone['low'] == [0.0, 0.0] and alone['high'] == [1.0, 1.0]
+
+
+def test_two_hundred_orders_vote():
+  answers, correct = ('7', '8', '7', '9', '8'), np.array([1.0, 0.0, 1.0, 0.0, 0.0])
+  votes = lambda **settings: best_of_n.majority(answers, correct, np.random.default_rng(0), **settings).tolist()
+  assert votes() == votes(orders=200) != votes(orders=201)
+
+
+def test_there_is_a_majority_only_where_all_answers_are_known():
+  flags = (True, False)
+  known, unknown = (item(i, 'ab', sets.all_pairs(flags), correct=flags, answers=answers) for i, answers in enumerate((('1', '2'), None)))
+  rewards = [np.array([1.0, 0.0])] * 2
+  assert 'majority' in best_of_n.curve([known, known], rewards) and 'majority' not in best_of_n.curve([known, unknown], rewards)

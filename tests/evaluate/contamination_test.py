@@ -92,3 +92,14 @@ def test_near_duplicates_need_datasketch(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r"needs datasketch; install it with: pip install 'polar_jax\[contamination\]'"):
     contamination.find(items('a'), [], near=0.5)
+
+
+@pytest.mark.needs('datasketch')
+def test_near_duplicates_have_at_least_five_words_and_256_hashes(tmp_path, monkeypatch):
+  import datasketch
+
+  made, minhash = [], datasketch.MinHash
+  monkeypatch.setattr(datasketch, 'MinHash', lambda **settings: made.append(settings) or minhash(**settings))
+  (tmp_path / 'train.txt').write_text('a b c d e f')  # the two runs of five words, of which the first prompt has one
+  assert contamination.find(items('a b c d e', 'a b c d'), [tmp_path / 'train.txt'], near=0.35) == {0: 'train.txt, row 1'}
+  assert made and all(settings == {'num_perm': 256, 'seed': 1} for settings in made)

@@ -179,3 +179,17 @@ def test_prompts_with_one_right_answer_count_for_the_area_and_those_without_a_co
   assert found['auc'] == pytest.approx(100 * (1 / 2 + 1) / 2)  # the one right answer is above one of two wrong ones
   assert found['accuracy'] == 0.0 and found['by_source']['MATH'].keys() == found.keys() - {'by_source'}
   assert ppe_correctness.official(items[2:], rewards[2:])['auc'] == 0.0 and ppe_correctness.official([], []) == {'by_source': {}}
+
+
+@pytest.mark.parametrize(
+  ('name', 'file', 'row', 'twice'),
+  [
+    ('rewardbench', 'filtered.parquet', pair_row(3, 'hep-go'), '3'),
+    ('rewardbench_2', 'test.parquet', choice_row('3', 'Math'), '3'),
+    ('ppe_correctness', 'math.parquet', answers_row(3), 'MATH/3'),
+  ],
+)
+def test_ids_that_occur_twice_are_refused(tmp_path, name, file, row, twice):
+  write(tmp_path / name / file, [row, row])
+  with pytest.raises(UserError, match=f"{name}: the id '{twice}' occurs twice"):
+    benchmarks.read(name, tmp_path)

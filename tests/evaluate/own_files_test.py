@@ -59,3 +59,22 @@ def test_given_answers_of_a_list(tmp_path):
   read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n').items[0].answers
   assert set(own_files.read(write(tmp_path, [row | {'answers': None, 'own': 3}]), 'n').items[0].facts) == {'own', 'wrapper'}
   assert read() == ('1', '2', None) and read(answers=['A', None, 2.5]) == ('A', None, '2.5')
+
+
+def test_messages_are_one_prompt_whatever_the_order_of_their_keys(tmp_path):
+  rows = [answer([{'role': 'user', 'content': 'p'}], 'a', True), answer([{'content': 'p', 'role': 'user'}], 'b', False)]
+  (item,) = own_files.read(write(tmp_path, rows), 'n').items
+  assert item.candidates == ('a', 'b') and item.correct == (True, False)
+
+
+@pytest.mark.parametrize(('field', 'values'), [('category', ('x', 'y')), ('wrapper', ('sft', 'pretrain'))])
+def test_rows_of_a_prompt_have_one_category_and_one_wrapper(tmp_path, field, values):
+  rows = [answer('p', 'a', True, **{field: values[0]}), answer('p', 'b', False, **{field: values[1]})]
+  with pytest.raises(UserError, match=f'example 2: {field} is another one than in row 1'):
+    own_files.read(write(tmp_path, rows), 'n')
+
+
+@pytest.mark.parametrize('judged', [{'ranks': [2, 1]}, {'correct': [False, True]}])
+def test_two_candidates_are_enough_for_a_list(tmp_path, judged):
+  (item,) = own_files.read(write(tmp_path, [{'prompt': 'p', 'candidates': ['a', 'b'], **judged}]), 'n').items
+  assert item.candidates == ('a', 'b') and item.comparisons == (((1,), (0,)),)

@@ -71,8 +71,8 @@ def test_right_and_wrong_answers_are_taken_out_of_the_candidates():
     for k in range(9)
   }
   assert chosen == set('ace')
-  pairs = EvaluationSet('s', [item(0)])
-  assert references.hold_out(pairs) is pairs
+  for pairs in (EvaluationSet('s', [item(0)]), EvaluationSet('s', [full, item(0)])):  # not all of them say which answers are right
+    assert references.hold_out(pairs) is pairs
   with pytest.raises(UserError, match='s: no item has two right and two wrong answers'):
     references.hold_out(EvaluationSet('s', [few]))
   with pytest.raises(UserError, match="'right' needs rows with several right and several wrong answers"):
@@ -128,3 +128,26 @@ def test_references_of_a_file(tmp_path):
     file.write_text('\n'.join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=message):
       references.read_file(file, sets_)
+
+
+def test_messages_are_the_same_prompt_whatever_the_order_of_their_keys():
+  prompts = [[{'role': 'user', 'content': 'p'}], [{'content': 'p', 'role': 'user'}]]
+  with pytest.raises(UserError, match='all items have the same prompt'):
+    refs([item(i, prompt=prompt, reference='r') for i, prompt in enumerate(prompts)], 'shuffled')
+
+
+def test_all_items_must_have_what_a_variant_needs():
+  held, styled = {references.REFERENCES: {'right': 'a', 'wrong': 'b'}}, {references.STYLES: ('x',)}
+  for variant, facts in (('right', held), ('wrong', held), ('style', styled)):
+    assert references.lacking([item(0, facts=facts)] * 2, variant) is None
+    assert references.lacking([item(0, facts=facts), item(1)], variant).startswith('needs ')
+
+
+def test_an_item_alone_in_its_category_gets_the_reference_of_another_one():
+  items = [item(i, reference=f'r{i}', category='ab'[i == 2]) for i in range(3)]
+  assert refs(items, 'shuffled')[2] in ('r0', 'r1') and refs(items, 'shuffled')[:2] == ['r1', 'r0']
+
+
+@pytest.mark.parametrize(('kept', 'count'), [(75, 150), (50, 100), (25, 50)])
+def test_shares_are_of_a_hundred_percent(kept, count):
+  assert len(references._degraded('w ' * 200, kept, (0, 0)).split()) == count

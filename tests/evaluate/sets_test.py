@@ -52,7 +52,7 @@ def test_measures_against_loops():
   )
   by_category = {c: np.mean([v for v, i in zip(values, items, strict=True) if i.category == c]) for c in 'xyz'}
   assert {c: v['accuracy'] for c, v in found['by_category'].items()} == pytest.approx(by_category)
-  assert found['category_mean'] == pytest.approx(np.mean([*by_category.values()]))
+  assert list(found['by_category']) == ['x', 'y', 'z'] and found['category_mean'] == pytest.approx(np.mean([*by_category.values()]))
   longer = [v for v, i in zip(values, items, strict=True) if len(i.candidates[0]) > len(i.candidates[1])]
   assert found['by_length']['better_is_longer']['accuracy'] == pytest.approx(np.mean(longer))
   assert sum(part['n'] for part in found['by_length'].values()) == 60
@@ -75,6 +75,7 @@ def test_calibration_against_loops():
   error = sum(len(part) * abs(np.mean([c for c, _ in part]) - np.mean([r for _, r in part])) for part in parts) / 57
   assert found['ece'] == pytest.approx(error) and [row['n'] for row in found['bins']] == [6] * 7 + [5] * 3
   assert np.isfinite(measures.calibration(np.array([-1e6, 1e6]))['brier'])
+  assert measures.calibration(np.array([2.0]))['ece'] == pytest.approx(1 - 1 / (1 + math.exp(-2)))
 
 
 def test_two_systems_are_compared_on_the_same_comparisons():

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
-from polar_jax.evaluate import statistics
+from polar_jax.evaluate import baselines, best_of_n, measures, references, statistics, text_baselines
+from polar_jax.evaluate.benchmarks import polar_paper
 from polar_jax.evaluate.clusters import Clusters
 
 
@@ -190,3 +193,17 @@ def test_pair_correct_counts_ties_half():
 def test_bad_input_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize(
+  'function',
+  [
+    *(measures.measure, measures.compare, statistics.accuracy_interval, statistics.paired_difference, polar_paper.table),
+    *(best_of_n.curve, best_of_n.reward_curve, baselines.margin_over_best_baseline, baselines.heuristic_correct),
+    *(text_baselines.scores, references.views, references.hold_out),
+  ],
+)
+def test_two_thousand_resamples_are_drawn_with_seed_zero_by_default(function):
+  defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+  drawn = {name: default for name, default in defaults.items() if name in ('resamples', 'seed')}
+  assert drawn and drawn.items() <= {'resamples': 2_000, 'seed': 0}.items()

@@ -76,3 +76,8 @@ def test_embeddings_of_a_folder_and_of_the_package(packages, tmp_path):
       (['a', 'bcd'], {'show_progress_bar': False}),
     ]
     calls.clear()
+
+
+def test_candidates_of_a_single_word():
+  found = text_baselines.scores([Item('0', 'p', ('a', 'b'), sets.pair(), reference='a')])
+  assert found['bm25'][0] == pytest.approx([math.log(2), 0.0])  # as long as the mean: 2.2 / (1 + 1.2)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 
 from polar_jax.config import ConfigError, FitConfig
-from polar_jax.scaling import advice, analysis
+from polar_jax.scaling import advice, analysis, fit, laws
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
 
@@ -62,7 +63,9 @@ def test_learning_rate_and_batch_follow_their_laws(analyzed):
   assert advised.batch is None and 'batch unknown: sweep it' in ' '.join(advice.describe(advised))
   assert advised.paper_learning_rate is None
   with_lm = advice.advise(rows(), analyzed, dataclasses.replace(config, lm_tokens=1e12))
-  assert with_lm.paper_learning_rate > 0 and 'learning rate' in advice.describe(with_lm)[2].split(';')[1]
+  n, d = with_lm.parameters, with_lm.tokens
+  assert (with_lm.paper_learning_rate, with_lm.paper_batch) == (laws.learning_rate(n, 1e12, d), laws.batch_size(n, d))
+  assert 'learning rate' in advice.describe(with_lm)[2].split(';')[1]
 
 
 def test_chip_hours_follow_from_peak_and_mfu(analyzed):
@@ -112,3 +115,16 @@ def test_flops_per_parameter_and_token_are_the_median_of_the_largest_size():
   n, d = np.array([1e6, 2e6, 2e6, 2e6]), np.array([1e7, 1e7, 2e7, 4e7])
   data = Results(n, d, np.array([9.0, 6.5, 6.0, 8.0]) * n * d, np.ones(4))
   assert advice.flops_per_parameter_and_token(data) == pytest.approx(6.5)
+
+
+def test_three_sizes_on_the_envelope_divide_a_budget():
+  n = np.array([1e6, 1e6, 1e7, 1e7, 1e8, 1e8])
+  flops = 120 * n**2 * np.tile([1.0, 2.0], 3)
+  three = Results(n, flops / (6 * n), flops, 3 * flops**-0.05)
+  assert len(np.unique(three.envelope().parameters)) == 3
+  assert advice._split(three, {}, 1.2e18)[0] == pytest.approx(1e8, rel=0.5)
+
+
+@pytest.mark.parametrize('function', [advice.advise, analysis.analyze, fit.fit_power_law])
+def test_the_bootstrap_has_seed_zero_by_default(function):
+  assert inspect.signature(function).parameters['seed'].default == 0

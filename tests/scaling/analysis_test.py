@@ -103,3 +103,29 @@ def test_a_tuned_setting_has_a_law_of_the_optima_inside_their_sweeps():
   law = analysis._tuned(Results(*np.array(three).T), 'learning_rate', 2)['law']
   assert law['exponents'] == pytest.approx({'parameters': -1, 'tokens': 1}, abs=1e-3) and law['factor'] == pytest.approx(2, rel=1e-3)
   assert 'low' not in law and 'high' not in law  # as many settings as unknowns
+
+
+def test_of_two_sweeps_of_one_length_that_of_the_lower_loss_counts():
+  batch, rate = np.tile([16.0, 32, 64], 2), np.repeat([1e-3, 2e-3], 3)
+  for first, second in ((0.5, 0.4), (0.4, 0.5)):
+    loss = np.array([first + 0.1, first, first + 0.1, second + 0.2, second + 0.1, second])
+    rows = Results(*(np.full(6, value) for value in (1e4, 1e6, 1e12)), loss, rate, batch)
+    (optimum,) = analysis._tuned(rows, 'batch', 2)['optima']
+    assert min(optimum['losses']) == 0.4
+
+
+def test_learning_rates_have_a_quartic_and_batches_a_parabola(monkeypatch):
+  """As in the paper: the former needs five values, the latter three."""
+  calls = []
+
+  def tuned(rows, name, degree):
+    calls.append((name, degree))
+    raise FitError('no values')
+
+  monkeypatch.setattr(analysis, '_tuned', tuned)
+  monkeypatch.setattr(analysis, '_power_law', lambda *_: {})
+  monkeypatch.setattr(analysis, '_held_out', lambda *_: None)
+  for name in ('fit_floored', 'fit_joint'):
+    monkeypatch.setattr(analysis.fit, name, lambda *_: tuned(None, 'law', 0))
+  left_out = analyze(sweep())['left_out']
+  assert calls[2:] == [('learning_rate', 4), ('batch', 2)] and left_out['batch'] == 'no values'

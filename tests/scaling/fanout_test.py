@@ -52,8 +52,10 @@ def test_inline_runs_as_many_jobs_at_a_time_as_threads(tmp_path):
 
 
 def test_inline_raises_unexpected_errors(tmp_path):
+  called = []
   with pytest.raises(ZeroDivisionError):
-    run(JobRunner(lambda job: 1 / 0, unused, unused), tmp_path)
+    run(JobRunner(lambda job: called.append(job) or 1 / 0, unused, unused), tmp_path)
+  assert called == JOBS[:1]  # no other one was started
 
 
 def test_processes_report_the_last_line_of_a_failed_job(tmp_path):
@@ -61,6 +63,7 @@ def test_processes_report_the_last_line_of_a_failed_job(tmp_path):
     script = f'import sys; print("on cores {cores}"); print("polar_jax: no luck", file=sys.stderr); sys.exit({3 * (job.size == "2x2")})'
     return [sys.executable, '-c', script]
 
+  JOBS[0].folder(tmp_path).mkdir(parents=True)  # of an earlier start
   ended = run(JobRunner(unused, command, unused), tmp_path, backend='processes', workers=2)
   log = tmp_path / 'sweep/2x2_lm/log.txt'
   assert ended == {'1x1_lm': None, '2x2_lm': f'no luck (exit status 3, log: {log})', '3x3_lm': None}
@@ -68,7 +71,7 @@ def test_processes_report_the_last_line_of_a_failed_job(tmp_path):
 
 
 def test_core_shares_divide_the_cores_among_workers(monkeypatch):
-  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 5, 7})
+  monkeypatch.setattr(os, 'sched_getaffinity', {0: {0, 1, 2, 5, 7}}.__getitem__)
   assert fanout._core_shares(2) == ['0,2,7', '1,5']
   assert fanout._core_shares(6) == ['0', '1', '2', '5', '7', '0']
   monkeypatch.delattr(os, 'sched_getaffinity')  # as on macOS
@@ -102,10 +105,11 @@ while not pathlib.Path({str(ready)!r}).exists():
 os.kill(os.getppid(), signal.SIGTERM)
 sys.exit(75)"""
   second = f"""import pathlib, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(75)))
 pathlib.Path({str(ready)!r}).touch()
 time.sleep(60)"""
-  started, ended = [], []
+  started, ended, signalled, terminate = [], [], [], fanout._terminate
+  monkeypatch.setattr(fanout, '_terminate', lambda running: signalled.append(len(running)) or terminate(running))
   command = lambda job, cores: started.append(job) or [sys.executable, '-c', first if job is JOBS[0] else second]
   with pytest.raises(Preempted, match='1 of 3 runs done, the others saved'):
     for job, error in fanout.run_jobs(
@@ -113,6 +117,7 @@ time.sleep(60)"""
     ):
       ended.append((job, error))
   assert started == JOBS[:2] and not ended
+  assert len([count for count in signalled if count]) == 1  # a second signal would end one that has saved and is on its way out
 
 
 def test_a_process_without_output_says_so(tmp_path):
@@ -126,14 +131,14 @@ class FakeRay(types.ModuleType):
   def __init__(self, initialized: bool = False):
     super().__init__('ray')
     self.__spec__ = importlib.machinery.ModuleSpec('ray', None)
-    self.initialized, self.calls, self.options, self.cancelled = initialized, [], None, []
+    self.initialized, self.calls, self.options, self.cancelled, self.waits = initialized, [], None, [], []
     self.exceptions = types.SimpleNamespace(RayError=type('RayError', (Exception,), {}))
 
   def is_initialized(self):
     return self.initialized
 
   def init(self, **settings):
-    self.calls.append(('init', settings['address']))
+    self.calls.append(('init', settings))
 
   def shutdown(self):
     self.calls.append('shutdown')
@@ -143,6 +148,7 @@ class FakeRay(types.ModuleType):
     return lambda task: types.SimpleNamespace(remote=lambda *arguments: (task, arguments))
 
   def wait(self, references, timeout):
+    self.waits.append(timeout)
     return references[:1], references[1:]
 
   def get(self, reference):
@@ -169,7 +175,8 @@ def test_ray_runs_each_job_in_a_process_of_its_own_and_reports_its_failure(tmp_p
   assert errors == {'1x1_lm': None, '2x2_lm': 'no luck', '3x3_lm': ('the node died ' + 'x' * 400)[:300]}
   assert places == [(str(tmp_path.resolve()), job.name) for job in JOBS] and len(watched) == 3
   assert ray.options == {'num_cpus': 3, 'num_gpus': 0.5, 'max_calls': 1, 'max_retries': 10}
-  assert ray.calls == [('init', 'host:1'), 'shutdown']
+  quiet = {'log_to_driver': False, 'include_dashboard': False, 'configure_logging': False}
+  assert ray.calls == [('init', {'address': 'host:1', **quiet}), 'shutdown'] and set(ray.waits) == {1.0}
   monkeypatch.setitem(sys.modules, 'ray', ray := FakeRay(initialized=True))
   assert run(JobRunner(unused, unused, lambda *_: None), tmp_path, backend='ray') == dict.fromkeys(errors) and ray.calls == []
 
@@ -199,3 +206,20 @@ def test_an_error_of_one_job_lets_the_others_save_and_stop(tmp_path):
   with pytest.raises(ZeroDivisionError):
     run(JobRunner(call, unused, unused), tmp_path, threads=2)
   assert stopped[0]
+
+
+def test_processes_are_ended_after_an_error_of_this_one(tmp_path):
+  script = f"""import os, pathlib, time
+pathlib.Path({str(tmp_path)!r}, 'new').write_text(str(os.getpid()))
+os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})
+time.sleep(60)"""
+
+  def watch():
+    if (tmp_path / 'pid').exists():
+      raise ZeroDivisionError
+
+  runner = JobRunner(unused, lambda job, cores: [sys.executable, '-c', script], unused)
+  with pytest.raises(ZeroDivisionError):
+    list(fanout.run_jobs(runner, SweepConfig(backend='processes', workers=1), tmp_path, JOBS[:1], watch, 1))
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / 'pid').read_text()), 0)

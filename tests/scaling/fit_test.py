@@ -97,6 +97,18 @@ def robust_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]
   return slope, np.sqrt(variance), residuals
 
 
+@pytest.mark.parametrize('n', [4, 5, 6, 8])
+def test_robust_lines_take_the_steps_of_their_docstring(n):
+  """With noise so heavy that twenty steps do not forget where they began."""
+  rng = np.random.default_rng(n)
+  x, noise_Bn = np.sort(rng.normal(size=n)), rng.standard_t(1, (40, n)) * 0.1
+  y_Bn = 2 - 0.3 * x + noise_Bn
+  slopes, _, errors, residuals_Bn = fit._robust_lines(x, y_Bn)
+  for y, *found in zip(y_Bn, slopes, errors, residuals_Bn, strict=True):
+    for got, expected in zip(found, robust_line(x, y), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
 def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int, resamples: int) -> tuple[float, float]:
   """Return the studentized bootstrap interval of the slope, one resample at a time."""
   n, centered = len(x), x - x.mean()
@@ -259,6 +271,7 @@ def test_envelope_of_one_curve_is_the_curve():
     ([1e6, 2e6, 4e6], [0.6, 0.5, -0.4], 'row 2 has -0.4'),
     ([0.0, 2e6, 4e6], [0.6, 0.5, 0.4], 'x must be positive and finite: row 0 has 0.0'),
     ([1e6, 2e6, 4e6], [0.6, 0.5], 'the same length'),
+    ([[1e6, 2e6, 4e6]], [[0.6, 0.5, 0.4]], 'the same length'),
   ],
 )
 def test_runs_that_determine_no_law_are_refused(x, loss, message):
@@ -310,3 +323,34 @@ def test_bootstrap_scales_residuals_by_their_leverage_within_limits(monkeypatch,
   y = 2 - 0.3 * x + np.random.default_rng(4).normal(0, 0.1, 6)
   slope, _, error, residuals = (a[0] for a in fit._robust_lines(x, y[None]))
   assert fit._bootstrap_t(x, residuals, slope, error, 3) == pytest.approx(slow_bootstrap_t(x, y, 3, 60), rel=1e-6)
+
+
+def test_four_runs_determine_a_floored_law():
+  x = np.geomspace(1e6, 1e9, 4)
+  assert fit.fit_floored(x, 0.3 + 10 * x**-0.2).irreducible == pytest.approx(0.3, rel=1e-2)
+
+
+def test_an_interval_is_of_two_thousand_resamples(monkeypatch):
+  sizes, robust_lines = [], fit._robust_lines
+  monkeypatch.setattr(fit, '_robust_lines', lambda log_x, y_Bn: sizes.append(len(y_Bn)) or robust_lines(log_x, y_Bn))
+  assert fit.fit_power_law(*runs(5, 0.01)) == fit.fit_power_law(*runs(5, 0.01), seed=0) != fit.fit_power_law(*runs(5, 0.01), seed=1)
+  assert sizes == [1, 2_000] * 3
+
+
+@pytest.mark.parametrize('outlier', [1.0, 1.3])
+def test_noise_is_the_robust_standard_deviation_about_the_line(outlier):
+  x, loss = runs(9, 0.01, seed=4)
+  loss[4] *= outlier
+  _, error, residuals = robust_line(np.log(x), np.log(loss))
+  found = fit.fit_power_law(x, loss)
+  assert found.noise == pytest.approx(error * np.sqrt(np.sum((np.log(x) - np.log(x).mean()) ** 2)), rel=1e-6)
+  assert found.residuals == pytest.approx(residuals.tolist(), abs=1e-9)
+  assert 0.3 < found.noise / 0.01 < 2
+
+
+def test_one_outlier_has_little_influence_on_a_floored_law():
+  x = np.geomspace(1e6, 1e12, 20)
+  loss = (0.35 + 12.0 * x**-0.25) * np.exp(np.random.default_rng(0).normal(0, 1e-3, 20))
+  clean = fit.fit_floored(x, loss)
+  loss[10] *= 1.5
+  assert fit.fit_floored(x, loss).irreducible == pytest.approx(clean.irreducible, rel=2e-3)

@@ -89,3 +89,9 @@ def test_names_and_folders_of_jobs(tmp_path):
 def test_layers_that_are_all_unrolled_stay_so_at_another_depth(unroll, size, expected):
   base = ModelConfig(num_layers=3, d_model=64, d_ff=192, num_heads=6, num_kv_heads=2, head_dim=16, scan_unroll=unroll)
   assert grid.model_of(Config(model=base), size).scan_unroll == expected
+
+
+def test_the_feed_forward_width_is_rounded_and_at_least_one():
+  base = ModelConfig(num_layers=3, d_model=64, d_ff=150, num_heads=4, num_kv_heads=2, head_dim=16)
+  assert [grid.model_of(Config(model=base), size).d_ff for size in ('40x3', '24x3')] == [94, 56]  # of 93.75 and 56.25
+  assert grid.model_of(Config(model=dataclasses.replace(base, d_ff=2)), '8x1').d_ff == 1

@@ -117,3 +117,29 @@ def test_a_law_without_degrees_of_freedom_has_no_interval():
 def test_a_quantity_that_hardly_varies_is_taken_as_constant(spread, separated):
   x, z = np.array([-1.0, 1.0, -1.0, 1.0]), np.array([-1.0, -1.0, 1.0, 1.0])
   assert laws._identifiable(np.column_stack([3 + x, 5 + spread * z])) == separated
+
+
+@pytest.mark.parametrize('unit', [0.0008, 0.0012, 0.4444, 0.9988, 0.9992])
+def test_an_optimum_next_to_an_edge_is_inside(unit):
+  values = np.geomspace(1, 100, 41)
+  found = laws.optimum(values, bowl(values, 100**unit), 2)
+  assert not found.at_edge and np.log(found.value) / np.log(100) == pytest.approx(unit, abs=1e-6)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 0.0, -1.0])
+def test_what_is_no_positive_number_is_refused(bad):
+  good, one_bad = [1.0, 2.0, 4.0], [1.0, bad, 4.0]
+  with pytest.raises(FitError, match='positive and finite'):
+    laws.optimum(one_bad, good, 2)
+  if not np.isfinite(bad):
+    with pytest.raises(FitError, match='their losses finite'):
+      laws.optimum(good, one_bad, 2)
+  for quantities, y, name in (({'n': one_bad}, good, 'n'), ({'n': good}, one_bad, 'y')):
+    with pytest.raises(FitError, match=f'^{name}: needs one positive number for each of 3'):
+      laws.fit_product_law(quantities, y)
+
+
+def test_the_share_that_a_product_law_explains():
+  near = np.array([1.0, 1.1, 1.2])
+  assert laws.fit_product_law({'n': near}, near**2).r2 == pytest.approx(1)  # of however small a variance
+  assert laws.fit_product_law({'n': near}, np.ones(3)).r2 == 0.0  # there is none

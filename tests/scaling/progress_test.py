@@ -102,6 +102,7 @@ def test_a_table_fits_its_terminal_and_shows_what_failed(tmp_path, monkeypatch):
   [
     ([{'step': 7, 'loss': 0.5}, *({'step': 7, 'note': 'x' * 90} for _ in range(60))], JobState(7, 0.5)),  # within the last 8 KiB
     ([{'step': 7, 'loss': 0.5}, *({'step': 7, 'note': 'x' * 90} for _ in range(90))], JobState()),
+    ([{'step': 7, 'loss': 0.5}], JobState(7, 0.5)),
     ([{'step': 7, 'loss': 0.5}, {'step': 8, 'loss': 1}, {'step': None, 'loss': 0.4}, [1], {'loss': 0.1}], JobState(7, 0.5)),
   ],
 )
@@ -115,3 +116,12 @@ def test_the_last_step_is_read_from_the_end_of_a_file(tmp_path, lines, expected)
 def test_a_state_in_words():
   states = [JobState(), JobState(3, 0.5), JobState(3, 0.5, done=True), JobState(3, 0.5, error='oh'), JobState(3, None, True, 'oh')]
   assert [state.status for state in states] == ['waiting', 'step 3', 'done', 'failed', 'failed']
+
+
+@pytest.mark.parametrize(('size', 'expected'), [(8_192, JobState(7, 0.5)), (8_193, JobState())])
+def test_the_last_eight_kibibytes_of_a_file_are_read(tmp_path, size, expected):
+  job, line = Job('8x1', None), '{"step": 7, "loss": 0.5}\n'
+  job.folder(tmp_path).mkdir(parents=True)
+  note = '{"step": 7, "note": "%s"}\n'
+  (job.folder(tmp_path) / 'metrics.jsonl').write_text('x' * 99 + '\n' + line + note % ('x' * (size - len(line + note % ''))))
+  assert progress.read_state(job, tmp_path) == expected

@@ -67,7 +67,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
   assert [*results.read_table(path)] == ['other', 'a', 'b']
 
 
-@pytest.mark.parametrize('text', ['loss\n0.5\n', 'run,loss\n,0.5\n', 'run,loss\na\n'])
+@pytest.mark.parametrize('text', ['loss\n0.5\n', 'run,loss\n,0.5\n', 'run,loss\na\n', 'run,loss\na,0.5\n,0.6\n'])
 def test_read_table_refuses_other_files(tmp_path, text):
   path = tmp_path / results.TABLE
   path.write_text(text)
@@ -100,6 +100,7 @@ def test_damaged_results_of_jobs_are_named(tmp_path, result, message):
   [
     ('parameters,tokens,flops,loss,loss\n1,1,1,1,1\n', "2 columns are called 'loss'; rename or remove all but one"),
     ('parameters,tokens,flops,loss\n1,1,1,1,9\n', 'line 2 has 5 fields, and the header 4; quote fields with commas'),
+    ('parameters,tokens,flops,loss\n1,1,1,1,,9\n', 'line 2 has 6 fields, and the header 4; quote fields with commas'),
     ('parameters,tokens,flops,loss\n1,1,1,0\n', "line 2, column loss: '0' is not a positive finite number"),
   ],
 )
@@ -113,3 +114,20 @@ def test_read_refuses_columns_that_occur_twice_and_rows_that_are_too_long(tmp_pa
   (tmp_path / 'runs.csv').write_text('run,loss\na,1\nb,2\na,3\n')
   with pytest.raises(ConfigError, match="2 rows are of the run 'a'; remove all but one"):
     results.read_table(tmp_path / 'runs.csv')
+
+
+def test_the_rows_of_the_best_runs_stay_in_the_order_of_the_file():
+  rows = Results(column(3, 1, 2, 1), column(5, 5, 5, 5), column(1, 2, 3, 4), column(0.1, 0.5, 0.3, 0.4))
+  assert rows.best().flops.tolist() == [1, 3, 4]
+
+
+def test_a_result_is_indented_and_finite(tmp_path):
+  results.write_result(tmp_path, {'steps': 3})
+  assert (tmp_path / results.RESULT).read_text() == '{\n  "steps": 3\n}\n'
+  with pytest.raises(ValueError, match='JSON'):
+    results.write_result(tmp_path, {'steps': 3, 'loss': float('nan')})
+
+
+def test_quoted_fields_may_follow_a_space(tmp_path):
+  (tmp_path / 'r.csv').write_text('parameters, tokens, flops, loss, "a note"\n1, 2, 3, 4, "one, two"\n')
+  assert results.read(tmp_path / 'r.csv').loss.tolist() == [4.0]

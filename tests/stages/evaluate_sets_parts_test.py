@@ -61,4 +61,42 @@ def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
     'evaluation.json', 'scores.jsonl.gz', 'scores_empty.jsonl.gz', 'scores_twin.jsonl.gz',
   ]  # fmt: skip
   assert read('scores.jsonl.gz') == ['a', 'b'] and read('scores_twin.jsonl.gz') == ['a'] and read('scores_empty.jsonl.gz') == ['b']
-  assert json.loads((tmp_path / 'out/evaluation.json').read_text()) == {'sets': {'a': {'n': 1}}}
+  assert (tmp_path / 'out/evaluation.json').read_text() == '{\n  "sets": {\n    "a": {\n      "n": 1\n    }\n  }\n}\n'
+  assert (tmp_path / 'out/scores.jsonl.gz').read_bytes()[4:8] == bytes(4)  # no time, so that equal rewards are equal files
+  with pytest.raises(ValueError, match='JSON'):
+    stage._write(tmp_path, {}, [part('a', 'empty')._replace(rewards={'empty': [np.array([np.nan, 0.0])]})])
+
+
+@pytest.mark.parametrize(('count', 'ending'), [(5, ''), (6, '; ...')])
+def test_up_to_five_rows_and_items_are_named(tmp_path, count, ending):
+  lines = []
+  settings = types.SimpleNamespace(training=str(tmp_path / 'train.txt'), near_duplicates=None)
+  context = types.SimpleNamespace(log=lines.append, config=types.SimpleNamespace(evaluate=settings))
+  items = [evaluation_sets.Item(str(i), 'asked', ('a', 'b'), evaluation_sets.pair()) for i in range(count + 1)]
+  one = evaluation_sets.EvaluationSet('own', items, skipped=tuple((f'row {i}', 'bad') for i in range(count)))
+  stage._announce(context, one)
+  assert lines.pop() == f'own: left out {count} bad rows ({"; ".join(f"row {i}: bad" for i in range(5))}{ending})'
+  assert len(stage._duplicates(context, [one])['own']) == count
+  assert lines.pop().endswith(f' of an earlier one ({"; ".join(f"{i} is own, 0" for i in range(1, 6))})')
+  (tmp_path / 'train.txt').write_text('asked')
+  assert len(stage._leaked(context, [one])['own']) == count + 1
+  assert lines.pop().endswith(f' are in the training files ({"; ".join(f"{i}: train.txt, row 1" for i in range(5))})')
+
+
+def test_nothing_is_told_of_what_does_not_occur():
+  lines, one = [], evaluation_sets.EvaluationSet('own', [evaluation_sets.Item('1', 'p', ('a', 'b'), evaluation_sets.pair())])
+  context = types.SimpleNamespace(log=lines.append)
+  stage._announce(context, one)
+  assert stage._duplicates(context, [one]) == {'own': {}} and lines == ['own: 1 items']
+
+
+@pytest.mark.parametrize('given', [('r', 's'), ('r', None), (None, None)])
+@pytest.mark.parametrize('by_model', [{}, {'by lm': lambda items: [np.array([0.0, 1.0]) for item in items if item.reference]}])
+def test_baselines_of_a_model_need_references_of_all_items(given, by_model):
+  lines = []
+  config = types.SimpleNamespace(evaluate=types.SimpleNamespace(bootstrap=10), seed=0)
+  items = [evaluation_sets.Item(str(i), f'p{i}', ('a', 'bb'), evaluation_sets.pair(), reference=r) for i, r in enumerate(given)]
+  part = stage.Scored(evaluation_sets.EvaluationSet('own', items), {'empty': [np.array([1.0, 0.0])] * 2}, {})
+  found = stage._baselines(types.SimpleNamespace(config=config, log=lines.append), part, by_model)['baselines']
+  assert ('by lm' in found) == (bool(by_model) and None not in given) and ('bm25' in found) == (None not in given)
+  assert lines == (['own: has no references, so that it is left out of by lm'] if by_model and None in given else [])

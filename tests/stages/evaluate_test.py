@@ -48,6 +48,7 @@ def test_accuracy_by_category_is_that_of_its_own_examples(context):
     'hard': (0.0, 2),
     'medium': (1.0, 3),
   }
+  assert list(result['by_category']) == ['easy', 'hard', 'medium']
   arms = {'pretrained_finetuned': 0.8, 'finetuned_only': 0.5, 'finetuned_without_reference': 0.0, 'pretrained_only': 1.0}
   assert {arm: v['accuracy'] for arm, v in result['arms'].items()} == pytest.approx(arms)
   # Paired with the main arm: it alone is right for the three of `medium`, and wrong for the two of `hard`.

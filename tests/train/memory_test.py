@@ -93,6 +93,8 @@ def test_the_allocator_gives_blocks_back_when_memory_is_short(monkeypatch, free,
     (5, 2, 1_000, 50, 6),
     (16, 16, 100, 50, None),  # one row at once already
     (3, 1, 10, None, 3),
+    (16, 1, 5, None, 6),  # as if one byte were free
+    (16, 1, 5, 0, 6),
   ],
 )
 @pytest.mark.parametrize('remat', ['none', 'full'])

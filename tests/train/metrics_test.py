@@ -165,6 +165,12 @@ def test_tensorboard_is_imported_without_torch(tmp_path, monkeypatch):
   assert 'torch' not in sys.modules  # so that whoever needs it can import it
 
 
+def test_torch_stays_imported_if_it_is(monkeypatch):
+  metrics._import_tensorboard()
+  monkeypatch.setitem(sys.modules, 'torch', torch := types.ModuleType('torch'))
+  assert hasattr(metrics._import_tensorboard(), 'SummaryWriter') and sys.modules['torch'] is torch
+
+
 def test_only_the_first_process_has_logs(tmp_path, monkeypatch):
   home, folder = tmp_path / 'home', tmp_path / 'folder'
   home.mkdir()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import types
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 
 from polar_jax.checkpoints import space
 from polar_jax.config import CheckpointingConfig, ConfigError, ProfileConfig
-from polar_jax.runtime import preemption
+from polar_jax.runtime import heartbeat, preemption
 from polar_jax.runtime.preemption import Preempted
 from polar_jax.train.metrics import SAMPLES, read_metrics
 from polar_jax.train.session import Session
@@ -199,6 +200,7 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused_before_the_first_step(
     ([2, 4, 6, 8, 10], 100, None, 0),  # older ones make room
     ([2], 6, None, 2),  # those of steps 4 and 6
     ([2, 4], 5, None, 1),
+    ([], 1, None, 1),
   ],
 )
 def test_only_checkpoints_that_are_not_there_yet_need_room(settings, monkeypatch, on_disk, steps, evaluate_every, count):
@@ -230,6 +232,7 @@ def test_a_summary_of_a_run_that_took_no_step_is_written_if_it_is_missing(settin
   summary = run_until(session, *values, last=4)
   session.close()
   assert set(summary) == {'tokens', 'seconds', 'seconds_by_part', 'goodput'}
+  assert (settings.folder / 'summary.json').read_text() == json.dumps(summary, indent=2) + '\n'
   assert all(value == round(value, 3) for value in summary['seconds_by_part'].values())
   (settings.folder / 'summary.json').unlink()
   (settings.home / 'summary.json').unlink()
@@ -279,4 +282,63 @@ def test_another_machine_continues_with_the_logs_that_were_kept(settings):
   shutil.rmtree(settings.folder)
   session, *_ = start(settings)
   assert [record['step'] for record in read_metrics(settings.folder)] == [1, 2]
+  session.close()
+
+
+def test_a_run_ends_or_stops_once_its_checkpoint_is_written(settings):
+  session, *_ = start(settings)
+  events, checkpointer = [], session.checkpointer
+  session.checkpointer = types.SimpleNamespace(wait=lambda: events.append('wait') or time.sleep(0.02))
+  save = lambda: events.append('save')
+  with session.running():
+    session.advance()
+    assert heartbeat._position[:2] == ('run', 1)
+    summary = session.finish(save, lambda timing: events.append('summarize') or timing)
+    assert summary['seconds_by_part']['save'] >= 0.02 and summary['seconds'] >= 0.02
+    assert events == ['save', 'wait', 'summarize']
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match=r'saved at step 1\.'):
+      session.stop_if_preempted(save, finished=False)
+  assert events[3:] == ['save', 'wait']
+  session.checkpointer = checkpointer
+  session.close()
+
+
+def test_everything_that_was_opened_is_closed(settings):
+  session, *_ = start(settings)
+  samples, closed = session.open_log(SAMPLES), []
+  opened = {'profiler': session.profiler, 'progress': session.progress, 'checkpointer': session.checkpointer}
+  for name, part in opened.items():
+    part.close = lambda name=name, close=part.close: closed.append(name) or close()
+  session.close()
+  assert closed == ['profiler', 'progress', 'checkpointer'] and session.metrics._file.closed and samples._file.closed
+
+
+def test_progress_begins_at_the_restored_step(settings, monkeypatch):
+  opened = []
+  monkeypatch.setattr(
+    'polar_jax.train.session.StepProgress', lambda *given: opened.append(given) or types.SimpleNamespace(close=lambda: None)
+  )
+  session, state, _ = start(settings)
+  with session.running():
+    session.advance()
+    session.save(state, {'tokens': 0}, {})
+  session.close()
+  start(settings)[0].close()
+  assert opened == [('run', 4, 0, 100), ('run', 4, 1, 100)]
+
+
+def test_what_is_saved_replaces_nothing_by_default(settings):
+  session, state, _ = start(settings)
+  calls, checkpointer = [], session.checkpointer
+  session.checkpointer = types.SimpleNamespace(save=lambda *given, again: calls.append((*given, again)))
+  session.advance()
+  session.save(state, {'tokens': 7}, {'loss': 0.5})
+  session.save(state, {'step': 9}, {}, again=True)
+  seconds, fingerprint = session.clock.seconds, settings.fingerprint
+  assert calls == [
+    (1, state, {'step': 1, 'tokens': 7, 'seconds': seconds}, fingerprint, {'loss': 0.5}, False),
+    (1, state, {'step': 9, 'seconds': seconds}, fingerprint, {}, True),
+  ]
+  session.checkpointer = checkpointer
   session.close()

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import types
+from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from polar_jax.config import ModelConfig, TrainConfig
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.sharding import Share
+from polar_jax.train import step as step_lib
 from polar_jax.train import trainer as trainer_lib
-from polar_jax.train.objectives import NEXT_TOKEN, RANKING
+from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
 from polar_jax.train.session import NonFiniteError
 
 
@@ -45,7 +50,7 @@ def test_the_record_of_a_step_by_hand(monkeypatch, step, shows_histogram):
   monkeypatch.setattr(trainer_lib.time, 'perf_counter', lambda: 13.0)
   monkeypatch.setattr(trainer_lib.jax, 'device_count', lambda: 2)
   rewards = np.array([[[1.0, 2.0], [3.0, 0.0]], [[5.0, 6.0], [9.0, 9.0]]])
-  trainer = make_trainer(pending=pending(step, {'rewards_BPC': rewards, 'index': np.array([[4, 7], [2, -1]])}))
+  trainer = make_trainer(pending=pending(step, {'rewards_BPC': rewards, 'index': np.array([[4, 7], [0, -1]])}))
   trainer._write_pending()
   trainer._write_pending()  # once
   (record,) = trainer.written
@@ -76,13 +81,13 @@ def test_the_record_of_a_step_by_hand(monkeypatch, step, shows_histogram):
 
 @pytest.mark.parametrize('name', ['loss', 'grad_norm', 'parameter_norm'])
 def test_a_step_that_is_not_finite_names_the_examples_of_bad_rows(name):
-  rows = {'index': np.array([[4, 7], [2, -1], [1, 9]]), 'rewards_BPC': np.zeros((3, 2, 2))}
+  rows = {'index': np.array([[4, 7], [2, -1], [0, 9]]), 'rewards_BPC': np.zeros((3, 2, 2))}
   trainer = make_trainer(pending=pending(**{name: float('nan')}, rows=rows))
-  with pytest.raises(NonFiniteError, match=r'run: step 4 has .*: none; the batch has examples \[1, 2, 4, 7, 9\]'):
+  with pytest.raises(NonFiniteError, match=r'run: step 4 has .*: none; the batch has examples \[0, 2, 4, 7, 9\]'):
     trainer._write_pending()
   assert not trainer.written and trainer.tokens == 100
-  rows['rewards_BPC'][1, 1, 0], rows['rewards_BPC'][0, 0, 1] = np.inf, np.nan  # that of a padded pair spoils its row
-  with pytest.raises(NonFiniteError, match=r'non-finite outputs: examples \[2, 4, 7\]'):
+  rows['rewards_BPC'][1, 1, 0], rows['rewards_BPC'][2, 0, 1] = np.inf, np.nan  # that of a padded pair spoils its row
+  with pytest.raises(NonFiniteError, match=r'non-finite outputs: examples \[0, 2, 9\]'):
     make_trainer(pending=pending(**{name: float('inf')}, rows=rows))._write_pending()
 
 
@@ -125,6 +130,8 @@ def test_the_summary_by_hand(tmp_path):
     'validation_loss': 9.0,
     'parameters': 3,
   }
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in steps[:39]))
+  assert trainer._summarize({})['loss'] == 39.0  # the last one of 39
 
 
 @pytest.mark.parametrize(('validated_step', 'ranked'), [(4, True), (3, False)])
@@ -134,8 +141,9 @@ def test_a_checkpoint_is_ranked_by_a_validation_of_its_own_step(validated_step, 
   trainer.validated_step = validated_step
   trainer.session.save = lambda *arguments, again: calls.append((*arguments, again))
   trainer._save(again=True)
+  trainer._save()
   data = {'iterator': {'at': 3}, 'tokens': 100, 'flops': 5.0, 'validated': {'validation_loss': 1.0}, 'validation_due': True}
-  assert calls == [('state', data, {'validation_loss': 1.0} if ranked else {}, True)]
+  assert calls == [('state', data, {'validation_loss': 1.0} if ranked else {}, again) for again in (True, False)]
 
 
 def test_a_validation_is_written_shown_and_remembered(monkeypatch):
@@ -437,3 +445,35 @@ def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch
     trainer_lib._compiled.cache_clear()
   assert found == [(('init', config, steps), 'train', 'evaluate', 'abstract') for steps, config in enumerate(configs)]
   assert built == [(RANKING, ModelConfig(), (trainer_lib.without_schedule(config), 1), 'mesh', 2) for config in (configs[0], configs[2])]
+
+
+class PairRows(NamedTuple):
+  w: jnp.ndarray
+  index: jnp.ndarray
+  pairs: jnp.ndarray
+
+
+@pytest.mark.parametrize(('accumulation', 'weights'), [(1, [1.0]), (2, [3.0, 0.0, 2.0, 1.0]), (1, [0.0, 0.0]), (3, [0.5, 1.0, 1.0])])
+def test_sums_are_divided_by_the_count_of_the_whole_batch(accumulation, weights):
+  """The loss of a row is w x p^2 for a parameter p; without anything to count nothing is divided by zero."""
+
+  class Model(nnx.Module):
+    def __init__(self):
+      self.p = nnx.Param(jnp.float32(3.0))
+
+  def loss_sums(model, batch):
+    return jnp.sum(batch.w * model.p[...] ** 2), {'weight': jnp.sum(batch.w)}, {'index': batch.index, 'pairs': batch.pairs}
+
+  pairs = np.arange(4 * len(weights)).reshape(-1, 2, 2)
+  batch = PairRows(jnp.array(weights), jnp.arange(len(weights)), jnp.array(pairs))
+  objective = Objective('reward', loss_sums, lambda batch: jnp.sum(batch.w > 0))
+  graphdef, state = nnx.split(Model())
+  metrics, rows, grads = step_lib._loss_and_grads(graphdef, objective, nnx.to_pure_dict(state), batch, accumulation)
+  mean = sum(weights) / max(sum(w > 0 for w in weights), 1)
+  assert {name: float(value) for name, value in metrics.items()} == pytest.approx({'loss': 9 * mean, 'weight': mean})
+  assert float(grads['p']) == pytest.approx(6 * mean) and rows['index'].tolist() == list(range(len(weights)))
+  np.testing.assert_array_equal(rows['pairs'], pairs)
+
+
+def test_a_step_is_one_micro_batch_by_default():
+  assert inspect.signature(step_lib.build).parameters['accumulation'].default == 1 == TrainConfig().gradient_accumulation_steps
