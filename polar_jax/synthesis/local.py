@@ -39,9 +39,7 @@ class CheckpointSampler:
     model = _variant(spec, model)
     self._policy = BatchedPolicy(model, max_length=s.get('max_length'), rows=s.get('batch_size'))
     if s.get('chat') and model.chat is None:
-      raise ConfigError(
-        f'policy {spec.name!r}: chat is set, but {s["path"]} has no chat template; remove chat, and it continues plain text'
-      )
+      raise ConfigError(f'policy {spec.name!r}: chat is set, but {s["path"]} has no chat template; remove chat to continue plain text')
     self._spec, self._requests, self._tokens = spec, 0, 0
 
   def sample(self, requests: Sequence[Request]) -> list[Sample | Failure]:

@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS failures (prompt INTEGER, policy INTEGER, sample INTE
 """
 _NEXT = 'SELECT COALESCE(MAX(sample) + 1, 0) FROM samples WHERE prompt = ?1 AND policy = ?2'
 _AT_ONCE = 1_000  # rows
+_PATIENCE = 5.0  # seconds until a file that is in use is given up
 
 
 class Stored(NamedTuple):
@@ -63,7 +64,7 @@ class Store:
     self.path, self._lock = path, threading.RLock()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-      self._db = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
+      self._db = sqlite3.connect(path, timeout=_PATIENCE, check_same_thread=False, isolation_level=None)
       # Exclusive: two runs in one folder would both sample what is missing. Without WAL, which some network file systems do not support.
       self._db.executescript(f'PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = NORMAL; BEGIN IMMEDIATE; {_TABLES} COMMIT;')
     except sqlite3.Error as error:

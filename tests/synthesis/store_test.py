@@ -100,7 +100,8 @@ def test_other_settings_are_refused_by_name(store, tmp_path):
     Store(tmp_path / 'data' / 's.sqlite', {'seed': 2})
 
 
-def test_files_that_cannot_be_used(store, tmp_path):
+def test_files_that_cannot_be_used(store, tmp_path, monkeypatch):
+  monkeypatch.setattr('polar_jax.synthesis.store._PATIENCE', 0.1)
   with pytest.raises(StoreError, match='is in use by another process; wait for it, or stop it'):
     Store(tmp_path / 'data' / 's.sqlite', {'seed': 1})
   (tmp_path / 'other').write_bytes(b'x' * 5_000)
