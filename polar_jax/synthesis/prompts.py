@@ -19,7 +19,6 @@ from polar_jax.types import UserError
 _ID_FIELDS = ('prompt_id', 'id')
 # A word, a mark, or a character of a script without spaces, with the white space before it.
 _WORD = re.compile(r'\s*(?:[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+|[^\w\s])')
-_PARAGRAPH = re.compile(r'\n\s*\n')
 
 
 class PromptRow(NamedTuple):
@@ -200,13 +199,23 @@ def _tfds(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _paragraphs(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yield (number of its first line, document) for each run of lines that are not blank, one at a time."""
+  lines: list[str] = []
+  first = 1
   try:
-    text = text_files.read_text(path)
+    with path.open('rb') as file:
+      for number, raw in enumerate(file, 1):
+        line = text_files.decode(raw, f'{path}, line {number}').replace('\r\n', '\n')
+        if line.strip():
+          first = first if lines else number
+          lines.append(line)
+        elif lines:
+          yield first, {'text': ''.join(lines).strip()}
+          lines = []
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({json_files.shorten(error)})') from error
-  for number, paragraph in enumerate(_PARAGRAPH.split(text), 1):
-    if paragraph.strip():
-      yield number, {'text': paragraph.strip()}
+  if lines:
+    yield first, {'text': ''.join(lines).strip()}
 
 
 def _parse(path: pathlib.Path, number: int, raw: Any) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from polar_jax.config import ConfigError
 from polar_jax.stages.context import Context
 
@@ -14,6 +16,11 @@ def synthesize(context: Context) -> dict[str, Any]:
   if config.synthesize.world == 'pool' and not config.synthesize.pool:
     raise ConfigError('synthesize.pool is not set; set it to the file of a pool (docs/pools.md)')
   if config.synthesize.pool:
+    if jax.process_count() > 1:
+      raise ConfigError(
+        'stage synthesize with a pool runs in one process, which samples on other hosts through servers or Ray (synthesize.backend=ray); '
+        'start it without distributed'
+      )
     from polar_jax.synthesis import run
 
     return {'synthesize': run.synthesize(config.synthesize, config.seed, context.workdir, context.log)}

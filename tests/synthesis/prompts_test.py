@@ -7,8 +7,9 @@ import json
 import pytest
 
 from polar_jax.config import ConfigError
+from polar_jax.data import tfds
 from polar_jax.synthesis import prompts
-from polar_jax.types import UserError
+from polar_jax.types import Prompt, UserError
 
 
 def jsonl(path, rows):
@@ -39,6 +40,25 @@ def test_a_text_file_holds_a_document_for_each_paragraph(tmp_path):
   found = read(tmp_path / 't.txt')
   assert [row.kind for row in found] == ['prefix', 'prefix']
   assert found[0].text == 'one' and 'three four'.startswith(found[1].text)
+
+
+def test_text_files_are_read_line_by_line(tmp_path):
+  (tmp_path / 't.txt').write_bytes('\ufeffone two\r\nthree\r\n\r\n'.encode() + b'four five\n')
+  assert [row.text.split()[0] for row in read(tmp_path / 't.txt')] == ['one', 'four']
+  (tmp_path / 'bad.txt').write_bytes(b'one two\n\nthree \xff four\n')
+  rows = iter(prompts.PromptFile(tmp_path / 'bad.txt', 8, 0))
+  assert next(rows).text == 'one'  # before the damage
+  with pytest.raises(UserError, match=r'bad\.txt, line 3: not UTF-8'):
+    next(rows)
+
+
+def test_a_tfds_data_set_of_prompts(tmp_path):
+  examples = [Prompt('Why?', 'Because.', answer='x'), Prompt([{'role': 'user', 'content': 'u'}], 'r')]
+  tfds.write_prompts(tmp_path / 'p', 'prompts', {'train': examples, 'validation': examples[:1]}, 'd', {})
+  assert [(row.text, row.kind) for row in read(tmp_path / 'p')] == [('Why?', 'instruction'), ('u', 'instruction')]
+  next((tmp_path / 'p').glob('**/*train*')).write_bytes(b'x')
+  with pytest.raises(UserError, match='not a readable TFDS data set'):
+    read(tmp_path / 'p')
 
 
 def test_lengths_of_beginnings_are_uniform_and_leave_something_to_continue():
