@@ -39,9 +39,9 @@ def settings_of(config: PoolConfig, seed: int) -> dict[str, Any]:
     )
   return {
     'seed': seed,
-    'prompts': [[file.path.name, _digest(file.path)] for file in files],
+    'prompts': [[file.path.name, digest_of(file.path)] for file in files],
     **{name: getattr(config, name) for name in ('prompt_weights', 'max_prompts', 'prefix_max_words', 'validation_share', 'unseen_share')},
-    **{name: getattr(config, name) for name in ('unit_prompts', 'samples_per_prompt', 'policies_per_prompt')},
+    **{name: getattr(config, name) for name in ('unit_prompts', 'samples_per_prompt', 'policies_per_prompt', 'near_duplicates')},
   }
 
 
@@ -130,7 +130,7 @@ def _import(files: tuple[str, ...], name: str, store: Store, split: Any, log: Ca
   """Add the answers of some files, if they are not there yet. Returns the number of answers by policy."""
   counts: dict[str, int] = {}
   for path in map(pathlib.Path, files):
-    digest = _digest(path)
+    digest = digest_of(path)
     seen = store.fact(f'recorded file {path}')  # its digest
     if seen not in (None, digest):
       raise UserError(f'{path}: has changed since its answers were read into {store.path}; name another workdir, or remove that file')
@@ -194,7 +194,7 @@ def _check_kind(spec: PolicySpec) -> None:
       raise ConfigError(f'policy {spec.name!r}: {settings["path"]} has a {opened.head} head; only a language model can be a policy')
 
 
-def _digest(path: pathlib.Path) -> str:
+def digest_of(path: pathlib.Path) -> str:
   """Return SHA-256 (hex) of the bytes of a file, or of the files of a folder with their names."""
   files = sorted(file for file in path.rglob('*') if file.is_file()) if path.is_dir() else [path]
   if not path.exists():

@@ -14,7 +14,7 @@ from typing import Any
 
 from polar_jax.config import PoolConfig
 from polar_jax.data import tfds
-from polar_jax.runtime import paths
+from polar_jax.runtime import paths, preemption
 from polar_jax.runtime.clock import Clock
 from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.synthesis import card, cleanup, filters, inputs, pairing, workers
@@ -29,6 +29,7 @@ from polar_jax.types import Triplet, UserError
 
 SAMPLES, TRIPLETS = 'samples.sqlite', 'triplets'
 _SHOWN, _PROMPTS_SHOWN = 160, 3
+_CONTAMINATION = 'contamination'  # why prompts of evaluation files were dropped
 _AT_ONCE = 256  # prompts that are paired together
 _LEFT_OUT = ('held_out', 'equal', 'too_few')  # counts of a pairing for the card
 _DESCRIPTION = 'Triplets of a pool of language models: reference and chosen are two samples of one policy, rejected is one of another.'
@@ -100,10 +101,12 @@ def _prepare(
 
 def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> None:
   """Leave out near duplicates, and prompts of evaluation files, once."""
+  listed: list[dict[str, str]] = []
   exclude = [pathlib.Path(paths.path_of(name.strip())) for name in (config.exclude or '').split(',') if name.strip()]
-  wanted = [config.near_duplicates, [str(file) for file in exclude], store.num_prompts()]
+  wanted = [[[file.name, inputs.digest_of(file)] for file in exclude], store.num_prompts()]
   if store.fact('filtered') == wanted:
     return
+  store.keep_prompts(_CONTAMINATION)  # of other files; those of finished units have no samples
   if config.near_duplicates is not None:
     kept = list(store.all_prompts())
     dropped = filters.near_duplicates((prompt.text for prompt in kept), config.near_duplicates)
@@ -112,10 +115,10 @@ def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> Non
   if exclude:
     kept = list(store.all_prompts())
     found = filters.contaminated([prompt.text for prompt in kept], exclude, None)
-    store.drop_prompts([kept[i].index for i in found], 'contamination')
+    store.drop_prompts([kept[i].index for i in found], _CONTAMINATION)
     listed = [{'prompt': kept[i].id, 'found_in': where} for i, where in found.items()]
-    store.set_fact('contaminated', listed)
     log(f'synthesize: {len(found):,} prompts left out that occur in {", ".join(file.name for file in exclude)}')
+  store.set_fact('contaminated', listed)
   store.set_fact('filtered', wanted)
 
 
@@ -196,6 +199,7 @@ class _Triplets:
     stored = UNSEEN if split == pairing.UNSEEN_POLICIES else split
     new = count and split != pairing.UNSEEN_POLICIES  # its samples are those of unseen_prompts
     for low in range(0, self._store.num_prompts(), _AT_ONCE):
+      preemption.check()
       prompts = {prompt.index: prompt for prompt in self._store.prompts(low, low + _AT_ONCE)}
       for number, candidates in self._candidates(low, stored, new).items():
         made = self._pairer.pair(prompts[number], candidates)

@@ -180,6 +180,10 @@ class Store:
     """Leave prompts out from now on."""
     self._write('UPDATE prompts SET dropped = ? WHERE number = ?', [(reason, number) for number in numbers])
 
+  def keep_prompts(self, reason: str) -> None:
+    """Take back what `drop_prompts` did for a reason."""
+    self._write('UPDATE prompts SET dropped = NULL WHERE dropped = ?', [(reason,)])
+
   def count_prompts(self, column: str) -> dict[str, int]:
     """Return the number of prompts by `kind`, `source`, `split` or, for the others, by the reason why they were `dropped`."""
     kept = 'dropped IS NOT NULL' if column == 'dropped' else 'dropped IS NULL'

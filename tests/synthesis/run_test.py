@@ -301,6 +301,11 @@ def test_prompts_are_left_out_and_listed(tmp_path):
   assert {row.prompt for row in triplets['train']} == {prompts[0], 'Other?'}
   assert card['prompts_left_out']['near duplicate'] == 1 and card['prompts_left_out']['contamination'] == 2
   assert [(entry['found_in'].split(',')[0]) for entry in card['contaminated']] == ['bench.jsonl'] * 2
+  synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.6}), tmp_path / 'run')  # without the evaluation file
+  card, triplets = read(tmp_path / 'run')
+  assert {row.prompt for row in triplets['train']} == {*prompts} - {prompts[1]} and card['contaminated'] == []
+  with pytest.raises(UserError, match=r'a run with another near_duplicates \(0\.6, now null\); continue with the old setting'):
+    synthesize(PoolConfig(**{**vars(config), 'near_duplicates': None}), tmp_path / 'run')
 
 
 def test_check_shows_answers_and_names_who_does_not_answer(tmp_path):
