@@ -19,6 +19,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from polar_jax.synthesis.samples import INSTRUCTION, PREFIX, PoolPrompt
 from polar_jax.types import Triplet
@@ -32,8 +33,7 @@ COUNTS = ('candidates', 'empty', 'held_out', 'equal', 'too_few')
 _DRAWS = 4  # of a negative by weight, before all policies are put in an order
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
   """A sample of a policy after clean-up."""
 
   policy: str

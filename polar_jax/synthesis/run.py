@@ -217,9 +217,10 @@ class _Triplets:
     numbers: collections.Counter[tuple[int, str]] = collections.Counter()
     for row, text in zip(rows, cleanup.clean([row.text for row in rows], [row.ended for row in rows]), strict=True):
       policy, is_empty = self._policy_of[row.policy], not text.strip()
-      # Names that are merged each have a sample 0.
-      sample = numbers[row.prompt, policy] if policy in self._merged else row.sample
-      numbers[row.prompt, policy] += 1
+      sample = row.sample
+      if policy in self._merged:  # each of its names has a sample 0
+        sample = numbers[row.prompt, policy]
+        numbers[row.prompt, policy] += 1
       if not is_empty:
         out.setdefault(row.prompt, []).append(pairing.Candidate(policy, sample, text))
       if count and is_empty:
@@ -243,11 +244,12 @@ def _write(
   source = _Triplets(config, seed, store, specs)
   shutil.rmtree(folder / TRIPLETS, ignore_errors=True)
   (folder / card.JSON).unlink(missing_ok=True)
-  splits = {split: source.of_split(split) for split in pairing.SPLITS if next(source.of_split(split, count=False), None) is not None}
+  possible = pairing.SPLITS if any(spec.held_out for spec in specs) else pairing.PROMPT_SPLITS
+  splits = {split: source.of_split(split) for split in possible if next(source.of_split(split, count=False), None) is not None}
   if not splits:
     raise UserError(_nothing(quarantined))
   written = tfds.write(folder / TRIPLETS, TRIPLETS, splits, _DESCRIPTION, {'seed': seed})
-  for split in set(pairing.SPLITS) - set(splits):  # their samples count all the same
+  for split in set(pairing.PROMPT_SPLITS) - set(splits):  # their samples count all the same
     collections.deque(source.of_split(split), maxlen=0)
   values = _card(config, seed, store, specs, quarantined, source, written)
   card.write(folder, values)
