@@ -49,20 +49,26 @@ class OpenaiSampler:
     return self._chat if self._chat is not None else request.prompt.kind == INSTRUCTION
 
   def _ask(self, is_chat: bool, requests: Sequence[Request]) -> list[Sample | Failure]:
-    if not is_chat or self._settled:
-      return self._samplers[is_chat if self._chat is None else self._chat].sample(requests)
-    with self._lock:  # one thread finds out whether there is a chat endpoint
-      if not self._settled:
-        try:
-          answers = self._samplers[True].sample(requests)
-        except QuarantineError as error:
-          if error.status != 404:
-            raise
-          self._chat = False
-          answers = self._samplers[False].sample(requests)
-        self._settled = True
-        return answers
+    if is_chat and not self._settled:
+      with self._lock:  # one thread finds out, by one request, whether there is a chat endpoint
+        first = [] if self._settled else self._find_out(requests[0])
+      return [*first, *self._send(is_chat, requests[len(first) :])]
+    return self._send(is_chat, requests)
+
+  def _send(self, is_chat: bool, requests: Sequence[Request]) -> list[Sample | Failure]:
     return self._samplers[is_chat if self._chat is None else self._chat].sample(requests)
+
+  def _find_out(self, request: Request) -> list[Sample | Failure]:
+    """Return the answer to a conversation, as plain text if the servers have no chat endpoint."""
+    try:
+      answer = self._samplers[True].sample([request])
+    except QuarantineError as error:
+      if error.status != 404:
+        raise
+      self._chat = False
+      answer = self._samplers[False].sample([request])
+    self._settled = True
+    return answer
 
 
 def _config(spec: PolicySpec, config: PoolConfig, chat: bool) -> ServerConfig:
