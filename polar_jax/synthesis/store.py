@@ -243,8 +243,13 @@ class Store:
       self.count(policy, run, counts)
 
   def count(self, policy: str, run: int, counts: Mapping[str, int]) -> None:
-    """Store what a policy has cost this run so far."""
-    self._write('INSERT OR REPLACE INTO counts VALUES (?, ?, ?)', [(run, self._numbers[policy], json.dumps(dict(counts)))])
+    """Store what a policy has cost this run so far. Costs only grow: of counts that threads store in another order the largest stay."""
+    with self.transaction():
+      key = (run, self._numbers[policy])
+      found = self._all('SELECT value FROM counts WHERE run = ? AND policy = ?', key)
+      known = json.loads(found[0][0]) if found else {}
+      merged = {name: max(value, known.get(name, 0)) for name, value in counts.items()}
+      self._write('INSERT OR REPLACE INTO counts VALUES (?, ?, ?)', [(*key, json.dumps(known | merged))])
 
   def costs(self) -> dict[str, dict[str, int]]:
     """Return the sums over all runs of what each policy has cost: `requests`, `retries`, `prompt_tokens`, `tokens`."""

@@ -63,6 +63,7 @@ def test_costs_are_those_of_all_runs(store):
   finish(store, 'a', 0, ['x', 'y'], counts={'requests': 2, 'tokens': 6})
   finish(store, 'a', 1, ['x', 'y'], sample=1, counts={'requests': 5, 'tokens': 12})  # so far, in the same run
   store.count('a', 1, {'requests': 10})
+  store.count('a', 1, {'requests': 9})  # of a thread that looked earlier and stored later
   assert store.costs() == {'a': {'requests': 15, 'tokens': 12}}
 
 
