@@ -23,6 +23,7 @@ CORE = [
   'ml-collections>=1.1',
   'numpy>=2.0',
   'scipy>=1.13',  # distributions and least squares for scaling laws
+  'pyyaml>=6',  # descriptions of policy pools
   'absl-py>=2.1',  # flags and app, on which config_flags of ml-collections is built
   'tokenizers>=0.21',  # trains the small BPE and reads tokenizer.json
   'sentencepiece>=0.2',  # reads POLAR's tokenizer.model

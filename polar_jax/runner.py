@@ -187,6 +187,6 @@ def _in_miniature(config: Config, workdir: pathlib.Path, name: str) -> bool:
   """Return whether a stage reads the data of the miniature, whose policies are known exactly."""
   data = config.data
   given = {'evaluate': data.triplets or data.preferences or data.validation, 'rft': data.prompts}.get(name)
-  if config.synthesize.pool or config.synthesize.world != 'ngram' or given:
+  if config.synthesize.world != 'ngram' or given:
     return False
   return name == 'synthesize' or (workdir / 'data' / 'pool.json').exists()

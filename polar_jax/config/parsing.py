@@ -176,9 +176,11 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'synthesize.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesize.prefix_max_tokens ({s.prefix_max_tokens})')
   if s.unseen_policies > s.policies - 2:
     raise ConfigError(f'synthesize.unseen_policies ({s.unseen_policies}) must leave two of synthesize.policies ({s.policies}) to train on')
-  set_without_pool = [f.name for f in dataclasses.fields(PoolConfig) if s.pool is None and getattr(s, f.name) not in (None, f.default)]
-  if set_without_pool:
-    raise ConfigError(f'synthesize.{set_without_pool[0]} is set, but synthesize.pool is not; set it to the file of a pool (docs/pools.md)')
+  of_pools = [f.name for f in dataclasses.fields(PoolConfig) if s.world != 'pool' and getattr(s, f.name) not in (None, f.default)]
+  if of_pools:
+    raise ConfigError(
+      f"synthesize.{of_pools[0]} is set, but synthesize.world is {s.world!r}; set it to 'pool', as in configs/synthesize.py (docs/pools.md)"
+    )
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')

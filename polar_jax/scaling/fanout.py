@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -16,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from polar_jax.config import ConfigError, SweepConfig
+from polar_jax.config import SweepConfig
+from polar_jax.runtime import ray_cluster
 from polar_jax.runtime.preemption import Preempted, SigtermFlag
 from polar_jax.scaling import results
 from polar_jax.scaling.grid import Job
@@ -149,14 +149,8 @@ def _ray(
   task: Callable[[str, str], str | None], settings: SweepConfig, workdir: pathlib.Path, jobs: Sequence[Job], watch: Callable[[], None]
 ) -> Ended:
   """Run jobs as Ray tasks, each in a new process. Ray restarts a task whose node dies, and the job resumes from its checkpoint."""
-  if importlib.util.find_spec('ray') is None:
-    raise ConfigError("sweep.backend is 'ray', which is not installed; run: pip install 'polar_jax[ray]'")
-  import ray
-
-  started_here = not ray.is_initialized()
-  if started_here:
-    ray.init(address=settings.ray_address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-  try:
+  ray_cluster.check('sweep.backend')
+  with ray_cluster.connected(settings.ray_address) as ray:
     # max_calls=1: one process per job, because a JAX backend never releases the devices it holds.
     remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, max_calls=1, max_retries=_RETRIES)(task)
     job_of = {remote.remote(str(workdir.resolve()), job.name): job for job in jobs}
@@ -170,9 +164,6 @@ def _ray(
         for reference in job_of:
           ray.cancel(reference, force=False)
         raise Preempted('sweep', f'{len(jobs) - len(job_of)} of {len(jobs)} runs done')
-  finally:
-    if started_here:
-      ray.shutdown()
 
 
 def _ray_result(reference: Any) -> str | None:

@@ -122,7 +122,7 @@ def _check_ablations(context: Context, earlier: Sequence[str]) -> None:
 def _in_miniature(context: Context, given: str | None, earlier: Sequence[str]) -> bool:
   """Return whether a stage reads only what the miniature makes."""
   made = 'synthesize' in earlier or (context.data / 'pool.json').exists()
-  return given is None and context.config.synthesize.world == 'ngram' and not context.config.synthesize.pool and made
+  return given is None and context.config.synthesize.world == 'ngram' and made
 
 
 def _check_start(context: Context, reference: str, run: str | None, earlier: Sequence[str]) -> None:

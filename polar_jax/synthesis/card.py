@@ -10,9 +10,10 @@ import pathlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import polar_jax
+from polar_jax.data import tfds
 from polar_jax.report import markdown, plots
 from polar_jax.runtime import json_files, paths
 from polar_jax.synthesis import card_plots
@@ -23,23 +24,10 @@ _PACKAGES = ('jax', 'numpy', 'tensorflow-datasets', 'array-record')
 _LONGEST = 300  # characters of a reason
 
 
-class Written(Protocol):
-  """What `polar_jax.data.tfds.write` returns."""
-
-  @property
-  def fingerprint(self) -> str: ...
-
-  @property
-  def fingerprints(self) -> Mapping[str, str]: ...
-
-  @property
-  def checksums(self) -> Mapping[str, str]: ...
-
-
 def make(
   tally: Tally,
   policies: Mapping[str, PolicyCount],
-  written: Written | None,
+  written: tfds.Written | None,
   *,
   seed: int,
   command: Sequence[str],

@@ -13,6 +13,7 @@ from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, PoolConfig
 from polar_jax.data import readers
 from polar_jax.runtime import paths
+from polar_jax.synthesis import local
 from polar_jax.synthesis import prompts as prompts_lib
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import INSTRUCTION
@@ -182,6 +183,7 @@ def _check_kind(spec: PolicySpec) -> None:
   """Check, without loading it, that a policy of this machine can be opened."""
   settings = spec.settings
   if spec.kind == 'ngram':
+    local.check_temperature(spec)
     for file in settings['path']:
       if not pathlib.Path(file).is_file():
         raise ConfigError(f'policy {spec.name!r}: no file at {file}')
@@ -192,6 +194,7 @@ def _check_kind(spec: PolicySpec) -> None:
       raise ConfigError(f'policy {spec.name!r}: {error}') from error
     if opened.head != 'lm':
       raise ConfigError(f'policy {spec.name!r}: {settings["path"]} has a {opened.head} head; only a language model can be a policy')
+    local.check_layers(spec, opened.model.num_layers)
 
 
 def digest_of(path: pathlib.Path) -> str:

@@ -25,6 +25,18 @@ from polar_jax.types import UserError
 _NGRAM_VOCAB, _NGRAM_ORDER, _NGRAM_STRENGTH, _NGRAM_WEIGHT = 2_048, 3, 0.5, 0.98
 
 
+def check_layers(spec: PolicySpec, known: int) -> None:
+  """Check that a checkpoint of `known` layers has those that a policy takes."""
+  if spec.settings.get('layers', 0) > known:
+    raise ConfigError(f'policy {spec.name!r}: layers is {spec.settings["layers"]}, but the checkpoint has {known}')
+
+
+def check_temperature(spec: PolicySpec) -> None:
+  """Check that an n-gram model can be sampled at the temperature of its policy."""
+  if spec.temperature < ngram.MIN_TEMPERATURE:
+    raise ConfigError(f'policy {spec.name!r}: temperature is {spec.temperature:g}; n-grams need at least {ngram.MIN_TEMPERATURE:g}')
+
+
 class CheckpointSampler:
   """A causal language model that `polar_jax.load` opens. The answers to the same requests, in the same order, are the same."""
 
@@ -78,8 +90,7 @@ def _variant(spec: PolicySpec, model: LanguageModel) -> LanguageModel:
   layers, bits = spec.settings.get('layers'), spec.settings.get('bits')
   params, config = model.params, model.config
   if layers:
-    if layers > config.num_layers:
-      raise ConfigError(f'policy {spec.name!r}: layers is {layers}, but the checkpoint has {config.num_layers}')
+    check_layers(spec, config.num_layers)
     decoder = params['decoder']
     params = {**params, 'decoder': {**decoder, 'layers': jax.tree.map(lambda a: a[:layers], decoder['layers'])}}
     config = dataclasses.replace(config, num_layers=layers)
@@ -112,6 +123,7 @@ class NgramSampler:
     Raises:
       UserError: a text cannot be read, or is too short.
     """
+    check_temperature(spec)
     s = spec.settings
     documents = [document for path in s['path'] for document in _documents(pathlib.Path(path))]
     order, vocab = s.get('order', _NGRAM_ORDER), s.get('vocab_size', _NGRAM_VOCAB)
@@ -133,8 +145,6 @@ class NgramSampler:
       temperature=1.0,
       top_p=1.0,
     )
-    if spec.temperature < ngram.MIN_TEMPERATURE:
-      raise ConfigError(f'policy {spec.name!r}: temperature is {spec.temperature:g}; n-grams need at least {ngram.MIN_TEMPERATURE:g}')
     self._policy, self._spec, self._requests, self._tokens = ngram.NgramPolicy(params, index), spec, 0, 0
 
   def sample(self, requests: Sequence[Request]) -> list[Sample | Failure]:

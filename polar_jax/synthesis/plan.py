@@ -6,19 +6,19 @@ is started again asks for what is missing, and a policy that joins the pool chan
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import math
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import PoolPrompt, Request, seed_of
 from polar_jax.synthesis.store import Store
 
 UNSEEN = 'unseen_prompts'
-_KEPT = 64  # shards whose draws are remembered
 
 
 class Unit(NamedTuple):
@@ -47,8 +47,9 @@ class Plan:
   ):
     self._specs, self._store, self._kinds, self._seed = list(specs), store, list(kinds), seed
     self._policies, self._samples, self._size = policies, samples, shard_size
+    self._number = {spec.name: number for number, spec in enumerate(self._specs)}
     self._lock = threading.Lock()
-    self._drawn: collections.OrderedDict[int, list[tuple[PoolPrompt, set[str]]]] = collections.OrderedDict()
+    self._drawn: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # shard -> numbers of its prompts, and policies of each
 
   @property
   def num_shards(self) -> int:
@@ -68,22 +69,29 @@ class Plan:
 
   def units(self, policy: str) -> Iterator[Unit]:
     """Yield the units of a policy that are not finished, in their order."""
-    done = self._store.done_units(policy)
-    for shard in range(self.num_shards):
-      if shard in done:
-        continue
-      prompts = [prompt for prompt, names in self._shard(shard) if policy in names]
-      if prompts:
-        yield Unit(policy, shard, self.requests(policy, prompts))
+    for shard in self._missing(policy):
+      chosen = set(self._prompts_of(policy, shard).tolist())
+      prompts = [prompt for prompt in self._store.prompts(shard * self._size, (shard + 1) * self._size) if prompt.index in chosen]
+      yield Unit(policy, shard, self.requests(policy, prompts))
+
+  def missing(self, policy: str) -> int:
+    """Return the number of units of a policy that are not finished."""
+    return len(self._missing(policy))
 
   def requests(self, policy: str, prompts: Sequence[PoolPrompt], samples: int | None = None) -> list[Request]:
     """Return the requests for samples of a policy."""
     count = self._samples if samples is None else samples
     return [Request(prompt, i, seed_of(self._seed, policy, prompt.id, i)) for prompt in prompts for i in range(count)]
 
-  def missing(self, policy: str) -> int:
-    """Return the number of units of a policy that are not finished."""
-    return sum(1 for _ in self.units(policy))
+  def _missing(self, policy: str) -> list[int]:
+    """Return the shards of which a policy answers prompts and has not finished its unit."""
+    done = self._store.done_units(policy)
+    return [shard for shard in range(self.num_shards) if shard not in done and len(self._prompts_of(policy, shard))]
+
+  def _prompts_of(self, policy: str, shard: int) -> np.ndarray:
+    """Return the numbers of the prompts of a shard that a policy answers."""
+    numbers, policies = self._draws(shard)
+    return numbers[(policies == self._number[policy]).any(axis=1)]
 
   def _key(self, prompt: PoolPrompt, spec: PolicySpec) -> tuple[float, str]:
     """Return an exponential variable of rate `weight`: the smallest of them are a weighted draw without replacement."""
@@ -91,11 +99,17 @@ class Plan:
     uniform = (int.from_bytes(digest, 'big') + 1) / (2**64 + 1)
     return -math.log(uniform) / spec.weight, spec.name
 
-  def _shard(self, shard: int) -> list[tuple[PoolPrompt, set[str]]]:
+  def _draws(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of a shard's prompts, int64 (n,), and the policies that answer each, int16 (n, most), padded with -1.
+
+    Each shard is drawn once: all policies read what a draw costs as many hashes as there are policies. A million prompts take 16 MB.
+    """
     with self._lock:
       if shard not in self._drawn:
         prompts = self._store.prompts(shard * self._size, (shard + 1) * self._size)
-        self._drawn[shard] = [(prompt, self.answering(prompt)) for prompt in prompts]
-        if len(self._drawn) > _KEPT:
-          self._drawn.popitem(last=False)
+        policies = np.full((len(prompts), 2 * self._policies), -1, np.int16)
+        for row, prompt in enumerate(prompts):
+          names = sorted(self.answering(prompt))
+          policies[row, : len(names)] = [self._number[name] for name in names]
+        self._drawn[shard] = np.array([prompt.index for prompt in prompts], np.int64), policies
       return self._drawn[shard]

@@ -153,7 +153,7 @@ def _show_answers(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[
   Raises:
     UserError: some policies do not answer.
   """
-  failed, addresses = {}, Addresses()
+  failed, addresses = {}, Addresses() if any(spec.kind == 'openai' for spec in specs) else None
   for spec in specs:
     if spec.kind == inputs.RECORDED:
       continue
@@ -168,7 +168,8 @@ def _show_answers(config: PoolConfig, plan: Plan, store: Store, specs: Sequence[
     for prompt, answer in zip(prompts, answers, strict=True):
       shown = f'FAILED: {answer.reason}' if isinstance(answer, Failure) else f'{_short(answer.text)!r}'
       log(f'check: {spec.name}: {_short(prompt.text)!r} -> {shown}')
-  addresses.close()
+  if addresses is not None:
+    addresses.close()
   if failed:
     raise UserError(f'{len(failed)} of the policies do not answer: {", ".join(failed)}; see the lines above')
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polar_jax.config import ConfigError
-from polar_jax.runtime import json_files
+from polar_jax.runtime import json_files, urls
 from polar_jax.synthesis.addresses import Address, Addresses, Call, Connection, Reply, Stopped, TemporaryError, load_httpx
 from polar_jax.synthesis.samples import Failure, QuarantineError, Request, Sample
 from polar_jax.types import UserError
@@ -282,17 +282,11 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _base_url(address: str) -> str:
-  url = address if '://' in address else f'http://{address}'
-  try:
-    parts = urllib.parse.urlsplit(url)
-    valid = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment)
-  except ValueError:
-    valid = False
-  if valid and '@' in parts.netloc:
+  url = urls.base_url(address)
+  if url is not None and '@' in (parts := urllib.parse.urlsplit(url)).netloc:
     raise ConfigError(f'the address of {parts.hostname} holds a user or password; name the variable of an API key in api_key_env instead')
-  if not valid or not url.isascii() or any(c.isspace() for c in url):
+  if url is None or not url.isascii():
     raise ConfigError(f'the address {address!r:.100} of a policy must be HOST:PORT, or a URL that starts with http:// or https://')
-  url = url.rstrip('/')
   return url if re.search(r'/v\d+$', url) else f'{url}/v1'
 
 

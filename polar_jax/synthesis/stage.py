@@ -13,9 +13,9 @@ from polar_jax.stages.context import Context
 def synthesize(context: Context) -> dict[str, Any]:
   """Write the data to `workdir/data`. Returns the section `synthesize` of the report."""
   config = context.config
-  if config.synthesize.world == 'pool' and not config.synthesize.pool:
-    raise ConfigError('synthesize.pool is not set; set it to the file of a pool (docs/pools.md)')
-  if config.synthesize.pool:
+  if config.synthesize.world == 'pool':
+    if not config.synthesize.pool:
+      raise ConfigError('synthesize.pool is not set; set it to the file of a pool (docs/pools.md)')
     if jax.process_count() > 1:
       raise ConfigError(
         'stage synthesize with a pool runs in one process, which samples on other hosts through servers or Ray (synthesize.backend=ray); '

@@ -5,15 +5,15 @@ Each backend is a generator that takes (policy, unit) pairs and yields every uni
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
-import importlib.util
+import itertools
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from polar_jax.config import ConfigError, PoolConfig
+from polar_jax.runtime import ray_cluster
 from polar_jax.synthesis.plan import Unit
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import Failure, QuarantineError, Request, Sample, Sampler
@@ -138,42 +138,34 @@ def _ignore_signals() -> None:
 
 def _ray(tasks: Tasks, watch: Watch, config: PoolConfig) -> Generator[Attempt, None, None]:
   """Run units as Ray tasks. Ray repeats a task whose node dies."""
-  if importlib.util.find_spec('ray') is None:
-    raise ConfigError("synthesize.backend is 'ray', which is not installed; run: pip install 'polar_jax[ray]'")
-  import ray
-
-  started_here = not ray.is_initialized()
-  if started_here:
-    ray.init(address=config.ray_address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-  try:
+  ray_cluster.check('synthesize.backend')
+  with ray_cluster.connected(config.ray_address) as ray:
     # On CPUs a process keeps its policy for the next unit. One that holds a GPU ends after its unit, because Ray gives its GPU to the next.
     options = {'num_cpus': config.cpus, 'num_gpus': config.gpus, 'max_calls': 1 if config.gpus else 0, 'max_retries': _RETRIES}
     remote = ray.remote(**options)(sample_unit)
     running: dict[Any, Unit] = {}
-    waiting = collections.deque[tuple[PolicySpec, Unit]]()
-    while True:
-      waiting.extend(task for task in [next(tasks, None)] if task is not None)
-      while waiting and len(running) < _RAY_AHEAD:
-        spec, unit = waiting.popleft()
-        running[remote.remote(spec, unit.requests)] = unit
-        waiting.extend(task for task in [next(tasks, None)] if task is not None)
-      if not running:
-        return
-      ready, _ = ray.wait([*running], timeout=1.0)
-      watch()
-      for reference in ready:
-        unit = running.pop(reference)
-        try:
-          yield Attempt(unit, *ray.get(reference))
-        except ray.exceptions.RayTaskError as error:
-          cause = error.cause
-          if isinstance(cause, UserError) and not isinstance(cause, QuarantineError):
-            raise cause from error
-          yield Attempt(unit, QuarantineError(one_line(str(cause))), {})
-        except ray.exceptions.RayError as error:
-          yield Attempt(unit, QuarantineError(f'Ray gave up its task: {one_line(str(error))}'), {})
-  finally:
-    for reference in running:
-      ray.cancel(reference, force=False)
-    if started_here:
-      ray.shutdown()
+    try:
+      while True:
+        for spec, unit in itertools.islice(tasks, _RAY_AHEAD - len(running)):
+          running[remote.remote(spec, unit.requests)] = unit
+        if not running:
+          return
+        ready, _ = ray.wait([*running], timeout=1.0)
+        watch()
+        for reference in ready:
+          yield _ray_attempt(ray, reference, running.pop(reference))
+    finally:
+      for reference in running:
+        ray.cancel(reference, force=False)
+
+
+def _ray_attempt(ray: Any, reference: Any, unit: Unit) -> Attempt:
+  try:
+    return Attempt(unit, *ray.get(reference))
+  except ray.exceptions.RayTaskError as error:
+    cause = error.cause
+    if isinstance(cause, UserError) and not isinstance(cause, QuarantineError):
+      raise cause from error
+    return Attempt(unit, QuarantineError(one_line(str(cause))), {})
+  except ray.exceptions.RayError as error:
+    return Attempt(unit, QuarantineError(f'Ray gave up its task: {one_line(str(error))}'), {})

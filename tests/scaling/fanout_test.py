@@ -187,7 +187,7 @@ def test_ray_cancels_what_sigterm_leaves_and_counts_what_is_done(tmp_path, monke
   with pytest.raises(Preempted, match='1 of 3 runs done'):
     run(JobRunner(unused, unused, task), tmp_path, backend='ray')
   assert ray.cancelled == [('2x2_lm', False), ('3x3_lm', False)] and ray.calls[-1] == 'shutdown'
-  monkeypatch.setattr(fanout.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   with pytest.raises(ConfigError, match=r"run: pip install 'polar_jax\[ray\]'"):
     run(JobRunner(unused, unused, task), tmp_path, backend='ray')
 

@@ -253,6 +253,11 @@ def test_entries_divide_the_policies_of_a_file(tmp_path):
     ([{'name': 'all'}, {**SERVER, 'name': 'n', 'prompts': 'prefix'}], answers(['a', 'b']), "policy 'n' has no prompts: it answers"),
     ([{'name': 'all'}, {**SERVER, 'name': 'a'}], answers(['a', 'b']), "two policies have the name 'a'"),
     ([{'name': 'all'}, {'name': 'n', 'kind': 'ngram', 'path': 'x'}], answers(['a', 'b']), "policy 'n': no file at .*x"),
+    (
+      [{'name': 'all'}, {'name': 'n', 'kind': 'ngram', 'path': 'pool.json', 'temperature': 0.05}],
+      answers(['a', 'b']),
+      'n-grams need at least',
+    ),
     ([{'name': 'all'}, {'name': 'n', 'kind': 'checkpoint', 'path': 'x'}], answers(['a', 'b']), "policy 'n': checkpoint .*no such file"),
   ],
 )

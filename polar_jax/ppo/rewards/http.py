@@ -27,7 +27,7 @@ from absl import logging
 from polar_jax.config import ConfigError, RewardConfig
 from polar_jax.data.template import Template
 from polar_jax.ppo.rewards.sources import check_rewards, score_on_first_process, shorten
-from polar_jax.runtime import json_files
+from polar_jax.runtime import json_files, urls
 from polar_jax.types import Prompt, UserError
 
 BATCH = 64  # texts per request: they fill the server's batch, and at 2,000 tokens each a 7B model stays far below the timeout
@@ -204,15 +204,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _base_url(address: str) -> str:
-  url = address if '://' in address else f'http://{address}'
-  try:
-    parts = urllib.parse.urlsplit(url)
-    valid = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment)
-  except ValueError:
-    valid = False
-  if not valid or any(c.isspace() for c in url):
+  url = urls.base_url(address)
+  if url is None:
     raise ConfigError(f'rft.reward.address is {address!r}; it must be HOST:PORT, or a URL that starts with http:// or https://')
-  return url.rstrip('/')
+  return url
 
 
 def _parse_rewards(server: str, reply: Any, count: int) -> list[float]:
