@@ -32,11 +32,11 @@ class PoolConfig:
   unseen_share: float = option(
     0.05, 'Share of prompts for the splits `unseen_prompts` and, with the policies that are held out, `unseen_policies`.', min=0, max=1
   )
-  near_duplicates: float | None = option(
+  near_duplicates: float = option(
     0.8,
     'Leave out prompts that share at least this part of the 5-grams of words with an earlier one, by MinHash (extra contamination). '
-    'None: only equal ones.',
-    exclusive_min=0,
+    '0: only equal ones.',
+    min=0,
     max=1,
   )
   exclude: str | None = option(

@@ -18,7 +18,10 @@ from polar_jax.evaluate import contamination
 from polar_jax.evaluate.near import NearDuplicates
 from polar_jax.evaluate.words import words_of
 
-NEAR_DUPLICATES, NEAR_CONTAMINATION = 'filter of near duplicates', 'filter of prompts near to files of evaluation'  # names in messages
+NEAR_DUPLICATES, NEAR_CONTAMINATION = (
+  'synthesize.near_duplicates (0: only equal ones)',
+  'filter of prompts near to files of evaluation',
+)  # names in messages
 _AT_ONCE = 4_096  # texts
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial that combines the hashes of words
 

@@ -107,7 +107,7 @@ def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> Non
   if store.fact('filtered') == wanted:
     return
   store.keep_prompts(_CONTAMINATION)  # of other files; those of finished units have no samples
-  if config.near_duplicates is not None:
+  if config.near_duplicates:
     kept = list(store.all_prompts())
     dropped = filters.near_duplicates((prompt.text for prompt in kept), config.near_duplicates)
     store.drop_prompts([kept[i].index for i in dropped], 'near duplicate')

@@ -29,7 +29,7 @@ def test_equal_texts_are_duplicates_without_datasketch(monkeypatch):
   texts = ['Hello, world!', 'other', 'hello WORLD', '...', '!', '...', 'Hello world again', 'hello-world', '']
   assert filters.near_duplicates(texts, None) == [2, 5, 7]
   assert filters.near_duplicates(iter([]), None) == []
-  with pytest.raises(UserError, match='filter of near duplicates needs datasketch; install it with'):
+  with pytest.raises(UserError, match=r'synthesize\.near_duplicates \(0: only equal ones\) needs datasketch; install it with'):
     filters.near_duplicates(texts, 0.5)
 
 

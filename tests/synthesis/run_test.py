@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import gzip
+import importlib.util
 import json
 import pathlib
 import signal
@@ -15,7 +16,7 @@ import fast_compilation
 import pytest
 from synthesis.server_stand_in import Server, reply_to, send
 
-from polar_jax.config import ConfigError, PoolConfig
+from polar_jax.config import ConfigError, PoolConfig, parse
 from polar_jax.data import tfds
 from polar_jax.synthesis import run
 from polar_jax.types import UserError
@@ -290,6 +291,17 @@ def test_files_of_one_name_in_two_folders(tmp_path):
   assert {name: values['samples'] for name, values in card['policies'].items()} == dict.fromkeys('abcd', 10)
 
 
+def test_without_datasketch_the_remedy_works(tmp_path, monkeypatch):
+  found = importlib.util.find_spec
+  monkeypatch.setattr('importlib.util.find_spec', lambda name, *rest: None if name == 'datasketch' else found(name, *rest))
+  config = recorded_pool(tmp_path, [{'name': 'all'}], answers(['a', 'b']))
+  with pytest.raises(UserError, match=r'synthesize\.near_duplicates \(0: only equal ones\) needs datasketch; install it with'):
+    synthesize(config, tmp_path / 'run')
+  # As on the command line, where the value must be a number.
+  synthesize(parse({'synthesize': {**vars(config), 'world': 'pool', 'near_duplicates': 0}}).synthesize, tmp_path / 'other')
+  assert read(tmp_path / 'other')[0]['rows'] == {'train': 20}
+
+
 def test_prompts_are_left_out_and_listed(tmp_path):
   pytest.importorskip('datasketch')
   long = 'Anna buys {} apples at the market on a sunny day and gives three of them to her friend Ben who eats one. How many are left?'
@@ -309,8 +321,8 @@ def test_prompts_are_left_out_and_listed(tmp_path):
   synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.6}), tmp_path / 'run')  # without the evaluation file
   card, triplets = read(tmp_path / 'run')
   assert {row.prompt for row in triplets['train']} == {*prompts} - {prompts[1]} and card['contaminated'] == []
-  with pytest.raises(UserError, match=r'a run with another near_duplicates \(0\.6, now null\); continue with the old setting'):
-    synthesize(PoolConfig(**{**vars(config), 'near_duplicates': None}), tmp_path / 'run')
+  with pytest.raises(UserError, match=r'a run with another near_duplicates \(0\.6, now 0\.0\); continue with the old setting'):
+    synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.0}), tmp_path / 'run')
 
 
 def test_check_shows_answers_and_names_who_does_not_answer(tmp_path):
