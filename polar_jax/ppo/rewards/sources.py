@@ -5,7 +5,6 @@ Rewards are float32 throughout, one per response, in the order of the responses.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -16,12 +15,12 @@ from jax.experimental import multihost_utils
 from polar_jax import sharding
 from polar_jax.config import RewardConfig
 from polar_jax.data.template import Template, join_messages
+from polar_jax.data.thinking import strip_thinking
 from polar_jax.ppo.rewards import rules
 from polar_jax.runtime import preemption
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, Text, UserError
 
-_THINKING = re.compile(r'<think>(.*?)</think>(.*)', re.DOTALL)
 _MAX_SHOWN = 60  # characters of a text in a message
 
 
@@ -189,19 +188,6 @@ class RewardSum:
     """Return the weighted sum (n,), float32, of the result of `components`. A single source of weight 1 is returned bit for bit."""
     weighted = [weight * components[name].astype(np.float64) for name, (weight, _) in self._parts.items()]
     return np.sum(weighted, axis=0).astype(np.float32)
-
-
-def strip_thinking(text: str) -> str:
-  """Return the text after the first `</think>` that follows the first `<think>`, stripped; without such tags, the text unchanged.
-
-  This is the official rule: POLAR's reward function searches anywhere in the response (re.search), so words before `<think>` are
-  dropped too, and later tags stay. In one case it is extended: where a chat template ends the prompt with `<think>`, the response has only
-  `</think>`, and what follows it is returned. A response cut while thinking is scored whole.
-  """
-  if match := _THINKING.search(text):
-    return match.group(2).strip()
-  _, tag, answer = text.partition('</think>')
-  return answer.strip() if tag else text
 
 
 def score_on_first_process(score: Callable[[], np.ndarray], count: int, expected: type[UserError], elsewhere: UserError) -> np.ndarray:

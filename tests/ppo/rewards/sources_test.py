@@ -13,7 +13,7 @@ from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.ppo.rewards.shaping import Normalizer, shape
-from polar_jax.ppo.rewards.sources import ModelReward, RewardError, RewardSum, RuleReward, strip_thinking
+from polar_jax.ppo.rewards.sources import ModelReward, RewardError, RewardSum, RuleReward
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.types import Group, Prompt, UserError
 
@@ -190,27 +190,6 @@ def test_rewards_of_another_type_or_shape_are_refused():
       RewardSum({'model': (1.0, source)}, strip_thinking=False).components([Prompt('p', 'r')] * 2, ['a', 'b'])
   with pytest.raises(ValueError, match='at least one source'):
     RewardSum({}, strip_thinking=False)
-
-
-@pytest.mark.parametrize(
-  ('text', 'expected'),
-  [
-    ('<think>a\nb</think>\n\n the\nanswer \n', 'the\nanswer'),
-    ('words before <think>a</think>b', 'b'),
-    ('<think>a</think>b<think>c</think>d', 'b<think>c</think>d'),
-    ('<think>a</think>b</think>c', 'b</think>c'),
-    ('<think>a<think>b</think>c', 'c'),
-    ('</think>a<think>b</think>c', 'c'),
-    ('<think></think>', ''),
-    (' <think>unclosed ', ' <think>unclosed '),
-    (' opened in the prompt</think>a ', 'a'),
-    ('opened in the prompt</think>\n\na</think>b', 'a</think>b'),
-    (' plain \n', ' plain \n'),
-    ('', ''),
-  ],
-)
-def test_strip_thinking(text, expected):
-  assert strip_thinking(text) == expected
 
 
 def test_prompts_that_no_response_can_answer_are_counted_before_sampling():
