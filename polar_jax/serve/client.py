@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -231,7 +232,7 @@ class RewardClient:
     """Return the rewards of rows. For coroutines of the sender's loop."""
     sender = self._sender()
     requests, place = _cut(rows, wrapper or self._wrapper, self._batch)
-    tasks = [asyncio.ensure_future(sender.post('/score', request, lambda reply, r=request: _parse(reply, r))) for request in requests]
+    tasks = [asyncio.ensure_future(sender.post('/score', request, functools.partial(_parse, request))) for request in requests]
     try:
       replies = await asyncio.gather(*tasks)
     except BaseException:
@@ -369,8 +370,8 @@ def _cut(rows: Sequence[Row], wrapper: str, size: int) -> tuple[list[list[dict[s
   """Return requests of at most `size` texts each, and for each row which of their outputs is its own."""
   keys = [tuple(map(_key, row)) for row in rows]
   groups: dict[tuple[Hashable, ...], dict[Hashable, Row]] = {}
-  for row, (*context, output) in zip(rows, keys, strict=True):
-    groups.setdefault(tuple(context), {}).setdefault(output, row)
+  for row, key in zip(rows, keys, strict=True):
+    groups.setdefault(key[:2], {}).setdefault(key[2], row)
   requests: list[list[dict[str, Any]]] = []
   place: dict[tuple[Hashable, ...], int] = {}
   room = 0
@@ -390,7 +391,7 @@ def _cut(rows: Sequence[Row], wrapper: str, size: int) -> tuple[list[list[dict[s
   return requests, [place[key] for key in keys]
 
 
-def _parse(reply: Any, request: list[dict[str, Any]]) -> list[float]:
+def _parse(request: list[dict[str, Any]], reply: Any) -> list[float]:
   """Return the rewards of a reply in the order of the request's outputs.
 
   Raises:

@@ -114,8 +114,8 @@ class RewardModelClient:
     rewards: dict[int, float] = {}
     for wrapper in WRAPPERS:
       chosen = [i for i, text in enumerate(texts) if isinstance(text, EncodedText) and text.parts['wrapper'] == wrapper]
-      columns = [[texts[i].parts[key] for i in chosen] for key in ('prompt', 'reference', 'output')]
-      rewards |= zip(chosen, self._client.score_rows(*columns, wrapper=wrapper), strict=True)
+      prompts, references, outputs = ([texts[i].parts[key] for i in chosen] for key in ('prompt', 'reference', 'output'))
+      rewards |= zip(chosen, self._client.score_rows(prompts, references, outputs, wrapper), strict=True)
     finished = [i for i in range(len(texts)) if i not in rewards]
     rewards |= zip(finished, self._score_texts([str(texts[i]) for i in finished]), strict=True)
     return [rewards[i] for i in range(len(texts))]

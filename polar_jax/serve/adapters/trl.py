@@ -1,4 +1,4 @@
-"""Reward functions for TRL's GRPOTrainer and RLOOTrainer, and for Tunix, which calls its own in the same way.
+"""Reward functions for TRL's GRPOTrainer and RLOOTrainer.
 
   trainer = GRPOTrainer(reward_funcs=polar_reward, ...)
 
