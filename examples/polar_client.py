@@ -1,6 +1,6 @@
 """Code that was written for the client of the POLAR repository. Only the import is another one.
 
-python examples/polar_client.py 127.0.0.1:8000
+python examples/polar_client.py 127.0.0.1:30000
 """
 
 import sys

@@ -1,6 +1,6 @@
 """GRPO with TRL, rewarded by a POLAR server. Start the server first (docs/serving.md), then:
 
-  POLAR_REWARD_ADDRESS=127.0.0.1:8000 python examples/trl_grpo.py MODEL DATA OUTPUT
+  POLAR_REWARD_ADDRESS=127.0.0.1:30000 python examples/trl_grpo.py MODEL DATA OUTPUT
 
 DATA is a JSON Lines file with `prompt`, a string or a list of messages, and `reference`. Other arguments are those of GRPOConfig.
 """

@@ -19,6 +19,8 @@ INSTALL = {
   'httpx': "pip install -e '.[openai]'",
   'datasketch': "pip install -e '.[contamination]'",
   'math_verify': "pip install -e '.[math]'",
+  **dict.fromkeys(('trl', 'verl', 'openrlhf'), 'see Tests with real trainers in docs/serving.md'),
+  'playwright': 'pip install playwright; it also needs a Chromium',
   'rewardbench': 'see Comparisons in docs/commands.md',  # needs an environment of its own
   'lm_eval': "pip install -e '.[lm_eval]'",
   'accelerate': 'pip install accelerate',

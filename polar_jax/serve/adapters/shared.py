@@ -24,7 +24,7 @@ def shared_client(address: str | None = None) -> RewardClient:
   """
   address = address or os.environ.get(ADDRESS_ENV)
   if not address:
-    raise UserError(f'no address of a reward server; set the environment variable {ADDRESS_ENV}, for example to 127.0.0.1:8000')
+    raise UserError(f'no address of a reward server; set the environment variable {ADDRESS_ENV}, for example to 127.0.0.1:30000')
   return _client(address)
 
 
