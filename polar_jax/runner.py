@@ -37,6 +37,7 @@ _STAGES = {
   'sweep': 'polar_jax.stages.sweep:run',
   'fit': 'polar_jax.stages.fit:run',
   'score': 'polar_jax.stages.score:score',
+  'serve': 'polar_jax.serve.stage:serve',
   'convert': 'polar_jax.stages.convert:convert',
   'plan': 'polar_jax.stages.plan:run',
 }
@@ -81,6 +82,7 @@ def run(config: Config, workdir: pathlib.Path, cluster: distributed.Cluster | No
         heartbeat.at(name)
         _timed(context, name, _stage(config, workdir, name))
     _finish(workdir, time.perf_counter() - started)
+    preemption.leave(0)
     return 0
   except Preempted as stop:
     _say(str(stop))
@@ -133,7 +135,7 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cl
   if cluster:
     _say(f'distributed: {jax.process_count()} processes, found by {cluster.how}')
   _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
-  parameters = 'parameters as stored' if config.stage in ('convert', 'score') else 'float32 parameters'
+  parameters = 'parameters as stored' if config.stage in ('convert', 'score', 'serve') else 'float32 parameters'
   _say(f'precision: {parameters}, {"float32" if config.stage == "convert" else config.model.compute_dtype} compute')
 
 

@@ -393,6 +393,7 @@ FOREIGN = {
   'fit': ('sweep.sizes', 'sweep'),
   'convert': ('score.window', 'score'),
   'score': ('convert.dtype', 'convert'),
+  'serve': ('score.window', 'score'),
   'plan': ('evaluate.bootstrap', None),
 }
 

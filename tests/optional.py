@@ -16,6 +16,7 @@ INSTALL = {
   **dict.fromkeys(('tokamax', 'libtpu'), "pip install -e '.[kernels]'"),
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
+  'uvicorn': "pip install -e '.[serve]'",
   'httpx': "pip install -e '.[openai]'",
   'datasketch': "pip install -e '.[contamination]'",
   'math_verify': "pip install -e '.[math]'",

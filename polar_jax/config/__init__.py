@@ -12,6 +12,7 @@ from polar_jax.config.parsing import default_config, parse
 from polar_jax.config.renamed import RENAMED, current_name
 from polar_jax.config.rft import AlarmConfig, RewardConfig, RftConfig, RolloutConfig, StudyConfig
 from polar_jax.config.root import Config
+from polar_jax.config.serve import ServeConfig
 from polar_jax.config.stages import STAGES, requested_stages
 from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
@@ -52,6 +53,7 @@ __all__ = [
   'RftConfig',
   'RolloutConfig',
   'ScoreConfig',
+  'ServeConfig',
   'StudyConfig',
   'SweepConfig',
   'SynthesizeConfig',

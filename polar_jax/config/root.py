@@ -8,6 +8,7 @@ from polar_jax.config.base import option, section
 from polar_jax.config.data import DataConfig, TemplateConfig, TokenizerConfig
 from polar_jax.config.model import ModelConfig
 from polar_jax.config.rft import RftConfig, StudyConfig
+from polar_jax.config.serve import ServeConfig
 from polar_jax.config.synthesis import SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import CheckpointingConfig, DistributedConfig, MeshConfig, ProfileConfig, TrainConfig
@@ -57,3 +58,4 @@ class Config:
   plan: PlanConfig = section(PlanConfig())
   convert: ConvertConfig = section(ConvertConfig())
   score: ScoreConfig = section(ScoreConfig())
+  serve: ServeConfig = section(ServeConfig())

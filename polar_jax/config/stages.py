@@ -54,6 +54,10 @@ STAGE_TABLE = {
     'Write a reward for each example of a file.',
     ('score', 'checkpoint', 'input', 'output', 'model', 'tokenizer', 'template', 'data.on_bad_example'),
   ),
+  'serve': Stage(
+    'Serve a reward model over HTTP, to any trainer.',
+    ('serve', 'checkpoint', 'model', 'tokenizer', 'template'),
+  ),
   # Also all that the planned stage reads (see `_reads`): adding --config.stage=plan to the command of a run plans that run.
   'plan': Stage(
     'Compile a training step for a TPU slice without having one: its memory, time and cost.', ('plan', 'synthesize.vocab_size')

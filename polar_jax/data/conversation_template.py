@@ -14,7 +14,7 @@ from polar_jax.config import TemplateConfig
 from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate, NoChatTemplateError
 from polar_jax.data.conversation import ConversationEncoder, as_messages
-from polar_jax.data.template import Template, TemplateError, Truncated, check_wrapper, join_messages, numbered
+from polar_jax.data.template import Encoded, Template, TemplateError, Truncated, check_wrapper, join_messages, numbered
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import Text, Triplet
 
@@ -36,14 +36,20 @@ class ConversationTemplate(Template):
       raise NoChatTemplateError('template.chat is always, but the byte tokenizer has no chat template; use the tokenizer of the checkpoint')
     self._encoder = ConversationEncoder(ChatTemplate.from_folder(pathlib.Path(path).parent), tokenizer)
 
-  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[list[int]]:
+  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[Encoded]:
     """Return the token ids of the conversations that end in each candidate; reference, wrapper and `alone` make no difference.
 
     Raises:
       UserError: an input is neither a string nor messages with roles, the wrapper is unknown, or a conversation is too long.
     """
     check_wrapper(wrapper)
-    return [self._conversation(prompt, candidate, name)[1] for name, candidate in candidates.items()]
+    ids = [self._conversation(prompt, candidate, name)[1] for name, candidate in candidates.items()]
+    return [Encoded(of_candidate, Truncated(False, False)) for of_candidate in ids]
+
+  def encode_finished(self, text: str) -> list[int]:
+    """Return the token ids of a text that `candidate_texts` returned, with what the tokenizer puts before a text, once."""
+    ids, prefix = self.tokenizer.encode(text), list(self.tokenizer.prefix_ids)
+    return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
   def candidate_texts(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False

@@ -81,6 +81,13 @@ class Truncated(NamedTuple):
   prompt: bool  # the beginning of the prompt
 
 
+class Encoded(NamedTuple):
+  """A sequence that the model reads."""
+
+  ids: list[int]
+  truncated: Truncated
+
+
 class Template:
   """Converter of triplets and candidates to token ids. It has no state but its settings, and can be pickled and shared by threads.
 
@@ -131,7 +138,7 @@ class Template:
     """
     candidates = {'chosen': triplet.chosen, 'rejected': triplet.rejected}
     chosen, rejected = self._sequences(triplet.prompt, triplet.reference, candidates, triplet.wrapper)
-    return chosen, rejected
+    return chosen.ids, rejected.ids
 
   def encode_candidates(
     self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
@@ -148,7 +155,29 @@ class Template:
     Raises:
       TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
+    return [sequence.ids for sequence in self.encode_with_truncation(prompt, reference, candidates, wrapper, alone)]
+
+  def encode_with_truncation(
+    self, prompt: Text, reference: Text, candidates: Sequence[Text], wrapper: str = 'sft', alone: bool = False
+  ) -> list[Encoded]:
+    """Return what `encode_candidates` returns, with what was cut off of each candidate, its reference and its prompt.
+
+    Arguments and errors are those of `encode_candidates`.
+    """
     return self._sequences(prompt, reference, numbered(candidates), wrapper, alone)
+
+  def encode_finished(self, text: str) -> list[int]:
+    """Return the token ids of a text that some `candidate_texts` returned, as the official servers tokenize it.
+
+    Special tokens in it are read as such. What precedes a text, such as a BOS, is added unless the text begins with it already.
+
+    Raises:
+      UserError: the tokenizer has no token for a character.
+    """
+    (ids,) = self._encode_texts([text])
+    prefix = list(self.tokenizer.prefix_ids)
+    n = len(prefix)
+    return ids[n:] if n and ids[n : 2 * n] == prefix else ids
 
   def most_tokens(self, triplet: Triplet) -> int | None:
     """Return a number of tokens that the sequences of a triplet together do not exceed, without tokenizing; None if none is certain.
@@ -194,34 +223,36 @@ class Template:
       TemplateError: an input is neither a string nor a list of messages, or the wrapper is unknown.
     """
     texts = [join_messages(candidate, name) for name, candidate in numbered(candidates).items()]
-    return [text + self.config.reward_token for text, _ in self._encoded(prompt, reference, texts, wrapper, alone)]
+    return [text + self.config.reward_token for text, _, _ in self._encoded(prompt, reference, texts, wrapper, alone)]
 
-  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[list[int]]:
+  def _sequences(self, prompt: Text, reference: Text, candidates: Mapping[str, Text], wrapper: str, alone: bool = False) -> list[Encoded]:
     """Return the token ids of each candidate; `candidates` are by the names that messages give them."""
     texts = [join_messages(candidate, name) for name, candidate in candidates.items()]
     encoded = self._encoded(prompt, reference, texts, wrapper, alone)
     assert self.reward_token_id is not None
     if self.config.rule == 'trainer':
-      return [[*ids, self.reward_token_id] for _, ids in encoded]
-    sequences = self._encode_texts([text + self.config.reward_token for text, _ in encoded])
-    for (text, _), ids in zip(encoded, sequences, strict=True):
+      return [Encoded([*ids, self.reward_token_id], truncated) for _, ids, truncated in encoded]
+    sequences = self._encode_texts([text + self.config.reward_token for text, _, _ in encoded])
+    for (text, _, _), ids in zip(encoded, sequences, strict=True):
       if ids[-1] != self.reward_token_id or ids.count(self.reward_token_id) != 1 + (self.reward_token_id == self.separator_id):
         raise TemplateError(f'the text {shortened(text)} forms another token with the reward token after it; remove its end')
-    return sequences
+    return [Encoded(ids, truncated) for ids, (_, _, truncated) in zip(sequences, encoded, strict=True)]
 
-  def _encoded(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[tuple[str, list[int]]]:
-    """Return the text of each candidate, without the reward token, and its token ids."""
+  def _encoded(
+    self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool
+  ) -> list[tuple[str, list[int], Truncated]]:
+    """Return the text of each candidate, without the reward token, its token ids, and what was cut off."""
     all_parts = self._parts(prompt, reference, candidates, wrapper, alone)
-    texts = [self.config.separator.join(parts) for parts in all_parts]
-    out = list(zip(texts, self._encode_texts(texts), strict=True))
-    for c, parts in enumerate(all_parts):
+    texts = [self.config.separator.join(parts) for parts, _ in all_parts]
+    out = [(text, ids, cut) for text, ids, (_, cut) in zip(texts, self._encode_texts(texts), all_parts, strict=True)]
+    for c, (parts, truncated) in enumerate(all_parts):
       if self._has_own_tokens_only(out[c][1], len(parts)):
         continue
       text = self.config.separator.join(map(self._without_control_tokens, parts))
       (ids,) = self._encode_texts([text])
       if not self._has_own_tokens_only(ids, len(parts)):
         raise TemplateError(f'the text {shortened(text)} forms a control token with the separator next to it; remove it from the text')
-      out[c] = text, ids
+      out[c] = text, ids, truncated
     return out
 
   def _has_own_tokens_only(self, ids: list[int], parts: int) -> bool:
@@ -243,8 +274,8 @@ class Template:
       text = self._decode(own)
     raise TemplateError(f'the tokenizer makes a control token of the text {shortened(text)} each time it is removed; remove it yourself')
 
-  def _parts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[list[str]]:
-    """Return the texts between separators of each candidate: (prompt, reference), if it is used, and (prompt, candidate)."""
+  def _parts(self, prompt: Text, reference: Text, candidates: list[str], wrapper: str, alone: bool) -> list[tuple[list[str], Truncated]]:
+    """Return the texts between separators of each candidate, (prompt, reference), if used, and (prompt, candidate), and what was cut."""
     check_wrapper(wrapper)
     if not candidates:
       return []
@@ -253,22 +284,31 @@ class Template:
     if c.use_reference:
       texts.append(join_messages(reference, 'reference'))
     texts += candidates
-    prompts, answers = ([texts[0]] * len(candidates), texts[1:]) if self._certainly_uncut(texts) else self._cut(texts, alone)
+    whole = [texts[0]] * len(candidates), texts[1:], [Truncated(False, False)] * len(candidates)
+    prompts, answers, truncated = whole if self._certainly_uncut(texts) else self._cut(texts, alone)
     out = []
-    for prompt_text, candidate in zip(prompts, answers[-len(candidates) :], strict=True):
+    for prompt_text, candidate, cut in zip(prompts, answers[-len(candidates) :], truncated, strict=True):
       first = [self._join(prompt_text, answers[0], wrapper)] if c.use_reference else []
-      out.append([*first, self._join(prompt_text, candidate, wrapper)])
+      out.append(([*first, self._join(prompt_text, candidate, wrapper)], cut))
     return out
 
-  def _cut(self, texts: list[str], alone: bool) -> tuple[list[str], list[str]]:
-    """Truncate the texts (prompt, reference if used, candidates): a prompt for each candidate, and the other texts."""
+  def _cut(self, texts: list[str], alone: bool) -> tuple[list[str], list[str], list[Truncated]]:
+    """Truncate the texts (prompt, reference if used, candidates).
+
+    Returns:
+      (a prompt for each candidate, the other texts, what was cut off for each candidate).
+    """
     encoded = self._encode_texts(texts)
     cut = [ids[: self.config.max_response_length] for ids in encoded[1:]]
     rooms = self._prompt_rooms([len(ids) for ids in cut])
     if self.config.rule == 'trainer' and not alone:
       rooms = [min(rooms)] * len(rooms)
     prompts = {room: self._text_of(_last(encoded[0], room), encoded[0], texts[0]) for room in set(rooms)}
-    return [prompts[room] for room in rooms], [self._text_of(*answer) for answer in zip(cut, encoded[1:], texts[1:], strict=True)]
+    answers = [self._text_of(*answer) for answer in zip(cut, encoded[1:], texts[1:], strict=True)]
+    too_long = [len(ids) > self.config.max_response_length for ids in encoded[1:]]
+    reference_cut = self.config.use_reference and too_long[0]
+    lost = [Truncated(reference_cut or c, len(encoded[0]) > room) for c, room in zip(too_long[-len(rooms) :], rooms, strict=True)]
+    return [prompts[room] for room in rooms], answers, lost
 
   def _text_of(self, kept: list[int], ids: list[int], text: str) -> str:
     """Return the text of the ids that truncation kept, without control tokens.

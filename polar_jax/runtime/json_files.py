@@ -6,6 +6,7 @@ Infinity, which are not JSON and which most readers refuse; a number that is not
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import pathlib
@@ -64,9 +65,8 @@ def parse(text: str | bytes, **hooks: Any) -> Any:
 def _without_repetition(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
   out = dict(pairs)
   if len(out) != len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise RepeatedKeyError(twice, names.count(twice))
+    counts = collections.Counter(name for name, _ in pairs)
+    raise RepeatedKeyError(*next((name, count) for name, count in counts.items() if count > 1))
   return out
 
 

@@ -156,8 +156,13 @@ def in_thread(work: Callable[[], _Result]) -> _Result:
   return results[0]
 
 
+def abandon(thread: threading.Thread) -> None:
+  """Let `leave` end the process even while this thread still works."""
+  _abandoned.append(thread)
+
+
 def leave(status: int) -> None:
-  """End the process at once if work that `in_thread` gave up still goes on; an orderly exit would wait for it, or crash it.
+  """End the process at once if work that was given up still goes on; an orderly exit would wait for it, or crash it.
 
   Args:
     status: exit status of the process.

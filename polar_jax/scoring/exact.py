@@ -73,6 +73,25 @@ class ExactScorer:
     options = {'xla_gpu_deterministic_ops': True} if on_gpu else None
     self._forward = jit_rewards(sequence_rewards, model, mesh, options)
 
+  @property
+  def rows_per_call(self) -> int:
+    """Sequences that one call computes: one on each batch shard of the mesh."""
+    return sharding.batch_shards(self._mesh)
+
+  def dispatch(self, sequences: Sequence[Sequence[int]], length: int) -> jax.Array:
+    """Start the computation of at most `rows_per_call` sequences.
+
+    Args:
+      sequences: token ids that end in the reward token; they are not checked.
+      length: `ladder_length` of each of them.
+
+    Returns:
+      Their rewards, then those of padding rows, float32 (rows_per_call,). The call does not wait for them.
+    """
+    batch = sequence_batch(sequences, length, self.rows_per_call)
+    with jax.set_mesh(self._mesh):
+      return self._forward(self.params, sharding.put_global(batch, self._mesh))
+
   def score(self, examples: Sequence[Group]) -> np.ndarray:
     """Return the rewards (examples,) of groups of one candidate each, float32, in order.
 
@@ -124,17 +143,14 @@ class ExactScorer:
 
   def _dispatch(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], jax.Array]]:
     """Yield (indices of the sequences, their rewards on the device) for each call, in order of row length."""
-    shards = sharding.batch_shards(self._mesh)
+    shards = self.rows_per_call
     by_length: dict[int, list[int]] = {}
     for index, sequence in enumerate(sequences):
       by_length.setdefault(ladder_length(len(sequence)), []).append(index)
     for length, indices in sorted(by_length.items()):
       for low in range(0, len(indices), shards):
         members = indices[low : low + shards]
-        batch = sequence_batch([sequences[i] for i in members], length, shards)
-        with jax.set_mesh(self._mesh):
-          reward_B = self._forward(self.params, sharding.put_global(batch, self._mesh))
-        yield members, reward_B
+        yield members, self.dispatch([sequences[i] for i in members], length)
 
 
 def _fetch(in_flight: collections.deque[tuple[list[int], jax.Array]], rewards: np.ndarray) -> None:
