@@ -18,11 +18,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polar_jax.serve import observe
+from polar_jax.serve import observe, tokens
+from polar_jax.serve.page import files as page
 from polar_jax.serve.requests import RequestError, Work, parse_score
 from polar_jax.serve.service import Record, Service
 
-OPEN_PATHS = ('/', '/health', '/ready')  # without a token
+OPEN_PATHS = (*page.PATHS, '/health', '/ready')  # without a token
 _RECORD = 'polar_jax.record'  # key of the scope
 _HUNG_UP = 499  # in the log; nobody receives it
 
@@ -47,6 +48,8 @@ def make_app(service: Service, token: str | None, use_reference: bool, model: st
     Route('/ready', _ready(service), methods=['GET']),
     Route('/metrics', _metrics(service), methods=['GET']),
     Route('/score', _scoring(service, '/score', score), methods=['POST']),
+    Route('/template', _template(service), methods=['POST']),
+    *page.file_routes(),
   ]
   handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _http_error, Exception: _failed}
   return Guard(Starlette(routes=routes, exception_handlers=handlers), service, token)
@@ -65,6 +68,21 @@ def _scoring(service: Service, name: str, parse: Callable[[Any, str], Work]) -> 
       return Response(status_code=_HUNG_UP)
 
   return endpoint
+
+
+def _template(service: Service) -> Endpoint:
+  """Return the endpoint that shows what the model reads."""
+
+  async def template(request: Request) -> Response:
+    record: Record = request.scope[_RECORD]
+    record.endpoint = '/template'
+    try:
+      return as_json(await service.compute(request, lambda body: tokens.describe(body, service.limits, service.template)))
+    except ClientDisconnect:
+      record.aborted = True
+      return Response(status_code=_HUNG_UP)
+
+  return template
 
 
 def _health(service: Service) -> Endpoint:

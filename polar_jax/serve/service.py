@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 
 from polar_jax.config import ServeConfig
+from polar_jax.data.template import Template
 from polar_jax.serve.bodies import Body, BodyReader
 from polar_jax.serve.encoding import EncodedItem, Encoder
 from polar_jax.serve.engine import Engine, EngineError, Job, QueueFullError, TooLateError
@@ -65,6 +66,11 @@ class Service:
     self._threads = concurrent.futures.ThreadPoolExecutor(config.threads, 'request')
     self.in_progress = 0
     self.draining = False
+
+  @property
+  def template(self) -> Template:
+    """Of the model."""
+    return self._encoder.template
 
   @property
   def ready(self) -> bool:
@@ -124,6 +130,28 @@ class Service:
       raise _full(error) from error
     except EngineError as error:
       raise RequestError(str(error), None, 500, 'server_error') from error
+    finally:
+      self.in_progress -= 1
+
+  async def compute(self, request: Request, call: Callable[[Any], Any]) -> Any:
+    """Return what `call` makes of the JSON of a request, in a thread. For endpoints that score nothing.
+
+    Raises:
+      RequestError: the request is refused.
+      ClientDisconnect: the client hung up.
+    """
+    self._admit()
+    timeout = _timeout(request, self.config.timeout)
+    self.in_progress += 1
+    try:
+      async with asyncio.timeout(timeout):
+        body = await self._bodies.read(request)
+        try:
+          return await _while_connected(request, self._in_thread(lambda: call(parse_json(self._bodies.expand(body)))))
+        finally:
+          body.release()
+    except TimeoutError as error:
+      raise RequestError(f'the request was not answered within {timeout:g} s, its deadline', None, 504, 'deadline') from error
     finally:
       self.in_progress -= 1
 
