@@ -110,8 +110,7 @@ class RewardClient:
         raise RewardRequestError('the client is closed')
       if self._running is None:
         s = self._settings
-        token = os.environ.get(s['token_env'])
-        self._running = Sender(self._urls, token, s['token_env'], s['timeout'], s['deadline'], s['max_in_flight'])
+        self._running = Sender(self._urls, _token(s['token_env']), s['token_env'], s['timeout'], s['deadline'], s['max_in_flight'])
         weakref.finalize(self, self._running.close)
       return self._running
 
@@ -198,7 +197,7 @@ class RewardClient:
   def _submit(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
     try:
       return self._sender().submit(coroutine)
-    except RewardRequestError:
+    except UserError:
       coroutine.close()
       raise
 
@@ -312,6 +311,13 @@ if hasattr(os, 'register_at_fork'):
 
 def _rebuild(settings: dict[str, Any]) -> RewardClient:
   return RewardClient(**settings)
+
+
+def _token(variable: str) -> str | None:
+  token = os.environ.get(variable, '').strip()
+  if not (token.isascii() and token.isprintable()):
+    raise UserError(f'the token in the environment variable {variable} must be of printable ASCII characters')
+  return token or None
 
 
 def _base_urls(address: str | Sequence[str]) -> list[str]:

@@ -234,6 +234,12 @@ def test_the_token_comes_from_the_environment(monkeypatch):
   assert 'abc' not in str(caught.value).replace(server.requests[1][1]['X-Request-Id'], '')
 
 
+def test_a_token_that_no_header_can_carry_is_refused(monkeypatch):
+  monkeypatch.setenv('POLAR_SERVER_TOKEN', 'gehéim')
+  with RewardClient('h:1') as client, pytest.raises(UserError, match='POLAR_SERVER_TOKEN must be of printable'):
+    client.score('p', 'r', ['a'])
+
+
 @pytest.mark.parametrize(
   ('settings', 'expected'),
   [

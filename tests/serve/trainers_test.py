@@ -10,7 +10,6 @@ import types
 
 import numpy as np
 import pytest
-from serve.reward_stand_in import reward_of, reward_server
 
 from polar_jax.serve import RewardClient
 from polar_jax.serve.adapters import shared
@@ -29,12 +28,14 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(serve, model, policy, monkeypatch):
+  """A real server, and what it must answer."""
   shared._client.cache_clear()
-  with reward_server() as server:
-    monkeypatch.setenv('POLAR_REWARD_ADDRESS', server.url)
-    server.rewards = lambda rows: [reward_of(*row) for row in rows]
-    yield server
+  with serve(policy=str(policy)) as running:
+    monkeypatch.setenv('POLAR_REWARD_ADDRESS', running.server.address)
+    rewards = lambda rows: model.score_batch([{'prompt': p, 'reference': r, 'output': o} for p, r, o in rows], exact=True).tolist()
+    yield types.SimpleNamespace(url=running.server.address, rewards=rewards)
+    shared.shared_client(running.server.address).close()
 
 
 @pytest.fixture
@@ -71,7 +72,13 @@ def test_grpo_of_trl(server, policy, tmp_path, conversational, monkeypatch):
   (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   scored = []
   original = RewardClient.score_rows
-  monkeypatch.setattr(RewardClient, 'score_rows', lambda *arguments: scored.append(original(*arguments)) or scored[-1])
+
+  def score_rows(client, *columns):
+    scored.append(original(client, *columns))
+    assert scored[-1] == server.rewards(zip(*columns, strict=True))
+    return scored[-1]
+
+  monkeypatch.setattr(RewardClient, 'score_rows', score_rows)
   main = runpy.run_path(str(EXAMPLES / 'trl_grpo.py'))['main']
   main(
     str(policy),

@@ -80,6 +80,10 @@ class RewardModelClient:
     self._name = pathlib.PurePath(path).name
     self._client = RewardClient(server_address, **settings)
 
+  def close(self) -> None:
+    """Close the connections."""
+    self._client.close()
+
   def encode(self, data: Any) -> Any:
     """Return an example as a text, or a list of examples as a list of texts. A string in the list is a finished text and stays.
 
