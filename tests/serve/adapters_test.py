@@ -159,6 +159,8 @@ def test_openrlhf(server):
   }
   path, _, body = server.requests[0]
   assert (path, body) == ('/get_reward', {'query': ['<u>p a</s>'], 'prompts': ['<u>p'], 'labels': ['r']})
+  openrlhf.reward_func(['<u>p<think>t</think> a</s>', 'x</think>y'], ['<u>p', 'z'], ['r', [{'role': 'assistant', 'content': 'r'}]])
+  assert server.requests[1][2]['query'] == ['<u>pa</s>', 'x</think>y']
   server.act = send({'rewards': []})
   with pytest.raises(RewardRequestError, match='does not have 1 rewards'):
     openrlhf.reward_func(['a'], ['p'], ['r'])
