@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from polar_jax.serve import observe, tokens
+from polar_jax.serve import dialects, observe, openapi, tokens
+from polar_jax.serve.dialects import Facts
 from polar_jax.serve.page import files as page
 from polar_jax.serve.requests import RequestError, Work, parse_score
 from polar_jax.serve.service import Record, Service
@@ -30,24 +31,51 @@ _HUNG_UP = 499  # in the log; nobody receives it
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(service: Service, token: str | None, use_reference: bool, model: str) -> ASGIApp:
+def make_app(service: Service, token: str | None, facts: Facts, max_length: int) -> ASGIApp:
   """Return the application.
 
   Args:
     service: scores requests.
     token: that requests must carry; None: none.
-    use_reference: whether the model reads references.
-    model: its name.
+    facts: of the model and the server.
+    max_length: tokens of the longest sequence.
   """
 
-  def score(body: Any, _: str) -> Work:
-    return parse_score(body, service.limits, use_reference, model, service.config.exact)
+  def score(body: Any, facts: Facts, _: str) -> Work:
+    return parse_score(body, facts.limits, facts.use_reference, facts.model, service.config.exact)
 
+  def scoring(path: str, parse: Callable[[Any, Facts, str], Work], *methods: str) -> Route:
+    return Route(path, _scoring(service, path, lambda body, request_id: parse(body, facts, request_id)), methods=list(methods) or ['POST'])
+
+  card = {
+    'id': facts.model,
+    'object': 'model',
+    'created': int(time.time()),
+    'owned_by': 'polar_jax',
+    'root': facts.model,
+    'max_model_len': max_length,
+  }
+  names = dict.fromkeys(('model_path', 'served_model_name', 'tokenizer_path'), facts.model)
+  facts_of_model = {'max_length': max_length, 'exact': service.config.exact, 'use_reference': facts.use_reference}
+  info = {**names, 'is_generation': False, **facts_of_model, 'pooling_dialect': facts.pooling}
+  listing = {'object': 'list', 'data': [card]}
+  description = openapi.document(facts, token is not None)
   routes = [
     Route('/health', _health(service), methods=['GET']),
     Route('/ready', _ready(service), methods=['GET']),
     Route('/metrics', _metrics(service), methods=['GET']),
-    Route('/score', _scoring(service, '/score', score), methods=['POST']),
+    Route('/openapi.json', _constant('/openapi.json', description), methods=['GET']),
+    Route('/v1/models', _constant('/v1/models', listing), methods=['GET']),
+    Route('/v1/models/{model:path}', _model(card), methods=['GET']),
+    Route('/get_model_info', _constant('/get_model_info', info), methods=['GET']),
+    Route('/model_info', _constant('/model_info', info), methods=['GET']),
+    scoring('/score', score),
+    scoring('/classify', dialects.classify, 'POST', 'PUT'),
+    scoring('/encode', dialects.classify, 'POST', 'PUT'),
+    scoring('/pooling', dialects.pooling),
+    scoring('/v1/embeddings', dialects.embeddings),
+    scoring('/get_reward', dialects.get_reward),
+    scoring('/reward', dialects.reward),
     Route('/template', _template(service), methods=['POST']),
     *page.file_routes(),
   ]
@@ -83,6 +111,24 @@ def _template(service: Service) -> Endpoint:
       return Response(status_code=_HUNG_UP)
 
   return template
+
+
+def _constant(name: str, value: Any) -> Endpoint:
+  async def constant(request: Request) -> Response:
+    request.scope[_RECORD].endpoint = name
+    return as_json(value)
+
+  return constant
+
+
+def _model(card: dict[str, Any]) -> Endpoint:
+  async def model(request: Request) -> Response:
+    request.scope[_RECORD].endpoint = '/v1/models'
+    if request.path_params['model'] != card['id']:
+      raise RequestError(f'model: this server has only {card["id"]}', 'model', 404, 'model_not_found')
+    return as_json(card)
+
+  return model
 
 
 def _health(service: Service) -> Endpoint:

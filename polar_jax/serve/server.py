@@ -17,9 +17,11 @@ from polar_jax.config import ServeConfig
 from polar_jax.runtime import preemption
 from polar_jax.serve import app
 from polar_jax.serve.batches import Batches, ExactBatches, PackedBatches
+from polar_jax.serve.dialects import Facts
 from polar_jax.serve.encoding import Encoder
 from polar_jax.serve.engine import Engine
 from polar_jax.serve.observe import Log, Metrics
+from polar_jax.serve.rendered import RenderedTexts
 from polar_jax.serve.service import Service
 from polar_jax.types import UserError
 
@@ -53,9 +55,11 @@ class RewardServer:
     self.engine = Engine(batches, config.batch_tokens, config.queue_tokens, self.metrics)
     encoder = Encoder(model.template, model.config.known_vocab_size, max_length, share=not config.exact)
     self.config = config
+    rendered = RenderedTexts(config.policy)
     self._socket = bind(config.host, config.port)
     self.service = Service(config, self.engine, encoder, self.metrics, Log(write_log))
-    self.app = app.make_app(self.service, token, model.template.config.use_reference, name)
+    facts = Facts(self.service.limits, name, model.template.config.use_reference, config.pooling_dialect, rendered)
+    self.app = app.make_app(self.service, token, facts, max_length)
 
   @property
   def address(self) -> str:
