@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 
-from polar_jax.serve.page import files
 from polar_jax.types import Group, Triplet
 
 pytestmark = pytest.mark.needs('uvicorn')
@@ -143,6 +142,8 @@ def test_one_request_with_a_whole_batch(exact_server, model):
 
 
 def test_models_and_description(exact_server):
+  from polar_jax.serve.page import files
+
   client = exact_server.client
   assert client.get('/v1/models').body['data'][0]['id'] == 'tiny'
   assert client.get('/v1/models/tiny').body['max_model_len'] == 256

@@ -17,7 +17,6 @@ from polar_jax.serve.adapters import shared
 pytestmark = pytest.mark.slow
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / 'examples'
-WORDS = ' '.join(['name a prime number between twenty and thirty', 'please the answer is one two three of red green blue']).split()
 ARGUMENTS = ' '.join(
   [
     '--max_steps 3 --num_generations 4 --per_device_train_batch_size 8 --max_completion_length 8 --logging_steps 1',
@@ -40,22 +39,21 @@ def server(serve, model, policy, monkeypatch):
 
 @pytest.fixture
 def policy(tmp_path):
-  """Return a folder with a tiny random language model whose tokens are words."""
+  """Return a folder with a tiny random language model whose tokens are bytes."""
   import tokenizers
   import transformers
 
-  special = ['<pad>', '<unk>', '<|im_start|>', '<|im_end|>']
-  vocabulary = {word: i for i, word in enumerate([*special, *WORDS, 'system', 'user', 'assistant'])}
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='<unk>'))
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  special = ['<pad>', '<|im_start|>', '<|im_end|>']
+  vocabulary = {token: i for i, token in enumerate([*special, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
   tokenizer.add_special_tokens(special)
-  fast = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, pad_token='<pad>', unk_token='<unk>', eos_token='<|im_end|>', chat_template=CHAT
-  )
+  fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>', eos_token='<|im_end|>', chat_template=CHAT)
   fast.save_pretrained(tmp_path / 'policy')
   transformers.set_seed(0)
   shape = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'num_key_value_heads': 2}
-  config = transformers.LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=256, eos_token_id=3, pad_token_id=0, **shape)
+  config = transformers.LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=256, eos_token_id=2, pad_token_id=0, **shape)
   transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / 'policy')
   return tmp_path / 'policy'
 
@@ -64,7 +62,7 @@ def policy(tmp_path):
 @pytest.mark.parametrize('conversational', [False, True])
 def test_grpo_of_trl(server, policy, tmp_path, conversational, monkeypatch):
   """Three steps of the example, whose logged rewards are those of the server."""
-  prompt = lambda i: f'name a number {WORDS[i]}'
+  prompt = lambda i: f'name the number after {i}'
   rows = [
     {'prompt': [{'role': 'user', 'content': prompt(i)}] if conversational else prompt(i), 'reference': 'the answer is one'}
     for i in range(6)
@@ -92,7 +90,7 @@ def test_grpo_of_trl(server, policy, tmp_path, conversational, monkeypatch):
   np.testing.assert_allclose(logged, np.mean(scored, 1), rtol=1e-5, atol=1e-6)
 
 
-def words_of(tokenizer, text, length):
+def ids_of(tokenizer, text, length):
   """Return ids of a text, padded on the right, and which of them count."""
   ids = tokenizer(text, add_special_tokens=False)['input_ids']
   return ids + [tokenizer.pad_token_id] * (length - len(ids)), [1] * len(ids) + [0] * (length - len(ids))
@@ -119,7 +117,7 @@ def test_the_reward_loop_of_verl(server, policy, path, monkeypatch):
   worker = RewardLoopWorker(config)
   tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
   answers = [f'the answer is {word}' for word in ('one', 'two', 'three', 'red', 'green', 'blue')]
-  responses, masks = zip(*(words_of(tokenizer, f'{answer}<|im_end|>', 8) for answer in answers), strict=True)
+  responses, masks = zip(*(ids_of(tokenizer, f'{answer}<|im_end|>', 32) for answer in answers), strict=True)
   batch = {'responses': torch.tensor(responses), 'prompts': torch.zeros(6, 4, dtype=torch.long)}
   batch['attention_mask'] = torch.cat([torch.ones(6, 4, dtype=torch.long), torch.tensor(masks)], 1)
   message = lambda role, text: [{'role': role, 'content': text}]
