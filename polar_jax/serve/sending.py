@@ -14,7 +14,6 @@ import email.utils
 import importlib
 import json
 import logging
-import os
 import random
 import ssl
 import threading
@@ -116,7 +115,6 @@ class Sender:
       timeout=self._httpx.Timeout(None, connect=_CONNECT),
       limits=self._httpx.Limits(max_connections=None, max_keepalive_connections=max_in_flight, keepalive_expiry=_KEEP_ALIVE),
     )
-    self._process = os.getpid()
     self._started = threading.Event()
     self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True, name='polar_jax reward client')
     self._thread.start()
@@ -140,9 +138,7 @@ class Sender:
       raise RewardRequestError('the client is closed') from error
 
   def close(self) -> None:
-    """Give all requests up, close the connections and end the thread. A process that was forked leaves those of its parent alone."""
-    if os.getpid() != self._process:
-      return
+    """Give all requests up, close the connections and end the thread."""
     with contextlib.suppress(RuntimeError):  # closed already
       self._loop.call_soon_threadsafe(self._stop.set)
     if threading.current_thread() is not self._thread:

@@ -49,7 +49,9 @@ def texts_of(body):
   return [(group['prompt'], group['reference'], output) for group in body for output in group['outputs']]
 
 
-def test_rewards_of_one_prompt_come_in_order():
+def test_rewards_of_one_prompt_come_in_order(monkeypatch):
+  for name in ('http_proxy', 'HTTP_PROXY', 'ALL_PROXY'):  # no proxy is used
+    monkeypatch.setenv(name, 'http://127.0.0.1:1')
   with reward_server() as server, RewardClient(server.url) as client:
     assert client.score('p', [{'role': 'assistant', 'content': 'r'}], ['b', 'a']) == [reward_of('p', 'r', 'b'), reward_of('p', 'r', 'a')]
     assert asyncio.run(client.ascore('p', 'r', ['a'])) == [reward_of('p', 'r', 'a')]
@@ -280,18 +282,19 @@ def test_texts_are_checked_before_anything_is_sent(call, expected):
 
 def test_rows_that_come_one_by_one_share_requests():
   async def call(client):
-    return await asyncio.gather(*(client.ascore_one(*row) for row in ROWS))
+    return await asyncio.wait_for(asyncio.gather(*(client.ascore_one(*row) for row in ROWS)), 20)
 
-  with reward_server() as server, RewardClient(server.url, gather=0.2, batch=16) as client:
+  with reward_server() as server, RewardClient(server.url, gather=1_000, batch=10) as client:
     assert asyncio.run(call(client)) == EXPECTED
-    assert len(server.requests) == 2  # 16 at once, the others when the time is over
+    assert len(server.requests) == 2  # which are full
+  with reward_server() as server, RewardClient(server.url, gather=0.2) as client:
     found = {}
     threads = [threading.Thread(target=lambda r=row: found.update({r: client.score_one(*r)})) for row in ROWS[:5]]
     for thread in threads:
       thread.start()
     for thread in threads:
       thread.join()
-    assert [found[row] for row in ROWS[:5]] == EXPECTED[:5] and len(server.requests) == 3
+    assert [found[row] for row in ROWS[:5]] == EXPECTED[:5] and len(server.requests) == 1
 
 
 def test_a_refused_row_does_not_cost_its_neighbors_their_rewards():
@@ -324,6 +327,22 @@ def test_a_coroutine_that_is_cancelled_gives_its_request_up():
     assert gone.wait(5)
     assert client.score('p', 'r', ['a']) == [reward_of('p', 'r', 'a')]
   assert len(server.requests) == 2
+
+
+def test_an_error_gives_the_other_requests_of_a_call_up():
+  gone = threading.Event()
+
+  def act(handler, body):
+    if texts_of(body)[0][2] == 'bad':
+      error(400, 'no')(handler, body)
+    else:
+      hang(handler, body)
+      gone.set()
+
+  with reward_server(act=act) as server, RewardClient(server.url, batch=1, timeout=100) as client:
+    with pytest.raises(RewardRequestError, match='status 400'):
+      client.score('p', 'r', ['a', 'bad'])
+    assert gone.wait(5) and len(server.requests) == 2
 
 
 def test_a_closed_client_says_so():

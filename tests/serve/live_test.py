@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import numpy as np
 import pytest
+from optional import httpx
 
 from polar_jax.config import RewardConfig
 from polar_jax.ppo.rewards.http import HttpReward
@@ -66,6 +68,26 @@ def test_the_official_class_gets_the_same_rewards_from_parts_and_from_finished_t
   assert client(texts) == expected(model, ROWS[:5])
   assert client([''.join(text) for text in texts]) == expected(model, ROWS[:5])  # joined, they are strings and no more
   client.close()
+
+
+def official_rewards(kind, address, texts):
+  """Send and read as the official client does, which looks at neither status nor index nor lengths."""
+  path, body = ('/classify', {'model': 'POLAR-7B', 'text': texts}) if kind == 'sglang' else ('/pooling', {'input': texts})
+  reply = httpx.post(address + path, json=body).json()
+  if kind == 'sglang':
+    return [item['embedding'][0] for item in reply]
+  return [item['data'][-1][0] if kind == 'vllm' else item['data'] for item in reply['data']]
+
+
+@pytest.mark.parametrize('kind', ['sglang', 'vllm', 'lmdeploy'])
+def test_the_official_client(request, serve, model, kind):
+  texts = [model.template.candidate_texts(p, r, [o])[0] for p, r, o in ROWS]
+  with contextlib.ExitStack() as stack:
+    lmdeploy = kind == 'lmdeploy'
+    server = stack.enter_context(serve(pooling_dialect=kind)) if lmdeploy else request.getfixturevalue('exact_server')
+    assert official_rewards(kind, server.server.address, texts) == expected(model, ROWS)
+    with pytest.raises((KeyError, TypeError)):  # never a number
+      official_rewards(kind, server.server.address, ['a text without the reward token'])
 
 
 @pytest.mark.parametrize(('kind', 'dialect'), [('sglang', 'vllm'), ('vllm', 'vllm'), ('lmdeploy', 'lmdeploy')])
