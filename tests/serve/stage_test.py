@@ -16,12 +16,13 @@ import threading
 import time
 
 import pytest
+from reward_server import Client
 
-from polar_jax import api, sharding
-from polar_jax.config import Config, ConfigError, MeshConfig, ServeConfig, TokenizerConfig
+from polar_jax import api
+from polar_jax.config import Config, ConfigError, ServeConfig, TokenizerConfig
 from polar_jax.serve import stage
 from polar_jax.stages.context import Context
-from polar_jax.types import Group, UserError
+from polar_jax.types import UserError
 
 pytestmark = pytest.mark.needs('uvicorn')
 ROOT = pathlib.Path(__file__).parents[2]
@@ -105,72 +106,98 @@ def wait_for_address(workdir, has_ended, pid=None):
   raise AssertionError('the server did not start')
 
 
+FLAGS = ('--config.model.attention=reference',)
+
+
+def environment():
+  return {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('count=8', 'count=1')}
+
+
 class Process:
   """A server in a process of its own."""
 
   def __init__(self, checkpoint, workdir):
-    self.workdir, self.log = workdir, (workdir / 'log.txt').open('w')
-    flags = [
-      f'--config.checkpoint={checkpoint}',
-      '--config.serve.port=0',
-      '--config.serve.max_length=256',
-      '--config.model.attention=reference',
-    ]
-    command = [sys.executable, '-m', 'polar_jax.main', f'--config={ROOT / "configs/serve.py"}', *flags, f'--workdir={workdir}']
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('count=8', 'count=1')}
-    self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
-
-  def address(self):
-    return wait_for_address(self.workdir, lambda: self.process.poll() is not None, self.process.pid)['address']
+    self._workdir = workdir
+    self._log = workdir / f'log-{time.monotonic_ns()}.txt'
+    limits = ('--config.serve.port=0', '--config.serve.max_length=256')
+    command = [sys.executable, '-m', 'polar_jax.main', f'--config={ROOT / "configs/serve.py"}', f'--config.checkpoint={checkpoint}']
+    with self._log.open('w') as log:
+      self._process = subprocess.Popen([*command, *limits, *FLAGS, f'--workdir={workdir}'], env=environment(), stdout=log, stderr=log)
+    self.address = wait_for_address(workdir, lambda: self._process.poll() is not None, self._process.pid)['address']
 
   def end(self, number):
-    self.process.send_signal(number)
-    return self.process.wait(60)
+    self._process.send_signal(number)
+    return self._process.wait(60)
+
+  def statuses(self):
+    """Return the statuses of all requests in the log."""
+    return [json.loads(line)['status'] for line in self._log.read_text().splitlines() if line.startswith('{"time"')]
+
+
+class Crowd:
+  """Clients that ask all the time, each time something else. `outcomes` has (address, text, status or error, rewards)."""
+
+  def __init__(self, address, clients=8):
+    self.address, self.outcomes, self._ended = address, [], threading.Event()
+    self._threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
+    for thread in self._threads:
+      thread.start()
+
+  def _ask(self, client):
+    number = 0
+    while not self._ended.is_set():
+      number += 1
+      address, text = self.address, f'{client}-{number}'
+      try:
+        reply = Client(address).post('/score', {'prompt': 'p', 'reference': text, 'outputs': [text, '']})
+        self.outcomes.append((address, text, reply.status, reply.body.get('rewards')))
+      except OSError as error:  # refused, or reset by the kill
+        self.outcomes.append((address, text, type(error).__name__, None))
+        time.sleep(0.05)
+
+  def answered(self, address):
+    return [(text, rewards) for at, text, status, rewards in self.outcomes if at == address and status == 200]
+
+  def wait(self, address, count):
+    deadline = time.monotonic() + 60
+    while len(self.answered(address)) < count:
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+
+  def end(self):
+    self._ended.set()
+    for thread in self._threads:
+      thread.join(60)
 
 
 @pytest.mark.long
-def test_killed_and_ended_under_load(checkpoint, tmp_path, model):
-  """Clients ask all the time. After kill -9 they find the new server; after SIGTERM every request that was accepted is answered."""
-  from tests.serve.conftest import Client  # noqa: PLC0415
-
-  scorer = api.load(checkpoint, mesh=sharding.make_mesh(MeshConfig(), model.mesh.devices.flat[:1])).exact_scorer
-  address, ended, outcomes = [''], threading.Event(), []
-
-  def ask(thread):
-    number = 0
-    while not ended.is_set():
-      number += 1
-      text = f'{thread}-{number}'
-      try:
-        reply = Client(address[0]).post('/score', {'prompt': 'p', 'reference': text, 'outputs': [text, '']})
-        outcomes.append((text, reply.status, reply.body.get('rewards')))
-      except OSError as error:  # refused, or reset by the kill
-        outcomes.append((text, type(error).__name__, None))
-        time.sleep(0.05)
-
+def test_killed_and_ended_under_load(checkpoint, tmp_path):
+  """After kill -9 the next server takes over; after SIGTERM every accepted request is answered; rewards are those of the score stage."""
   first = Process(checkpoint, tmp_path)
-  address[0] = first.address()
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    for thread in range(8):
-      pool.submit(ask, thread)
-    while sum(status == 200 for _, status, _ in outcomes) < 50:
-      time.sleep(0.02)
-    assert first.end(signal.SIGKILL) == -signal.SIGKILL
-    second = Process(checkpoint, tmp_path)
-    address[0] = second.address()
-    before = len(outcomes)
-    while sum(status == 200 for _, status, _ in outcomes[before:]) < 50:
-      time.sleep(0.02)
-    mark = len(outcomes)
-    status = second.end(signal.SIGTERM)
-    ended.set()
-  assert status == 0, (tmp_path / 'log.txt').read_text()
+  crowd = Crowd(first.address)
+  crowd.wait(first.address, 50)
+  assert first.end(signal.SIGKILL) == -signal.SIGKILL and (tmp_path / stage.FILE).exists()
+  second = Process(checkpoint, tmp_path)
+  crowd.address = second.address
+  crowd.wait(second.address, 50)
+  status = second.end(signal.SIGTERM)
+  crowd.end()
+  assert status == 0
   assert not (tmp_path / stage.FILE).exists()
-  # After SIGTERM: an answer, 503, or a connection that was refused; never one that broke off in the middle of an accepted request.
-  kinds = {kind for _, kind, _ in outcomes[mark:]}
-  assert kinds <= {200, 503, 'ConnectionRefusedError', 'RemoteDisconnected', 'ConnectionResetError'}, kinds
-  right = [(text, rewards) for text, kind, rewards in outcomes if kind == 200]
-  groups = [Group('p', text, [candidate]) for text, _ in right for candidate in (text, '')]
-  assert [rewards for _, rewards in right] == scorer.score(groups).reshape(-1, 2).tolist()
-  accepted = {json.loads(line)['id'] for line in (tmp_path / 'log.txt').read_text().splitlines() if line.startswith('{"time"')}
-  assert len(accepted) >= 50
+  statuses = second.statuses()
+  assert set(statuses) <= {200, 503}
+  answered = crowd.answered(second.address)
+  assert len(answered) == statuses.count(200) >= 50
+  answered += crowd.answered(first.address)
+  examples = [{'prompt': 'p', 'reference': text, 'output': output} for text, _ in answered for output in (text, '')]
+  assert [reward for _, rewards in answered for reward in rewards] == score(checkpoint, examples, tmp_path)
+
+
+def score(checkpoint, examples, folder):
+  """Return the rewards of the score stage, in a process with the same settings."""
+  source, target = folder / 'examples.jsonl', folder / 'scores.jsonl'
+  source.write_text(''.join(json.dumps(example) + '\n' for example in examples))
+  files = (f'--config.checkpoint={checkpoint}', f'--config.input={source}', f'--config.output={target}', f'--workdir={folder / "score"}')
+  command = [sys.executable, '-m', 'polar_jax.main', f'--config={ROOT / "configs/score.py"}', *files, *FLAGS]
+  subprocess.run(command, env=environment(), check=True, capture_output=True)
+  return [json.loads(line)['reward'] for line in target.read_text().splitlines()]
