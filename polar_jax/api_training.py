@@ -136,7 +136,7 @@ def train_reward_model(
   started = time.perf_counter()
   mesh = default_mesh() if mesh is None else mesh
   fields, seed, log = settings.run_fields(output_dir), settings.seed, settings.log
-  start = functools.cache(lambda: _opened(init))  # never called by a resumed run whose other arguments are given
+  start = functools.cache(lambda: _opened(init, args.start_layers))  # never called by a resumed run whose other arguments are given
   tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
   if tokenizer is None:
     raise UserError('no tokenizer: pass `tokenizer`, or an `init` that has one')
@@ -255,25 +255,29 @@ def train_policy(
   return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, run.folder)
 
 
-def _opened(init: Any) -> Any:
-  """Return a checkpoint on disk or a model in memory as a `Pretrained`; None for 'scratch'."""
+def _opened(init: Any, layers: int | None = None) -> Any:
+  """Return a checkpoint on disk or a model in memory, or its first layers, as a `Pretrained`; None for 'scratch'."""
   if isinstance(init, str) and init == SCRATCH:
     return None
   if isinstance(init, Model):
-    return init.as_pretrained()
+    return init.as_pretrained().first_layers(layers)
   if isinstance(init, Pretrained):
-    return init
+    return init.first_layers(layers)
   if not paths.path_of(init).exists():
     raise ConfigError(f'no checkpoint to start from in {init}: run the stage that writes it first, or name another checkpoint')
-  return open_pretrained(init)
+  return open_pretrained(init).first_layers(layers)
 
 
 def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:
-  """Return the model to train. If `model` sets only how to compute, its shape is that of the checkpoint."""
-  if model is None or (pretrained.with_compute_of(model, ModelConfig()) == ModelConfig() and start() is not None):
+  """Return the model to train. If `model` sets only how to compute, and the vocabulary, its shape is that of the checkpoint."""
+  if model is None or (_has_no_shape(model) and start() is not None):
     opened, model = start(), model or ModelConfig()
     model = opened.compute_like(model) if opened else model
   return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+
+
+def _has_no_shape(model: ModelConfig) -> bool:
+  return pretrained.with_compute_of(dataclasses.replace(model, vocab_size=None), ModelConfig()) == ModelConfig()
 
 
 def _start_params(

@@ -151,6 +151,19 @@ class Pretrained:
     """Return the checkpoint's model with the compute settings of `config`: precision, attention backend, rematerialization."""
     return with_compute_of(self.model, config)
 
+  def first_layers(self, count: int | None) -> Pretrained:
+    """Return the checkpoint with its first `count` layers alone, below the same last norm and head; None: all of it.
+
+    Raises:
+      ConfigError: it has fewer layers.
+    """
+    if count is None:
+      return self
+    if count > self.model.num_layers:
+      raise ConfigError(f'{self.path}: has {self.model.num_layers} layers; start_layers is {count}, set it to at most that')
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Pretrained)}
+    return _FirstLayers(**fields | {'model': dataclasses.replace(self.model, num_layers=count)}, whole=self)
+
   def head_params(self, mesh: Mesh, dtype: str | None, head: str) -> dict[str, Any]:
     """Return the parameters of a model with `head`, which may differ from the checkpoint's.
 
@@ -167,6 +180,38 @@ class Pretrained:
     params = self.params(mesh, dtype, head=head)
     kind = jax.tree.leaves(params)[0].dtype if dtype is None else v_head.dtype
     return params | {'v_head': jax.device_put(jnp.zeros(v_head.shape, kind), v_head.sharding)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstLayers(Pretrained):
+  """A checkpoint of which only the first layers are used. Everything else is that of `whole`."""
+
+  whole: Pretrained = dataclasses.field(kw_only=True)
+
+  def params(
+    self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: importer.OnTensor | None = None
+  ) -> dict[str, Any]:
+    return first_layers_of(self.whole.params(mesh, dtype, head=head, on_tensor=on_tensor), self.model.num_layers)
+
+  @functools.cached_property
+  def assets(self) -> pathlib.Path:
+    return self.whole.assets
+
+  @property
+  def has_tokenizer(self) -> bool:
+    return self.whole.has_tokenizer
+
+  def tokenizer(self) -> Tokenizer:
+    return self.whole.tokenizer()
+
+  def template(self, given: TemplateConfig) -> TemplateConfig:
+    return self.whole.template(given)
+
+
+def first_layers_of(params: dict[str, Any], count: int) -> dict[str, Any]:
+  """Return the parameters of a model with the first `count` of its layers."""
+  decoder = params['decoder']
+  return {**params, 'decoder': {**decoder, 'layers': jax.tree.map(lambda a: a[:count], decoder['layers'])}}
 
 
 def with_compute_of(model: ModelConfig, config: ModelConfig) -> ModelConfig:
@@ -238,7 +283,12 @@ def _open_run(path: pathlib.Path) -> Pretrained:
 
 
 def start_params(
-  source: pathlib.Path | Pretrained, model: ModelConfig, head: str, mesh: Mesh, tokenizer: Tokenizer | None = None
+  source: pathlib.Path | Pretrained,
+  model: ModelConfig,
+  head: str,
+  mesh: Mesh,
+  tokenizer: Tokenizer | None = None,
+  layers: int | None = None,
 ) -> dict[str, Any]:
   """Return the float32 parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
 
@@ -248,6 +298,7 @@ def start_params(
     head: the head to train.
     mesh: devices to place the parameters on.
     tokenizer: of the run; None: not compared with the checkpoint's embedding.
+    layers: the first ones of the checkpoint that are used; None: all.
 
   Raises:
     VocabularyError: the tokenizer has ids beyond the checkpoint's embedding.
@@ -255,7 +306,7 @@ def start_params(
   """
   if not isinstance(source, Pretrained) and not source.exists():
     raise ConfigError(f'no checkpoint to start from in {source}: run the stage that writes it first, or name another checkpoint')
-  opened = source if isinstance(source, Pretrained) else open_pretrained(source)
+  opened = (source if isinstance(source, Pretrained) else open_pretrained(source)).first_layers(layers)
   if tokenizer is not None:
     vocabulary.check_tokenizer(tokenizer, opened.model.known_vocab_size, str(opened.path))
   with_logits = head == opened.head == 'lm'

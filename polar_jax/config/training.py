@@ -35,6 +35,9 @@ class TrainConfig(OptimizerConfig):
     'pretrain_lm',
     "Initial parameters: 'scratch', 'pretrain_lm' or 'pretrain' (a stage of this workdir), or the folder of a run or checkpoint.",
   )
+  start_layers: int | None = option(
+    None, 'How many layers of the checkpoint to start from: its first ones, below its last norm. None: all.', min=1
+  )
   log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
   evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
   evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)

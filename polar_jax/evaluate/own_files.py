@@ -37,35 +37,52 @@ class _Answer(NamedTuple):
   item: Item
 
 
-def read(path: pathlib.Path, name: str, on_bad_example: str = 'raise') -> EvaluationSet:
-  """Read a file or a TFDS folder of pairs (its split `test`, else `validation`).
+def read(path: pathlib.Path, name: str, on_bad_example: str = 'raise') -> list[EvaluationSet]:
+  """Read a file, or the held-out splits of a data set of triplets: `test`, else `validation`, and the splits `unseen_*` of a pool.
 
   Args:
     path: .jsonl, .jsonl.gz, .parquet, a folder of `save_to_disk`, or a data set of triplets.
-    name: of the set.
+    name: of the set; those of further splits are `<name>_<split>`.
     on_bad_example: 'raise', or 'skip' to leave bad rows out and list them in `skipped`.
 
   Raises:
     UserError: the data cannot be read, or a row cannot be used.
   """
-  skipped: list[tuple[int, str]] = []
   if readers.is_one_split(path):
-    numbered = list(examples.checked_examples(path, _row, on_bad_example, skipped))
-    items = [_named(row, number) for number, row in numbered if isinstance(row, Item)]
-    items += _grouped(path, [(number, row.item) for number, row in numbered if isinstance(row, _Answer)], on_bad_example, skipped)
-    if not items:
-      raise UserError(f'{path}: no prompt has both right and wrong answers, so that there is nothing to compare')
-  else:
-    items = [_of_triplet(i, triplet) for i, triplet in enumerate(_split(path, on_bad_example), start=1)]
+    return [_read_file(path, name, on_bad_example)]
+  return [
+    EvaluationSet(name if i == 0 else f'{name}_{split}', [_of_triplet(n, triplet) for n, triplet in enumerate(triplets, start=1)])
+    for i, (split, triplets) in enumerate(_held_out(path, on_bad_example))
+  ]
+
+
+def _read_file(path: pathlib.Path, name: str, on_bad_example: str) -> EvaluationSet:
+  skipped: list[tuple[int, str]] = []
+  numbered = list(examples.checked_examples(path, _row, on_bad_example, skipped))
+  items = [_named(row, number) for number, row in numbered if isinstance(row, Item)]
+  items += _grouped(path, [(number, row.item) for number, row in numbered if isinstance(row, _Answer)], on_bad_example, skipped)
+  if not items:
+    raise UserError(f'{path}: no prompt has both right and wrong answers, so that there is nothing to compare')
   sets.check_unique(items, str(path))
   return EvaluationSet(name, items, skipped=tuple((f'{path.name}, row {number}', reason) for number, reason in skipped))
 
 
-def _split(path: pathlib.Path, on_bad_example: str) -> Any:
-  try:
-    return examples.open_triplets(path, 'test', on_bad_example)
-  except examples.NoSplitError:
-    return examples.open_triplets(path, 'validation', on_bad_example)
+def _held_out(path: pathlib.Path, on_bad_example: str) -> list[tuple[str, Sequence[Triplet]]]:
+  """Return the names and triplets of the held-out splits of a data set.
+
+  Raises:
+    NoSplitError: it has neither `test` nor `validation`.
+  """
+  found = list[tuple[str, Sequence[Triplet]]]()
+  for split in ('test', 'validation', 'unseen_prompts', 'unseen_policies'):
+    if split == 'validation' and found:
+      continue
+    try:
+      found.append((split, examples.open_triplets(path, split, on_bad_example)))
+    except examples.NoSplitError:
+      if split == 'validation':
+        raise
+  return found
 
 
 def _of_triplet(number: int, triplet: Triplet) -> Item:

@@ -142,17 +142,17 @@ class Trainer:
       return TrainedRun(self.actor_state.params, session.finish(self._save, self._summarize))
 
   def _check_memory(self) -> None:
-    """Check that the responses being decoded, and the gradients of a micro-batch, which are compiled for it, fit the memory.
+    """Check that the responses being decoded, the gradients of a micro-batch, which are compiled for it, and saves fit the memory.
 
     Raises:
       ConfigError: they do not.
       StopRequested: SIGTERM arrived.
     """
-    run = self.run
+    run, fits = self.run, list[memory_lib.Fit]()
     if run.config.method != 'sft':
       c = run.config.rollout
       what = f'{run.name}: decoding {self.engine.concurrent} responses of {c.max_prompt} + {c.max_new} tokens at a time'
-      memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer)
+      fits.append(memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer))
     rows, length = micro_batch_rows(run.config, run.mesh), self.row_length
     placed = sharding.batch_sharding(run.mesh)
     shape = lambda kind, dtype: kind._make([jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)] * len(kind._fields))
@@ -164,7 +164,9 @@ class Trainer:
       accumulate, inputs = cast(Executables, model.accumulate), (shape(PolicyBatch, np.int32), shape(targets, np.float32))
       memory = accumulate.prepare(params, sums, params, *inputs, np.float32(0))
       what = f'{run.name}: a micro-batch of {name} of {rows} x {length} tokens'
-      memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params))
+      fits.append(memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params)))
+    state = PpoState.join(self.actor_state, self.critic_state)
+    memory_lib.check_save(run.name, state, run.checkpointing.asynchronous, fits, run.log)
 
   def _smaller(self, fit: memory_lib.Fit) -> list[str]:
     """Return what to change so that a micro-batch fits."""

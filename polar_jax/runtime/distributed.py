@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import sys
 import threading
@@ -144,8 +146,29 @@ def start(settings: DistributedConfig, environ: Mapping[str, str] = os.environ) 
       )
   except Exception as error:  # KeyErrors and others, of environment variables that JAX reads for each kind of cluster
     raise _connection_error(cluster.how, settings.timeout, f'{type(error).__name__}: {" ".join(str(error).split())[:160]}') from error
+  _explain_aborts()
   return cluster
 
+
+def _explain_aborts() -> None:
+  """Make an abort of this process from C++ end with one line of ours.
+
+  JAX's client aborts the process when another one is gone or silent. Nothing in Python can prevent that: its callback for lost heartbeats
+  cannot be one of Python (its argument has no conversion, so that calling it aborts too). The handler must be one of C, because those of
+  `signal.signal` run in the interpreter's main loop, to which an abort does not return.
+  """
+  who = f'polar_jax: process {jax.process_index()} of {jax.process_count()}'
+
+  def explain(_: int) -> None:
+    what = 'JAX ended it, most likely because another process of the run is gone or unreachable (see above).'
+    os.write(2, f'{who}: {what} Start all of them again; they resume from the newest checkpoint.\n'.encode())
+    os._exit(1)
+
+  _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(explain))
+  ctypes.pythonapi.PyOS_setsig(signal.SIGABRT, _handlers[-1])
+
+
+_handlers: list[Any] = []  # keeps what C calls alive
 
 _GRACE = 60  # seconds
 

@@ -23,7 +23,7 @@ from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_
 from polar_jax.stages.pretrain import RUN as PRETRAIN
 from polar_jax.types import Triplet
 
-SPLITS = ('validation', 'test')
+SPLITS = ('validation', 'test', 'unseen_prompts', 'unseen_policies')  # the last two: of a pool
 MAIN_ARM = 'pretrained_finetuned'
 # Arm of Table 7 -> the run that it evaluates.
 ARMS = {
@@ -93,7 +93,7 @@ def held_out(context: Context, read: Callable[[str], Sequence[Triplet]], setting
     if all(examples is not other for other in splits.values()):  # a single file is every split
       splits[split] = examples
   if not splits:
-    raise ConfigError(f'evaluate: {setting} has no split {" or ".join(SPLITS)}; name held-out examples with data.validation')
+    raise ConfigError(f'evaluate: {setting} has none of the splits {", ".join(SPLITS)}; name held-out examples with data.validation')
   return splits
 
 

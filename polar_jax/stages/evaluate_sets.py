@@ -130,7 +130,7 @@ def read_sets(config: Config) -> list[EvaluationSet]:
   """
   mode, found = config.data.on_bad_example, list[EvaluationSet]()
   for path in map(paths.path_of, _listed(config.input)):
-    found.append(own_files.read(path, path.name.split('.')[0], mode))
+    found += own_files.read(path, path.name.split('.')[0], mode)
   if config.evaluate.benchmarks and not config.evaluate.folder:
     raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark, or hub')
   for name in _listed(config.evaluate.benchmarks):

@@ -64,7 +64,7 @@ def language_model_run(
   def load_start() -> dict[str, Any]:
     assert isinstance(start, pathlib.PurePath)
     context.log(f'{name}: starts from the parameters in {start}')
-    return pretrained.start_params(start, model, 'lm', context.mesh, tokenizer)
+    return pretrained.start_params(start, model, 'lm', context.mesh, tokenizer, train.start_layers)
 
   run_folder.keep_tokenizer(tokenizer, home)
   return trainer.Run(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax.api_models import LanguageModel, load
+from polar_jax.checkpoints.pretrained import first_layers_of
 from polar_jax.config import ConfigError
 from polar_jax.data.chat import ChatTemplateError
 from polar_jax.miniature import ngram, ngram_index, vocabulary
@@ -91,8 +92,7 @@ def _variant(spec: PolicySpec, model: LanguageModel) -> LanguageModel:
   params, config = model.params, model.config
   if layers:
     check_layers(spec, config.num_layers)
-    decoder = params['decoder']
-    params = {**params, 'decoder': {**decoder, 'layers': jax.tree.map(lambda a: a[:layers], decoder['layers'])}}
+    params = first_layers_of(params, layers)
     config = dataclasses.replace(config, num_layers=layers)
   if bits:
     decoder = params['decoder']

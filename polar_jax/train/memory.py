@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -50,7 +50,7 @@ def fit_of(memory: Memory, mesh: Mesh, extra: int = 0) -> Fit:
 
 def check(
   what: str, memory: Memory, mesh: Mesh, log: Callable[[str], None], remedies: Callable[[Fit], Sequence[str]], extra: int = 0
-) -> None:
+) -> Fit:
   """Log the memory of a call, and refuse it if there is not enough.
 
   Args:
@@ -60,6 +60,9 @@ def check(
     log: receives one line.
     remedies: returns what to change.
     extra: bytes per device of arguments that are not allocated yet.
+
+  Returns:
+    What the call needs and what is free.
 
   Raises:
     ConfigError: there is not enough memory; the message says what to change.
@@ -72,6 +75,49 @@ def check(
   log(facts)
   if fit.where == 'host' and fit.free is not None and _ROOMY * fit.needed > fit.free:
     malloc.map_large_blocks()
+  return fit
+
+
+def check_save(run: str, state: Any, asynchronous: bool, calls: Sequence[Fit], log: Callable[[str], None]) -> None:
+  """Log the memory that a checkpoint takes on the host, and refuse it if there is not enough.
+
+  Orbax compresses the arrays of a checkpoint in memory before it writes them. An asynchronous save first copies them, because training
+  goes on and overwrites them, so that the copy, the compressed arrays and a step are in memory at once.
+
+  Args:
+    run: its name, for messages.
+    state: the arrays of a checkpoint, or their shapes with shardings.
+    asynchronous: whether training goes on during a save.
+    calls: what the steps need.
+    log: receives one line.
+
+  Raises:
+    ConfigError: there is not enough memory; the message says what to change.
+  """
+  size = _bytes_of_this_process(state)
+  step = max((fit.needed for fit in calls if fit.where == 'host'), default=0)
+  needed = 2 * size + step if asynchronous else size
+  malloc.give_back()
+  free = memory_lib.available_on_host()
+  amount = 'an unknown amount' if free is None else in_units(free)
+  kind = 'an asynchronous save next to a step' if asynchronous else 'a save'
+  facts = f'{run}: {kind} needs {in_units(needed)} of memory besides parameters and moments, and the host has {amount} free'
+  if free is not None and needed > free:
+    wait = [f'set checkpointing.asynchronous=False ({in_units(size)})'] if asynchronous and size <= free else []
+    raise ConfigError(f'{facts}: {"; or ".join([*wait, "a smaller model, or free memory"])}')
+  log(facts)
+
+
+def _bytes_of_this_process(state: Any) -> int:
+  """Return the bytes of the arrays' parts on the devices of this process, each part once however many devices hold it."""
+
+  def of_leaf(leaf: Any) -> int:
+    if getattr(leaf, 'sharding', None) is None:
+      return math.prod(leaf.shape) * leaf.dtype.itemsize
+    parts = {str(index) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    return len(parts) * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+  return sum(map(of_leaf, jax.tree.leaves(state)))
 
 
 def remedies(model: ModelConfig, train: TrainConfig, rows: int, fit: Fit) -> list[str]:

@@ -234,10 +234,14 @@ class _Trainer:
     validation = sharding.put_local(next(iter(run.validation)), run.mesh) if first and run.validation is not None else None
     calls = [('a step', self.train_step, (self.state, batch))]
     calls += [] if validation is None else [('validation', self.evaluate_step, (self.state.params, validation))]
+    fits = []
     for what, call, arguments in calls:
       rows, length = arguments[-1].tokens_BT.shape
       remedies = functools.partial(memory_lib.remedies, run.model, run.train, rows // sharding.batch_shards(run.mesh))
-      memory_lib.check(f'{run.name}: {what} of {rows} x {length} tokens', call.prepare(*arguments), run.mesh, run.log, remedies)
+      memory = call.prepare(*arguments)
+      fits.append(memory_lib.check(f'{run.name}: {what} of {rows} x {length} tokens', memory, run.mesh, run.log, remedies))
+    if first:
+      memory_lib.check_save(run.name, self.state, run.checkpointing.asynchronous, fits, run.log)
 
   def _pending_step(self, host_batch: Any, output: dict[str, Any]) -> _PendingStep:
     """Return the step just started. Each process knows only its share of the batch, so its counts are scaled up."""

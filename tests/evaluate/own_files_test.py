@@ -30,7 +30,7 @@ def test_answers_to_a_prompt_are_one_item(tmp_path):
     answer('r', 'b 2', True, prompt_id='r2', answer=3),
     answer('r', 'c 3', True, prompt_id='r1'),
   ]
-  found = own_files.read(write(tmp_path, rows), 'n')
+  (found,) = own_files.read(write(tmp_path, rows), 'n')
   assert found.skipped == (
     ('rows.jsonl, row 2', 'all 2 answers to its prompt are right'),
     ('rows.jsonl, row 7', 'all 1 answers to its prompt are right'),
@@ -48,7 +48,7 @@ def test_rows_of_a_prompt_must_agree(tmp_path):
   path = write(tmp_path, rows)
   with pytest.raises(UserError, match=r'example 2: reference is another one than in row 1, which has the same prompt'):
     own_files.read(path, 'n')
-  found = own_files.read(path, 'n', 'skip')
+  (found,) = own_files.read(path, 'n', 'skip')
   assert found.items[0].candidates == ('a', 'c') and len(found.skipped) == 1
   with pytest.raises(UserError, match='no prompt has both right and wrong answers'):
     own_files.read(write(tmp_path, [answer('p', 'a', True)]), 'n')
@@ -56,14 +56,14 @@ def test_rows_of_a_prompt_must_agree(tmp_path):
 
 def test_given_answers_of_a_list(tmp_path):
   row = {'prompt': 'p', 'candidates': ['is 1', 'is 2', 'c'], 'correct': [True, False, False]}
-  read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n').items[0].answers
-  assert set(own_files.read(write(tmp_path, [row | {'answers': None, 'own': 3}]), 'n').items[0].facts) == {'own', 'wrapper'}
+  read = lambda **fields: own_files.read(write(tmp_path, [row | fields]), 'n')[0].items[0].answers
+  assert set(own_files.read(write(tmp_path, [row | {'answers': None, 'own': 3}]), 'n')[0].items[0].facts) == {'own', 'wrapper'}
   assert read() == ('1', '2', None) and read(answers=['A', None, 2.5]) == ('A', None, '2.5')
 
 
 def test_messages_are_one_prompt_whatever_the_order_of_their_keys(tmp_path):
   rows = [answer([{'role': 'user', 'content': 'p'}], 'a', True), answer([{'content': 'p', 'role': 'user'}], 'b', False)]
-  (item,) = own_files.read(write(tmp_path, rows), 'n').items
+  (item,) = own_files.read(write(tmp_path, rows), 'n')[0].items
   assert item.candidates == ('a', 'b') and item.correct == (True, False)
 
 
@@ -76,5 +76,28 @@ def test_rows_of_a_prompt_have_one_category_and_one_wrapper(tmp_path, field, val
 
 @pytest.mark.parametrize('judged', [{'ranks': [2, 1]}, {'correct': [False, True]}])
 def test_two_candidates_are_enough_for_a_list(tmp_path, judged):
-  (item,) = own_files.read(write(tmp_path, [{'prompt': 'p', 'candidates': ['a', 'b'], **judged}]), 'n').items
+  (item,) = own_files.read(write(tmp_path, [{'prompt': 'p', 'candidates': ['a', 'b'], **judged}]), 'n')[0].items
   assert item.candidates == ('a', 'b') and item.comparisons == (((1,), (0,)),)
+
+
+@pytest.mark.parametrize(
+  ('splits', 'names'),
+  [
+    (('test', 'validation'), ['n:test']),
+    (('train', 'validation', 'unseen_prompts', 'unseen_policies'), ['n:validation', 'n_unseen_prompts', 'n_unseen_policies']),
+    (('test', 'unseen_policies'), ['n:test', 'n_unseen_policies']),
+  ],
+)
+def test_every_held_out_split_of_a_data_set_is_a_set(tmp_path, splits, names):
+  for split in splits:
+    row = {'prompt': f'in {split}', 'reference': 'r', 'chosen': 'a', 'rejected': 'b', 'metadata': {'reference_policy': 'x'}}
+    (tmp_path / f'{split}.jsonl').write_text(json.dumps(row))
+  found = own_files.read(tmp_path, 'n')
+  assert [one.name for one in found] == [name.split(':')[0] for name in names]
+  assert [one.items[0].prompt for one in found] == [f'in {name.split(":")[-1].removeprefix("n_")}' for name in names]
+
+
+def test_a_data_set_without_held_out_splits_is_refused(tmp_path):
+  (tmp_path / 'train.jsonl').write_text(json.dumps({'prompt': 'p', 'reference': 'r', 'chosen': 'a', 'rejected': 'b'}))
+  with pytest.raises(UserError, match=r"no split 'validation': looked for .* found: train\.jsonl"):
+    own_files.read(tmp_path, 'n')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from polar_jax import sharding
-from polar_jax.config import AlarmConfig, ConfigError, MeshConfig, RewardConfig, RftConfig, RolloutConfig
+from polar_jax.config import AlarmConfig, CheckpointingConfig, ConfigError, MeshConfig, RewardConfig, RftConfig, RolloutConfig
 from polar_jax.ppo.experience import Experience
 from polar_jax.ppo.learner import ActorTargets, CriticTargets
 from polar_jax.ppo.metrics import Scores
@@ -78,11 +78,19 @@ def test_decoding_that_does_not_fit_is_refused_with_a_remedy(monkeypatch, concur
   accumulate = types.SimpleNamespace(prepare=lambda *args: no_gradients)
   abstract = types.SimpleNamespace(params={'w': np.zeros(2, np.float32)})
   trainer.actor = types.SimpleNamespace(accumulate=accumulate, abstract=abstract, zeros=lambda params: (None, np.zeros(1)))
-  trainer.run = types.SimpleNamespace(**vars(trainer.run) | {'mesh': mesh, 'log': lines.append})
+  trainer.run = types.SimpleNamespace(
+    **vars(trainer.run) | {'mesh': mesh, 'log': lines.append, 'checkpointing': CheckpointingConfig(asynchronous=True)}
+  )
+  trainer.actor_state, trainer.critic_state = TrainState({'w': np.zeros(1 << 20, np.float32)}, {}, np.int32(0)), None
+  monkeypatch.setattr(memory.memory_lib, 'available_on_host', lambda: 12 << 20)
   monkeypatch.setattr(memory.memory_lib, 'available', lambda device: 20 << 20)
   if concurrent == 1:
     trainer._check_memory()
     assert any('rft: decoding 1 responses of' in line and 'needs 3' in line for line in lines)
+    assert any('rft: an asynchronous save next to a step needs 11' in line for line in lines)  # twice 4 MiB, and 3 MiB of decoding
+    monkeypatch.setattr(memory.memory_lib, 'available_on_host', lambda: 10 << 20)
+    with pytest.raises(ConfigError, match=r'set checkpointing\.asynchronous=False'):
+      trainer._check_memory()
     monkeypatch.setattr(memory.memory_lib, 'available', lambda device: 1 << 20)
     wanted = r'free: set rft.rollout.max_prompt \(\d+\) or max_new \(\d+\) to less; or a smaller policy'
   else:

@@ -105,15 +105,25 @@ def test_held_out_splits_are_those_that_exist_and_a_single_file_counts_once():
   del data['validation']
   assert stage.held_out(None, read, 'data.triplets') == {'test': [1]}
   data.clear()
-  with pytest.raises(ConfigError, match=r'data\.triplets has no split validation or test'):
+  with pytest.raises(ConfigError, match=r'data\.triplets has none of the splits validation, test, unseen_prompts, unseen_policies; name'):
     stage.held_out(None, read, 'data.triplets')
 
 
 @pytest.mark.parametrize('runs', [set(), {PRETRAIN}, {FINETUNE}, {PRETRAIN, FINETUNE}])
 def test_the_stage_evaluates_the_runs_of_the_workdir(context, monkeypatch, runs):
-  lines, read = [], {'triplets': {'validation': 'tv', 'test': 'tt'}, 'preferences': {'validation': 'pv', 'test': 'pt'}}
+  triplets = {'validation': 'tv', 'test': 'tt', 'unseen_prompts': 'tp', 'unseen_policies': 'to'}
+  lines, read = [], {'triplets': triplets, 'preferences': {'validation': 'pv', 'test': 'pt'}}
+
+  def reader(splits):
+    def read(split):
+      if split not in splits:
+        raise NoSplitError(split)
+      return splits[split]
+
+    return read
+
   context.log = lines.append
-  context.triplets, context.preferences = read['triplets'].__getitem__, read['preferences'].__getitem__
+  context.triplets, context.preferences = reader(read['triplets']), reader(read['preferences'])
   monkeypatch.setattr(stage.evaluate_sets, 'is_requested', lambda config: False)
   monkeypatch.setattr(stage, 'trained', lambda context, run: run in runs)
   monkeypatch.setattr(stage, 'evaluate_triplets', lambda context, splits: splits)
@@ -121,12 +131,7 @@ def test_the_stage_evaluates_the_runs_of_the_workdir(context, monkeypatch, runs)
   expected = ({'evaluate': read['triplets']} if PRETRAIN in runs else {}) | ({'finetune': 'pt'} if FINETUNE in runs else {})
   assert stage.evaluate(context) == expected and bool(lines) == (not runs)
 
-  def validation_only(split):
-    if split == 'test':
-      raise NoSplitError(split)
-    return 'pv'
-
-  context.preferences = validation_only
+  context.preferences = reader({'validation': 'pv'})
   assert stage.evaluate(context).get('finetune') == ('pv' if FINETUNE in runs else None)
   monkeypatch.setattr(stage.evaluate_sets, 'is_requested', lambda config: True)
   monkeypatch.setattr(stage.evaluate_sets, 'run', lambda context: 'sets')

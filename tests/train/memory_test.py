@@ -16,6 +16,7 @@ from polar_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from polar_jax.data import pipeline
 from polar_jax.runtime import malloc
 from polar_jax.runtime.compiled import Executables, Memory
+from polar_jax.runtime.units import in_units
 from polar_jax.train import memory
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import NEXT_TOKEN
@@ -115,3 +116,47 @@ def test_a_device_with_memory_of_its_own_has_the_least_of_its_neighbors(monkeypa
   unknown = fit(device(0, None))
   assert unknown == memory.Fit(21, None, 'device') and unknown.fits
   assert memory.Fit(30, 30, 'device').fits and not memory.Fit(31, 30, 'device').fits
+
+
+STATE = {'w': np.zeros((4, 100), np.float32), 'step': np.zeros((), np.int32)}  # 1,604 bytes
+
+
+@pytest.mark.parametrize(
+  ('asynchronous', 'free', 'expected'),
+  [
+    # Twice the state and the larger step of the host, 40 bytes.
+    (True, 3_248, None),
+    (True, 3_247, 'set checkpointing.asynchronous=False (1.57 KiB); or a smaller model, or free memory'),
+    (True, 1_604, 'set checkpointing.asynchronous=False (1.57 KiB); or a smaller model, or free memory'),
+    (True, 1_603, 'a smaller model, or free memory'),
+    (False, 1_604, None),
+    (False, 1_603, 'a smaller model, or free memory'),
+    (True, None, None),
+  ],
+)
+def test_a_save_must_fit_the_host(monkeypatch, asynchronous, free, expected):
+  monkeypatch.setattr(memory.memory_lib, 'available_on_host', lambda: free)
+  calls, lines = [memory.Fit(7, None, 'host'), memory.Fit(40, None, 'host'), memory.Fit(9_000, None, 'device')], []
+  check = lambda asynchronous: memory.check_save('run', STATE, asynchronous, calls, lines.append)
+  if expected is None:
+    check(asynchronous)
+    kind = 'an asynchronous save next to a step needs 3.17 KiB' if asynchronous else 'a save needs 1.57 KiB'
+    amount = 'an unknown amount' if free is None else in_units(free)
+    assert lines == [f'run: {kind} of memory besides parameters and moments, and the host has {amount} free']
+    return
+  with pytest.raises(ConfigError) as error:
+    check(asynchronous)
+  assert str(error.value).endswith(f'free: {expected}') and lines == []
+  if 'asynchronous=False' in expected:  # the remedy
+    check(False)
+
+
+def test_a_save_holds_each_part_of_an_array_once(monkeypatch):
+  monkeypatch.setattr(memory.memory_lib, 'available_on_host', lambda: None)
+  devices = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
+  place = lambda *axes: jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
+  shape = lambda *axes: jax.ShapeDtypeStruct((8, 1_024), np.float32, sharding=place(*axes))
+  for axes in ((), ('fsdp',), ('data',), (('data', 'fsdp'),)):
+    lines = []
+    memory.check_save('run', [shape(*axes)], False, [], lines.append)
+    assert f'a save needs {in_units(32 << 10)} of' in lines[0], axes

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from polar_jax import sharding
+from polar_jax import api, sharding
 from polar_jax.checkpoints import exporter, families, tokenizer_files
 from polar_jax.checkpoints.pretrained import open_pretrained, start_params
 from polar_jax.config import Config, ConfigError, ConvertConfig, ModelConfig, TemplateConfig, TokenizerConfig
@@ -91,6 +91,36 @@ def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make
   start = start_of(tmp_path, context)
   assert_equal(start['decoder'], params['decoder'])
   assert 0.01 < start['v_head'].std() < 0.04  # a new head, of init_std
+
+
+def test_starts_from_the_first_layers(make_folder, tmp_path, make_context):
+  """In a run, whose shape comes from the checkpoint, and on a mesh, where each parameter keeps its sharding."""
+  folder, params = make_folder('lm', num_layers=3)
+  first = jax.tree.map(lambda a: a[:2], params['decoder']['layers'])
+  expected = {**params['decoder'], 'layers': first}
+  context = at_rest(make_context, tmp_path, folder, start_layers=2, model=ModelConfig(v_head_init='normal'))
+  finetune(context)
+  assert_equal(start_of(tmp_path, context)['decoder'], expected)
+  mesh, two = make_context(tmp_path, devices=8).mesh, dataclasses.replace(MODEL, num_layers=2)
+  sharded, abstract = start_params(folder, two, 'reward', mesh, layers=2), sharding.abstract_params(abstract_model(two, 'lm'), mesh)
+  assert_equal(sharded['decoder'], expected)
+  jax.tree.map(
+    lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim) or pytest.fail(f'{x.sharding}, not {a.sharding}'),
+    sharded['decoder'],
+    abstract['decoder'],
+  )
+  with pytest.raises(ConfigError, match=r'has 3 layers; start_layers is 4, set it to at most that$'):
+    finetune(at_rest(make_context, tmp_path / 'more', folder, start_layers=4))
+
+
+def test_first_layers_of_a_model_in_memory(make_folder, tmp_path, make_context):
+  folder, params = make_folder('lm')
+  opened, mesh = api.load(folder).as_pretrained(), make_context(tmp_path).mesh
+  assert opened.first_layers(None) is opened
+  one = opened.first_layers(1)
+  assert one.model.num_layers == 1 and one.tokenizer() is opened.tokenizer() and one.assets == opened.assets
+  assert one.has_tokenizer and one.template(TemplateConfig()) == opened.template(TemplateConfig())
+  assert_equal(one.params(mesh, 'float32')['decoder']['layers'], jax.tree.map(lambda a: a[:1], params['decoder']['layers']))
 
 
 def test_a_tied_reward_model_starts_an_untied_run(make_folder, tmp_path, make_context):

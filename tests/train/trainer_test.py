@@ -475,6 +475,27 @@ def test_a_step_that_does_not_fit_the_memory_is_refused_with_what_to_change(tmp_
   assert len(str(error.value)) <= 500 and checkpoints(tmp_path / 'refused' / 'pretrain') == []
 
 
+def test_the_copy_of_an_asynchronous_save_is_counted_before_the_first_step(tmp_path, make_context, monkeypatch):
+  """What is free suffices for the steps and for a save after which training waits, but not for one next to a step."""
+  lines = []
+  monkeypatch.setattr(loop, 'executables', lambda function: compiled.Executables(function))
+
+  def run(folder, **checkpointing):
+    context = make_context(tmp_path / folder)
+    config = dataclasses.replace(context.config, checkpointing=dataclasses.replace(context.config.checkpointing, **checkpointing))
+    return pretrain(dataclasses.replace(context, config=config, log=lines.append))
+
+  run('measured', asynchronous=False)
+  sizes = [float(found[1]) for line in lines if (found := re.search(r'a save needs (\S+) KiB', line))]
+  assert len(sizes) == 1, lines
+  monkeypatch.setattr(memory, 'available_on_host', lambda: int(1.5 * sizes[0] * 1024))
+  monkeypatch.setattr(memory, 'available', lambda _: 1 << 40)
+  with pytest.raises(ConfigError, match=r'asynchronous save next to a step needs .* set checkpointing\.asynchronous=False \('):
+    run('refused', asynchronous=True)
+  assert checkpoints(tmp_path / 'refused' / 'pretrain') == []
+  assert run('remedy', asynchronous=False)['pretrain']['steps']
+
+
 def test_sigterm_in_the_last_step_starts_no_other_stage(tmp_path, make_context, monkeypatch):
   def after_validation(*arguments):
     means = evaluate(*arguments)
