@@ -38,6 +38,7 @@ _STAGES = {
   'fit': 'polar_jax.stages.fit:run',
   'score': 'polar_jax.stages.score:score',
   'serve': 'polar_jax.serve.stage:serve',
+  'certify': 'polar_jax.certify.stage:certify',
   'convert': 'polar_jax.stages.convert:convert',
   'plan': 'polar_jax.stages.plan:run',
 }
@@ -135,7 +136,7 @@ def _announce(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, cl
   if cluster:
     _say(f'distributed: {jax.process_count()} processes, found by {cluster.how}')
   _say(f'devices: {len(devices)} x {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es); mesh {axes}')
-  parameters = 'parameters as stored' if config.stage in ('convert', 'score', 'serve') else 'float32 parameters'
+  parameters = 'parameters as stored' if config.stage in ('certify', 'convert', 'score', 'serve') else 'float32 parameters'
   _say(f'precision: {parameters}, {"float32" if config.stage == "convert" else config.model.compute_dtype} compute')
 
 

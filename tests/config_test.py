@@ -394,6 +394,7 @@ FOREIGN = {
   'convert': ('score.window', 'score'),
   'score': ('convert.dtype', 'convert'),
   'serve': ('score.window', 'score'),
+  'certify': ('serve.port', 'serve'),
   'plan': ('evaluate.bootstrap', None),
 }
 

@@ -13,7 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
+import jax
 import pytest
+
+from polar_jax.api_models import RewardModel
+from polar_jax.config import ModelConfig, TemplateConfig
 
 COMMAND = os.environ.get('POLAR_VLLM')
 
@@ -21,6 +25,18 @@ needs_vllm = pytest.mark.skipif(not COMMAND, reason='POLAR_VLLM does not name th
 
 # Without AVX-512 float32 is the fastest; prompts read in chunks break seeds on a CPU (docs/pools.md).
 _CPU = ['--dtype', 'float32', '--enforce-eager', '--no-enable-chunked-prefill', '--max-num-batched-tokens', '32768']
+
+
+_REWARD_MODEL = ModelConfig(family='internlm2', num_layers=2, d_model=128, d_ff=256, num_heads=2, num_kv_heads=1, head_dim=64)
+
+
+def internlm2_reward_model(data_folder: pathlib.Path) -> RewardModel:
+  """Return a reward model of random weights that vLLM can serve, with rewards on both sides of 0."""
+  model = RewardModel.init(_REWARD_MODEL, data_folder / 'tokenizers/internlm2/tokenizer.model', seed=3)
+  # The separator must be one token, as in POLAR's own tokenizer, which adds one: vLLM splits the whole text, the template its parts.
+  model.template_config = TemplateConfig(separator='[UNUSED_TOKEN_131]')
+  model.params['v_head'] = jax.tree.map(lambda a: 0.5 * jax.random.normal(jax.random.key(1), a.shape, a.dtype), model.params['v_head'])
+  return model
 
 
 @contextlib.contextmanager

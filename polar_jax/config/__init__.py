@@ -6,6 +6,7 @@ ConfigDict. --help and docs/options.md are generated from the same dataclasses.
 """
 
 from polar_jax.config.base import ConfigError
+from polar_jax.config.certify import CertifyConfig
 from polar_jax.config.data import DataConfig, TemplateConfig, TokenizerConfig
 from polar_jax.config.model import ATTENTION_BACKENDS, DTYPES, FAMILIES, REMAT_POLICIES, ROPE_SCALINGS, STORED_DTYPES, ModelConfig
 from polar_jax.config.parsing import default_config, parse
@@ -35,6 +36,7 @@ __all__ = [
   'STAGES',
   'STORED_DTYPES',
   'AlarmConfig',
+  'CertifyConfig',
   'CheckpointingConfig',
   'Config',
   'ConfigError',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from polar_jax.config.base import option, section
+from polar_jax.config.certify import CertifyConfig
 from polar_jax.config.data import DataConfig, TemplateConfig, TokenizerConfig
 from polar_jax.config.model import ModelConfig
 from polar_jax.config.rft import RftConfig, StudyConfig
@@ -59,3 +60,4 @@ class Config:
   convert: ConvertConfig = section(ConvertConfig())
   score: ScoreConfig = section(ScoreConfig())
   serve: ServeConfig = section(ServeConfig())
+  certify: CertifyConfig = section(CertifyConfig())

@@ -58,6 +58,10 @@ STAGE_TABLE = {
     'Serve a reward model over HTTP, to any trainer.',
     ('serve', 'checkpoint', 'model', 'tokenizer', 'template'),
   ),
+  'certify': Stage(
+    'Compare the rewards of a model by every way to ask for them: offline, our server, transformers, other servers.',
+    ('certify', 'checkpoint', 'input', 'output', 'model', 'tokenizer', 'template', 'data.on_bad_example'),
+  ),
   # Also all that the planned stage reads (see `_reads`): adding --config.stage=plan to the command of a run plans that run.
   'plan': Stage(
     'Compile a training step for a TPU slice without having one: its memory, time and cost.', ('plan', 'synthesize.vocab_size')

@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import urllib.request
 
-import jax
 import numpy as np
 import pytest
-from vllm_server import needs_vllm, vllm_server
+from vllm_server import internlm2_reward_model, needs_vllm, vllm_server
 
-from polar_jax.api_models import RewardModel
-from polar_jax.config import ModelConfig, RewardConfig, TemplateConfig
+from polar_jax.config import RewardConfig
 from polar_jax.ppo.rewards.http import HttpReward, RewardServerError
 from polar_jax.types import Prompt
 
-MODEL = ModelConfig(family='internlm2', num_layers=2, d_model=128, d_ff=256, num_heads=2, num_kv_heads=1, head_dim=64)
 PROMPTS = [Prompt('What is two and two?', 'Four.'), Prompt('Name a color.', 'Red.'), Prompt('Count to three.', 'One, two, three.')]
 RESPONSES = ['4', 'Blue is a color that I like.', 'One. Two.\nThree!']
 
@@ -27,10 +24,7 @@ RESPONSES = ['4', 'Blue is a color that I like.', 'One. Two.\nThree!']
 def served(request, data_folder, tmp_path_factory):
   """Return (model, its rewards, address of vLLM with its export, whether vLLM squashes by default)."""
   folder = tmp_path_factory.mktemp('vllm')
-  # The separator must be one token, as in POLAR's own tokenizer, which adds one: vLLM splits the whole text, the template its parts.
-  model = RewardModel.init(MODEL, data_folder / 'tokenizers/internlm2/tokenizer.model', seed=3)
-  model.template_config = TemplateConfig(separator='[UNUSED_TOKEN_131]')
-  model.params['v_head'] = jax.tree.map(lambda a: 0.5 * jax.random.normal(jax.random.key(1), a.shape, a.dtype), model.params['v_head'])
+  model = internlm2_reward_model(data_folder)
   model.save_pretrained(folder / 'exported')
   squashes = request.param != 'exported'
   if squashes:  # as other exporters write it
