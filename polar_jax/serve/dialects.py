@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     use_reference: whether it reads references.
     pooling: whose reply /pooling gives: 'vllm' or 'lmdeploy'.
     rendered: takes chat templates off.
+    reward_token: in which finished texts must end; None: in any.
   """
 
   limits: Limits
@@ -54,6 +55,7 @@ class Facts(NamedTuple):
   use_reference: bool
   pooling: str
   rendered: RenderedTexts
+  reward_token: str | None = None
 
 
 def classify(body: Any, facts: Facts, request_id: str) -> Work:
@@ -184,19 +186,20 @@ def _finished(value: Any, field: str, limits: Limits, ids: bool = True, strings:
 
 
 def _is_id(value: Any) -> bool:
-  return type(value) is int
+  """Return whether a number is whole; in JSON, 5.0 is too."""
+  return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _ids(value: list[Any], field: str) -> list[int]:
   wrong = next((i for i, item in enumerate(value) if not _is_id(item) or not 0 <= item < 2**31), None)
   if wrong is not None:
     raise RequestError(f'{field}[{wrong}] must be a token id', f'{field}[{wrong}]')
-  return value
+  return [int(item) for item in value]
 
 
 def _check_encoding(body: dict[str, Any], known: Sequence[str]) -> str:
-  encoding = body.get('encoding_format') or 'float'
-  if encoding not in known:
+  encoding = 'float' if body.get('encoding_format') is None else body['encoding_format']
+  if not isinstance(encoding, str) or encoding not in known:
     raise RequestError(f'encoding_format must be one of: {", ".join(known)}', 'encoding_format')
   return str(encoding)
 

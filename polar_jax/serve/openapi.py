@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import polar_jax
 from polar_jax.serve.dialects import Facts
+from polar_jax.serve.requests import SHORTEST_TIMEOUT
 
 Schema = dict[str, Any]
 
@@ -39,6 +41,12 @@ def document(facts: Facts, has_token: bool) -> dict[str, Any]:
     facts: of the server.
     has_token: whether requests must carry a token.
   """
+  limits = facts.limits
+  description = (
+    f'{_RAW} A request holds at most {limits.sequences} candidates or texts, of at most {limits.characters} characters each; its body is '
+    f'JSON, also gzipped. Headers: X-Request-Timeout, the deadline in seconds, at least {SHORTEST_TIMEOUT}; X-Request-Id, which is '
+    'repeated in the answer and in the log.'
+  )
   scored = _scoring_paths(facts)
   read = {
     '/health': _get('Whether the server is alive.', _object({'status': _STRING}, ['status']), (500, 503)),
@@ -53,7 +61,7 @@ def document(facts: Facts, has_token: bool) -> dict[str, Any]:
   read['/v1/models/{model}']['get']['parameters'] = [{'name': 'model', 'in': 'path', 'required': True, 'schema': _STRING}]
   out: dict[str, Any] = {
     'openapi': '3.1.0',
-    'info': {'title': f'Rewards of {facts.model}', 'version': polar_jax.__version__, 'description': _RAW},
+    'info': {'title': f'Rewards of {facts.model}', 'version': polar_jax.__version__, 'description': description},
     'paths': {**read, **scored},
     'components': {'schemas': _components(facts)},
   }
@@ -71,16 +79,15 @@ def _scoring_paths(facts: Facts) -> dict[str, Any]:
   embedded = _object({'embedding': _list(_NUMBER), 'meta_info': {'type': 'object'}}, ['embedding', 'meta_info'])
   classified = listing(_object({'index': _INTEGER, 'label': _STRING, 'probs': _list(_NUMBER), 'num_classes': _INTEGER}, ['index', 'probs']))
   pooled = {'type': 'array', 'items': _list(_NUMBER)} if facts.pooling == 'vllm' else _NUMBER
-  by_text = _object({'text': _ref('Texts'), 'input_ids': _ref('Ids'), 'input': _ref('Input')}, [])
-  by_text['anyOf'] = [{'required': [name]} for name in ('text', 'input_ids', 'input')]
-  by_text['properties'] = {name: {'anyOf': [schema, {'type': 'null'}]} for name, schema in by_text['properties'].items()}
+  by_text = {'anyOf': [_first_of({'text': _ref('Texts')}), _first_of({'input_ids': _ref('Ids')}, 'text')]}
+  by_text['anyOf'].append(_first_of({'input': _ref('Input')}, 'text', 'input_ids'))
   encodings = lambda *known: {'encoding_format': {'enum': [*known, None]}}
   with_encoding = lambda *known: _object({'input': _ref('Input'), **encodings(*known)}, ['input'])
   sglang = _post(f'SGLang. {_FINISHED}{_RAW} With input in place of text: vLLM.', by_text, {'anyOf': [_one_or_list(embedded), classified]})
   pooling_item = _object({'index': _INTEGER, 'object': _STRING, 'data': pooled}, ['index', 'object', 'data'])
   value = {'anyOf': [_list(_NUMBER), _STRING]}
   embedding = _object({'index': _INTEGER, 'object': _STRING, 'embedding': value}, ['index', 'object', 'embedding'])
-  columns = {'query': _list(_STRING), 'prompts': _list(_STRING), 'labels': _list(_ref('Text'))}
+  columns = {'query': _list(_STRING), 'prompts': _list(_STRING), 'labels': _list(_ref('Label' if facts.use_reference else 'Text'))}
   both = {'rewards': _list(_NUMBER), 'scores': _list(_NUMBER), 'extra_logs': {'type': 'object'}}
   return {
     '/score': {'post': _post('Rewards of candidates.', _one_or_list(_ref('Group')), _one_or_list(_ref('Rewards')))},
@@ -104,15 +111,18 @@ def _scoring_paths(facts: Facts) -> dict[str, Any]:
 
 
 def _components(facts: Facts) -> dict[str, Schema]:
-  message = _object({'role': _STRING, 'content': _STRING}, ['content'])
+  message = _object({'role': {'type': ['string', 'null']}, 'content': _STRING}, ['content'])
+  own_text = {'anyOf': [_STRING, {**_list({**message, 'additionalProperties': False}), 'minItems': 1}]}
   text = {'anyOf': [_STRING, {**_list(message), 'minItems': 1}]}
+  finished = _STRING if facts.reward_token is None else {**_STRING, 'pattern': f'{re.escape(facts.reward_token)}$'}
   ids = {**_list({'type': 'integer', 'minimum': 0, 'maximum': 2**31 - 1}), 'minItems': 1}
-  group = {'prompt': _ref('Text'), 'reference': _ref('Text'), 'outputs': _list(_ref('Text')), 'wrapper': {'enum': ['sft', 'pretrain']}}
+  own = _ref('OwnText')
+  group = {'prompt': own, 'reference': own, 'outputs': _list(own), 'wrapper': {'enum': ['sft', 'pretrain']}}
   needed = ['prompt', *(['reference'] if facts.use_reference else []), 'outputs']
-  row = {name: _ref('Text') for name in ('prompt', 'response', 'output', 'label', 'reference')} | {'wrapper': group['wrapper']}
-  row_object = _object(row, ['prompt'])
-  pairs = [('response', 'output'), *([('label', 'reference')] if facts.use_reference else [])]
-  row_object['allOf'] = [{'anyOf': [{'required': [name]} for name in pair]} for pair in pairs]
+  outputs = [_first_of({'output': _ref('Text')}), _first_of({'response': _ref('Text')}, 'output', absent=True)]
+  references = [_first_of({'reference': _ref('Label')}), _first_of({'label': _ref('Label')}, 'reference', absent=True)]
+  row_object = _object({'prompt': _ref('Text'), 'wrapper': group['wrapper']}, ['prompt'])
+  row_object['allOf'] = [{'anyOf': outputs}, *([{'anyOf': references}] if facts.use_reference else [])]
   rewards = {'rewards': _list(_NUMBER), 'tokens': _list(_INTEGER), 'truncated': _list(_BOOLEAN), 'exact': _BOOLEAN, 'model': _STRING}
   model = {'id': _STRING, 'object': _STRING, 'created': _INTEGER, 'owned_by': _STRING, 'root': _STRING, 'max_model_len': _INTEGER}
   info = {'model_path': _STRING, 'served_model_name': _STRING, 'tokenizer_path': _STRING, 'is_generation': _BOOLEAN}
@@ -123,13 +133,15 @@ def _components(facts: Facts) -> dict[str, Schema]:
   error = {'message': _STRING, 'type': _STRING, 'param': {'type': ['string', 'null']}, 'code': _INTEGER}
   return {
     'Text': {**text, 'description': 'A string, or messages, whose contents are joined by newlines.'},
+    'OwnText': {**own_text, 'description': 'The same, but messages have no other keys.'},
     'Group': {**_object(group, needed), 'additionalProperties': False},
     'Row': row_object,
     'Tokens': _object({'sequences': _list(sequence)}, ['sequences']),
     'Rewards': _object(rewards, list(rewards)),
-    'Texts': {'anyOf': [_STRING, _list(_STRING)]},
+    'Label': {'anyOf': [{**_STRING, 'minLength': 1}, text['anyOf'][1]], 'description': 'A reference: a text that is not empty.'},
+    'Texts': {'anyOf': [finished, _list(finished)]},
     'Ids': {'anyOf': [ids, _list(ids)]},
-    'Input': {'anyOf': [_STRING, _list(_STRING), ids, _list(ids)]},
+    'Input': {'anyOf': [finished, _list(finished), ids, _list(ids)]},
     'Model': _object(model, list(model)),
     'ModelInfo': _object(info | more, list(info | more)),
     'Error': _object({'error': _object(error, list(error))}, ['error']),
@@ -143,12 +155,9 @@ def _get(summary: str, schema: Schema, errors: Sequence[int], kind: str = 'appli
 
 def _post(summary: str, request: Schema, reply: Schema) -> dict[str, Any]:
   body = {'required': True, 'content': {'application/json': {'schema': request}}}
-  timeout = {'name': 'X-Request-Timeout', 'in': 'header', 'description': 'Deadline, in seconds.'}
-  name = {'name': 'X-Request-Id', 'in': 'header', 'description': 'Is repeated in the answer and in the log.', 'schema': _STRING}
   good = {'description': 'The rewards, in the order of the request.', 'content': {'application/json': {'schema': reply}}}
   return {
     'description': summary,
-    'parameters': [{**timeout, 'schema': {'type': 'number', 'exclusiveMinimum': 0}}, name],
     'requestBody': body,
     'responses': {'200': good, **_errors(_ERRORS)},
   }
@@ -165,6 +174,14 @@ def _ref(name: str) -> Schema:
 
 def _list(item: Schema) -> Schema:
   return {'type': 'array', 'items': item}
+
+
+def _first_of(properties: dict[str, Schema], *before: str, absent: bool = False) -> Schema:
+  """Return an object that is read by these keys, because those that have precedence are missing, or null."""
+  out = _object(properties, list(properties))
+  if absent:
+    return {**out, 'not': {'anyOf': [{'required': [name]} for name in before]}}
+  return {**out, 'properties': {**properties, **{name: {'type': 'null'} for name in before}}}
 
 
 def _one_or_list(item: Schema) -> Schema:

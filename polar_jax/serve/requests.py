@@ -17,6 +17,7 @@ from polar_jax.types import Text, one_line
 
 _SURROGATES = re.compile('[\ud800-\udfff]')
 _MAX_DEPTH = 64  # of a body: deeper than any client nests, and far from the limit of the parser
+SHORTEST_TIMEOUT = 0.1  # seconds that X-Request-Timeout may ask for
 _NAMED = 5  # unknown keys that a message lists
 
 

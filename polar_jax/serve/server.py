@@ -58,7 +58,9 @@ class RewardServer:
     rendered = RenderedTexts(config.policy)
     self._socket = bind(config.host, config.port)
     self.service = Service(config, self.engine, encoder, self.metrics, Log(write_log))
-    facts = Facts(self.service.limits, name, model.template.config.use_reference, config.pooling_dialect, rendered)
+    template = model.template
+    reward_token = None if template.reward_token_id is None else template.config.reward_token
+    facts = Facts(self.service.limits, name, template.config.use_reference, config.pooling_dialect, rendered, reward_token)
     self.app = app.make_app(self.service, token, facts, max_length)
 
   @property

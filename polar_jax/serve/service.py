@@ -21,7 +21,7 @@ from polar_jax.serve.bodies import Body, BodyReader
 from polar_jax.serve.encoding import EncodedItem, Encoder
 from polar_jax.serve.engine import Engine, EngineError, Job, QueueFullError, TooLateError
 from polar_jax.serve.observe import Log, Metrics
-from polar_jax.serve.requests import Limits, RequestError, Result, Work, parse_json
+from polar_jax.serve.requests import SHORTEST_TIMEOUT, Limits, RequestError, Result, Work, parse_json
 
 _Result = TypeVar('_Result')
 _ID = re.compile(r'[\w.:-]{1,128}', re.ASCII)
@@ -221,7 +221,7 @@ def _timeout(request: Request, longest: float) -> float:
   """Return the seconds that a request may take.
 
   Raises:
-    RequestError: its header is no positive number.
+    RequestError: its header is no such number.
   """
   header = request.headers.get('x-request-timeout')
   if header is None:
@@ -230,8 +230,8 @@ def _timeout(request: Request, longest: float) -> float:
     seconds = float(header)
   except ValueError:
     seconds = math.nan
-  if not seconds > 0:
-    raise RequestError('X-Request-Timeout must be a number of seconds above 0', 'X-Request-Timeout')
+  if not seconds >= SHORTEST_TIMEOUT:
+    raise RequestError(f'X-Request-Timeout must be a number of seconds, at least {SHORTEST_TIMEOUT}', 'X-Request-Timeout')
   return min(seconds, longest)
 
 

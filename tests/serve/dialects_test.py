@@ -33,6 +33,7 @@ def test_sglang():
   assert reply(dialects.classify, {'text': ['a']}, RESULTS[:1])[0]['embedding'] == [-0.5]
   assert reply(dialects.classify, {'text': []}, []) == []
   assert [s.content for s in dialects.classify({'input_ids': [[1, 2], [3]]}, FACTS, '').sources] == [[1, 2], [3]]
+  assert dialects.classify({'input_ids': [1, 2.0]}, FACTS, '').sources[0].content == [1, 2]
   assert reply(dialects.classify, {'input_ids': [1, 2]}, RESULTS[:1])['embedding'] == [-0.5]
 
 
@@ -67,10 +68,11 @@ def test_embeddings():
     (dialects.pooling, {'input': {}}, 'input'),
     (dialects.pooling, {'input': [1, True]}, 'input[1]'),
     (dialects.pooling, {'input': [[1, -1]]}, 'input[0][1]'),
-    (dialects.pooling, {'input': [[1, 2.0]]}, 'input[0][1]'),
+    (dialects.pooling, {'input': [[1, 2.5]]}, 'input[0][1]'),
     (dialects.pooling, {'input': ['x' * 101]}, 'input[0]'),
     (dialects.pooling, {'input': ['x'] * 9}, 'input'),
     (dialects.embeddings, {'input': ['\ud800']}, 'input[0]'),
+    (dialects.embeddings, {'input': [], 'encoding_format': {}}, 'encoding_format'),
     (dialects.get_reward, {'query': ['a'], 'prompts': ['a']}, 'labels'),
     (dialects.get_reward, {'query': ['a'], 'prompts': [], 'labels': ['r']}, 'prompts'),
     (dialects.get_reward, {'query': ['ab', 'cd'], 'prompts': ['a', 'x'], 'labels': ['r', 'r']}, 'query[1]'),
