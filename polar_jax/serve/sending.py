@@ -138,7 +138,7 @@ class Sender:
       raise RewardRequestError('the client is closed') from error
 
   def stop(self) -> None:
-    """Give all requests up, and let the thread close the connections and end. It does not wait, so that a garbage collection may call it."""
+    """Give all requests up, and let the thread close the connections and end. A garbage collection may call this: it does not wait."""
     with contextlib.suppress(RuntimeError):  # closed already
       self._loop.call_soon_threadsafe(self._stop.set)
 
