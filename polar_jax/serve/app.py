@@ -6,6 +6,7 @@ import hmac
 import json
 import math
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -193,7 +194,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
   record: Record = request.scope[_RECORD]
   record.reason = 'server_error'
-  logging.error('request %s failed', record.id, exc_info=error)
+  # Without the message, which might quote a text.
+  logging.error('request %s failed: %s\n%s', record.id, type(error).__name__, ''.join(traceback.format_tb(error.__traceback__)))
   return error_response(RequestError(f'the server failed; its log has the reason (request {record.id})', None, 500, 'server_error'))
 
 

@@ -45,7 +45,13 @@ class Call(NamedTuple):
 
 
 class Batches(abc.ABC):
-  """Computes sequences in fixed shapes. Its methods belong to one thread."""
+  """Computes sequences in fixed shapes. Its methods belong to one thread.
+
+  Attributes:
+    in_flight: calls that the device has at a time before the host waits for one: the device must never wait for the host.
+  """
+
+  in_flight: int
 
   @abc.abstractmethod
   def warm_up(self) -> Iterator[str]:
@@ -67,6 +73,8 @@ class ExactBatches(Batches):
     model: the reward model.
     max_length: tokens of the longest sequence.
   """
+
+  in_flight = 64  # calls are small
 
   def __init__(self, model: RewardModel, max_length: int):
     self._scorer = model.exact_scorer
@@ -99,6 +107,8 @@ class PackedBatches(Batches):
     max_length: tokens of the longest sequence.
     batch_tokens: token positions of the largest call, if it has several rows per shard.
   """
+
+  in_flight = 2  # one computes and one waits, while requests gather in the queue for the next
 
   def __init__(self, model: RewardModel, max_length: int, batch_tokens: int):
     self._params, self._mesh = model.params, model.mesh

@@ -111,7 +111,7 @@ class RewardClient:
       if self._running is None:
         s = self._settings
         self._running = Sender(self._urls, _token(s['token_env']), s['token_env'], s['timeout'], s['deadline'], s['max_in_flight'])
-        weakref.finalize(self, self._running.close)
+        weakref.finalize(self, self._running.stop)
       return self._running
 
   def close(self) -> None:

@@ -20,8 +20,6 @@ from absl import logging
 
 from polar_jax.serve.batches import Batches, Call
 
-# Calls whose results the host has not read: enough that the device never waits, few enough that a new request need not wait for many.
-_CALLS_IN_FLIGHT = 64
 _SPEED_MEMORY = 0.9  # weight of the past in the average speed
 
 
@@ -267,7 +265,8 @@ class Engine:
       for started in self._dispatch(groups) if groups else ():
         in_flight.append(started)
         tokens_in_flight += started.call.tokens
-        while len(in_flight) > _CALLS_IN_FLIGHT or (len(in_flight) > 1 and tokens_in_flight > 2 * self._batch_tokens):
+        # Few enough that a new request need not wait for many.
+        while len(in_flight) >= self._batches.in_flight or (len(in_flight) > 1 and tokens_in_flight > 2 * self._batch_tokens):
           tokens_in_flight -= in_flight[0].call.tokens
           self._fetch(in_flight.popleft())
       if not groups and in_flight:

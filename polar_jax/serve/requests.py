@@ -295,13 +295,14 @@ def parse_score(body: Any, limits: Limits, use_reference: bool, model: str, exac
   single = not isinstance(body, list)
   groups = [body] if single else check_list(body, '', limits)
   sources = [_parse_group(group, '' if single else f'[{g}]', limits, use_reference) for g, group in enumerate(groups)]
-  check_count(sum(source.count for source in sources), '', limits)
+  counts = [source.count for source in sources]
+  check_count(sum(counts), '', limits)
 
   def render(results: Sequence[Result]) -> Any:
     replies, low = [], 0
-    for source in sources:
-      part = results[low : low + source.count]
-      low += source.count
+    for count in counts:
+      part = results[low : low + count]
+      low += count
       reply = {'rewards': [r.reward for r in part], 'tokens': [r.tokens for r in part], 'truncated': [r.truncated for r in part]}
       replies.append({**reply, 'exact': exact, 'model': model})
     return replies[0] if single else replies

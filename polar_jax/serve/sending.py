@@ -137,12 +137,15 @@ class Sender:
     except RuntimeError as error:  # the loop is closed
       raise RewardRequestError('the client is closed') from error
 
-  def close(self) -> None:
-    """Give all requests up, close the connections and end the thread."""
+  def stop(self) -> None:
+    """Give all requests up, and let the thread close the connections and end. A garbage collection may call this: it does not wait."""
     with contextlib.suppress(RuntimeError):  # closed already
       self._loop.call_soon_threadsafe(self._stop.set)
-    if threading.current_thread() is not self._thread:
-      self._thread.join()
+
+  def close(self) -> None:
+    """Give all requests up, close the connections and end the thread."""
+    self.stop()
+    self._thread.join()
 
   async def post(self, path: str, body: Any, parse: Callable[[Any], Any]) -> Any:
     """Send a request until it succeeds, and return its parsed reply.

@@ -10,7 +10,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -168,7 +168,7 @@ class Service:
   async def _answer(self, request: Request, record: Record, parse: Callable[[Any], Work], deadline: float) -> Any:
     body = await self._bodies.read(request)
     try:
-      work, items = await _while_connected(request, self._prepare(body, parse))
+      render, items = await _while_connected(request, self._prepare(body, parse))
     finally:
       body.release()
     record.sequences = len(items)
@@ -189,10 +189,10 @@ class Service:
         self.engine.cancel(job)
     self.metrics.scored(record.sequences, record.tokens, record.truncated)
     results = [Result(float(reward), len(item.item.ids), item.truncated) for reward, item in zip(rewards, items, strict=True)]
-    return work.render(results)
+    return render(results)
 
-  async def _prepare(self, body: Body, parse: Callable[[Any], Work]) -> tuple[Work, list[EncodedItem]]:
-    """Parse and tokenize a body in threads."""
+  async def _prepare(self, body: Body, parse: Callable[[Any], Work]) -> tuple[Callable[[Sequence[Result]], Any], list[EncodedItem]]:
+    """Parse and tokenize a body in threads. Returns what renders the reply, and the sequences; no text is kept while they wait."""
 
     def parse_body() -> tuple[int, Work]:
       content = self._bodies.expand(body)
@@ -204,7 +204,7 @@ class Service:
       asyncio.ensure_future(self._in_thread(functools.partial(self._encoder.encode, part))) for part in self._encoder.divide(work.sources)
     ]
     try:
-      return work, [item for items in await asyncio.gather(*tasks) for item in items]
+      return work.render, [item for items in await asyncio.gather(*tasks) for item in items]
     finally:
       for task in tasks:
         task.cancel()

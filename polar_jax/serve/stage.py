@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ def serve(context: Context) -> dict[str, Any]:
   # Imported here, after the check that their packages are installed.
   from polar_jax.serve.server import RewardServer
 
+  warnings.filterwarnings('ignore', message='.* has no token for ')  # the warning quotes a text, of a client here
   file = context.workdir / FILE
   with preemption.SigtermFlag() as stop, _Interrupt(stop):
     server = RewardServer(model, config, name, token)

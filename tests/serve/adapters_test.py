@@ -57,6 +57,13 @@ def assistant(text):
   return [{'role': 'assistant', 'content': text}]
 
 
+def test_other_keys_of_messages_are_not_sent():
+  """The server refuses them, because they would change nothing."""
+  message = {'role': 'assistant', 'content': 'a', 'tool_calls': None}
+  assert shared.plain((message,)) == shared.plain(np.array([message], object)) == [{'role': 'assistant', 'content': 'a'}]
+  assert shared.plain([1]) == [1] and shared.plain('a') == 'a' and shared.plain(None) is None
+
+
 def trl_arguments(prompts, completions):
   """Return what GRPOTrainer passes, with a column `reference` and another one."""
   n = len(prompts)

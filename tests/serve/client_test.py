@@ -38,7 +38,10 @@ def no_threads_left():
   before = set(threading.enumerate())
   yield
   gc.collect()
-  assert not [thread for thread in set(threading.enumerate()) - before if thread.name == 'polar_jax reward client']
+  for thread in set(threading.enumerate()) - before:
+    if thread.name == 'polar_jax reward client':
+      thread.join(5)
+      assert not thread.is_alive()
 
 
 def columns(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import pkgutil
 import re
 import subprocess
 
@@ -75,8 +76,11 @@ def test_every_adapter_and_example_is_named():
   for file in (ROOT / 'polar_jax' / 'serve' / 'adapters').glob('*.py'):
     if file.stem not in ('__init__', 'shared', 'openrlhf', 'swift'):  # the last two are used through examples
       assert f'polar_jax.serve.adapters.{file.stem}' in TEXT, file.stem
+  listed = (ROOT / 'examples' / 'README.md').read_text()
   for file in (ROOT / 'examples').glob('*.py'):
-    assert f'examples/{file.name}' in TEXT, file.name
+    assert f'examples/{file.name}' in TEXT and f'[{file.name}]({file.name})' in listed, file.name
+  for name in re.findall(r'polar_jax\.serve\.adapters\.[\w.]+', TEXT + listed):
+    pkgutil.resolve_name(name)
 
 
 def test_the_page_is_on_the_site():

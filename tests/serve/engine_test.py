@@ -18,6 +18,8 @@ pytestmark = pytest.mark.needs('uvicorn')
 class Sums(Batches):
   """The reward of a sequence is the sum of its tokens. `gate` holds the device; `seen` has the groups of each batch."""
 
+  in_flight = 2
+
   def __init__(self):
     self.gate, self.entered, self.seen = threading.Event(), threading.Event(), []
     self.gate.set()

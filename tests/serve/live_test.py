@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 
@@ -58,6 +59,17 @@ def test_a_token_is_sent(serve, model, monkeypatch):
 def test_a_client_waits_for_a_server_that_starts(serve, model):
   with serve(wait=False) as server, RewardClient(server.server.address) as client:
     assert client.score('p', 'r', ['a']) == expected(model, [('p', 'r', 'a')])
+
+
+def test_a_restart_costs_a_pause(serve, model):
+  with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with serve() as first:
+      address = first.server.address
+      client = stack.enter_context(RewardClient(address, batch=4))
+      assert client.score_rows(*columns(ROWS)) == expected(model, ROWS)
+    found = pool.submit(client.score_rows, *columns(ROWS))
+    with serve(port=int(address.rpartition(':')[2])):
+      assert found.result(60) == expected(model, ROWS)
 
 
 def test_the_official_class_gets_the_same_rewards_from_parts_and_from_finished_texts(exact_server, model):

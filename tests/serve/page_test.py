@@ -43,7 +43,10 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-  """Return a function that opens a page, which must report no error and load nothing from elsewhere."""
+  """Return a function that opens a page, which must report no error and load nothing from elsewhere.
+
+  Its policy forbids eval, and so the `wait_for_function` of playwright.
+  """
   problems, contexts = [], []
 
   def open_page(address, **settings):
@@ -112,7 +115,7 @@ def test_the_whole_page_by_keyboard(exact_server, visit):
   # Another candidate's tokens, and one candidate less.
   opened.focus('#choice')
   opened.select_option('#choice', '4')
-  opened.wait_for_function("document.querySelector('#tokens').textContent.includes('onerror')")
+  opened.locator('#tokens', has_text='onerror').wait_for()
   opened.focus('#candidates li:nth-child(1) button')
   opened.keyboard.press('Enter')
   assert opened.locator('#candidates textarea').count() == 4
@@ -136,12 +139,12 @@ def test_errors_are_said_on_the_page(serve, visit):
   with serve(token='secret') as server:
     opened = visit(server.server.address)
     opened.click('#score')
-    opened.wait_for_function("document.querySelector('#status').textContent.includes('wants its token')")
+    opened.locator('#status', has_text='wants its token').wait_for()
     opened.evaluate("document.querySelector('details').open = true")
     opened.fill('#token', 'secret')
     opened.fill('#prompt', 'x' * 1_000_001)
     opened.click('#score')
-    opened.wait_for_function("document.querySelector('#status').textContent.includes('serve.max_characters')")
+    opened.locator('#status', has_text='serve.max_characters').wait_for()
     assert opened.is_hidden('#rewards')
     opened.fill('#prompt', 'x')
     opened.keyboard.press('Control+Enter')

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polar_jax.serve.adapters.shared import plain
 from polar_jax.serve.client import WRAPPERS, RewardClient, RewardRequestError
 from polar_jax.types import UserError
 
@@ -105,7 +106,7 @@ class RewardModelClient:
         raise TypeError(f'an example has no {key!r}')
     if data.get('wrapper', 'sft') not in WRAPPERS:
       raise TypeError(f'an example has the wrapper {data["wrapper"]!r}; it must be one of: {", ".join(WRAPPERS)}')
-    return EncodedText({'wrapper': 'sft', **data})
+    return EncodedText({'wrapper': 'sft', **{key: plain(text) for key, text in data.items()}})
 
   def __call__(self, data: Sequence[Any]) -> list[float]:
     """Return the rewards of encoded texts, in order.

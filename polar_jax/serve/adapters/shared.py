@@ -34,10 +34,12 @@ def _client(address: str) -> RewardClient:
 
 
 def plain(text: Any) -> Any:
-  """Return a text of a data set as `RewardClient` takes it: arrays and tuples of messages become lists."""
+  """Return a text of a data set as `RewardClient` takes it: lists of messages that have a role and a content."""
   if hasattr(text, 'tolist'):  # a row of Parquet that pandas read
     text = text.tolist()
-  return list(text) if isinstance(text, tuple) else text
+  if not isinstance(text, list | tuple):
+    return text
+  return [{key: m[key] for key in ('role', 'content') if key in m} if isinstance(m, dict) else m for m in text]
 
 
 def answer(completion: Any, strip: bool) -> Text:

@@ -19,6 +19,6 @@ class PolarReward:
     self.args = args
 
   def __call__(self, completions: Sequence[str], messages: Sequence[list[dict[str, Any]]], **columns: Any) -> list[float]:
-    prompts = [[{'role': m['role'], 'content': m['content']} for m in conversation[:-1]] for conversation in messages]
+    prompts = [plain(conversation[:-1]) for conversation in messages]
     outputs = [answer(completion, True) for completion in completions]
-    return shared_client().score_rows(list(map(plain, prompts)), column(columns, 'reference', len(outputs)), outputs)
+    return shared_client().score_rows(prompts, column(columns, 'reference', len(outputs)), outputs)
