@@ -58,7 +58,7 @@ class Size:
 
 SIZES = {
   'tiny': Size(
-    ModelConfig(num_layers=2, d_model=128, d_ff=384, num_heads=2, num_kv_heads=1, head_dim=64, init_std=0.05), 150, 60, 60, 64, 4_096
+    ModelConfig(num_layers=3, d_model=256, d_ff=768, num_heads=4, num_kv_heads=2, head_dim=64, init_std=0.05), 150, 60, 60, 16, 8_192
   ),
   '1_8b': Size(ModelConfig(**PRESETS['polar_1_8b']), 1_000, 400, 400, 128, 32_768),
 }
