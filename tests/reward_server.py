@@ -57,9 +57,9 @@ class Client:
     return self.send('GET', path, **how)
 
 
-def tiny_model() -> polar_jax.RewardModel:
+def tiny_model(devices: int = 1) -> polar_jax.RewardModel:
   """Return a reward model of a byte tokenizer, with random parameters."""
-  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
   tiny = polar_jax.RewardModel.init(SHAPE, ByteTokenizer(), mesh=mesh, seed=1)
   # The budget of the template leaves a byte tokenizer's texts short enough for the two row lengths that a server compiles.
   tiny.template_config = TemplateConfig(max_length=240, max_response_length=100)

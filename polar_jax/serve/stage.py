@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import ipaddress
 import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import threading
 import time
@@ -25,6 +27,7 @@ from polar_jax.stages.context import Context
 
 FILE = 'server.json'  # in the workdir while the server is ready: its address and process
 _PACKAGES = ('starlette', 'uvicorn', 'prometheus_client')
+_OPEN_FILES = 65_536
 _TOKEN = re.compile('[!-~]{1,4096}')
 
 
@@ -42,6 +45,7 @@ def serve(context: Context) -> dict[str, Any]:
   _check(context)
   token = _token(config)
   model, name = _load(context)
+  _allow_connections()
   # Imported here, after the check that their packages are installed.
   from polar_jax.serve.server import RewardServer
 
@@ -101,6 +105,13 @@ def _load(context: Context) -> tuple[api.RewardModel, str]:
   open_template(template, tokenizer, opened.model.known_vocab_size, str(checkpoint))  # fails before the parameters are read
   model = api.load(opened, mesh=context.mesh, compute=config.model, template=template, tokenizer=tokenizer)
   return model, config.serve.model_name or pathlib.PurePath(paths.absolute(checkpoint)).name
+
+
+def _allow_connections() -> None:
+  """Raise the number of open files, which connections are, to what the system allows this process."""
+  _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with contextlib.suppress(OSError, ValueError):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, _OPEN_FILES) if hard != resource.RLIM_INFINITY else _OPEN_FILES, hard))
 
 
 def _is_loopback(host: str) -> bool:

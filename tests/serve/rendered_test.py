@@ -11,7 +11,7 @@ from polar_jax.serve.requests import RequestError
 from polar_jax.types import UserError
 
 CHATML = (
-  "{%- if messages[0]['role'] != 'system' -%}<|im_start|>system\nYou are helpful.<|im_end|>\n{%- endif -%}"
+  "{%- if messages[0]['role'] != 'system' -%}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif -%}"
   "{%- for m in messages -%}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor -%}"
   '{%- if add_generation_prompt -%}<|im_start|>assistant\n{% endif -%}'
 )
@@ -26,7 +26,7 @@ def chatml(tmp_path_factory):
 
 
 def conversation(*turns, default=True):
-  start = '<|im_start|>system\nYou are helpful.<|im_end|>' if default else ''
+  start = '<|im_start|>system\nYou are helpful.<|im_end|>\n' if default else ''
   return start + ''.join(f'<|im_start|>{role}\n{content}<|im_end|>\n' for role, content in turns) + '<|im_start|>assistant\n'
 
 
@@ -84,7 +84,7 @@ def test_answers_lose_the_prompt_and_what_ends_them(chatml):
 
 
 def test_long_hostile_prompts_take_linear_time(chatml):
-  text = '<|im_start|>system\nYou are helpful.<|im_end|>' + '<|im_start|>user\n<|im_end|>\n' * 20_000
+  text = '<|im_start|>system\nYou are helpful.<|im_end|>\n' + '<|im_start|>user\n<|im_end|>\n' * 20_000
   with pytest.raises(RequestError):
     chatml.prompt(text, 'p')
 

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from reward_server import running, tiny_model
 
 from polar_jax.types import Group, Triplet
 
@@ -87,9 +88,9 @@ def test_nothing_is_compiled_after_the_warm_up_and_a_restart_changes_nothing(ser
   ]
   rewards = []
   for _ in range(2):
-    with serve(exact=exact, max_length=512) as running:
-      rewards.append([running.client.post('/score', body).body['rewards'] for body in bodies])
-      page = running.client.get('/metrics').body
+    with serve(exact=exact, max_length=512) as server:
+      rewards.append([server.client.post('/score', body).body['rewards'] for body in bodies])
+      page = server.client.get('/metrics').body
       assert 'polar_compilations_after_warmup 0.0' in page
       assert 'polar_sequences_total 350.0' in page and 'polar_queue_tokens 0.0' in page
       assert 'polar_requests_total{endpoint="/score",status="200"} 4.0' in page
@@ -97,6 +98,21 @@ def test_nothing_is_compiled_after_the_warm_up_and_a_restart_changes_nothing(ser
     assert rewards[0] == rewards[1] == [expected(model, body).tolist() for body in bodies]
   else:
     np.testing.assert_allclose(np.concatenate(rewards[0]), np.concatenate([expected(model, body) for body in bodies]), atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('exact', [True, False])
+def test_several_devices(exact):
+  model = tiny_model(devices=4)
+  bodies = [group(np.random.default_rng(seed), 7) for seed in range(4)]
+  wanted = [expected(model, body).tolist() for body in bodies]
+  with running(model, exact=exact) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+    rewards = list(pool.map(lambda body: server.client.post('/score', body).body['rewards'], bodies))
+    assert server.server.metrics.late_compilations == 0
+  if exact:
+    assert rewards == wanted
+  else:
+    np.testing.assert_allclose(rewards, wanted, atol=1e-5)
 
 
 def test_every_dialect_gives_the_same_bits(exact_server, model):

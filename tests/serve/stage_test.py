@@ -95,6 +95,19 @@ def test_server_json_exists_while_the_server_is_ready(serve_stage, tmp_path, mon
   assert not (tmp_path / stage.FILE).exists()
 
 
+def test_a_device_that_fails_ends_the_stage_with_its_error(serve_stage, tmp_path, monkeypatch):
+  from polar_jax.serve.batches import ExactBatches
+  from polar_jax.serve.engine import Engine
+
+  monkeypatch.setattr(Engine, '_serve', lambda self: (_ for _ in ()).throw(SystemError('bug')))
+  with pytest.raises(SystemError, match='bug'):
+    serve_stage()
+  monkeypatch.setattr(ExactBatches, 'warm_up', lambda self: (_ for _ in ()).throw(RuntimeError('RESOURCE_EXHAUSTED')))
+  with pytest.raises(RuntimeError, match='RESOURCE_EXHAUSTED'):
+    serve_stage()
+  assert not (tmp_path / stage.FILE).exists()
+
+
 def wait_for_address(workdir, has_ended, pid=None):
   deadline = time.monotonic() + 120
   while time.monotonic() < deadline and not has_ended():
