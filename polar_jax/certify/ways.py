@@ -210,8 +210,8 @@ def by_other_servers(model: RewardModel, groups: Sequence[Group], config: Certif
     from polar_jax.serve.client import RewardClient
 
     with contextlib.closing(RewardClient(config.polar)) as client:
-      rewards = [client.score(g.prompt, g.reference, list(g.candidates)) for g in groups if g.wrapper == 'sft']
-    yield Way(f'polar at {config.polar}', _of_wrapper(groups, 'sft'), [np.asarray(r, np.float32) for r in rewards])
+      scored = [client.score(g.prompt, g.reference, list(g.candidates)) for g in groups if g.wrapper == 'sft']
+    yield Way(f'polar at {config.polar}', _of_wrapper(groups, 'sft'), [np.asarray(rewards, np.float32) for rewards in scored])
   for kind in ('vllm', 'sglang', 'lmdeploy'):
     address = getattr(config, kind)
     if not address:
