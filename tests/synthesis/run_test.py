@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -20,8 +21,6 @@ from polar_jax.config import ConfigError, PoolConfig, parse
 from polar_jax.data import tfds
 from polar_jax.synthesis import run
 from polar_jax.types import UserError
-
-pytestmark = pytest.mark.needs('httpx')
 
 NAMES = [f'p{i}' for i in range(6)]
 
@@ -223,6 +222,78 @@ def test_recorded_answers(tmp_path):
   assert used == {'a', 'b', 'c'}  # d has one sample, which can only be rejected
   for row in triplets['train']:
     assert row.reference.split(' in ')[0] == row.chosen.split(' in ')[0] != row.rejected.split(' in ')[0]
+
+
+def mixed_pool(folder, **changes):
+  """Write recorded answers of eight policies, some of them loops, empty or equal, and return settings that use every split."""
+  rows = answers('abcdefgh', prompts=40)
+  for number, row in enumerate(rows):
+    row['response'] = {3: ' ', 5: 'I know. ' * 9, 7: 'The same.', 11: '我不知道。' * 5}.get(number % 17, row['response'])
+  entries = [
+    {'name': 'all', 'near_to': ['b']},
+    *({'name': name, 'held_out': True, 'family': 'x'} for name in 'gh'),
+    {'name': 'b', 'size': 7},
+  ]
+  config = recorded_pool(folder, entries, rows)
+  return dataclasses.replace(config, **{'validation_share': 0.2, 'unseen_share': 0.3, 'near_share': 0.5, 'pairs_per_prompt': 9} | changes)
+
+
+def test_the_same_samples_give_the_same_triplets_in_every_version(tmp_path):
+  section = synthesize(mixed_pool(tmp_path), tmp_path / 'run', seed=3)
+  assert {split.removeprefix('triplets/'): value[:16] for split, value in section['fingerprints'].items()} == {
+    'train': '668f656c3ad09fed',
+    'validation': '0e04b87fb694c7bb',
+    'unseen_prompts': 'c00b6308d0c13f0b',
+    'unseen_policies': '28c698daed72f794',
+  }
+
+
+def test_what_is_complete_is_not_written_again(tmp_path, monkeypatch):
+  lines, config, folder = [], mixed_pool(tmp_path), tmp_path / 'run'
+  kept = lambda: (path for path in (folder / 'data').rglob('*') if path.is_file() and path.suffix != '.sqlite')
+  files = lambda: {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in kept()}
+  first = synthesize(config, folder)
+  written = files()
+  again = synthesize(config, folder, lines.append)
+  assert files() == written and again['rows'] == first['rows'] and again['fingerprints'] == first['fingerprints']
+  assert 'they were there, of the same samples and settings' in lines[-1] and 'train ' in lines[-1]
+
+  more = dataclasses.replace(config, pairs_per_prompt=10)
+  with monkeypatch.context() as patch:
+    patch.setattr(tfds, '_write_info', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      synthesize(more, folder)
+  assert files() == written and not list((folder / 'data').glob('incomplete*'))
+  assert sum(synthesize(more, folder)['rows'].values()) > sum(first['rows'].values())
+  assert {split: len(rows) for split, rows in read(folder)[1].items()} == read(folder)[0]['rows'] and files().keys() == written.keys()
+  assert synthesize(config, folder)['fingerprints'] == first['fingerprints']
+  assert {path: content for path, (_, content) in files().items()} == {path: content for path, (_, content) in written.items()}
+
+  (shard,) = (folder / 'data' / 'triplets').rglob('*train*')
+  shard.write_bytes(b'x' + shard.read_bytes()[1:])
+  (folder / 'data' / 'incomplete.triplets').mkdir()  # of a run that was killed
+  assert synthesize(config, folder, lines.append)['fingerprints'] == first['fingerprints']
+  assert any('are written again: ' in line and 'are not those that were written' in line for line in lines)
+  assert shard.read_bytes() == written[shard][1] and files().keys() == written.keys()
+  (folder / 'data' / 'card.json').unlink()
+  synthesize(config, folder)
+  assert files().keys() == written.keys()
+
+
+def test_new_samples_and_other_facts_give_new_triplets(tmp_path):
+  config, folder = mixed_pool(tmp_path), tmp_path / 'run'
+  first = synthesize(config, folder)
+  pool = json.loads(pathlib.Path(config.pool).read_text())
+  pool[0]['weight'] = 5.0
+  pathlib.Path(config.pool).write_text(json.dumps(pool))
+  assert synthesize(config, folder)['fingerprints'] != first['fingerprints']
+  pool[0]['weight'] = 1.0
+  record(tmp_path, answers('yz', prompts=40), 'more.jsonl.gz')
+  pool.append({'name': 'more', 'kind': 'recorded', 'path': 'more.jsonl.gz'})
+  pathlib.Path(config.pool).write_text(json.dumps(pool))
+  synthesize(config, folder)
+  card, triplets = read(folder)
+  assert card['policies']['y']['triplets'] and {split: tfds.fingerprint(rows) for split, rows in triplets.items()} == card['fingerprints']
 
 
 def test_entries_divide_the_policies_of_a_file(tmp_path):
