@@ -223,3 +223,23 @@ def test_replies_of_several_parts(make):
 
   with Server(act=act) as server:
     assert make(server).sample(requests(3)) == usual(requests(3))
+
+
+def test_what_comes_between_requests_is_no_reply():
+  """Some servers say 408 before they close a connection that was idle."""
+
+  def act(handler, body):
+    send()(handler, body)
+    read.wait(5)
+    handler.wfile.write(b'HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n')
+    sent.set()
+
+  read, sent = threading.Event(), threading.Event()
+  with Server([act]) as server:
+    connection, body = Connection(None), b'{"seed": 1, "prompt": "p", "model": "m"}'
+    replies = [connection.post(f'{server.url}/x', {}, body, 5.0)]
+    read.set()
+    sent.wait(5)
+    replies += [connection.post(f'{server.url}/x', {}, body, 5.0) for _ in range(2)]
+    connection.close()
+    assert [reply.status for reply in replies] == [200] * 3 and server.connections == 2
