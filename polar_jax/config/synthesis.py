@@ -43,6 +43,13 @@ class PoolConfig:
     None,
     'Evaluation files, separated by commas: prompts that are in them, or share 13 words in a row with them, are left out. None: no file.',
   )
+  exclude_near: float | None = option(
+    None,
+    'With `exclude`: also leave out prompts that share at least this part of the 5-grams of words with a text there, by MinHash (extra '
+    'contamination). None: no.',
+    exclusive_min=0,
+    max=1,
+  )
   unit_prompts: int = option(64, 'Prompts of a unit of work, which is done whole or again.', min=1)
   max_in_flight: int = option(64, 'Most requests at a time to one address.', min=1)
   timeout: float = option(600.0, 'Seconds until a request to a server is given up and repeated.', exclusive_min=0)

@@ -26,16 +26,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polar_jax.evaluate.words import UNSPACED
+
 LOOP_PERIODS = 3  # copies of a repeated passage that are kept, enough to show that the policy loops
 MAX_WORDS, MAX_CHARACTERS = 64, 128  # of the longest passage whose repetition in the middle of a text counts as a loop
 MIN_UNSPACED, MIN_SYMBOLS = 16, 128  # characters of all copies of passages that are not words
 _AT_ONCE = 1 << 15  # characters whose words are hashed together: larger arrays are mapped anew each time, which takes three times as long
 _GRAM, _MIN_REPEATED = 4, 8  # a loop of at least MIN_UNSPACED characters has this many 4-grams that occurred before
 
-# Letters of scripts that do not separate words: Thai, Lao, Tibetan, Myanmar, Khmer, Japanese, Chinese.
-_UNSPACED = '\u0e01-\u0e30\u0e40-\u0e46\u0e81-\u0eb0\u0ec0-\u0ec6\u0f40-\u0f6c\u1000-\u102a\u1780-\u17b3'
-_UNSPACED += '\u3005-\u3007\u3041-\u3096\u30a1-\u30fa\u30fc\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U000323af'
-_IS_UNSPACED = re.compile(f'[{_UNSPACED}]')
+_IS_UNSPACED = re.compile(f'[{UNSPACED}]')
 _WORD, _SPACE = re.compile(r'\S+'), re.compile(r'\s')
 
 _CLOSERS = r'"\'”’»›)\]}*_`」』）】》〉］｝＂＇'

@@ -95,7 +95,7 @@ def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> Non
   """Leave out near duplicates, and prompts of evaluation files, once."""
   listed: list[dict[str, str]] = []
   exclude = [pathlib.Path(paths.path_of(name.strip())) for name in (config.exclude or '').split(',') if name.strip()]
-  wanted = [[[file.name, inputs.digest_of(file)] for file in exclude], store.num_prompts()]
+  wanted = [[[file.name, inputs.digest_of(file)] for file in exclude], config.exclude_near, store.num_prompts()]
   if store.fact('filtered') == wanted:
     return
   store.keep_prompts(_CONTAMINATION)  # of other files; those of finished units have no samples
@@ -106,7 +106,7 @@ def _filter(config: PoolConfig, store: Store, log: Callable[[str], None]) -> Non
     log(f'synthesize: {len(dropped):,} near duplicates among the prompts left out')
   if exclude:
     kept = list(store.all_prompts())
-    found = filters.contaminated([prompt.text for prompt in kept], exclude, None)
+    found = filters.contaminated([prompt.text for prompt in kept], exclude, config.exclude_near)
     store.drop_prompts([kept[i].index for i in found], _CONTAMINATION)
     listed = [{'prompt': kept[i].id, 'found_in': where} for i, where in found.items()]
     log(f'synthesize: {len(found):,} prompts left out that occur in {", ".join(file.name for file in exclude)}')

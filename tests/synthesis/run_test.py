@@ -392,6 +392,12 @@ def test_prompts_are_left_out_and_listed(tmp_path):
   synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.6}), tmp_path / 'run')  # without the evaluation file
   card, triplets = read(tmp_path / 'run')
   assert {row.prompt for row in triplets['train']} == {*prompts} - {prompts[1]} and card['contaminated'] == []
+  near = prompts[0].replace('market', 'shop').replace('Ben', 'Tom')  # shares no 13 words in a row
+  (tmp_path / 'bench.jsonl').write_text(json.dumps({'prompt': near}))
+  for exclude_near, count in ((None, 4), (0.9, 4), (0.25, 3)):
+    settings = {'near_duplicates': 0.6, 'exclude': str(tmp_path / 'bench.jsonl'), 'exclude_near': exclude_near}
+    synthesize(PoolConfig(**{**vars(config), **settings}), tmp_path / 'run')
+    assert len({row.prompt for row in read(tmp_path / 'run')[1]['train']}) == count
   with pytest.raises(UserError, match=r'a run with another near_duplicates \(0\.6, now 0\.0\); continue with the old setting'):
     synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.0}), tmp_path / 'run')
 
