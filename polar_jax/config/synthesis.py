@@ -56,13 +56,13 @@ class PoolConfig:
   patience: float = option(120.0, 'Seconds for which a request that fails is repeated before its policy is given up.', min=0)
   backend: str = option(
     'inline',
-    'Where policies without a server are sampled: in this process, in several local ones, or as tasks of a Ray cluster.',
+    'Where policies without a server are sampled: in this process, in several local ones, or by actors of a Ray cluster.',
     choices=('inline', 'processes', 'ray'),
   )
   processes: int = option(2, 'Processes of the backend processes.', min=1)
   ray_address: str | None = option(None, 'Address of the Ray cluster. None: RAY_ADDRESS if set, else one on this machine.')
-  cpus: float = option(1, 'CPUs of a task of the backend ray.', min=0)
-  gpus: float = option(0, 'GPUs of a task of the backend ray.', min=0)
+  cpus: float = option(1, 'CPUs that each actor of the backend ray reserves.', min=0)
+  gpus: float = option(0, 'GPUs that each actor of the backend ray reserves.', min=0)
   check: bool = option(False, 'Only show what each policy answers to three prompts.')
 
 

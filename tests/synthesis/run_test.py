@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from synthesis.server_stand_in import Server, reply_to, send
 from polar_jax.config import ConfigError, PoolConfig, parse
 from polar_jax.data import tfds
 from polar_jax.synthesis import run
-from polar_jax.types import UserError
+from polar_jax.types import Triplet, UserError
 
 NAMES = [f'p{i}' for i in range(6)]
 
@@ -240,6 +241,8 @@ def mixed_pool(folder, **changes):
 
 def test_the_same_samples_give_the_same_triplets_in_every_version(tmp_path):
   section = synthesize(mixed_pool(tmp_path), tmp_path / 'run', seed=3)
+  policies = read(tmp_path / 'run')[0]['policies'].values()
+  assert sum(facts['samples'] + facts['dropped'] for facts in policies) == 8 * 40 * 2  # each sample counts once
   assert {split.removeprefix('triplets/'): value[:16] for split, value in section['fingerprints'].items()} == {
     'train': '668f656c3ad09fed',
     'validation': '0e04b87fb694c7bb',
@@ -278,6 +281,10 @@ def test_what_is_complete_is_not_written_again(tmp_path, monkeypatch):
   (folder / 'data' / 'card.json').unlink()
   synthesize(config, folder)
   assert files().keys() == written.keys()
+  shutil.rmtree(folder / 'data' / 'triplets')
+  tfds.write(folder / 'data' / 'triplets', 'triplets', {'train': [Triplet('p', 'r', 'c', 'j')]}, '', {})  # whole, but of another run
+  synthesize(config, folder)
+  assert shard.read_bytes() == written[shard][1]
 
 
 def test_new_samples_and_other_facts_give_new_triplets(tmp_path):
