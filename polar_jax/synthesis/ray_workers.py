@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -83,6 +84,7 @@ class _Actors:
     self._waiting: collections.deque[_Task] = collections.deque()
     self._references: dict[Any, tuple[_Actor, _Task | None]] = {}  # of calls; None: of `start`
     self._given_up: set[str] = set()  # policies
+    self._known_room, self._looked = 0, -math.inf
     self._failed_starts, self._next_warning = 0, time.monotonic() + _BETWEEN_WARNINGS
 
   def run(self, tasks: Tasks, watch: Watch) -> Generator[Attempt, None, None]:
@@ -123,12 +125,15 @@ class _Actors:
       self._references[actor.handle.start.remote()] = actor, None
 
   def _room(self) -> int:
-    """Return the number of actors for which the nodes that are alive are large enough."""
+    """Return the number of actors for which the nodes that are alive are large enough, as it was a second ago at most."""
+    if (now := time.monotonic()) < self._looked + _POLL_SECONDS:
+      return self._known_room
     room = 0
     for node in self._ray.nodes():
       wanted = [(self._config.cpus, 'CPU'), (self._config.gpus, 'GPU')]
       limits = [node['Resources'].get(name, 0.0) / count for count, name in wanted if count]
       room += int(min(limits, default=1.0) + 1e-6) if node['Alive'] else 0
+    self._known_room, self._looked = room, now
     return room
 
   def _give(self) -> None:
