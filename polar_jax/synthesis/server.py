@@ -25,7 +25,8 @@ from typing import Any
 
 from polar_jax.config import ConfigError
 from polar_jax.runtime import json_files, urls
-from polar_jax.synthesis.addresses import Address, Addresses, Call, Connection, Reply, Stopped, TemporaryError, load_httpx
+from polar_jax.synthesis.addresses import Address, Addresses, Call, Stopped
+from polar_jax.synthesis.connection import Connection, Reply, TemporaryError
 from polar_jax.synthesis.samples import Failure, QuarantineError, Request, Sample
 from polar_jax.types import UserError
 
@@ -83,7 +84,7 @@ class ServerSampler:
     sleep: waits for some seconds; for tests.
 
   Raises:
-    ConfigError: the variable of the API key is missing, an address is not a URL, or httpx is not installed.
+    ConfigError: the variable of the API key is missing, or an address is not a URL.
   """
 
   def __init__(
@@ -94,7 +95,6 @@ class ServerSampler:
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
   ):
-    load_httpx()
     self._config, self._clock, self._sleep = config, clock, sleep
     self._key = _api_key(config.api_key_env)
     self._head, self._path = _head(config), '/chat/completions' if config.chat else '/completions'

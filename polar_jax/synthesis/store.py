@@ -273,12 +273,23 @@ class Store:
     """Return the number of requests without an answer by policy."""
     return dict(self._all('SELECT name, COUNT(*) FROM failures JOIN policies ON policy = number GROUP BY name ORDER BY name'))
 
+  def state(self, without: Sequence[str]) -> list[Any]:
+    """Return JSON values that differ if the samples, the prompts, or what they have cost do; no sample is read.
+
+    Args:
+      without: names of facts that do not count.
+    """
+    facts = [row for row in self._all('SELECT name, value FROM facts ORDER BY name') if row[0] not in (*without, 'runs')]
+    units = self._all('SELECT name, COUNT(*), SUM(shard) FROM units JOIN policies ON policy = number GROUP BY name ORDER BY name')
+    return [facts, units, self.count_prompts('split'), self.count_prompts('dropped'), self.costs()]
+
   def samples(self, low: int, high: int, split: str) -> list[Stored]:
     """Return the samples of the prompts of a split low <= number < high that were not dropped, by prompt, policy and number."""
     names = {number: name for name, number in self._numbers.items()}
     rows = self._all(
-      'SELECT prompt, policy, sample, s.text, ended FROM samples s JOIN prompts ON prompt = number '
-      'WHERE prompt >= ? AND prompt < ? AND split = ? AND dropped IS NULL ORDER BY prompt, policy, sample',
+      # CROSS JOIN: the prompts are looked at first, so that no sample of another split is read.
+      'SELECT prompt, policy, sample, s.text, ended FROM prompts CROSS JOIN samples s ON prompt = number '
+      'WHERE number >= ? AND number < ? AND split = ? AND dropped IS NULL ORDER BY number, policy, sample',
       (low, high, split),
     )
     return [Stored(prompt, names[policy], sample, text, bool(ended)) for prompt, policy, sample, text, ended in rows]

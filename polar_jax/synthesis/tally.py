@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from polar_jax.types import Triplet
+from polar_jax.synthesis.pairing import Triple
 
 ROLES = ('reference', 'chosen', 'rejected')
 TEXTS = ('prompt', *ROLES)
@@ -64,12 +65,19 @@ class Lengths:
   def __init__(self) -> None:
     self.count, self.total, self.longest, self.bins = 0, 0, 0, [0] * _BINS
 
-  def add(self, length: int) -> None:
-    self.count += 1
-    self.total += length
-    self.bins[length.bit_length()] += 1
+  def add(self, length: int, times: int = 1) -> None:
+    self.count += times
+    self.total += times * length
+    self.bins[length.bit_length()] += times
     if length > self.longest:
       self.longest = length
+
+  def add_all(self, lengths: Sequence[int]) -> None:
+    self.count += len(lengths)
+    self.total += sum(lengths)
+    self.longest = max(self.longest, *lengths)
+    for length in lengths:
+      self.bins[length.bit_length()] += 1
 
   def to_json(self) -> dict[str, Any]:
     """Return count, mean, maximum, and a histogram: from the least length of a bin (0, 1, 2, 4, 8, ...) to the texts in it."""
@@ -121,10 +129,10 @@ class Tally:
 
   Attributes:
     rows: triplets by split.
-    roles: role -> triplets by policy, which `<role>_policy` in the metadata names.
+    roles: role -> triplets by the policy of this sample.
     lengths: in characters, by text of a triplet.
     scripts: triplets by the script of most letters in the first 200 characters of the prompt; `OTHER` if it has none of SCRIPTS.
-    difficulty: triplets by `difficulty` in the metadata.
+    difficulty: triplets by what their policies have in common.
     dropped: samples by the reason why they were dropped.
   """
 
@@ -136,23 +144,16 @@ class Tally:
     self.difficulty: collections.Counter[str] = collections.Counter()
     self.dropped: collections.Counter[str] = collections.Counter()
 
-  def update(self, triplet: Triplet, split: str) -> None:
-    """Count a triplet of a split; its texts are strings."""
-    self.rows[split] += 1
-    metadata, lengths, roles = triplet.metadata, self.lengths, self.roles
-    if 'reference_policy' in metadata:
-      roles['reference'][metadata['reference_policy']] += 1
-    if 'chosen_policy' in metadata:
-      roles['chosen'][metadata['chosen_policy']] += 1
-    if 'rejected_policy' in metadata:
-      roles['rejected'][metadata['rejected_policy']] += 1
-    if 'difficulty' in metadata:
-      self.difficulty[str(metadata['difficulty'])] += 1
-    lengths['prompt'].add(len(triplet.prompt))
-    lengths['reference'].add(len(triplet.reference))
-    lengths['chosen'].add(len(triplet.chosen))
-    lengths['rejected'].add(len(triplet.rejected))
-    self.scripts[script_of(triplet.prompt)] += 1  # type: ignore[arg-type]  # a string, see above
+  def update(self, split: str, prompt: str, triples: Sequence[Triple], difficulties: Iterable[str]) -> None:
+    """Count the triplets of a prompt in one split, of which there is at least one, with the difficulty of each."""
+    count = len(triples)
+    self.rows[split] += count
+    self.scripts[script_of(prompt)] += count
+    self.difficulty.update(difficulties)
+    self.lengths['prompt'].add(len(prompt), count)
+    for role, samples in zip(ROLES, zip(*triples, strict=True), strict=True):
+      self.roles[role].update([sample.policy for sample in samples])
+      self.lengths[role].add_all([len(sample.text) for sample in samples])
 
   def to_json(self) -> dict[str, Any]:
     """Return all counts but those by policy, which belong to the policies, with sorted keys."""

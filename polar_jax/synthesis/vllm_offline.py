@@ -1,4 +1,4 @@
-"""Policies that vLLM samples in this process, without a server: for clusters, with the backend ray."""
+"""Policies that vLLM samples in this process, without a server: for clusters, with the backend ray, whose actors keep it."""
 
 from __future__ import annotations
 

@@ -6,23 +6,19 @@ Each backend is a generator that takes (policy, unit) pairs and yields every uni
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import multiprocessing
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from polar_jax.config import ConfigError, PoolConfig
-from polar_jax.runtime import ray_cluster
 from polar_jax.synthesis.plan import Unit
 from polar_jax.synthesis.pool import PolicySpec
 from polar_jax.synthesis.samples import Failure, QuarantineError, Request, Sample, Sampler
-from polar_jax.types import UserError, one_line
+from polar_jax.types import UserError
 
 _POLL_SECONDS = 0.2
 _AHEAD = 2  # units in flight for each worker, so that none waits for this process
-_RAY_AHEAD = 256
-_RETRIES = 10  # of a Ray task whose node dies; after that the policy itself is assumed to be the cause
 
 
 class Attempt(NamedTuple):
@@ -82,7 +78,11 @@ def run(config: PoolConfig, tasks: Tasks, watch: Watch) -> Generator[Attempt, No
   """
   if config.backend == 'inline':
     return _inline(tasks, watch)
-  return _processes(tasks, watch, config.processes) if config.backend == 'processes' else _ray(tasks, watch, config)
+  if config.backend == 'processes':
+    return _processes(tasks, watch, config.processes)
+  from polar_jax.synthesis import ray_workers  # which needs this module
+
+  return ray_workers.run(config, tasks, watch)
 
 
 def _inline(tasks: Tasks, watch: Watch) -> Generator[Attempt, None, None]:
@@ -134,38 +134,3 @@ def _processes(tasks: Tasks, watch: Watch, workers: int) -> Generator[Attempt, N
 def _ignore_signals() -> None:
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
-
-
-def _ray(tasks: Tasks, watch: Watch, config: PoolConfig) -> Generator[Attempt, None, None]:
-  """Run units as Ray tasks. Ray repeats a task whose node dies."""
-  ray_cluster.check('synthesize.backend')
-  with ray_cluster.connected(config.ray_address) as ray:
-    # On CPUs a process keeps its policy for the next unit. One that holds a GPU ends after its unit, because Ray gives its GPU to the next.
-    options = {'num_cpus': config.cpus, 'num_gpus': config.gpus, 'max_calls': 1 if config.gpus else 0, 'max_retries': _RETRIES}
-    remote = ray.remote(**options)(sample_unit)
-    running: dict[Any, Unit] = {}
-    try:
-      while True:
-        for spec, unit in itertools.islice(tasks, _RAY_AHEAD - len(running)):
-          running[remote.remote(spec, unit.requests)] = unit
-        if not running:
-          return
-        ready, _ = ray.wait([*running], timeout=1.0)
-        watch()
-        for reference in ready:
-          yield _ray_attempt(ray, reference, running.pop(reference))
-    finally:
-      for reference in running:
-        ray.cancel(reference, force=False)
-
-
-def _ray_attempt(ray: Any, reference: Any, unit: Unit) -> Attempt:
-  try:
-    return Attempt(unit, *ray.get(reference))
-  except ray.exceptions.RayTaskError as error:
-    cause = error.cause
-    if isinstance(cause, UserError) and not isinstance(cause, QuarantineError):
-      raise cause from error
-    return Attempt(unit, QuarantineError(one_line(str(cause))), {})
-  except ray.exceptions.RayError as error:
-    return Attempt(unit, QuarantineError(f'Ray gave up its task: {one_line(str(error))}'), {})

@@ -286,6 +286,13 @@ def test_shards_are_cut_by_size_and_the_same_triplets_give_the_same_bytes(tmp_pa
   assert [t.prompt for t in opened['train']] == [f'p{i}' for i in range(30)]
 
 
+def test_records_can_be_read_one_by_one(tmp_path, caplog):
+  """The reader logs an error about files whose records are in groups."""
+  tfds.write(tmp_path, 'some', {'train': make_examples(30)}, '', {})
+  opened = tfds.open_triplets(tmp_path)['train']
+  assert opened[17].prompt == 'p17' and not caplog.records
+
+
 def test_fingerprints_and_checksums_are_of_what_was_written(tmp_path):
   written = tfds.write(tmp_path, 'some', {'train': iter(make_examples(4)), 'other': iter(make_examples(2))}, '', {})
   assert written.folder == tmp_path / 'some' / tfds.VERSION and written.rows == {'train': 4, 'other': 2}

@@ -10,6 +10,20 @@ def test_words_are_lower_case_and_without_punctuation():
   assert words.words_of('...') == []
 
 
+@pytest.mark.parametrize(
+  ('text', 'found'),
+  [
+    ('今天下雨。', ['今', '天', '下', '雨']),
+    ('東京タワーへGPT-4と行く', ['東', '京', 'タ', 'ワ', 'ー', 'へ', 'gpt', '4', 'と', '行', 'く']),
+    ('กขค 12', ['ก', 'ข', 'ค', '12']),
+    ('𠀀𠀁x_1', ['𠀀', '𠀁', 'x_1']),
+    ('안녕 세계 Привет état', ['안녕', '세계', 'привет', 'état']),  # spaced scripts
+  ],
+)
+def test_letters_of_scripts_without_spaces_are_words(text, found):
+  assert words.words_of(text) == found
+
+
 def test_ngrams_are_all_runs_of_n_and_none_of_a_shorter_sequence():
   assert words.ngrams('abab', 2) == {('a', 'b'), ('b', 'a')}
   assert words.ngrams([1, 2, 3], 3) == {(1, 2, 3)}

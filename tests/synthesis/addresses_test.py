@@ -17,8 +17,6 @@ from polar_jax.synthesis import server as server_lib
 from polar_jax.synthesis.samples import Request
 from polar_jax.synthesis.server import Addresses, ServerSampler, Stopped
 
-pytestmark = pytest.mark.needs('httpx')
-
 
 @pytest.fixture
 def make():

@@ -15,6 +15,7 @@ import pytest
 from polar_jax.data import tfds
 from polar_jax.synthesis import card as cards
 from polar_jax.synthesis import card_plots, tally
+from polar_jax.synthesis.pairing import Candidate
 from polar_jax.types import Triplet
 
 HAN = '\u4f60\u597d'
@@ -32,14 +33,20 @@ def make_triplets(n):
     texts = ['x' * int(length) for length in rng.integers(0, 3000, 4)]
     texts[0] = (HAN, '', '12 ', 'abc ')[i % 4] + texts[0] * (i % 4 == 3)
     names = {'reference_policy': f'a{i % 3}', 'chosen_policy': f'a{i % 3}', 'rejected_policy': f'a{i % 5}'}
-    out.append((Triplet(*texts, metadata={**names, 'difficulty': i % 2}), 'train' if i % 7 else 'validation'))
+    out.append((Triplet(*texts, metadata={**names, 'difficulty': str(i % 2)}), 'train' if i % 7 else 'validation'))
   return out
+
+
+def count(found, triplet, split):
+  metadata = triplet.metadata
+  triple = tuple(Candidate(metadata[f'{role}_policy'], 0, getattr(triplet, role)) for role in tally.ROLES)
+  found.update(split, triplet.prompt, [triple], [metadata['difficulty']])
 
 
 def counted(triplets):
   out = tally.Tally()
   for triplet, split in triplets:
-    out.update(triplet, split)
+    count(out, triplet, split)
   return out
 
 
@@ -76,9 +83,13 @@ def test_a_tally_counts_what_a_list_holds():
   assert found.difficulty == {'0': 150, '1': 150} and found.scripts == {'Han': 75, 'other': 150, 'Latin': 75}
 
 
-def test_triplets_without_provenance_are_counted_too():
-  found = counted([(Triplet('p', 'r', 'c', 'j'), 'train')])
-  assert found.rows == {'train': 1} and not any(found.roles.values()) and not found.difficulty
+def test_the_triplets_of_a_prompt_are_counted_together():
+  one, several = tally.Tally(), tally.Tally()
+  triples = [tuple(Candidate(name, 0, 'x' * (10 * i + j)) for j, name in enumerate('aab')) for i in range(5)]
+  several.update('train', 'Why?', triples, ['near_to'] * 2 + ['other'] * 3)
+  for i, triple in enumerate(triples):
+    one.update('train', 'Why?', [triple], ['near_to' if i < 2 else 'other'])
+  assert one.to_json() == several.to_json() and one.roles == several.roles and several.rows == {'train': 5}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +186,7 @@ def test_a_card_describes_a_data_set_that_was_written(tmp_path):
 
   def passing():
     for triplet, _ in make_triplets(20):
-      found.update(triplet, 'train')
+      count(found, triplet, 'train')
       yield triplet
 
   written = tfds.write(tmp_path, 'triplets', {'train': passing()}, '', {})

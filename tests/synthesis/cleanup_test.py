@@ -79,7 +79,7 @@ def slow_loop(text, ended):
 @given(st.lists(st.tuples(samples(), st.booleans()), max_size=6))
 def test_loops_against_a_search_for_all_runs(batch):
   with pytest.MonkeyPatch.context() as patch:
-    for name, value in {'MIN_SYMBOLS': 24, 'MAX_WORDS': 3, 'MAX_CHARACTERS': 4, '_AT_ONCE': 4}.items():
+    for name, value in {'MIN_SYMBOLS': 24, 'MAX_WORDS': 3, 'MAX_CHARACTERS': 4, '_AT_ONCE': 40}.items():
       patch.setattr(cleanup, name, value)
     cleaned = cleanup.clean([text for text, _ in batch], [ended for _, ended in batch])
     loops = [slow_loop(text, ended) for text, ended in batch]

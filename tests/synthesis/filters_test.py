@@ -77,11 +77,11 @@ def test_prompts_are_found_by_text_and_by_thirteen_words(tmp_path):
     '',
   ]
   expected = {0: 'math.jsonl, row 3', 1: 'math.jsonl, row 2', 4: 'more.jsonl.gz, row 1'}
-  assert filters.contaminated(prompts, [first, second]) == expected
-  assert filters.contaminated(prompts, [second, first]) == dict.fromkeys([0, 1, 4], 'more.jsonl.gz, row 1')
-  assert filters.contaminated(prompts, []) == {} == filters.contaminated([], [first])
+  assert filters.contaminated(prompts, [first, second], None) == expected
+  assert filters.contaminated(prompts, [second, first], None) == dict.fromkeys([0, 1, 4], 'more.jsonl.gz, row 1')
+  assert filters.contaminated(prompts, [], None) == {} == filters.contaminated([], [first], None)
   with pytest.raises(UserError, match=r'nothing\.jsonl: no such file'):
-    filters.contaminated(prompts, [tmp_path / 'nothing.jsonl'])
+    filters.contaminated(prompts, [tmp_path / 'nothing.jsonl'], None)
 
 
 @settings(deadline=None, max_examples=60)
@@ -93,7 +93,7 @@ def test_against_the_search_of_evaluation(tmp_path_factory, prompts, rows, at_on
   file = write(tmp_path_factory.mktemp('files') / 'test.jsonl', [{'a': [row]} for row in rows])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(filters, '_AT_ONCE', at_once)
-    found = filters.contaminated(prompts, [file])
+    found = filters.contaminated(prompts, [file], None)
   assert found == contamination.find([Item(str(i), prompt, ('a', 'b'), sets.pair()) for i, prompt in enumerate(prompts)], [file])
 
 
@@ -103,12 +103,28 @@ def test_near_prompts_are_found(tmp_path):
   changed = [*text[:10], 'x', *text[11:21], 'x', *text[22:32], 'x', *text[33:]]  # no 13-gram stays
   file = write(tmp_path / 'test.jsonl', [{'a': 'other'}, {'a': ' '.join(text)}, {'a': ' '.join(changed)}])
   prompts = [' '.join(changed), 'w1 w2 w3 w4 w5 w6', ' '.join(reversed(text)), 'w1']
-  assert filters.contaminated(prompts, [file]) == {0: 'test.jsonl, row 3'}
+  assert filters.contaminated(prompts, [file], None) == {0: 'test.jsonl, row 3'}
   assert filters.contaminated(prompts, [file], near=0.3) == {0: 'test.jsonl, row 2'}
   assert filters.contaminated(prompts, [file], near=0.9) == {0: 'test.jsonl, row 3'}
 
 
 def test_near_prompts_need_datasketch(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match='filter of prompts near to files of evaluation needs datasketch'):
+  with pytest.raises(UserError, match=r'synthesize\.exclude_near needs datasketch'):
     filters.contaminated(['a'], [], near=0.5)
+
+
+CHINESE = '从旧港口到火车站，下雨天走哪条路最近？请说明你的理由，并画出一张地图。'  # noqa: RUF001
+
+
+@pytest.mark.needs('datasketch')
+def test_scripts_without_spaces(tmp_path):
+  japanese = '雨の日に古い港から鉄道の駅まで歩くなら、どの道が一番近いですか。理由も教えてください。'
+  changed = CHINESE.replace('火车', '汽车').replace('画出', '描绘')
+  assert filters.near_duplicates([CHINESE, japanese, changed, CHINESE[::-1], f'{japanese}!'], 0.4) == [2, 4]
+  assert filters.near_duplicates([CHINESE, changed], 0.9) == []
+  file = write(tmp_path / 'test.jsonl', [{'q': '问：' + CHINESE[:20]}, {'q': f'「{japanese}」'}, {'q': '好的'}])  # noqa: RUF001
+  prompts = [CHINESE, CHINESE[9:], japanese, CHINESE[22:], '好的', '好的吗']
+  expected = {0: 'test.jsonl, row 1', 2: 'test.jsonl, row 2', 4: 'test.jsonl, row 3'}
+  assert filters.contaminated(prompts, [file], None) == expected
+  assert contamination.find([Item(str(i), prompt, ('a', 'b'), sets.pair()) for i, prompt in enumerate(prompts)], [file]) == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import sys
 import types
@@ -151,68 +150,3 @@ def test_processes_give_what_this_process_gives(tmp_path):
     results[backend] = {(a.unit.policy, a.unit.shard): (str(a.results), a.counts) for a in attempts}
   assert results['inline'] == results['processes'] and len(results['inline']) == 9
   assert 'cannot be read' in results['inline']['c', 0][0] and results['inline']['a', 0][1]['requests'] == 2
-
-
-class FakeRay(types.ModuleType):
-  """What the backend calls of Ray, in this process. The first task of a lost node is run again, as Ray does."""
-
-  def __init__(self, fails=lambda spec, requests: None):
-    super().__init__('ray')
-    self.__spec__ = importlib.machinery.ModuleSpec('ray', None)
-    self.calls, self.fails, self.cancelled = [], fails, []
-    self.exceptions = types.SimpleNamespace(RayError=type('RayError', (Exception,), {}))
-
-    class TaskError(self.exceptions.RayError):
-      def __init__(self, cause):
-        super().__init__(str(cause))
-        self.cause = cause
-
-    self.exceptions.RayTaskError = TaskError
-
-  def is_initialized(self):
-    return False
-
-  def init(self, **settings):
-    self.calls.append(settings['address'])
-
-  def shutdown(self):
-    self.calls.append('shutdown')
-
-  def remote(self, **options):
-    self.calls.append(options)
-    return lambda task: types.SimpleNamespace(remote=lambda *arguments: functools.partial(task, *arguments))
-
-  def wait(self, references, timeout):
-    return references[:2], references[2:]
-
-  def get(self, reference):
-    if error := self.fails(*reference.args):
-      raise error
-    try:
-      return reference()
-    except Exception as error:
-      raise self.exceptions.RayTaskError(error) from error
-
-  def cancel(self, reference, force):
-    self.cancelled.append(reference)
-
-
-def test_ray(tmp_path, monkeypatch):
-  lost = lambda spec, requests: ray.exceptions.RayError('node died') if spec.name == 'b' else None
-  monkeypatch.setitem(sys.modules, 'ray', ray := FakeRay(lost))
-  specs = [ngram_spec(tmp_path, 'a'), ngram_spec(tmp_path, 'b'), PolicySpec('c', 'ngram', settings={'path': ['/none.txt']})]
-  config = PoolConfig(backend='ray', ray_address='host:1', cpus=3, gpus=1)
-  attempts = list(workers.run(config, units_of(*specs), lambda: None))
-  assert ray.calls == ['host:1', {'num_cpus': 3, 'num_gpus': 1, 'max_calls': 1, 'max_retries': 10}, 'shutdown']
-  inline = list(workers.run(PoolConfig(), units_of(specs[0]), lambda: None))
-  assert [a for a in attempts if a.unit.policy == 'a'] == inline
-  reasons = {str(a.results) for a in attempts if a.unit.policy != 'a'}
-  assert len(attempts) == 9 and 'Ray gave up its task: node died' in reasons and any('cannot be read' in reason for reason in reasons)
-  wrong = PolicySpec('d', 'ngram', temperature=0.01, settings=specs[0].settings)
-  with pytest.raises(ConfigError, match='temperature is'):  # a setting, not a policy that is down
-    list(workers.run(config, units_of(wrong), lambda: None))
-  assert ray.cancelled and ray.calls[-1] == 'shutdown'
-  monkeypatch.setitem(sys.modules, 'ray', None)
-  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-  with pytest.raises(ConfigError, match=r"pip install 'polar_jax\[ray\]'"):
-    list(workers.run(config, units_of(wrong), lambda: None))

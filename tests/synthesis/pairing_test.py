@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 import math
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polar_jax.data import records
 from polar_jax.synthesis import pairing
 from polar_jax.synthesis.pairing import Candidate, PairingRules, PolicyFacts
 from polar_jax.synthesis.samples import PoolPrompt
@@ -25,6 +28,27 @@ def prompt(split='train', kind='prefix', name='p0'):
 
 def samples(policies='abcdef', count=2):
   return [Candidate(policy, i, f'{policy}{i}') for policy in policies for i in range(count)]
+
+
+class Drawn(NamedTuple):
+  triplets: dict[str, list[Triplet]]
+  counts: dict[str, int]
+
+
+def draw(pairer, asked, candidates):
+  """Return what is drawn, as a reader gets it. The bytes that are stored are those of the general encoding."""
+  made, triplets = pairer.pair(asked, candidates), {}
+  for split, triples in made.triples.items():
+    triplets[split] = []
+    for fields in pairer.fields(asked, triples):
+      *texts, metadata = (part.decode() for part in fields[0])
+      triplets[split].append(Triplet(*texts, json.loads(metadata)))
+      assert records.fields_of(triplets[split][-1]) == fields
+  return Drawn(triplets, made.counts)
+
+
+def pair(asked, candidates, facts, rules):
+  return draw(pairing.Pairer(facts, rules), asked, candidates)
 
 
 def key(triplet):
@@ -66,10 +90,10 @@ def pools(draw):
 def test_against_a_list_of_all_triples(pool):
   facts, candidates, rules, split, random = pool
   asked = prompt(split)
-  result = pairing.pair(asked, candidates, facts, rules)
+  result = pair(asked, candidates, facts, rules)
   shuffled = list(candidates)
   random.shuffle(shuffled)
-  assert pairing.pair(asked, shuffled, dict(reversed(facts.items())), rules) == result
+  assert pair(asked, shuffled, dict(reversed(facts.items())), rules) == result
 
   splits = {split: False} | ({'unseen_policies': True} if split == 'unseen_prompts' else {})
   texts = {(c.policy, c.sample): c.text for c in candidates}
@@ -104,7 +128,7 @@ def test_against_a_list_of_all_triples(pool):
 def test_a_triplet_has_all_fields():
   facts = {'a': PolicyFacts(1.0, 'llama', near_to=('b',)), 'b': PolicyFacts(1.0)}
   candidates = [Candidate('a', 3, 'one'), Candidate('a', 5, 'two'), Candidate('b', 0, 'three')]
-  both = [pairing.pair(prompt(kind=kind), candidates, facts, PairingRules(9)).triplets for kind in ('prefix', 'instruction')]
+  both = [pair(prompt(kind=kind), candidates, facts, PairingRules(9)).triplets for kind in ('prefix', 'instruction')]
   expected = Triplet('Once upon', 'one', 'two', 'three', 'pretrain', 'llama')
   (found,) = (t for t in both[0]['train'] if t.reference == 'one')
   assert dataclasses.replace(found, metadata={}) == expected
@@ -121,13 +145,23 @@ def test_a_triplet_has_all_fields():
   assert len(both[0]['train']) == 2 and {t.wrapper for t in both[1]['train']} == {'sft'}
 
 
+def test_names_are_stored_as_json_and_families_as_text():
+  name, family = 'a "quoted" \\ é 🦜', 'Ünï "x"'
+  facts = {name: PolicyFacts(1.0, family), 'b': PolicyFacts(1.0)}
+  candidates = [Candidate(name, 0, 'één\n'), Candidate(name, 1, '二'), Candidate('b', 0, '\x00"')]
+  (found, _) = pair(prompt(name='id "1" é'), candidates, facts, PairingRules(9)).triplets['train']
+  assert found.metadata['reference_policy'] == name and found.category == family and found.metadata['prompt_id'] == 'id "1" é'
+  with pytest.raises(ValueError, match='policy a: its family is not valid Unicode'):
+    pairing.Pairer({'a': PolicyFacts(1.0, 'x\ud800')}, PairingRules(1))
+
+
 def test_draws_depend_on_seed_and_prompt_alone():
   rules = PairingRules(4, 0.5, 1)
   pairer = pairing.Pairer(MAKE, rules)
-  draws = [[key(t) for t in pairer.pair(prompt(name=f'p{i}'), samples()).triplets['train']] for i in range(20)]
-  again = [[key(t) for t in pairing.pair(prompt(name=f'p{i}'), samples(), MAKE, rules).triplets['train']] for i in reversed(range(20))]
+  draws = [[key(t) for t in draw(pairer, prompt(name=f'p{i}'), samples()).triplets['train']] for i in range(20)]
+  again = [[key(t) for t in pair(prompt(name=f'p{i}'), samples(), MAKE, rules).triplets['train']] for i in reversed(range(20))]
   assert again[::-1] == draws and len(set(map(tuple, draws))) == 20
-  assert [key(t) for t in pairing.pair(prompt(), samples(), MAKE, PairingRules(4, 0.5, 2)).triplets['train']] != draws[0]
+  assert [key(t) for t in pair(prompt(), samples(), MAKE, PairingRules(4, 0.5, 2)).triplets['train']] != draws[0]
   # Fixed, so that the same data can be made again.
   assert draws[0] == [('e', 1, 0, 'b', 0), ('d', 1, 0, 'b', 0), ('f', 1, 0, 'a', 1), ('b', 1, 0, 'a', 0)]
 
@@ -136,20 +170,20 @@ def test_draws_depend_on_seed_and_prompt_alone():
 def test_pairs_are_spread_over_policies(near_share):
   facts = {name: PolicyFacts(100.0 if name == 'a' else 1.0) for name in 'abcdef'}
   for wanted in range(1, 31):
-    drawn = pairing.pair(prompt(), samples(), facts, PairingRules(wanted, near_share)).triplets['train']
+    drawn = pair(prompt(), samples(), facts, PairingRules(wanted, near_share)).triplets['train']
     made = collections.Counter(t.metadata['reference_policy'] for t in drawn)
     assert sum(made.values()) == wanted and max(made.values()) - min(made[name] for name in facts) <= 1
     assert all(key(a)[0] != key(b)[0] for a, b in itertools.combinations(drawn[:6], 2))
   # A policy with one sample is only ever rejected; the others go on when one has given all that it can.
   few = [*samples('ab', 3), Candidate('c', 0, 'c0')]
-  drawn = pairing.pair(prompt(), few, facts, PairingRules(1000, near_share)).triplets['train']
+  drawn = pair(prompt(), few, facts, PairingRules(1000, near_share)).triplets['train']
   assert collections.Counter(key(t)[0] for t in drawn) == {'a': 6 * 4, 'b': 6 * 4}
 
 
 def test_policies_are_drawn_by_weight():
   facts = {name: PolicyFacts(weight) for name, weight in zip('abcd', (1.0, 2.0, 3.0, 6.0), strict=True)}
   pairer = pairing.Pairer(facts, PairingRules(1))
-  drawn = [pairer.pair(prompt(name=str(i)), samples('abcd')).triplets['train'][0] for i in range(4000)]
+  drawn = [draw(pairer, prompt(name=str(i)), samples('abcd')).triplets['train'][0] for i in range(4000)]
   made, lost = (collections.Counter(t.metadata[f'{role}_policy'] for t in drawn) for role in ('chosen', 'rejected'))
   for name, fact in facts.items():
     share = fact.weight / 12
@@ -165,7 +199,7 @@ def rejected_of(policy, facts, near_share, policies, prompts=700):
   pairer = pairing.Pairer(facts, PairingRules(len(policies), near_share))
   found = collections.Counter()
   for i in range(prompts):
-    triplets = pairer.pair(prompt(name=str(i)), samples(policies)).triplets['train']
+    triplets = draw(pairer, prompt(name=str(i)), samples(policies)).triplets['train']
     found.update(t.metadata['rejected_policy'] for t in triplets if t.metadata['reference_policy'] == policy)
   return {name: count / prompts for name, count in found.items()}
 
@@ -201,27 +235,27 @@ def test_held_out_policies_meet_each_other_on_unseen_prompts_only():
   facts = {name: PolicyFacts(1.0, held_out=name in 'ef') for name in 'abcdef'}
   rules = PairingRules(1000, 0.5)
   for split in ('train', 'validation'):
-    result = pairing.pair(prompt(split), samples(), facts, rules)
+    result = pair(prompt(split), samples(), facts, rules)
     assert set(result.triplets) == {split} and result.counts['held_out'] == 4 and result.counts['too_few'] == 0
     assert {key(t)[i] for t in result.triplets[split] for i in (0, 3)} == set('abcd')
-  triplets = pairing.pair(prompt('unseen_prompts'), samples(), facts, rules).triplets
+  triplets = pair(prompt('unseen_prompts'), samples(), facts, rules).triplets
   assert {name: {key(t)[i] for t in part for i in (0, 3)} for name, part in triplets.items()} == {
     'unseen_prompts': set('abcd'),
     'unseen_policies': set('ef'),
   }
-  assert pairing.pair(prompt('unseen_prompts'), samples('ae'), facts, rules).counts['too_few'] == 2
+  assert pair(prompt('unseen_prompts'), samples('ae'), facts, rules).counts['too_few'] == 2
   only_one = {name: PolicyFacts(1.0, held_out=name == 'f') for name in 'abcdef'}
-  assert pairing.pair(prompt('unseen_prompts'), samples(), only_one, rules).counts['too_few'] == 0
+  assert pair(prompt('unseen_prompts'), samples(), only_one, rules).counts['too_few'] == 0
 
 
 def test_what_cannot_be_used_is_refused():
   with pytest.raises(ValueError, match='two samples 1 of policy a'):
-    pairing.pair(prompt(), [*samples(), Candidate('a', 1, 'other')], MAKE, PairingRules(1))
+    pair(prompt(), [*samples(), Candidate('a', 1, 'other')], MAKE, PairingRules(1))
   with pytest.raises(ValueError, match='no facts of policy z'):
-    pairing.pair(prompt(), samples('az'), MAKE, PairingRules(1))
+    pair(prompt(), samples('az'), MAKE, PairingRules(1))
   for bad in (prompt('unseen_policies'), prompt(kind='chat')):
     with pytest.raises(ValueError, match='unknown kind or split'):
-      pairing.pair(bad, samples(), MAKE, PairingRules(1))
+      pair(bad, samples(), MAKE, PairingRules(1))
   for weight in (0.0, -1.0, math.nan, math.inf):
     with pytest.raises(ValueError, match='policy a: its weight must be positive'):
       pairing.Pairer({'a': PolicyFacts(weight)}, PairingRules(1))

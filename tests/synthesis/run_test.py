@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import importlib.util
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +21,7 @@ from synthesis.server_stand_in import Server, reply_to, send
 from polar_jax.config import ConfigError, PoolConfig, parse
 from polar_jax.data import tfds
 from polar_jax.synthesis import run
-from polar_jax.types import UserError
-
-pytestmark = pytest.mark.needs('httpx')
+from polar_jax.types import Triplet, UserError
 
 NAMES = [f'p{i}' for i in range(6)]
 
@@ -225,6 +225,84 @@ def test_recorded_answers(tmp_path):
     assert row.reference.split(' in ')[0] == row.chosen.split(' in ')[0] != row.rejected.split(' in ')[0]
 
 
+def mixed_pool(folder, **changes):
+  """Write recorded answers of eight policies, some of them loops, empty or equal, and return settings that use every split."""
+  rows = answers('abcdefgh', prompts=40)
+  for number, row in enumerate(rows):
+    row['response'] = {3: ' ', 5: 'I know. ' * 9, 7: 'The same.', 11: '我不知道。' * 5}.get(number % 17, row['response'])
+  entries = [
+    {'name': 'all', 'near_to': ['b']},
+    *({'name': name, 'held_out': True, 'family': 'x'} for name in 'gh'),
+    {'name': 'b', 'size': 7},
+  ]
+  config = recorded_pool(folder, entries, rows)
+  return dataclasses.replace(config, **{'validation_share': 0.2, 'unseen_share': 0.3, 'near_share': 0.5, 'pairs_per_prompt': 9} | changes)
+
+
+def test_the_same_samples_give_the_same_triplets_in_every_version(tmp_path):
+  section = synthesize(mixed_pool(tmp_path), tmp_path / 'run', seed=3)
+  policies = read(tmp_path / 'run')[0]['policies'].values()
+  assert sum(facts['samples'] + facts['dropped'] for facts in policies) == 8 * 40 * 2  # each sample counts once
+  assert {split.removeprefix('triplets/'): value[:16] for split, value in section['fingerprints'].items()} == {
+    'train': '668f656c3ad09fed',
+    'validation': '0e04b87fb694c7bb',
+    'unseen_prompts': 'c00b6308d0c13f0b',
+    'unseen_policies': '28c698daed72f794',
+  }
+
+
+def test_what_is_complete_is_not_written_again(tmp_path, monkeypatch):
+  lines, config, folder = [], mixed_pool(tmp_path), tmp_path / 'run'
+  kept = lambda: (path for path in (folder / 'data').rglob('*') if path.is_file() and path.suffix != '.sqlite')
+  files = lambda: {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in kept()}
+  first = synthesize(config, folder)
+  written = files()
+  again = synthesize(config, folder, lines.append)
+  assert files() == written and again['rows'] == first['rows'] and again['fingerprints'] == first['fingerprints']
+  assert 'they were there, of the same samples and settings' in lines[-1] and 'train ' in lines[-1]
+
+  more = dataclasses.replace(config, pairs_per_prompt=10)
+  with monkeypatch.context() as patch:
+    patch.setattr(tfds, '_write_info', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      synthesize(more, folder)
+  assert files() == written and not list((folder / 'data').glob('incomplete*'))
+  assert sum(synthesize(more, folder)['rows'].values()) > sum(first['rows'].values())
+  assert {split: len(rows) for split, rows in read(folder)[1].items()} == read(folder)[0]['rows'] and files().keys() == written.keys()
+  assert synthesize(config, folder)['fingerprints'] == first['fingerprints']
+  assert {path: content for path, (_, content) in files().items()} == {path: content for path, (_, content) in written.items()}
+
+  (shard,) = (folder / 'data' / 'triplets').rglob('*train*')
+  shard.write_bytes(b'x' + shard.read_bytes()[1:])
+  (folder / 'data' / 'incomplete.triplets').mkdir()  # of a run that was killed
+  assert synthesize(config, folder, lines.append)['fingerprints'] == first['fingerprints']
+  assert any('are written again: ' in line and 'are not those that were written' in line for line in lines)
+  assert shard.read_bytes() == written[shard][1] and files().keys() == written.keys()
+  (folder / 'data' / 'card.json').unlink()
+  synthesize(config, folder)
+  assert files().keys() == written.keys()
+  shutil.rmtree(folder / 'data' / 'triplets')
+  tfds.write(folder / 'data' / 'triplets', 'triplets', {'train': [Triplet('p', 'r', 'c', 'j')]}, '', {})  # whole, but of another run
+  synthesize(config, folder)
+  assert shard.read_bytes() == written[shard][1]
+
+
+def test_new_samples_and_other_facts_give_new_triplets(tmp_path):
+  config, folder = mixed_pool(tmp_path), tmp_path / 'run'
+  first = synthesize(config, folder)
+  pool = json.loads(pathlib.Path(config.pool).read_text())
+  pool[0]['weight'] = 5.0
+  pathlib.Path(config.pool).write_text(json.dumps(pool))
+  assert synthesize(config, folder)['fingerprints'] != first['fingerprints']
+  pool[0]['weight'] = 1.0
+  record(tmp_path, answers('yz', prompts=40), 'more.jsonl.gz')
+  pool.append({'name': 'more', 'kind': 'recorded', 'path': 'more.jsonl.gz'})
+  pathlib.Path(config.pool).write_text(json.dumps(pool))
+  synthesize(config, folder)
+  card, triplets = read(folder)
+  assert card['policies']['y']['triplets'] and {split: tfds.fingerprint(rows) for split, rows in triplets.items()} == card['fingerprints']
+
+
 def test_entries_divide_the_policies_of_a_file(tmp_path):
   rows = answers(['gpt-a', 'gpt-b', 'llama@x', 'llama@y', 'yi', 'claude', 'qwen'], runs=1)
   rows += answers(['gpt-a', 'gpt-b', 'yi', 'qwen'], runs=1)
@@ -321,6 +399,12 @@ def test_prompts_are_left_out_and_listed(tmp_path):
   synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.6}), tmp_path / 'run')  # without the evaluation file
   card, triplets = read(tmp_path / 'run')
   assert {row.prompt for row in triplets['train']} == {*prompts} - {prompts[1]} and card['contaminated'] == []
+  near = prompts[0].replace('market', 'shop').replace('Ben', 'Tom')  # shares no 13 words in a row
+  (tmp_path / 'bench.jsonl').write_text(json.dumps({'prompt': near}))
+  for exclude_near, count in ((None, 4), (0.9, 4), (0.25, 3)):
+    settings = {'near_duplicates': 0.6, 'exclude': str(tmp_path / 'bench.jsonl'), 'exclude_near': exclude_near}
+    synthesize(PoolConfig(**{**vars(config), **settings}), tmp_path / 'run')
+    assert len({row.prompt for row in read(tmp_path / 'run')[1]['train']}) == count
   with pytest.raises(UserError, match=r'a run with another near_duplicates \(0\.6, now 0\.0\); continue with the old setting'):
     synthesize(PoolConfig(**{**vars(config), 'near_duplicates': 0.0}), tmp_path / 'run')
 

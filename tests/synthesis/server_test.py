@@ -17,8 +17,6 @@ from polar_jax.synthesis import addresses as addresses_lib
 from polar_jax.synthesis.samples import Failure, QuarantineError, Request, Sample
 from polar_jax.synthesis.server import ServerSampler
 
-pytestmark = pytest.mark.needs('httpx')
-
 KEY = 'sk-geheim"/0815'
 
 
@@ -415,9 +413,3 @@ def test_the_key_is_in_no_message(make, monkeypatch, caplog):
         assert 'geheim' not in said and '*' in said
         assert 'geheim' not in repr(sampler._config)
   assert 'geheim' not in caplog.text and 'prompt 0' not in caplog.text
-
-
-def test_httpx_is_missing(monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'httpx', None)
-  with pytest.raises(ConfigError, match=r"needs httpx; run: pip install 'polar_jax\[openai\]'"):
-    ServerSampler(dataclasses.replace(BASE, base_urls=('http://host',)))
