@@ -116,11 +116,13 @@ class PackedBatches(Batches):
     shards = sharding.batch_shards(model.mesh)
     self._rows: dict[int, list[int]] = {}  # row length -> numbers of rows, rising
     length = packing.LENGTH_MULTIPLE
+    # A group is longer than its sequences, and short sequences fill long rows densely.
+    longest_row = max(max_length, min(batch_tokens, _WHOLE_GROUP))
     while True:
       most = max(1, batch_tokens // length // shards) if length >= _LONG_ROW else 1
       counts = {4**k for k in range(16) if 4**k <= most} | {most}
       self._rows[length] = sorted(shards * count for count in counts)
-      if length >= max_length:
+      if length >= longest_row:
         break
       length *= 2
 

@@ -299,7 +299,8 @@ class Engine:
           continue
         self._jobs.rotate(-1)
         key = next(iter(job.waiting))
-        entries, taken = self._take_group(job, key, self._batch_tokens - tokens)
+        # A group that exceeds the batch somewhat is not divided, because its shared beginning would be computed twice.
+        entries, taken = self._take_group(job, key, self._batch_tokens)
         groups.append(entries)
         tokens += taken
       return groups
