@@ -152,8 +152,12 @@ def test_servers_are_sampled_at_the_same_time(tmp_path, specs):
   both = threading.Barrier(2, timeout=20)
 
   class Meets(Echo):
+    def __init__(self):
+      super().__init__()
+      self.first = threading.Lock()
+
     def sample(self, requests):
-      if not self.calls:
+      if self.first.acquire(blocking=False):  # of its two threads one waits
         both.wait()  # only returns if the other policy is asked meanwhile
       return super().sample(requests)
 
