@@ -1,6 +1,6 @@
 """The reward server under load, against the offline scorer of the same mode in the same process.
 
-  python benchmarks/serve_load.py [--size=tiny|1_8b] [--seconds=10] [--modes=exact,packed]
+  python benchmarks/serve_load.py [--size=tiny|1_8b] [--seconds=6] [--modes=exact,packed]
 
 Measures, for exact and packed rewards:
   throughput  sequences per second at saturation through HTTP, as a share of those of `ExactScorer.score` or `Scorer.score`
@@ -42,6 +42,7 @@ from polar_jax.serve.server import RewardServer
 from polar_jax.types import Group
 
 GROUP = 8  # candidates of a group
+ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,10 +140,9 @@ def latencies(address: str, size: Size, rate: float, seconds: float, seed: int) 
 
 
 @contextlib.contextmanager
-def served(model: polar_jax.RewardModel, size: Size, exact: bool) -> Iterator[str]:
+def served_model(model: polar_jax.RewardModel, exact: bool, max_length: int, batch_tokens: int) -> Iterator[str]:
   """The address of a server of the model, in threads of this process."""
-  length = 2 * size.prompt + size.reference + size.output + 16
-  config = ServeConfig(port=0, exact=exact, max_length=length, batch_tokens=size.batch_tokens)
+  config = ServeConfig(port=0, exact=exact, max_length=max_length, batch_tokens=batch_tokens)
   server = RewardServer(model, config, 'benchmark', write_log=lambda _: None)
   stop, ready = threading.Event(), threading.Event()
   thread = threading.Thread(target=server.run, args=(stop, ready.set))
@@ -170,7 +170,7 @@ def offline(model: polar_jax.RewardModel, groups: list[dict[str, Any]], exact: b
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--size', choices=SIZES, default='tiny')
-  parser.add_argument('--seconds', type=float, default=10.0, help='of each measurement')
+  parser.add_argument('--seconds', type=float, default=6.0, help='of each measurement')
   parser.add_argument('--modes', default='exact,packed')
   parser.add_argument('--connections', type=int, default=32)
   args = parser.parse_args()
@@ -189,12 +189,13 @@ def main() -> None:
       exact = mode == 'exact'
       rng = random.Random(1)
       offline(model, texts(rng, size, True, size.groups), exact)  # compiles, before the server counts compilations
-      with served(model, size, exact) as address:
+      length = 2 * size.prompt + size.reference + size.output + 16
+      with served_model(model, exact, length, size.batch_tokens) as address:
         load = lambda shared, seed, address=address: clients.submit(
           saturate, address, size, shared, args.seconds, args.connections, seed
         ).result()
         alone, through, separate = [], [], []
-        for round_ in range(2):  # in turns, because machines are slower at times
+        for round_ in range(ROUNDS):  # in turns, because machines are slower at times
           alone.append(offline(model, texts(rng, size, True, size.groups), exact))
           through.append(load(True, round_))
           separate += [] if exact else [load(False, round_)]

@@ -3,8 +3,8 @@
   python -m polar_jax.main --config=configs/pretrain.py --config.data.triplets=runs/pool/data/triplets --config.pretrain.start_from=LM \
     --config.template.reward_token='<|endoftext|>' --workdir=runs/reward
 
-LM is a folder or file that `load` opens; --config.pretrain.start_layers=4 takes its first layers alone, which is what a CPU can train. The
-rewards are read at the reward token: any control token of the tokenizer that texts do not have. For the sizes of the paper see 1_8b.py, 7b.py.
+LM is a folder or file that `load` opens; --config.pretrain.start_layers=4 takes its first layers alone, which is what a CPU can train.
+Rewards are read at the reward token: any control token of the tokenizer that texts do not have. Sizes of the paper: 1_8b.py, 7b.py.
 """
 
 from polar_jax.config import default_config
