@@ -107,8 +107,8 @@ def main() -> None:
   differences: dict[str, float] = {}
   with contextlib.ExitStack() as stack:
     # Both servers of ours are there all the time; the one that gets no requests does nothing.
-    addresses = {'exact': stack.enter_context(served_model(model, True, 1_024, 8_192))}
-    addresses['packed'] = stack.enter_context(served_model(model, False, 1_024, 8_192))
+    addresses = {'exact': stack.enter_context(served_model(model, True, 1_024, 8_192, alone=False))}
+    addresses['packed'] = stack.enter_context(served_model(model, False, 1_024, 8_192, alone=False))
     addresses['vllm'] = args.vllm
     clients = stack.enter_context(concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')))
     for name, address in addresses.items():
@@ -132,7 +132,7 @@ def main() -> None:
   print(timing.table(['server', 'sequences/s', 'tokens/s', 'of vLLM', 'max |difference|'], rows), '\n')
   facts: dict[str, Any] = {f'{name}_sequences_per_second': value for name, value in medians.items()}
   facts |= {f'{name}_over_vllm': float(np.median(values)) for name, values in ratios.items()}
-  timing.report(**facts, **{f'{name}_difference': value for name, value in differences.items()}, mean_tokens=tokens)
+  timing.report(**facts, **{f'{name}_difference_in_millionths': 1e6 * value for name, value in differences.items()}, mean_tokens=tokens)
 
 
 if __name__ == '__main__':
