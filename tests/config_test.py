@@ -431,10 +431,10 @@ def test_single_options_of_another_stage_are_read():
 def test_top_level_options_belong_to_stages():
   with pytest.raises(
     ConfigError,
-    match=r'^input is set, but stage pretrain does not read it; .*; drop it or add one of the stages that read it: evaluate, score$',
+    match=r'^input is set, but stage pretrain does not read it; .*; drop it or add one of the stages that read it: evaluate, score, certify$',
   ):
     _checked('pretrain', 'input')
-  with pytest.raises(ConfigError, match=r'drop it or add one of the stages that read it: evaluate, convert, score$'):
+  with pytest.raises(ConfigError, match=r'drop it or add one of the stages that read it: evaluate, convert, score, certify$'):
     _checked('fit', 'output')
   _checked('score', 'checkpoint', 'input', 'output')
   _checked('convert', 'checkpoint', 'output')
