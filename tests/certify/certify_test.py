@@ -85,6 +85,7 @@ def test_rows_of_a_file_are_grouped_by_prompt_and_reference(tmp_path):
     rows.read_rows(path, 'raise', True)
 
 
+@pytest.mark.long
 @pytest.mark.needs('uvicorn')
 def test_a_running_server_is_compared(checkpoint, tmp_path, monkeypatch):
   """Of the same model, which holds; of another one, which does not; and of none."""

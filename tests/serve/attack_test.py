@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.needs('uvicorn')
+pytestmark = [pytest.mark.needs('uvicorn'), pytest.mark.long]  # on one Python: they take a minute together
 
 GOOD = {'prompt': 'p', 'reference': 'r', 'outputs': ['a', 'b']}
 SCORING = ('/score', '/classify', '/encode', '/pooling', '/v1/embeddings', '/get_reward', '/reward')

@@ -21,7 +21,7 @@ from synthesis.server_stand_in import cut_off, error, free_port, hang, hang_up, 
 from polar_jax.serve import RewardClient, RewardRequestError, sending
 from polar_jax.types import UserError
 
-pytestmark = pytest.mark.needs('httpx')
+pytestmark = [pytest.mark.needs('httpx'), pytest.mark.long]
 
 ROWS = [(f'p{i % 3}', f'r{i % 3}', f'o{i}') for i in range(20)]
 EXPECTED = [reward_of(*row) for row in ROWS]

@@ -18,7 +18,7 @@ from polar_jax.serve import RewardClient, RewardRequestError
 from polar_jax.serve.adapters import polar
 from polar_jax.types import Prompt
 
-pytestmark = pytest.mark.needs('uvicorn', 'httpx')
+pytestmark = [pytest.mark.needs('uvicorn', 'httpx'), pytest.mark.long]
 
 ROWS = [(f'What is {i % 4}?', [{'role': 'assistant', 'content': f'It is {i % 4}.'}], f'answer {i} é') for i in range(23)]
 

@@ -12,7 +12,7 @@ from reward_server import running, tiny_model
 
 from polar_jax.types import Group, Triplet
 
-pytestmark = pytest.mark.needs('uvicorn')
+pytestmark = [pytest.mark.needs('uvicorn'), pytest.mark.long]  # on one Python: they take a minute together
 
 
 def group(rng, count=3, longest=25):

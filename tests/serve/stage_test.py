@@ -24,7 +24,7 @@ from polar_jax.serve import stage
 from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
-pytestmark = pytest.mark.needs('uvicorn')
+pytestmark = [pytest.mark.needs('uvicorn'), pytest.mark.long]  # on one Python: they take a minute together
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -319,27 +319,34 @@ def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_fetched(m
 
 
 def test_the_first_shape_is_checked_together_with_validation(monkeypatch):
-  checked = []
+  """And with a checkpoint, of which the state is copied next to either of them."""
+  checked, saves = [], []
 
   def check(what, memory, mesh, log, remedies):
     checked.append((what, memory, mesh, remedies.args))
+    return f'fit of {what}'
 
   monkeypatch.setattr(trainer_lib.memory_lib, 'check', check)
+  monkeypatch.setattr(trainer_lib.memory_lib, 'check_save', lambda *arguments: saves.append(arguments[:4]))
   monkeypatch.setattr(trainer_lib.sharding, 'batch_shards', lambda mesh: 4)
   monkeypatch.setattr(trainer_lib.sharding, 'put_local', lambda batch, mesh: batch)
   call = lambda name: types.SimpleNamespace(prepare=lambda *arguments: (name, *arguments))
   batch, other = (types.SimpleNamespace(tokens_BT=np.zeros(shape)) for shape in ((8, 16), (12, 5)))
   trainer = make_trainer(train_step=call('train'), evaluate_step=call('evaluate'), state=types.SimpleNamespace(params='params'))
   trainer.run.mesh, trainer.run.validation, trainer.compiled_rows = 'mesh', [other, batch], {8}
+  trainer.run.checkpointing = types.SimpleNamespace(asynchronous='asynchronous')
   trainer._compile(batch)
+  fits = ['fit of run: a step of 8 x 16 tokens', 'fit of run: validation of 12 x 5 tokens']
+  assert saves == [('run', trainer.state, 'asynchronous', fits)]
   model, config = trainer.run.model, trainer.run.train
   step = ('run: a step of 8 x 16 tokens', ('train', trainer.state, batch), 'mesh', (model, config, 2))
   assert checked == [step, ('run: validation of 12 x 5 tokens', ('evaluate', 'params', other), 'mesh', (model, config, 3))]
   for rows, validation in (({8, 9}, [other]), ({8}, None)):
     checked.clear()
     trainer.compiled_rows, trainer.run.validation = rows, validation
+    saves.clear()
     trainer._compile(batch)
-    assert checked == [step]
+    assert checked == [step] and len(saves) == (rows == {8})  # before the first step alone
 
 
 class Opened:
