@@ -138,7 +138,7 @@ class _Kept(list):
     return [self[i] for i in indices]
 
 
-@pytest.mark.long
+@pytest.mark.slow  # a figure of docs/performance.md on real data; packing itself is tested above
 @pytest.mark.data
 @pytest.mark.filterwarnings('ignore:template.separator')
 def test_real_responses_leave_less_than_five_percent_of_padding(data_folder):
