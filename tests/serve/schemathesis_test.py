@@ -2,8 +2,8 @@
 
 Schemathesis needs other versions of common packages than ours, hence an environment of its own:
 
-  python -m venv /tmp/schemathesis && /tmp/schemathesis/bin/pip install 'schemathesis>=4.32,<5'
-  POLAR_SCHEMATHESIS=/tmp/schemathesis/bin/schemathesis python -m pytest -n 0 -m slow tests/serve/schemathesis_test.py
+  python -m venv .venv-schemathesis && .venv-schemathesis/bin/pip install 'schemathesis>=4.32,<5'
+  POLAR_SCHEMATHESIS=.venv-schemathesis/bin/schemathesis python -m pytest -n 0 -m slow tests/serve/schemathesis_test.py
 """
 
 from __future__ import annotations
