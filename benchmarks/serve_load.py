@@ -23,7 +23,6 @@ import itertools
 import json
 import multiprocessing
 import random
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -144,16 +143,9 @@ def served_model(model: polar_jax.RewardModel, exact: bool, max_length: int, bat
   """The address of a server of the model, in threads of this process. Unless it is `alone` there, others compile while it is ready."""
   config = ServeConfig(port=0, exact=exact, max_length=max_length, batch_tokens=batch_tokens)
   server = RewardServer(model, config, 'benchmark', write_log=lambda _: None)
-  stop, ready = threading.Event(), threading.Event()
-  thread = threading.Thread(target=server.run, args=(stop, ready.set))
-  thread.start()
-  ready.wait()
-  try:
-    yield server.address
+  with server.in_thread() as address:
+    yield address
     assert not alone or server.metrics.late_compilations == 0, 'something was compiled after the warm-up'
-  finally:
-    stop.set()
-    thread.join()
 
 
 def offline(model: polar_jax.RewardModel, groups: list[dict[str, Any]], exact: bool) -> float:

@@ -270,14 +270,10 @@ def _opened(init: Any, layers: int | None = None) -> Any:
 
 def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:
   """Return the model to train. If `model` sets only how to compute, and the vocabulary, its shape is that of the checkpoint."""
-  if model is None or (_has_no_shape(model) and start() is not None):
+  if model is None or (pretrained.has_no_shape(model) and start() is not None):
     opened, model = start(), model or ModelConfig()
     model = opened.compute_like(model) if opened else model
   return model if model.vocab_size is not None else dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-
-
-def _has_no_shape(model: ModelConfig) -> bool:
-  return pretrained.with_compute_of(dataclasses.replace(model, vocab_size=None), ModelConfig()) == ModelConfig()
 
 
 def _start_params(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from polar_jax import api
 from polar_jax.certify import rows, ways
 from polar_jax.certify.comparison import Comparison, as_json, compare
-from polar_jax.checkpoints.pretrained import open_pretrained
-from polar_jax.config import ConfigError
 from polar_jax.runtime import paths
 from polar_jax.stages.context import Context
 from polar_jax.types import Group, UserError
@@ -56,17 +53,9 @@ def certify(context: Context) -> dict[str, Any]:
 
 def _load(context: Context) -> tuple[api.RewardModel, str]:
   """Return the model, and its name on servers."""
-  config = context.config
-  if not config.checkpoint:
-    raise ConfigError('checkpoint is not set: name the folder or file of a reward model with --config.checkpoint=PATH')
-  checkpoint = paths.path_of(config.checkpoint)
-  opened = open_pretrained(checkpoint)
-  if opened.head != 'reward':
-    kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
-    raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the certify stage needs a reward model')
-  tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
-  model = api.load(opened, mesh=context.mesh, compute=config.model, template=config.template, tokenizer=tokenizer)
-  return model, pathlib.PurePath(paths.absolute(checkpoint)).name
+  opened, tokenizer, template = context.reward_model('certify')
+  model = api.load(opened, mesh=context.mesh, compute=context.config.model, template=template.config, tokenizer=tokenizer)
+  return model, paths.absolute(opened.path).name
 
 
 def _rows(context: Context, model: api.RewardModel) -> list[Group]:

@@ -11,7 +11,6 @@ import json
 import pathlib
 import sys
 import tempfile
-import threading
 import types
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
@@ -95,27 +94,8 @@ def _serving(model: RewardModel, groups: Sequence[Group], exact: bool, dialect: 
 
   longest = max(len(ids) for ids in model.exact_scorer.encode(_singles(groups)))
   config = ServeConfig(port=0, exact=exact, pooling_dialect=dialect, max_length=max(128, longest + _MARGIN), timeout=_TIMEOUT)
-  server = RewardServer(model, config, 'model', write_log=lambda line: None)
-  stop, ready, failures = threading.Event(), threading.Event(), list[BaseException]()
-
-  def run() -> None:
-    try:
-      server.run(stop, ready.set)
-    except BaseException as error:  # raised in the thread that waits
-      failures.append(error)
-    finally:
-      ready.set()
-
-  thread = threading.Thread(target=run, name='server')
-  thread.start()
-  try:
-    ready.wait()
-    if failures:
-      raise failures[0]
-    yield server.address
-  finally:
-    stop.set()
-    thread.join()
+  with RewardServer(model, config, 'model', write_log=lambda line: None).in_thread() as address:
+    yield address
 
 
 def _endpoints(address: str, model: RewardModel, groups: Sequence[Group], dialect: str) -> Iterator[tuple[str, Sequence[int], Rewards]]:

@@ -219,6 +219,11 @@ def with_compute_of(model: ModelConfig, config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(model, **{name: getattr(config, name) for name in _COMPUTE})
 
 
+def has_no_shape(model: ModelConfig) -> bool:
+  """Return whether a config sets only how to compute, and the vocabulary: its shape is then that of the checkpoint to start from."""
+  return with_compute_of(dataclasses.replace(model, vocab_size=None), ModelConfig()) == ModelConfig()
+
+
 def open_pretrained(path: str | pathlib.Path) -> Pretrained:
   """Open a checkpoint by reading its config and the headers of its files; no weights are read.
 

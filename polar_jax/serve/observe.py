@@ -55,9 +55,14 @@ def compilations() -> int:
 
 
 class Metrics(Observer):
-  """Counts of one server. Names begin with `polar_`; durations are in seconds."""
+  """Counts of one server. Names begin with `polar_`; durations are in seconds.
 
-  def __init__(self) -> None:
+  Args:
+    log: is told what the warm-up has compiled, which takes long for long rows.
+  """
+
+  def __init__(self, log: Log) -> None:
+    self._log = log
     self.registry = CollectorRegistry()
     named: Any = {'registry': self.registry, 'namespace': 'polar'}
     self._requests = Counter('requests', 'Answered requests.', ('endpoint', 'status'), **named)
@@ -84,6 +89,7 @@ class Metrics(Observer):
 
   def compiled(self, shape: str) -> None:
     self._warm_up.inc()
+    self._log('compiled', shape=shape)
 
   def warm(self) -> None:
     """Record that the warm-up has ended."""

@@ -51,13 +51,14 @@ class RewardServer:
   ):
     max_length = config.max_length or model.template.config.max_length
     batches: Batches = ExactBatches(model, max_length) if config.exact else PackedBatches(model, max_length, config.batch_tokens)
-    self.metrics = Metrics()
+    log = Log(write_log)
+    self.metrics = Metrics(log)
     self.engine = Engine(batches, config.batch_tokens, config.queue_tokens, self.metrics)
     encoder = Encoder(model.template, model.config.known_vocab_size, max_length, share=not config.exact)
     self.config = config
     rendered = RenderedTexts(config.policy)
     self._socket = bind(config.host, config.port)
-    self.service = Service(config, self.engine, encoder, self.metrics, Log(write_log))
+    self.service = Service(config, self.engine, encoder, self.metrics, log)
     template = model.template
     reward_token = None if template.reward_token_id is None else template.config.reward_token
     facts = Facts(self.service.limits, name, template.config.use_reference, config.pooling_dialect, rendered, reward_token)
@@ -93,6 +94,35 @@ class RewardServer:
     preemption.abandon(self.engine.thread)
     if self.engine.failure is not None:
       raise self.engine.failure
+
+  @contextlib.contextmanager
+  def in_thread(self) -> Iterator[str]:
+    """Serve in a thread of this process, and yield the address once everything is compiled.
+
+    Raises:
+      Exception: of the device thread, if that failed.
+    """
+    stop, ready, failures = threading.Event(), threading.Event(), list[BaseException]()
+
+    def serve() -> None:
+      try:
+        self.run(stop, ready.set)
+      except BaseException as error:  # raised in the thread that waits
+        failures.append(error)
+      finally:
+        ready.set()
+
+    thread = threading.Thread(target=serve, name='server')
+    thread.start()
+    try:
+      ready.wait()
+      if not failures:
+        yield self.address
+    finally:
+      stop.set()
+      thread.join()
+    if failures:
+      raise failures[0]
 
   async def _run(self, stop: threading.Event, on_ready: Callable[[], object], on_drain: Callable[[], object]) -> None:
     server = _Uvicorn(uvicorn.Config(self.app, **_settings()))

@@ -7,7 +7,6 @@ import importlib.util
 import ipaddress
 import json
 import os
-import pathlib
 import re
 import resource
 import signal
@@ -19,9 +18,7 @@ from typing import Any
 import jax
 
 from polar_jax import api
-from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, ServeConfig
-from polar_jax.data.conversation_template import open_template
 from polar_jax.runtime import paths, preemption
 from polar_jax.stages.context import Context
 
@@ -75,8 +72,6 @@ def _check(context: Context) -> None:
   missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
   if missing:
     raise ConfigError(f"stage serve needs {missing[0]}; run: pip install 'polar_jax[serve]'")
-  if not context.config.checkpoint:
-    raise ConfigError('checkpoint is not set: name the folder or file of a reward model with --config.checkpoint=PATH')
   if jax.process_count() > 1:
     raise ConfigError('stage serve runs in one process; start it without distributed, and one server on each host')
 
@@ -95,16 +90,9 @@ def _token(config: ServeConfig) -> str | None:
 def _load(context: Context) -> tuple[api.RewardModel, str]:
   """Return the model, and its name in replies."""
   config = context.config
-  checkpoint = paths.path_of(config.checkpoint or '')
-  opened = open_pretrained(checkpoint)
-  if opened.head != 'reward':
-    kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
-    raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the serve stage needs a reward model')
-  tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
-  template = opened.template(config.template)
-  open_template(template, tokenizer, opened.model.known_vocab_size, str(checkpoint))  # fails before the parameters are read
-  model = api.load(opened, mesh=context.mesh, compute=config.model, template=template, tokenizer=tokenizer)
-  return model, config.serve.model_name or pathlib.PurePath(paths.absolute(checkpoint)).name
+  opened, tokenizer, template = context.reward_model('serve')
+  model = api.load(opened, mesh=context.mesh, compute=config.model, template=template.config, tokenizer=tokenizer)
+  return model, config.serve.model_name or paths.absolute(opened.path).name
 
 
 def _allow_connections() -> None:

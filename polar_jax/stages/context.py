@@ -10,7 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from polar_jax.api import RunSettings
-from polar_jax.checkpoints.pretrained import open_pretrained
+from polar_jax.checkpoints import pretrained
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import Config, ConfigError, ModelConfig, TemplateConfig, TrainConfig
 from polar_jax.data import vocabulary
 from polar_jax.data.conversation_template import open_template
@@ -83,6 +84,27 @@ class Context:
       )
     return self._cached(('tokenizer', path), lambda: open_pretrained(path).tokenizer())
 
+  def reward_model(self, stage: str) -> tuple[Pretrained, Tokenizer, Template]:
+    """Open `config.checkpoint`, the reward model that a stage uses, with its tokenizer and template; no parameters are read.
+
+    Raises:
+      ConfigError: it is not set, or has another head.
+      UserError: it cannot be read, or its tokenizer or template cannot be used.
+    """
+    config = self.config
+    if not config.checkpoint:
+      raise ConfigError('checkpoint is not set: name the folder or file of a reward model with --config.checkpoint=PATH')
+    checkpoint = paths.path_of(config.checkpoint)
+    opened = open_pretrained(checkpoint)
+    if opened.head != 'reward':
+      kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
+      raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the {stage} stage needs a reward model')
+    tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else self.tokenizer()
+    template = open_template(opened.template(config.template), tokenizer, opened.model.known_vocab_size, str(checkpoint))
+    if template.config.chat == 'always':
+      self.log(f'{stage}: {checkpoint} reads prompt and output through its chat template (template.chat=never: through that of POLAR)')
+    return opened, tokenizer, template
+
   def template_config(self, use_reference: bool = True) -> TemplateConfig:
     """Return the template's settings; `use_reference=False` hides the reference (ablation)."""
     settings = self.config.template
@@ -92,13 +114,22 @@ class Context:
     """Return the template with a tokenizer; None: the config's."""
     return open_template(self.config.template, tokenizer or self.tokenizer())
 
-  def model_config(self, tokenizer: Tokenizer | None = None) -> ModelConfig:
-    """Return the model's shape with the vocabulary of a tokenizer; None: the config's.
+  def model_config(self, tokenizer: Tokenizer | None = None, train: TrainConfig | None = None) -> ModelConfig:
+    """Return the model's shape with the vocabulary of a tokenizer.
+
+    Args:
+      tokenizer: None: the config's.
+      train: a stage's settings. If the config sets no shape, it is that of the checkpoint that the stage starts from, if there is one.
 
     Raises:
       VocabularyError: the model's vocabulary is too small for the tokenizer.
     """
-    model, tokenizer = self.config.model, tokenizer or self.tokenizer()
+    model = self.config.model
+    if train is not None and pretrained.has_no_shape(model):
+      start = self.init(train)
+      if isinstance(start, pathlib.PurePath) and start.exists():
+        return open_pretrained(start).first_layers(train.start_layers).compute_like(model)
+    tokenizer = tokenizer or self.tokenizer()
     if model.vocab_size is None:
       return dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     vocabulary.check_tokenizer(tokenizer, model.vocab_size, f'model.vocab_size={model.vocab_size}')

@@ -37,7 +37,7 @@ def _run(context: Context, name: str, train: TrainConfig, *, use_reference: bool
     init=context.init(train),
     args=train,
     tokenizer=tokenizer,
-    model=context.model_config(tokenizer),
+    model=context.model_config(tokenizer, train),
     template=context.template_config(use_reference),
     data=context.config.data,
     **context.run_arguments(name),

@@ -54,13 +54,14 @@ def _preset(name: str) -> ModelConfig:
 
 def _shape(context: Context) -> ModelConfig:
   """Return the model's shape with a vocabulary; a plan needs no tokenizer if `model.vocab_size` is set."""
-  model = context.config.model
+  config, step = context.config, context.config.plan.step
+  model = config.model
   if model.vocab_size is not None:
     return model
-  if context.config.tokenizer.kind == 'trained':
-    return dataclasses.replace(model, vocab_size=context.config.synthesize.vocab_size)
+  if config.tokenizer.kind == 'trained':
+    return dataclasses.replace(model, vocab_size=config.synthesize.vocab_size)
   try:
-    return context.model_config()
+    return context.model_config(train=None if step == 'rft' else getattr(config, step))
   except UserError as error:
     raise ConfigError(f'model.vocab_size is not set, and the tokenizer cannot be opened ({error}); set model.vocab_size') from error
 

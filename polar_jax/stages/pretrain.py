@@ -20,7 +20,7 @@ def pretrain(context: Context) -> dict[str, Any]:
     init=context.init(train),
     args=train,
     tokenizer=tokenizer,
-    model=context.model_config(tokenizer),
+    model=context.model_config(tokenizer, train),
     template=context.template_config(),
     data=context.config.data,
     **context.run_arguments(RUN),

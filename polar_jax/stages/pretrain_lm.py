@@ -59,7 +59,7 @@ def language_model_run(
   """
   config, data = context.config, context.config.data
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(windows))
-  model, home, start = context.model_config(tokenizer), context.home(name), context.init(train)
+  model, home, start = context.model_config(tokenizer, train), context.home(name), context.init(train)
 
   def load_start() -> dict[str, Any]:
     assert isinstance(start, pathlib.PurePath)

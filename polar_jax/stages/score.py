@@ -16,10 +16,9 @@ from jax.experimental import multihost_utils
 
 from polar_jax import api
 from polar_jax.checkpoints.checkpointer import FOLDER
-from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
+from polar_jax.checkpoints.pretrained import Pretrained
 from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import Config, ConfigError
-from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import describe_skipped
 from polar_jax.data.template import Template
 from polar_jax.runtime import paths
@@ -44,15 +43,8 @@ def score(context: Context) -> dict[str, Any]:
     UserError: an example or a file cannot be used.
   """
   config = context.config
-  checkpoint, source, target = _paths(config)
-  opened = open_pretrained(checkpoint)
-  if opened.head != 'reward':
-    kind = {'lm': 'a language model', 'value': 'a value model'}[opened.head]
-    raise ConfigError(f'checkpoint {checkpoint}: is {kind}; the score stage needs a reward model')
-  tokenizer = opened.tokenizer() if config.tokenizer.kind == 'checkpoint' else context.tokenizer()
-  template = open_template(opened.template(config.template), tokenizer, opened.model.known_vocab_size, str(checkpoint))
-  if template.config.chat == 'always':
-    context.log(f'score: {checkpoint} reads prompt and output through its chat template (template.chat=never: through that of POLAR)')
+  source, target = _paths(config)
+  opened, tokenizer, template = context.reward_model('score')
   skipped: list[tuple[int, str]] = []
   read = lambda bad: files.read_examples(source, config.data.on_bad_example, bad, use_reference=template.config.use_reference)
   total = sum(1 for _ in read(skipped))
@@ -81,8 +73,8 @@ def score(context: Context) -> dict[str, Any]:
   return {'score': {**facts, 'rows_per_second': (total - kept) / seconds, 'mean': output.mean, 'std': output.std}}
 
 
-def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-  """Return the paths (checkpoint, input, output) of the config."""
+def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path]:
+  """Return the paths (input, output) of the config."""
   wanted = {
     'checkpoint': 'the folder or file of a reward model',
     'input': 'examples with prompt, reference and output (.jsonl, .jsonl.gz, .parquet, or a folder of `save_to_disk`)',
@@ -91,9 +83,9 @@ def _paths(config: Config) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
   for name, meaning in wanted.items():
     if not getattr(config, name):
       raise ConfigError(f'{name} is not set: name {meaning} with --config.{name}=PATH')
-  checkpoint, source, target = (paths.path_of(getattr(config, name)) for name in wanted)
+  source, target = paths.path_of(config.input or ''), paths.path_of(config.output or '')
   files.check_output(target, source)
-  return checkpoint, source, target
+  return source, target
 
 
 def _settings(context: Context, opened: Pretrained, template: Template, source: pathlib.Path, target: pathlib.Path) -> dict[str, Any]:

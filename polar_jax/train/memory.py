@@ -17,6 +17,8 @@ from polar_jax.runtime.units import in_units
 
 # With less free memory than this many times the need, the allocator gives freed blocks back, which costs time.
 _ROOMY = 4
+# Bytes that Orbax compresses and writes at a time, at most: its default of `save_concurrent_gb`.
+_WRITTEN_AT_ONCE = 96 * 10**9
 
 
 class Fit(NamedTuple):
@@ -96,14 +98,15 @@ def check_save(run: str, state: Any, asynchronous: bool, calls: Sequence[Fit], l
   """
   size = _bytes_of_this_process(state)
   step = max((fit.needed for fit in calls if fit.where == 'host'), default=0)
-  needed = 2 * size + step if asynchronous else size
+  written = min(size, _WRITTEN_AT_ONCE)
+  needed = size + written + step if asynchronous else written
   malloc.give_back()
   free = memory_lib.available_on_host()
   amount = 'an unknown amount' if free is None else in_units(free)
   kind = 'an asynchronous save next to a step' if asynchronous else 'a save'
   facts = f'{run}: {kind} needs {in_units(needed)} of memory besides parameters and moments, and the host has {amount} free'
   if free is not None and needed > free:
-    wait = [f'set checkpointing.asynchronous=False ({in_units(size)})'] if asynchronous and size <= free else []
+    wait = [f'set checkpointing.asynchronous=False ({in_units(written)})'] if asynchronous and written <= free else []
     raise ConfigError(f'{facts}: {"; or ".join([*wait, "a smaller model, or free memory"])}')
   log(facts)
 

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from reward_server import running, tiny_model
+from reward_server import SETTINGS, running, tiny_model
 
 from polar_jax.types import Group, Triplet
 
@@ -194,3 +194,28 @@ def test_logs_and_request_ids(exact_server):
   assert (line['endpoint'], line['status'], line['sequences'], line.get('reason')) == ('/score', 200, 1, None)
   assert line['tokens'] > 0 and line['ms'] > 0
   assert 'secret' not in json.dumps(exact_server.log)
+
+
+def test_a_server_in_a_thread_hands_over_what_ends_it(model, monkeypatch):
+  """Instead of leaving its caller waiting for an address."""
+  from polar_jax.serve.server import RewardServer
+
+  server = RewardServer(model, SETTINGS, 'tiny', write_log=lambda _: None)
+
+  def fail():
+    raise SystemError('no device')
+    yield
+
+  monkeypatch.setattr(server.engine._batches, 'warm_up', fail)
+  with pytest.raises(SystemError, match='no device'), server.in_thread():
+    pytest.fail('there is no server')
+
+
+def test_the_log_names_each_shape_that_is_compiled(model):
+  from polar_jax.serve.server import RewardServer
+
+  lines = []
+  with RewardServer(model, SETTINGS, 'tiny', write_log=lines.append).in_thread() as address:
+    assert address.startswith('http://127.0.0.1:')
+  compiled = [json.loads(line)['shape'] for line in lines if json.loads(line)['event'] == 'compiled']
+  assert compiled == ['rows of 128 tokens', 'rows of 256 tokens']

@@ -144,7 +144,8 @@ class Process:
 
   def statuses(self):
     """Return the statuses of all requests in the log."""
-    return [json.loads(line)['status'] for line in self._log.read_text().splitlines() if line.startswith('{"time"')]
+    lines = [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith('{"time"')]
+    return [line['status'] for line in lines if line['event'] == 'request']
 
 
 class Crowd:

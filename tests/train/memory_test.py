@@ -160,3 +160,11 @@ def test_a_save_holds_each_part_of_an_array_once(monkeypatch):
     lines = []
     memory.check_save('run', [shape(*axes)], False, [], lines.append)
     assert f'a save needs {in_units(32 << 10)} of' in lines[0], axes
+
+
+def test_a_save_writes_no_more_at_once_than_orbax_does(monkeypatch):
+  monkeypatch.setattr(memory.memory_lib, 'available_on_host', lambda: None)
+  lines, large = [], [jax.ShapeDtypeStruct((50, 10**9), np.float32)]  # 200 GB
+  for asynchronous in (True, False):
+    memory.check_save('run', large, asynchronous, [], lines.append)
+  assert f'needs {in_units(296 * 10**9)} of' in lines[0] and f'needs {in_units(96 * 10**9)} of' in lines[1]

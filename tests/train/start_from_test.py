@@ -23,7 +23,7 @@ from polar_jax.model.heads import abstract_model
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.scoring.scorer import Scorer
-from polar_jax.stages import convert
+from polar_jax.stages import convert, plan
 from polar_jax.stages.context import Context
 from polar_jax.stages.finetune import finetune
 
@@ -111,6 +111,22 @@ def test_starts_from_the_first_layers(make_folder, tmp_path, make_context):
   )
   with pytest.raises(ConfigError, match=r'has 3 layers; start_layers is 4, set it to at most that$'):
     finetune(at_rest(make_context, tmp_path / 'more', folder, start_layers=4))
+
+
+def test_a_config_without_a_shape_has_that_of_the_checkpoint(make_folder, tmp_path, make_context):
+  """For every stage that trains, and its plan; not for one that starts from scratch."""
+  folder, _ = make_folder('lm', num_layers=3)
+  context = at_rest(make_context, tmp_path, folder, start_layers=2, model=ModelConfig(compute_dtype='bfloat16'))
+  found = context.model_config(ByteTokenizer(), context.config.pretrain_lm)
+  assert found == dataclasses.replace(open_pretrained(folder).model, num_layers=2, compute_dtype='bfloat16')
+  for step in ('pretrain_lm', 'pretrain', 'finetune'):
+    config = dataclasses.replace(context.config, plan=dataclasses.replace(context.config.plan, step=step))
+    assert plan._shape(dataclasses.replace(context, config=config)) == found
+  own = dataclasses.replace(SHAPE, num_layers=5)
+  for train, model in (({}, own), ({'start_from': 'scratch'}, ModelConfig()), ({'start_from': str(tmp_path / 'none')}, ModelConfig())):
+    other = make_context(tmp_path, **{'start_from': str(folder), **train}, model=model)
+    expected = dataclasses.replace(model, vocab_size=ByteTokenizer.vocab_size)
+    assert other.model_config(ByteTokenizer(), other.config.pretrain) == expected
 
 
 def test_first_layers_of_a_model_in_memory(make_folder, tmp_path, make_context):
