@@ -81,6 +81,7 @@ def test_names_of_the_package():
     polar_jax.nonsense  # noqa: B018
 
 
+@pytest.mark.long
 def test_training_returns_a_model_that_learned(trained):
   assert trained.summary['steps'] == ARGS.steps and trained.summary['validation_accuracy'] > 0.9
   losses = [record['loss'] for record in trained.metrics if 'loss' in record]
@@ -99,6 +100,7 @@ def test_pairs_that_are_the_same_to_the_model_are_marked(trained, recwarn):
   assert any('that the model reads as the same tokens (number 1)' in line for line in lines)
 
 
+@pytest.mark.long
 def test_a_run_continues_when_it_is_called_again(trained, tmp_path, mesh):
   arguments = {'init': 'scratch', 'model': SHAPE, 'tokenizer': 'byte', 'mesh': mesh, 'args': ARGS}
   train = [polar_jax.Triplet(**example(i)) for i in range(40)]
@@ -174,6 +176,7 @@ def test_saved_model_reads_back_bit_for_bit(trained, tmp_path, mesh):
     again.save(tmp_path / 'saved')
 
 
+@pytest.mark.long
 def test_hugging_face_folder_gives_the_same_scores(trained, tmp_path, mesh):
   trained.model.save_pretrained(tmp_path / 'hf')
   names = {path.name for path in (tmp_path / 'hf').iterdir()}
@@ -201,6 +204,7 @@ def test_heads_convert_where_they_can(trained, language_model, tmp_path, mesh):
     polar_jax.load(tmp_path / 'nothing')
 
 
+@pytest.mark.long
 def test_starts_from_a_loaded_language_model(language_model, tmp_path, mesh):
   arguments = {'args': dataclasses.replace(ARGS, steps=1, learning_rate=1e-9, warmup_ratio=0.0), 'mesh': mesh, 'settings': QUIET}
   train = [example(i) for i in range(8)]
@@ -212,6 +216,7 @@ def test_starts_from_a_loaded_language_model(language_model, tmp_path, mesh):
     )
 
 
+@pytest.mark.long
 def test_generate_is_a_function_of_its_seed(language_model):
   prompts = ['hello', 'a longer prompt']
   first = language_model.generate(prompts, max_new=8, seed=1)
@@ -226,6 +231,7 @@ def test_generate_is_a_function_of_its_seed(language_model):
     language_model.generate([[{'role': 'user', 'content': 'hi'}]])
 
 
+@pytest.mark.long
 def test_logprobs_equal_those_of_the_whole_sequence(language_model):
   import jax
   import jax.numpy as jnp

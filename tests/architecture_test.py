@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 PACKAGE = pathlib.Path(__file__).parents[1] / 'polar_jax'
 
 
@@ -98,6 +100,7 @@ def test_the_api_starts_no_backend_and_loads_no_tfds():
   assert 'polar_jax.api' in modules and 'tensorflow_datasets' not in modules
 
 
+@pytest.mark.long
 def test_scoring_a_file_loads_neither_tfds_nor_synthesis():
   modules = loaded_by('import polar_jax.stages.score')
   assert not {name for name in modules if name.startswith(('tensorflow_datasets', 'polar_jax.synthesis', 'polar_jax.miniature'))}

@@ -193,6 +193,7 @@ def test_the_report(tmp_path, monkeypatch):
   check(path, read)
 
 
+@pytest.mark.long
 def test_markers_of_complete_data(tmp_path):
   config = SynthesizeConfig(
     world='arithmetic', train_examples=4, evaluation_examples=2, preference_examples=2, preference_evaluation_examples=2

@@ -36,6 +36,7 @@ def _as_transformers_does(opened: pretrained.Pretrained, params: dict, folder: p
   return out[0, len(ids) :].tolist()
 
 
+@pytest.mark.long
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.data
 def test_stories260k_generates_its_story(data_folder, tmp_path):

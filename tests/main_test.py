@@ -102,6 +102,7 @@ def test_bad_config_file_is_one_line(command, tmp_path, content, expected):
   assert expected in one_line(command('--config=bad.py'))
 
 
+@pytest.mark.long
 def test_settings_of_a_config_file_may_belong_to_other_stages(command, tmp_path):
   (tmp_path / 'many.py').write_text(GOOD.replace("config.tokenizer.kind = 'byte'", 'config.finetune.steps = 5'))
   assert one_line(command('--config=many.py', '--config.stage=fit'), status=1).startswith('fit.input: ')
@@ -129,6 +130,7 @@ def test_the_modules_and_the_console_script_are_one_command():
   assert 'from polar_jax.main import console' in (ROOT / 'polar_jax' / '__main__.py').read_text()
 
 
+@pytest.mark.long
 def test_missing_data_is_one_line_after_the_banner(command, tmp_path):
   result = command('--config=good.py', '--config.stage=pretrain', '--config.model.compute_dtype=bfloat16', '--workdir=run')
   message = one_line(result, status=1)
@@ -141,11 +143,13 @@ def test_missing_data_is_one_line_after_the_banner(command, tmp_path):
   assert (tmp_path / 'run/config.json').exists()
 
 
+@pytest.mark.long
 def test_mesh_that_does_not_fit_is_one_line(command):
   result = command('--config=good.py', '--config.mesh.data=3', XLA_FLAGS='--xla_force_host_platform_device_count=8')
   assert one_line(result, status=1).startswith('mesh (data=3, fsdp=-1, tensor=1, context=1) does not fit 8 devices')
 
 
+@pytest.mark.long
 def test_workdir_is_named_after_the_config(command, tmp_path):
   result = command('--config=good.py', '--config.stage=pretrain')
   assert result.stdout.startswith('polar_jax: stage pretrain, workdir runs/good\n')

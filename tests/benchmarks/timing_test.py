@@ -44,6 +44,7 @@ def test_report_is_one_line(timing, capsys):
   assert json.loads(line) == {'a': 0.3333, 'b': 2, 'c': {'d': 1}}
 
 
+@pytest.mark.long
 def test_benchmarks_import():
   """Benchmarks run rarely, so a name that was moved would go unnoticed. In a process of its own, because importing one sets up malloc."""
   others = {'pair_step', 'rollout', 'torch_llama', 'torch_peers', 'lm_eval_backends'}  # need torch or lm-eval

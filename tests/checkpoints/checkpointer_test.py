@@ -107,6 +107,7 @@ def test_save_asynchronous_keeps_the_given_state(open_checkpoints):
   assert_bit_equal(checkpointer.restore(abstract, FINGERPRINT)[0], kept)
 
 
+@pytest.mark.long
 def test_save_concurrently_in_threads(tmp_path):
   """Sweeps and the seeds of the study train in threads of one process, and much of Orbax's state is per process."""
   state = {'x': jnp.arange(4.0)}
@@ -200,6 +201,7 @@ def data_files(step):
   return sorted((path for path in (step / 'state').rglob('d/*')), key=lambda path: path.stat().st_size)[-4:]
 
 
+@pytest.mark.long
 def test_restore_names_an_array_with_a_flipped_bit_and_takes_the_step_before(open_checkpoints, tmp_path):
   abstract = abstract_state((1, 1, 1, 1))
   states = {step: random_state(abstract, seed=step) for step in (3, 5)}
@@ -242,6 +244,7 @@ def test_restore_notices_changed_settings_and_iterator_state(open_checkpoints, t
     assert checkpointer.restore(abstract, FINGERPRINT)[1] == {'position': 41}
 
 
+@pytest.mark.long
 def test_load_params_refuses_a_flipped_bit_and_its_advice_helps(open_checkpoints, tmp_path):
   abstract = abstract_state((1, 1, 1, 1))
   checkpointer = open_checkpoints(keep=3)

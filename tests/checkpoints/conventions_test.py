@@ -48,6 +48,7 @@ def scores(path, rows, **settings):
   return polar_jax.load(path, mesh=mesh(), **settings).score_batch(rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', SCORES)
 def test_scores_are_those_of_transformers_also_after_conversion_and_export(data_folder, tmp_path, case):
   source, rows = data_folder / 'cases' / case, rows_of(data_folder, case)
@@ -178,6 +179,7 @@ def test_a_server_gets_the_rendered_conversation_without_a_second_bos(data_folde
     template.candidate_texts('none', '', ['b'])
 
 
+@pytest.mark.long
 def test_scores_of_ppo_keep_the_roles_of_messages(data_folder):
   from polar_jax.config import RewardConfig, RftConfig
   from polar_jax.ppo.rewards.sources import ModelReward

@@ -91,6 +91,7 @@ def test_a_tied_head_must_be_the_embedding(make_folder, tmp_path):
   refused(context_of(source.path, tmp_path / 'out'), r"safetensors: tensor 'lm_head.weight' differs from the embedding")
 
 
+@pytest.mark.long
 def test_a_bias_of_the_head_must_be_zero(make_folder, tmp_path):
   source = make_folder(CASES['llama_value'], tmp_path / 'source')
   with_value('score.bias', 0.5)(source)

@@ -164,6 +164,7 @@ def as_torch_rounds(array: np.ndarray) -> np.ndarray:
   return torch.from_numpy(np.array(array, np.float32)).to(torch.bfloat16).view(torch.int16).numpy().view(BF16)
 
 
+@pytest.mark.long
 @pytest.mark.needs('torch')
 def test_bfloat16_rounds_like_torch_in_imports_and_exports(make_folder, tmp_path):
   case, mesh = CASES['llama_reward'], 'fsdp2_tensor4'
@@ -186,6 +187,7 @@ def test_bfloat16_rounds_like_torch_in_imports_and_exports(make_folder, tmp_path
     assert 0 < stated['max_difference'] < 0.2 and stated['dtypes'] == ['bfloat16']
 
 
+@pytest.mark.long
 @pytest.mark.needs('torch')
 @pytest.mark.parametrize(('dtype', 'large'), [('float16', 7e4), ('bfloat16', 3.4e38)])
 def test_overflow_of_a_dtype_is_refused(make_folder, tmp_path, dtype, large, recwarn):
@@ -213,6 +215,7 @@ def test_a_folder_without_tokenizer_is_converted_with_a_message(small, tmp_path)
   assert stored_in(tmp_path / 'hf').keys() == small.tensors.keys()
 
 
+@pytest.mark.long
 @pytest.mark.needs('torch')
 def test_the_stage_writes_to_the_report(small, tmp_path, capsys):
   config = context_of(small.path, tmp_path / 'ours').config

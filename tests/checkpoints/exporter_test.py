@@ -175,6 +175,7 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
   return np.asarray(jax.jit(lambda params: nnx.merge(graphdef, params)(*inputs))(params))[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('auto', 'family', 'head', 'tied'),
   [

@@ -198,6 +198,7 @@ def test_internlm2(data_folder, tmp_path, separator_id):
     check(open_tokenizer(tmp_path), InternLM2(path, added), 130, 1 + (separator_id or 0), INTERNLM2_SPECIALS)
 
 
+@pytest.mark.long
 @pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_qwen(data_folder):

@@ -84,6 +84,7 @@ def test_the_advice_helps(folder, tmp_path):
   polar_jax.load(folder, tokenizer=open_tokenizer(tmp_path))
 
 
+@pytest.mark.long
 @pytest.mark.data
 def test_layers_of_two_dtypes_score_as_in_transformers(data_folder):
   cases = data_folder / 'cases'

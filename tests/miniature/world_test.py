@@ -105,6 +105,7 @@ def test_bayes_optimal_discriminator_beats_chance(world):
   assert 0.35 < (shuffled > 0).mean() < 0.65
 
 
+@pytest.mark.long
 def test_synthesize_reuses_complete_data_and_rebuilds_incomplete(small_run, small_config, synthesize, tmp_path):
   workdir, result = small_run
   copy = tmp_path / 'run'

@@ -243,11 +243,13 @@ def _equations(jaxpr):
           yield from _equations(inner)
 
 
+@pytest.mark.long
 def test_remat_recomputes_according_to_its_policy():
   counts = {name: _matmuls(name) for name in ('none', 'dots', 'dots_no_batch', 'full')}
   assert counts['none'] == counts['dots'] < counts['dots_no_batch'] < counts['full']
 
 
+@pytest.mark.long
 def test_bfloat16_activations_with_float32_parameters():
   config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
   graphdef, params = _randomised(config)

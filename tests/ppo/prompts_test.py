@@ -132,6 +132,7 @@ def test_open_chat(tmp_path):
   assert open_chat(tmp_path, 'auto').render(TURNS) == 'S<end>' and open_chat(tmp_path, 'none') is None
 
 
+@pytest.mark.long
 @pytest.mark.needs('transformers')
 @pytest.mark.data
 def test_real_prompts_equal_transformers(data_folder):

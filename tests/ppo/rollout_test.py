@@ -129,6 +129,7 @@ def test_log_probabilities_are_those_before_truncation(params, prompts):
       assert (row > row[token]).sum() < 6
 
 
+@pytest.mark.long
 def test_the_seed_determines_the_responses_and_the_slots_do_not(params, prompts):
   config = dataclasses.replace(CONFIG, temperature=1.0)
   engine = RolloutEngine(MODEL, mesh_of(), config, [STOP])

@@ -304,6 +304,7 @@ def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
   assert_same(made.workdir / 'rft', finished[0].workdir / 'rft')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('owner', 'method', 'call', 'step'), [(RolloutEngine, 'generate', 3, 1), (Scorer, 'score', 4, 1)])
 def test_sigterm_while_sampling_or_scoring_is_answered_before_the_step_ends(world, finished, monkeypatch, owner, method, call, step):
   made, original, calls, updates = context(world, f'stopped_{method}'), getattr(owner, method), [], []
@@ -341,6 +342,7 @@ def test_sharded_runs_learn_the_same(world, finished, monkeypatch):
     np.testing.assert_allclose(many[name], alone[name], rtol=2e-3, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.long
 def test_a_reward_server_that_fails_costs_one_step(world, finished, monkeypatch):
   made, calls = context(world, 'server'), []
   original = RewardSum.components
@@ -399,6 +401,7 @@ def test_the_reward_rises(world, advantage):
   assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15, rewards
 
 
+@pytest.mark.long
 def test_references_are_imitated(world):
   made = context(
     world, 'sft', method='sft', steps=20, mini_batch_size=None, update_epochs=1, num_generations=1, kl_in='none', kl_target=None
@@ -439,6 +442,7 @@ def python_reward(name: str) -> RewardConfig:
   return RewardConfig(source='python', function=name, model_weight=2.0, rule='last_number', rule_weight=0.5)
 
 
+@pytest.mark.long
 def test_a_python_function_is_the_reward(world, reward_module):
   made = context(world, 'python', reward=python_reward('rewards_of_test:count'))
   summary = stage.rft(made)['rft']['runs']['rft']
@@ -454,6 +458,7 @@ def test_a_python_function_is_the_reward(world, reward_module):
     stage.rft(other)
 
 
+@pytest.mark.long
 def test_a_function_that_fails_costs_one_step(world, reward_module):
   """The last complete step is saved, and the repeated command ends where an undisturbed run ends."""
   made = context(world, 'python_fails', reward=python_reward('rewards_of_test:fails'), evaluate_every=None)
@@ -490,6 +495,7 @@ def test_a_function_that_cannot_be_used_stops_the_run_before_any_stage(world, re
   assert not (made.workdir / 'rft').exists()
 
 
+@pytest.mark.long
 def test_alarms_stop_a_run(world):
   log: list[str] = []
   alarms = AlarmConfig(action='stop', window=1, max_truncated=0.01)

@@ -198,6 +198,7 @@ def test_a_run_of_two_processes_resumes_in_one_on_another_mesh(world, alone):
   assert rows_of(world, 'elastic')['tokens'] == rows_of(world, 'alone')['tokens']
 
 
+@pytest.mark.long
 def test_hosts_with_different_settings_are_named(world):
   with started(world, 'odd', 3, of_last=('--config.pretrain.learning_rate=1e-2',), flags=fast_compilation.FLAGS) as running:
     assert all(process.wait(120) not in (0, None) for process in running)
@@ -264,6 +265,7 @@ def test_an_error_of_one_process_ends_all(world):
   assert 'Traceback' not in text and 'NotADirectoryError' in (world / 'broken/error.txt').read_text()
 
 
+@pytest.mark.long
 def test_processes_that_never_connect_are_an_error(world):
   with started(
     world,

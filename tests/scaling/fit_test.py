@@ -125,6 +125,7 @@ def slow_bootstrap_t(x: np.ndarray, y: np.ndarray, seed: int, resamples: int) ->
   return slope - high * error, slope - low * error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('n', 'seed', 'wider'), [(4, 0, 'tt'), (5, 1, 'bt'), (6, 0, 'tb'), (6, 2, 'bb')])
 def test_interval_is_the_union_of_students_t_and_a_studentized_bootstrap(n, seed, wider, monkeypatch):
   monkeypatch.setattr(fit, '_RESAMPLES', 500)  # the oracle takes one at a time

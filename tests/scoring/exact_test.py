@@ -108,6 +108,7 @@ def test_rewards_equal_those_of_packed_groups(make_exact, template, head_dim):
   np.testing.assert_allclose(rewards[:2], pair[0], atol=1e-5)
 
 
+@pytest.mark.long
 def test_devices_agree_except_for_the_last_bits(make_exact):
   sequences = draw(np.random.default_rng(3), 9)
   np.testing.assert_allclose(make_exact(8).score_sequences(sequences), make_exact().score_sequences(sequences), atol=1e-5)

@@ -92,6 +92,7 @@ def root(monkeypatch, request):
   monkeypatch.chdir(request.config.rootpath)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('root')
 def test_a_model_on_own_files(tmp_path, world):
   files = ','.join(str(world / name) for name in FILES)

@@ -45,6 +45,7 @@ def values(workdir):
   return {name: {k: v for k, v in row.items() if k != 'seconds'} for name, row in table.items()}
 
 
+@pytest.mark.long
 def test_stored_tokens_do_not_change_the_results(finished, make_sweep, tmp_path, monkeypatch):
   assert (finished.workdir / sweep_jobs.TOKENS / 'info.json').exists()
   monkeypatch.setattr(sweep_jobs, 'store_tokens', lambda *_: None)
@@ -52,6 +53,7 @@ def test_stored_tokens_do_not_change_the_results(finished, make_sweep, tmp_path,
   assert not (tmp_path / sweep_jobs.TOKENS).exists() and values(tmp_path) == values(finished.workdir)
 
 
+@pytest.mark.long
 def test_seed_of_a_cell_gives_the_same_run_as_the_seed_of_a_sweep(make_sweep, tmp_path):
   """The run starts from its own language model, reads in another order, and has its own name."""
   cells = {'sizes': ('8x1',), 'tokens': (300,)}
@@ -82,6 +84,7 @@ def test_rows_describe_their_runs(finished):
   assert len(read) == 4 and sorted(set(read.tokens)) == [300, 600]
 
 
+@pytest.mark.long
 def test_a_sweep_opens_its_data_and_tokenizer_once(make_sweep, tmp_path, monkeypatch):
   opened = []
   for name in ('open_triplets', 'load_tokenizer'):
@@ -152,6 +155,7 @@ def test_settings_of_an_earlier_version_are_read(finished, tmp_path):
     sweep_jobs.check_settings(dataclasses.replace(finished, workdir=tmp_path))
 
 
+@pytest.mark.long
 def test_a_failed_run_is_named_and_the_others_are_done(make_sweep, tmp_path, monkeypatch, capsys):
   real = sweep_jobs.run_job
 
@@ -246,6 +250,7 @@ def test_commands_for_a_queue_run_their_jobs(make_sweep, tmp_path):
     sweep_worker.run(tmp_path / 'elsewhere', 'nothing')
 
 
+@pytest.mark.long
 def test_two_processes_with_one_job_run_it_once(make_sweep, tmp_path):
   context = make_sweep(tmp_path, sizes=('8x1',), tokens=(300,))
   job, outputs = Job('8x1', None), []

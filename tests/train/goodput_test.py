@@ -56,6 +56,7 @@ def test_a_run_reports_its_seconds_by_part_and_a_resumed_one_adds(tmp_path, make
   assert resumed['lost'] > 0 and resumed['start'] > parts['start']
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('steps', [2, 100])
 def test_steps_are_captured_by_the_profiler(tmp_path, make_context, steps):
   """Even if the run ends before the capture does."""

@@ -103,6 +103,7 @@ def test_weight_decay_skips_norm_scales_and_the_reward_head():
   assert moved == {'decoder.embedding', 'decoder.layers.wq'}
 
 
+@pytest.mark.long
 def test_one_compiled_update_serves_every_schedule():
   """A schedule set in the state of a shared optimizer gives the updates of an optimizer made for that schedule."""
   configs = [TrainConfig(learning_rate=rate, warmup_ratio=0.3, final_lr_ratio=0.2, b1=0.8) for rate in (0.01, 0.3)]

@@ -83,6 +83,7 @@ def test_starts_from_all_parameters_of_a_reward_model(reward_folder, tmp_path, m
   jax.tree.map(lambda x, a: x.sharding == a.sharding or pytest.fail(f'{x.sharding}, not {a.sharding}'), sharded, abstract)
 
 
+@pytest.mark.long
 def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make_context):
   """The model is of another family with the same shapes, and has tied embeddings; neither affects a reward."""
   folder, params = make_folder('lm', family='llama', tie_embeddings=True, max_position=77)
@@ -247,6 +248,7 @@ def test_scores_survive_conversion_to_hugging_face_and_back(trained, tmp_path):
   assert json.loads((tmp_path / 'exported/config.json').read_text())['reward_token_id'] == 260
 
 
+@pytest.mark.long
 def test_scores_of_a_run_with_a_byte_tokenizer_survive_conversion(tmp_path, make_context):
   context = make_context(tmp_path, steps=4, evaluate_every=None, start_from='scratch')
   finetune(context)

@@ -275,6 +275,7 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path, make_context, monkeypatch
   assert log == ['pretrain: resumed from step 1 of 1']
 
 
+@pytest.mark.long
 def test_changed_text_is_refused(tmp_path, world, make_context):
   context = at_rest(make_context, tmp_path)
   pretrain_lm(context)
@@ -288,6 +289,7 @@ def test_changed_text_is_refused(tmp_path, world, make_context):
     elsewhere()
 
 
+@pytest.mark.long
 def test_examples_of_which_nothing_can_be_learned_are_counted(tmp_path, make_context, monkeypatch):
   path, log = tmp_path / 'rows.jsonl', []
   row = {'prompt': 'p', 'reference': 'r', 'chosen': 'same', 'rejected': 'same'}

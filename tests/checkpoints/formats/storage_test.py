@@ -313,6 +313,7 @@ DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 ARRAYS = st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.booleans())
 
 
+@pytest.mark.long
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(
   plan=st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != '__metadata__'), ARRAYS, max_size=8),

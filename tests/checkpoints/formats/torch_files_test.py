@@ -88,6 +88,7 @@ def test_read_file_deleted_after_opening(tmp_path):
     source.read('half')
 
 
+@pytest.mark.long
 def test_legacy_file_is_loaded_once_and_only_the_last_is_kept(tmp_path, monkeypatch):
   for i in (1, 2):
     torch.save({f'a{i}': torch.ones(2), f'b{i}': torch.ones(2)}, tmp_path / f'pytorch_model-{i}.bin', _use_new_zipfile_serialization=False)
