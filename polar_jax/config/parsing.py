@@ -17,7 +17,7 @@ from polar_jax.config.renamed import RENAMED_VALUES, current_name
 from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
-from polar_jax.config.synthesis import PoolConfig
+from polar_jax.config.synthesis import OF_FILES, SHARED_WITH_FILES, PoolConfig, SynthesizeConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -158,6 +158,20 @@ def _check_tuple(name: str, value: Any, hint: Any, allowed: OptionInfo) -> tuple
   return checked
 
 
+def _check_world(s: SynthesizeConfig) -> None:
+  """Check that no setting of `synthesize` is about another world."""
+  of_pools = [f.name for f in dataclasses.fields(PoolConfig) if s.world != 'pool' and getattr(s, f.name) not in (None, f.default)]
+  of_pools = [name for name in of_pools if not (s.world == 'files' and name in SHARED_WITH_FILES)]
+  if of_pools:
+    raise ConfigError(
+      f"synthesize.{of_pools[0]} is set, but synthesize.world is {s.world!r}; set it to 'pool', as in configs/synthesize.py (docs/pools.md)"
+    )
+  defaults = SynthesizeConfig()
+  of_files = [name for name in OF_FILES if s.world != 'files' and getattr(s, name) != getattr(defaults, name)]
+  if of_files:
+    raise ConfigError(f"synthesize.{of_files[0]} is set, but synthesize.world is {s.world!r}; set it to 'files' (docs/real.md)")
+
+
 def _check_together(c: Config) -> None:
   """Check the rules that involve several settings, or parts of one."""
   check_stage(c.stage)
@@ -176,11 +190,7 @@ def _check_together(c: Config) -> None:
     raise ConfigError(f'synthesize.prefix_min_tokens ({s.prefix_min_tokens}) exceeds synthesize.prefix_max_tokens ({s.prefix_max_tokens})')
   if s.unseen_policies > s.policies - 2:
     raise ConfigError(f'synthesize.unseen_policies ({s.unseen_policies}) must leave two of synthesize.policies ({s.policies}) to train on')
-  of_pools = [f.name for f in dataclasses.fields(PoolConfig) if s.world != 'pool' and getattr(s, f.name) not in (None, f.default)]
-  if of_pools:
-    raise ConfigError(
-      f"synthesize.{of_pools[0]} is set, but synthesize.world is {s.world!r}; set it to 'pool', as in configs/synthesize.py (docs/pools.md)"
-    )
+  _check_world(s)
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')

@@ -48,6 +48,10 @@ class Config:
     False,
     'Also fine-tune without pre-training and without the reference (Table 7 of the paper); rft: also with the rule as the only reward.',
   )
+  equal_compute: bool = option(
+    False, 'Also fine-tune without pre-training on as many tokens as pre-training and fine-tuning read together.'
+  )
+  seeds: int = option(1, 'Fine-tune so many times, with the seeds `seed`, `seed` + 1, ...; accuracies are means over them.', min=1)
   checkpointing: CheckpointingConfig = section(CheckpointingConfig())
   mesh: MeshConfig = section(MeshConfig())
   compile_cache: str | None = option(None, 'Folder of compiled programs for later starts. None: JAX_COMPILATION_CACHE_DIR, if set.')

@@ -30,11 +30,14 @@ STAGE_TABLE = {
   'synthesize': Stage('Write data: triplets and preferences of a pool of n-gram policies, or word problems.', ('synthesize',)),
   'pretrain_lm': Stage('Train a language model on text.', ('pretrain_lm', *_TRAINING)),
   'pretrain': Stage('Pre-train a reward model on triplets of policies, contrastively.', ('pretrain', *_TRAINING)),
-  'finetune': Stage('Fine-tune a reward model on ranked data.', ('finetune', *_TRAINING, 'ablations', 'synthesize.world')),
+  'finetune': Stage(
+    'Fine-tune a reward model on ranked data.',
+    ('finetune', *_TRAINING, 'ablations', 'equal_compute', 'seeds', 'pretrain.start_from', 'pretrain.start_layers', 'synthesize.world'),
+  ),
   'evaluate': Stage(
     'Evaluate the reward models of the workdir, or one on files and public benchmarks, next to heuristic baselines; or a policy on '
     'benchmarks.',
-    ('evaluate', *_MODEL, 'input', 'output', 'checkpointing.folder', 'synthesize.world', 'synthesize.workers'),
+    ('evaluate', *_MODEL, 'input', 'output', 'checkpointing.folder', 'seeds', 'synthesize.world', 'synthesize.workers'),
   ),
   # In the miniature, rft trains start models by the settings of pretrain_lm, and samples references by those of synthesize.
   'rft': Stage(

@@ -6,6 +6,10 @@ import dataclasses
 
 from polar_jax.config.base import option
 
+# Options of the world `files`: its own, and those of pools that it reads.
+OF_FILES = ('files', 'held_out_policies', 'best_of')
+SHARED_WITH_FILES = ('pairs_per_prompt', 'validation_share', 'unseen_share', 'exclude', 'exclude_near')
+
 
 @dataclasses.dataclass(frozen=True)
 class PoolConfig:
@@ -72,9 +76,15 @@ class SynthesizeConfig(PoolConfig):
 
   world: str = option(
     'ngram',
-    'ngram: triplets of n-gram policies; arithmetic: word problems; pool: triplets of `pool`.',
-    choices=('ngram', 'arithmetic', 'pool'),
+    'ngram: triplets of n-gram policies; arithmetic: word problems; pool: triplets of `pool`; files: triplets and preferences of `files`.',
+    choices=('ngram', 'arithmetic', 'pool', 'files'),
   )
+  files: str | None = option(
+    None,
+    'World files: files of triplets with their policies, of answers, and of preferences, separated by commas (docs/real.md). None: none.',
+  )
+  held_out_policies: float = option(0.2, 'World files: share of the policies of each file that no training example has.', min=0, max=0.9)
+  best_of: int = option(8, 'World files: most answers to a prompt in held-out rows of best-of-n.', min=2)
   vocab_size: int = option(1_024, 'Vocabulary size of the BPE tokenizer that is trained.', min=300)
   policies: int = option(256, 'Number of policies in the pool.', min=8)
   unseen_policies: int = option(48, 'Number of `policies` that are kept for evaluation.', min=2)

@@ -92,7 +92,7 @@ def accuracy_interval(correct: np.ndarray, clusters: Clusters | None = None, res
   because all values are equal, the interval is that of `_without_spread`, which is never of zero width.
 
   Args:
-    correct: (examples,) values in {0, .5, 1}; ties count half.
+    correct: (examples,) values in [0, 1]; ties count half, and of several seeds it is the mean.
     clusters: of the examples; None treats them as independent.
     resamples: number of bootstrap samples.
     seed: seed of the resampling.
@@ -109,8 +109,8 @@ def paired_difference(a: np.ndarray, b: np.ndarray, clusters: Clusters | None = 
   """Return the mean of `a - b` with a 95% percentile bootstrap interval; examples are resampled together, so shared noise cancels.
 
   Args:
-    a: (examples,) values in {0, .5, 1}.
-    b: (examples,) values in {0, .5, 1} for the same examples.
+    a: (examples,) values in [0, 1].
+    b: (examples,) values in [0, 1] for the same examples.
     clusters: as in `accuracy_interval`.
     resamples: number of bootstrap samples.
     seed: seed of the resampling.
@@ -133,9 +133,9 @@ def _checked(values: np.ndarray, name: str) -> np.ndarray:
   values = np.asarray(values, dtype=np.float64)
   if values.ndim != 1 or not values.size:
     raise ValueError(f'{name} has shape {values.shape}; it must be a vector of at least one example')
-  bad = np.flatnonzero(~np.isin(values, (0.0, 0.5, 1.0)))
+  bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
   if bad.size:
-    raise ValueError(f'{name}, example {bad[0]}: {values[bad[0]]} is not one of 0, 0.5 (tie) and 1 ({bad.size} such examples)')
+    raise ValueError(f'{name}, example {bad[0]}: {values[bad[0]]} is not in [0, 1] ({bad.size} such examples)')
   return values
 
 

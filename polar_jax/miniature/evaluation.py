@@ -10,8 +10,8 @@ import numpy as np
 from polar_jax.evaluate import baselines
 from polar_jax.miniature import pool, world
 from polar_jax.stages import evaluate as stage
+from polar_jax.stages.arms import FINETUNE
 from polar_jax.stages.context import Context
-from polar_jax.stages.finetune import FINETUNE
 from polar_jax.stages.pretrain import RUN as PRETRAIN
 from polar_jax.types import Triplet
 

@@ -32,6 +32,7 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
     '## Evaluation',
     'Accuracy in % of comparisons, with 95% intervals; a tie counts half. The mean over categories weights every category alike.',
     _accuracies(sets),
+    *_arms(sets),
     *sections.clustering(sets),
     *(part for name, caption in _CAPTIONS.items() for part in markdown.figure(figures, name, caption)),
   ]
@@ -113,6 +114,29 @@ def _accuracies(sets: Mapping[str, Any]) -> str:
       ]
     )
   return markdown.table(head, body)
+
+
+def _arms(sets: Mapping[str, Any]) -> list[str]:
+  """Return the table of the arms that a workdir has trained."""
+  names = list(dict.fromkeys(arm for found in sets.values() for arm in found.get('arms', {})))
+  if len(names) < 2:
+    return []
+  head, body = ['set', *map(markdown.escape, names)], []
+  for name, found in sets.items():
+    cells = []
+    for arm in names:
+      entry = found.get('arms', {}).get(arm)
+      margin = (entry or {}).get('main_minus')
+      points = f'; {100 * margin["difference"]:+.1f} [{100 * margin["low"]:+.1f}, {100 * margin["high"]:+.1f}]' if margin else ''
+      cells.append(f'{sections.accuracy(entry)}{points}' if entry else '-')
+    body.append([_name(name), *cells])
+  seeds = {len(entry.get('by_seed', [0])) for found in sets.values() for entry in found.get('arms', {}).values()}
+  over = f' Means over up to {max(seeds)} seeds of fine-tuning; the intervals are over clusters, not seeds.' if max(seeds) > 1 else ''
+  return [
+    '### Arms',
+    f'Accuracy in %, and after the semicolon the paired difference of `{names[0]}` from the arm, in points.{over}',
+    markdown.table(head, body),
+  ]
 
 
 def _compared(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from polar_jax.data.pipeline import TripletSegments
 from polar_jax.model import flops
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
+from polar_jax.stages import arms
 from polar_jax.stages import evaluate as evaluate_stage
 from polar_jax.stages import finetune as finetune_stage
 from polar_jax.stages import pretrain as pretrain_stage
@@ -60,7 +61,7 @@ def _check_pretrain(context: Context, earlier: Sequence[str]) -> None:
 
 def _check_finetune(context: Context, earlier: Sequence[str]) -> None:
   config = context.config
-  _check_start(context, config.finetune.start_from, finetune_stage.FINETUNE, earlier)
+  _check_start(context, config.finetune.start_from, arms.FINETUNE, earlier)
   _check_examples(context, context.preferences, config.data.preferences, config.finetune, earlier)
 
 
@@ -70,7 +71,7 @@ def _check_evaluate(context: Context, earlier: Sequence[str]) -> None:
     return
   for run, read, setting in (
     (pretrain_stage.RUN, context.triplets, 'triplets'),
-    (finetune_stage.FINETUNE, context.preferences, 'preferences'),
+    (arms.FINETUNE, context.preferences, 'preferences'),
   ):
     is_there = run in earlier or evaluate_stage.trained(context, run)
     if is_there and not _is_written(context, data.validation or getattr(data, setting), earlier):
@@ -112,11 +113,20 @@ def _check_ablations(context: Context, earlier: Sequence[str]) -> None:
     ConfigError: they have none.
   """
   config = context.config
-  if config.ablations and config.synthesize.world == 'ngram':
+  ablations = config.ablations and config.synthesize.world != 'arithmetic'
+  for wanted, setting, run in (
+    (ablations, 'ablations', arms.FINETUNE_ONLY),
+    (config.equal_compute, 'equal_compute', arms.FINETUNE_EQUAL_COMPUTE),
+  ):
     try:
-      _check_start(context, pretrain_lm_stage.RUN, finetune_stage.FINETUNE_ONLY, earlier)
+      if wanted:
+        _check_start(context, config.pretrain.start_from, run, earlier)
     except ConfigError as error:
-      raise ConfigError(f'ablations: {error}, or set ablations to False') from error
+      raise ConfigError(f'{setting}: {error}, or set {setting} to False') from error
+  if config.equal_compute and jax.process_count() > 1:
+    raise ConfigError('equal_compute counts the tokens of earlier runs, which needs a single process; set it to False')
+  if config.equal_compute and arms.PRETRAIN not in earlier:
+    finetune_stage.pretraining_tokens(context)
 
 
 def _in_miniature(context: Context, given: str | None, earlier: Sequence[str]) -> bool:
@@ -179,7 +189,7 @@ def _check_space(context: Context, names: Sequence[str]) -> None:
   runs = {
     pretrain_lm_stage.RUN: (config.pretrain_lm, flops.language_model_parameters),
     pretrain_stage.RUN: (config.pretrain, flops.reward_model_parameters),
-    finetune_stage.FINETUNE: (config.finetune, flops.reward_model_parameters),
+    arms.FINETUNE: (config.finetune, flops.reward_model_parameters),
   }
   needed = 0
   for run, (train, count) in runs.items():

@@ -23,7 +23,7 @@ from polar_jax.runtime import paths
 from polar_jax.types import Triplet
 
 # Runs that a stage of the same workdir may start from. Each name is also that of the run's folder.
-RUNS = ('pretrain_lm', 'pretrain', 'finetune', 'finetune_only', 'finetune_no_reference')
+RUNS = ('pretrain_lm', 'pretrain', 'finetune', 'finetune_only', 'finetune_no_reference', 'finetune_equal_compute')
 SCRATCH = 'scratch'
 
 
@@ -78,6 +78,10 @@ class Context:
     if config.kind != 'checkpoint':
       return self._cached(('tokenizer', config), lambda: load_tokenizer(config, self.data / 'tokenizer.json'))
     path = self.config.checkpoint or start_from
+    seen = set[str]()
+    while path in RUNS and path not in seen:  # a run has the tokenizer of what it started from
+      seen.add(path)
+      path = getattr(self.config, 'finetune' if path.startswith('finetune') else path).start_from
     if path is None or path == SCRATCH or path in RUNS:
       raise ConfigError(
         "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to a folder or file"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from polar_jax import api
-from polar_jax.checkpoints import checkpointer
 from polar_jax.config import ConfigError
 from polar_jax.data import survey
 from polar_jax.data.examples import NoSplitError
@@ -17,21 +16,13 @@ from polar_jax.data.template import Template
 from polar_jax.evaluate import baselines, statistics
 from polar_jax.evaluate.clusters import Clusters, cluster
 from polar_jax.scoring.scorer import Scorer
+from polar_jax.stages import arms as arms_lib
 from polar_jax.stages import evaluate_policies, evaluate_sets
+from polar_jax.stages.arms import FINETUNE, MAIN_ARM, PRETRAIN, trained
 from polar_jax.stages.context import Context
-from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
-from polar_jax.stages.pretrain import RUN as PRETRAIN
 from polar_jax.types import Triplet
 
 SPLITS = ('validation', 'test', 'unseen_prompts', 'unseen_policies')  # the last two: of a pool
-MAIN_ARM = 'pretrained_finetuned'
-# Arm of Table 7 -> the run that it evaluates.
-ARMS = {
-  MAIN_ARM: FINETUNE,
-  'finetuned_only': FINETUNE_ONLY,
-  'finetuned_without_reference': FINETUNE_NO_REFERENCE,
-  'pretrained_only': PRETRAIN,
-}
 
 # (examples, split) -> correctness of further baselines by name.
 Baselines = Callable[[Sequence[Triplet], str], Mapping[str, np.ndarray]]
@@ -40,8 +31,8 @@ Baselines = Callable[[Sequence[Triplet], str], Mapping[str, np.ndarray]]
 def evaluate(context: Context) -> dict[str, Any]:
   """Evaluate the runs of the workdir on the held-out splits of `data`.
 
-  Given sets, evaluate one reward model on them instead (`evaluate_sets`); given benchmarks of policies, a language model
-  (`evaluate_policies`).
+  Given sets, evaluate one reward model on them instead, or all runs of the workdir (`evaluate_sets`); given benchmarks of policies, a
+  language model (`evaluate_policies`).
 
   Returns:
     The sections `evaluate` and `finetune` of the report, or `evaluation`, or `policies`.
@@ -66,11 +57,6 @@ def evaluate(context: Context) -> dict[str, Any]:
       'evaluate.tasks'
     )
   return results
-
-
-def trained(context: Context, run: str) -> bool:
-  """Return whether a run of the workdir has a checkpoint."""
-  return checkpointer.exists(context.home(run))
 
 
 def held_out(context: Context, read: Callable[[str], Sequence[Triplet]], setting: str) -> dict[str, Sequence[Triplet]]:
@@ -124,16 +110,18 @@ def evaluate_triplets(context: Context, splits: Mapping[str, Sequence[Triplet]],
 
 
 def evaluate_preferences(context: Context, sequence: Sequence[Triplet]) -> dict[str, Any]:
-  """Evaluate every arm of fine-tuning on the same held-out preferences."""
+  """Evaluate every arm of fine-tuning on the same held-out preferences. Of several seeds, the mean is taken for each example."""
   examples, resamples = list(sequence), context.config.evaluate.bootstrap
   clusters = cluster(examples)
-  correct, surveys = {}, {}
-  for arm, run in ARMS.items():
-    if trained(context, run):
+  correct, surveys, by_seed = {}, {}, {}
+  for arm, runs in arms_lib.trained_arms(context).items():
+    of_seeds = []
+    for run in runs:
       scorer = _scorer(context, run)
-      surveys[arm] = _survey(context, arm, sequence, scorer.template)
-      correct[arm] = _correct(scorer, examples)
-  arms = {arm: _interval(values, clusters, resamples) for arm, values in correct.items()}
+      of_seeds.append(_correct(scorer, examples))
+    surveys[arm] = _survey(context, arm, sequence, scorer.template)
+    correct[arm], by_seed[arm] = np.mean(of_seeds, axis=0), [float(values.mean()) for values in of_seeds]
+  arms = {arm: _interval(values, clusters, resamples) | _seeds(by_seed[arm]) for arm, values in correct.items()}
   for arm, interval in arms.items():
     context.log(f'{arm}: {_shown(interval)}')
   main = correct[MAIN_ARM]
@@ -173,6 +161,10 @@ def _survey(context: Context, name: str, examples: Sequence[Triplet], template: 
 def _correct(scorer: Scorer, examples: Sequence[Triplet]) -> np.ndarray:
   rewards_NC = scorer.score_pairs(examples).astype(np.float64)
   return statistics.pair_correct(rewards_NC[:, 0], rewards_NC[:, 1])
+
+
+def _seeds(by_seed: Sequence[float]) -> dict[str, Any]:
+  return {'by_seed': list(by_seed)} if len(by_seed) > 1 else {}
 
 
 def _interval(correct: np.ndarray, clusters: Clusters, resamples: int) -> dict[str, Any]:

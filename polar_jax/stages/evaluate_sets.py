@@ -30,10 +30,13 @@ from polar_jax.evaluate.benchmarks import rm_bench
 from polar_jax.evaluate.references import View
 from polar_jax.evaluate.sets import EvaluationSet, Item, Rewards
 from polar_jax.runtime import json_files, paths
+from polar_jax.stages import arms as arms_lib
+from polar_jax.stages import evaluate_arms
 from polar_jax.stages import evaluate_systems as systems
 from polar_jax.stages.context import Context
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
+HELD_OUT = 'held_out'  # folder of the rows that the world `files` keeps for evaluation
 OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further views of the references
 RECORDED = 'recorded'
 
@@ -60,12 +63,12 @@ class Scored(NamedTuple):
 
 
 def is_requested(config: Config) -> bool:
-  """Return whether the config names data to evaluate on, rather than the runs of a workdir.
+  """Return whether the config names sets to evaluate on: files, benchmarks, or the held-out rows of the world `files`.
 
   Raises:
     ConfigError: it names no data, but has settings that are about such data.
   """
-  if config.input or config.evaluate.benchmarks:
+  if config.input or config.evaluate.benchmarks or config.synthesize.world == 'files':
     return True
   given = {'output': config.output} | {
     f'evaluate.{name}': getattr(config.evaluate, name)
@@ -82,6 +85,9 @@ def is_requested(config: Config) -> bool:
 def run(context: Context) -> dict[str, Any]:
   """Evaluate on every set of `input` and `evaluate.benchmarks`; write evaluation.json and the rewards to `output`.
 
+  In the world `files` the held-out rows of the workdir are sets as well. Without `checkpoint` and `evaluate.scores`, the arms that the
+  workdir has trained are evaluated, the first of them in full, and `output` may be left out: it is `evaluation` in the workdir.
+
   Returns:
     The section `evaluation` of the report.
 
@@ -90,12 +96,13 @@ def run(context: Context) -> dict[str, Any]:
     UserError: a file, a row or a recorded reward cannot be used.
   """
   config = context.config
-  if not config.output:
+  arms = {} if config.checkpoint or config.evaluate.scores else arms_lib.trained_arms(context)
+  if not config.output and not arms:
     raise ConfigError('output is not set: name a folder for evaluation.json and scores.jsonl.gz with --config.output=DIR')
-  folder = paths.path_of(config.output)
+  folder = paths.path_of(config.output) if config.output else context.workdir / 'evaluation'
   if folder.exists() and not folder.is_dir():
     raise ConfigError(f'output {folder}: is a file; name a folder')
-  found = read_sets(config)
+  found = read_sets(config, context.data / HELD_OUT)
   for one in found:
     _announce(context, one)
   repeated = _duplicates(context, found)
@@ -103,17 +110,21 @@ def run(context: Context) -> dict[str, Any]:
   others = systems.others(context, _listed(config.evaluate.compare), found)
   leaked = _leaked(context, found)
   by_model = systems.model_baselines(context)
-  scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found)
+  checkpoint = context.home(next(iter(arms.values()))[0]) if arms else config.checkpoint
+  scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found, checkpoint)
+  of_arms = evaluate_arms.score(context, arms, found, *_main_views(scored)) if arms else []
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
     result['duplicates'] = {'items': len(repeated[part.one.name]), 'of': repeated[part.one.name]}
     if others:
       result['compare'] = _compare(context, part, others)
+    if of_arms:
+      result['arms'] = evaluate_arms.measure(context, part.one, of_arms)
     if leaked is not None:
       result['contamination'] = _without(context, part, leaked[part.one.name])
     results[part.one.name] = result
-  tests = sum(len(result['baselines']) + len(result.get('compare', ())) for result in results.values())
+  tests = sum(len(result['baselines']) + len(result.get('compare', ())) + max(len(of_arms) - 1, 0) for result in results.values())
   content = {'sets': results, 'paired_tests': tests}
   if jax.process_index() == 0:
     _write(folder, content, scored)
@@ -121,15 +132,23 @@ def run(context: Context) -> dict[str, Any]:
   return {'evaluation': content}
 
 
-def read_sets(config: Config) -> list[EvaluationSet]:
-  """Return the sets of `input` and `evaluate.benchmarks`.
+def _main_views(scored: Sequence[Scored]) -> tuple[dict[str, View], dict[str, Rewards]]:
+  """Return the main references of each set, and its rewards with them."""
+  return {part.one.name: part.views[part.main] for part in scored}, {part.one.name: part.rewards[part.main] for part in scored}
+
+
+def read_sets(config: Config, held_out: pathlib.Path | None = None) -> list[EvaluationSet]:
+  """Return the sets of `input` and `evaluate.benchmarks`, and in the world `files` those of the folder of held-out rows.
 
   Raises:
     ConfigError: two sets have the same name, or a benchmark has no folder.
     UserError: a file or a row cannot be used.
   """
   mode, found = config.data.on_bad_example, list[EvaluationSet]()
-  for path in map(paths.path_of, _listed(config.input)):
+  inputs = [paths.path_of(name) for name in _listed(config.input)]
+  if config.synthesize.world == 'files' and held_out is not None:
+    inputs += sorted(held_out.glob('*.jsonl.gz'))
+  for path in inputs:
     found += own_files.read(path, path.name.split('.')[0], mode)
   if config.evaluate.benchmarks and not config.evaluate.folder:
     raise ConfigError('evaluate.folder is not set: name the folder that has a folder of published files for each benchmark, or hub')
@@ -180,8 +199,8 @@ def _recorded(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:
   return [Scored(one, {RECORDED: rewards}, {}) for one, rewards in held.values()]
 
 
-def _scored(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:
-  """Return the sets with the rewards of `checkpoint`.
+def _scored(context: Context, found: Sequence[EvaluationSet], checkpoint: str | pathlib.Path | None) -> list[Scored]:
+  """Return the sets with the rewards of a checkpoint.
 
   Raises:
     ConfigError: no checkpoint is named, or it is no reward model.
@@ -189,11 +208,12 @@ def _scored(context: Context, found: Sequence[EvaluationSet]) -> list[Scored]:
   config = context.config
   given = references.read_file(paths.path_of(config.evaluate.reference_file), found) if config.evaluate.reference_file else {}
   views = {one.name: _views(context, one, given) for one in found}
-  if not config.checkpoint:
+  if not checkpoint:
     raise ConfigError(
       'checkpoint is not set: name a reward model with --config.checkpoint=DIR, or recorded rewards with --config.evaluate.scores=FILE'
     )
-  model = systems.RewardSystem(context, 'checkpoint', context.checkpoint(config.checkpoint))
+  path = context.checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
+  model = systems.RewardSystem(context, 'checkpoint', path)
   out = []
   for one in found:
     of_set = views[one.name]

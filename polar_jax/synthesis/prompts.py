@@ -57,14 +57,14 @@ class PromptFile:
   def __iter__(self) -> Iterator[PromptRow]:
     self.skipped = 0
     for number, raw in self._read(self.path):
-      row = _parse(self.path, number, raw)
+      row = parse_row(self.path, number, raw)
       if 'prompt' in row:
-        text = _text_of(self.path, number, row, 'prompt')
+        text = text_of(self.path, number, row, 'prompt')
         if not text.strip():
           raise UserError(f'{self.path}, row {number}: field prompt is empty; remove the row')
         yield PromptRow(_id_of(row), text, INSTRUCTION, self.path.name)
       elif 'text' in row:
-        prefix = beginning(_text_of(self.path, number, row, 'text'), self._max_words, self._seed)
+        prefix = beginning(text_of(self.path, number, row, 'text'), self._max_words, self._seed)
         if prefix is None:
           self.skipped += 1
         else:
@@ -133,7 +133,7 @@ def read_recorded(path: pathlib.Path, name: str) -> Iterator[RecordedRow]:
     UserError: a row cannot be used.
   """
   for number, raw in readers.reader_of(path)(path):
-    row = _parse(path, number, raw)
+    row = parse_row(path, number, raw)
     for field in ('prompt', 'response'):
       if field not in row:
         raise UserError(
@@ -142,8 +142,8 @@ def read_recorded(path: pathlib.Path, name: str) -> Iterator[RecordedRow]:
     policy = row.get('policy', name)
     if not isinstance(policy, str) or not policy or not policy.isprintable():
       raise UserError(f'{path}, row {number}: policy is {policy!r:.60}; it must be a name of printable characters')
-    prompt = _text_of(path, number, row, 'prompt')
-    yield RecordedRow(policy, _id_of(row), prompt, _text_of(path, number, row, 'response'), path.name)
+    prompt = text_of(path, number, row, 'prompt')
+    yield RecordedRow(policy, _id_of(row), prompt, text_of(path, number, row, 'response'), path.name)
 
 
 def split_of(validation: float, unseen: float) -> Callable[[str], str]:
@@ -218,7 +218,12 @@ def _paragraphs(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     yield first, {'text': ''.join(lines).strip()}
 
 
-def _parse(path: pathlib.Path, number: int, raw: Any) -> dict[str, Any]:
+def parse_row(path: pathlib.Path, number: int, raw: Any) -> dict[str, Any]:
+  """Return a row of a file as an object.
+
+  Raises:
+    UserError: it is none.
+  """
   try:
     row = json_files.parse(raw) if isinstance(raw, bytes) else raw
   except json_files.JsonError as error:
@@ -228,7 +233,12 @@ def _parse(path: pathlib.Path, number: int, raw: Any) -> dict[str, Any]:
   return row
 
 
-def _text_of(path: pathlib.Path, number: int, row: dict[str, Any], field: str) -> str:
+def text_of(path: pathlib.Path, number: int, row: dict[str, Any], field: str) -> str:
+  """Return a field of a row as text; messages are joined.
+
+  Raises:
+    UserError: it is no text.
+  """
   try:
     text = join_messages(row[field], f'field {field}')
     text.encode()

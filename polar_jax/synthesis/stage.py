@@ -24,6 +24,10 @@ def synthesize(context: Context) -> dict[str, Any]:
     from polar_jax.synthesis import run
 
     return {'synthesize': run.synthesize(config.synthesize, config.seed, context.workdir, context.log)}
+  if config.synthesize.world == 'files':
+    from polar_jax.synthesis import split
+
+    return {'synthesize': split.synthesize(config.synthesize, config.seed, context.workdir, context.log)}
   from polar_jax.synthesis import arithmetic
 
   return {'synthesize': arithmetic.synthesize(config.synthesize, config.seed, context.workdir, context.log)}

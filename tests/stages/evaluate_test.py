@@ -12,8 +12,7 @@ from polar_jax.data.examples import NoSplitError
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.stages import evaluate as stage
-from polar_jax.stages.finetune import FINETUNE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY
-from polar_jax.stages.pretrain import RUN as PRETRAIN
+from polar_jax.stages.arms import FINETUNE, FINETUNE_EQUAL_COMPUTE, FINETUNE_NO_REFERENCE, FINETUNE_ONLY, PRETRAIN
 from polar_jax.types import Triplet
 
 RIGHT = {FINETUNE: 'easy medium', FINETUNE_ONLY: 'easy', FINETUNE_NO_REFERENCE: '', PRETRAIN: 'easy medium hard'}
@@ -34,8 +33,8 @@ class KnownScorer:
 @pytest.fixture
 def context(monkeypatch):
   monkeypatch.setattr(stage, '_scorer', lambda context, run: KnownScorer(run))
-  monkeypatch.setattr(stage, 'trained', lambda context, run: True)
-  config = types.SimpleNamespace(evaluate=EvaluateConfig(bootstrap=100), data=DataConfig())
+  monkeypatch.setattr(stage.arms_lib, 'trained', lambda context, run: run != FINETUNE_EQUAL_COMPUTE)
+  config = types.SimpleNamespace(evaluate=EvaluateConfig(bootstrap=100), data=DataConfig(), seeds=1)
   return types.SimpleNamespace(config=config, log=lambda line: None)
 
 
@@ -63,7 +62,7 @@ def test_accuracy_by_category_is_that_of_its_own_examples(context):
 
 
 def test_an_arm_that_was_not_trained_is_left_out(context, monkeypatch):
-  monkeypatch.setattr(stage, 'trained', lambda context, run: run == FINETUNE)
+  monkeypatch.setattr(stage.arms_lib, 'trained', lambda context, run: run == FINETUNE)
   result = stage.evaluate_preferences(context, [Triplet('p', 'r', 'a', 'b', category='easy'), Triplet('q', 'r', 'a', 'b')])
   assert set(result['arms']) == set(result['examples']) == {'pretrained_finetuned'} and result['margin_over_arms'] == {}
   assert {name: v['n'] for name, v in result['by_category'].items()} == {'easy': 1, 'none': 1}

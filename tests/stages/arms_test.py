@@ -1,0 +1,148 @@
+"""Arms of a workdir in the world of files: seeds, ablations, equal compute, and one table of all, with a language model of one layer."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import polar_jax
+from polar_jax import api, runner, sharding
+from polar_jax.config import ConfigError, MeshConfig, ModelConfig, default_config, parse
+from polar_jax.data.examples import read_triplets
+from polar_jax.data.tokenizer import ByteTokenizer
+from polar_jax.evaluate.sets import EvaluationSet, Item, pair
+from polar_jax.model.language_model import LanguageModel
+from polar_jax.stages import arms, evaluate_arms
+from polar_jax.stages.context import Context
+
+SHAPE = ModelConfig(vocab_size=ByteTokenizer.vocab_size, num_layers=2, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=16)
+ARMS = [
+  'pretrained_finetuned',
+  'finetuned_only',
+  'finetuned_without_reference',
+  'pretrained_only',
+  'finetuned_at_equal_compute',
+]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A language model, and files of triplets and preferences."""
+  folder, mesh = tmp_path_factory.mktemp('real'), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  params = nnx.to_pure_dict(nnx.state(LanguageModel(SHAPE, rngs=nnx.Rngs(params=0)), nnx.Param))
+  with jax.set_mesh(mesh):
+    polar_jax.LanguageModel(params, SHAPE, ByteTokenizer(), mesh).save(folder / 'lm')
+  rng = np.random.default_rng(0)
+  triplets, ranked = [], []
+  for i in range(40):
+    a, b = rng.choice(['a', 'b', 'c'], 2, replace=False)
+    runs = [f'{a}{i}{rng.integers(9)}' * 2 for _ in range(2)]
+    triplets.append({'prompt': f'p{i}', 'policy_a': a, 'a1': runs[0], 'a2': runs[1] + '.', 'policy_b': b, 'b1': f'{b}{i}'})
+    ranked.append({'prompt': f'p{i}', 'reference': f'{i}', 'chosen': f'{i}!', 'rejected': 'x', 'category': 'ab'[i % 2]})
+  for name, rows in (('triplets', triplets), ('ranked', ranked)):
+    (folder / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return folder
+
+
+def config_of(folder, **changes):
+  config = default_config()
+  config.stage = 'synthesize,pretrain,finetune,evaluate'
+  config.synthesize.update(
+    {
+      'world': 'files',
+      'files': f'{folder}/triplets.jsonl,{folder}/ranked.jsonl',
+      'unseen_share': 0.4,
+      'validation_share': 0.2,
+      'held_out_policies': 0.0,
+      'evaluation_examples': 12,
+    }
+  )
+  config.tokenizer.kind = 'checkpoint'
+  config.pretrain.update({'start_from': str(folder / 'lm'), 'start_layers': 1, 'batch_size': 4, 'steps': 3, 'learning_rate': 1e-2})
+  config.finetune.update({'start_from': 'pretrain', 'batch_size': 4, 'steps': 2, 'learning_rate': 1e-2})
+  config.evaluate.bootstrap = 200
+  config.ablations, config.equal_compute, config.seeds = True, True, 2
+  for name, value in changes.items():
+    setattr(config, name, value)
+  return parse(config)
+
+
+@pytest.fixture(scope='module')
+def workdir(folder):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    assert runner.run(config_of(folder), folder / 'run') == 0
+  return folder / 'run'
+
+
+@pytest.mark.long
+def test_every_arm_and_seed_is_a_run_and_all_are_in_one_table(workdir):
+  runs = {'pretrain', 'finetune_equal_compute', *(f'{arm}{seed}' for arm in ('finetune', 'finetune_only', 'finetune_no_reference')
+          for seed in ('', '_seed_1'))}  # fmt: skip
+  summaries = {run: json.loads((workdir / run / 'summary.json').read_text()) for run in runs}
+  # Another seed is another order of the examples.
+  assert summaries['finetune']['loss'] != summaries['finetune_seed_1']['loss']
+  per_step = summaries['finetune_equal_compute']['tokens'] / summaries['finetune_equal_compute']['steps']
+  total = summaries['pretrain']['tokens'] + summaries['finetune']['tokens']
+  assert abs(summaries['finetune_equal_compute']['tokens'] - total) < 2 * per_step
+  results = json.loads((workdir / 'evaluation' / 'evaluation.json').read_text())
+  assert set(results['sets']) == {'triplets', 'ranked'}
+  of_set = results['sets']['ranked']['arms']
+  assert list(of_set) == ARMS and [len(of_set[arm].get('by_seed', [0])) for arm in ARMS] == [2, 2, 2, 1, 1]
+  report = (workdir / 'report.md').read_text()
+  assert '### Arms' in report and 'finetuned_at_equal_compute' in report and 'Means over up to 2 seeds' in report
+
+
+@pytest.mark.long
+def test_accuracies_of_the_arms_are_those_of_their_models(workdir):
+  with gzip.open(workdir / 'data' / 'held_out' / 'ranked.jsonl.gz') as file:
+    (workdir / 'ranked.jsonl').write_bytes(file.read())
+  examples = list(read_triplets(workdir / 'ranked.jsonl'))
+  found = json.loads((workdir / 'evaluation' / 'evaluation.json').read_text())['sets']['ranked']['arms']
+  for arm, runs in {'pretrained_finetuned': ['finetune', 'finetune_seed_1'], 'pretrained_only': ['pretrain']}.items():
+    shares = []
+    for run in runs:
+      model = api.load(workdir / run)
+      rewards = np.array([model.score(e.prompt, e.reference, [e.chosen, e.rejected]) for e in examples])
+      shares.append(float(np.mean((rewards[:, 0] > rewards[:, 1]) + 0.5 * (rewards[:, 0] == rewards[:, 1]))))
+    assert found[arm]['accuracy'] == pytest.approx(np.mean(shares))
+    assert found[arm].get('by_seed', shares) == pytest.approx(shares)
+
+
+@pytest.mark.long
+def test_equal_compute_needs_the_end_of_pre_training(folder, tmp_path, capsys):
+  assert runner.run(config_of(folder, stage='synthesize,finetune', ablations=False), tmp_path / 'run') == 1
+  assert 'equal_compute: needs the tokens of pre-training in' in capsys.readouterr().err
+
+
+def test_means_over_seeds_and_paired_differences(monkeypatch):
+  items = [Item(str(i), f'p{i}', ('good', 'bad'), pair(), 'ab'[i % 2], 'r') for i in range(6)]
+  right = lambda flags: [np.array([1.0, 0.0]) if flag == '1' else np.array([0.0, 1.0]) if flag == '0' else np.zeros(2) for flag in flags]
+  one = EvaluationSet('set', items)
+  given = {'main': ['111100', '1111=0'], 'other': ['000111']}
+  scored = [evaluate_arms.ArmRewards(name, [name], {'set': list(map(right, seeds))}) for name, seeds in given.items()]
+  context = Context(parse(default_config()), None, None, print)
+  found = evaluate_arms.measure(context, one, scored)
+  assert found['main']['by_seed'] == [4 / 6, 4.5 / 6] and found['main']['accuracy'] == pytest.approx(4.25 / 6)
+  assert 'by_seed' not in found['other'] and 'main_minus' not in found['main']
+  assert found['other']['main_minus']['difference'] == pytest.approx((4.25 - 3) / 6)
+  assert {name: entry['accuracy'] for name, entry in found['main']['by_category'].items()} == pytest.approx({'a': 2.25 / 3, 'b': 2 / 3})
+
+
+def test_names_of_the_runs_of_seeds():
+  assert [arms.seed_run('finetune', seed) for seed in range(3)] == ['finetune', 'finetune_seed_1', 'finetune_seed_2']
+
+
+def test_the_tokenizer_of_a_run_is_that_of_what_it_starts_from(folder, tmp_path):
+  config = config_of(folder)
+  context = Context(config, tmp_path, None, print)
+  assert context.tokenizer('finetune').vocab_size == context.tokenizer('pretrain').vocab_size == ByteTokenizer.vocab_size
+  config.pretrain.__dict__['start_from'] = 'finetune'  # a circle
+  with pytest.raises(ConfigError, match='no checkpoint is named'):
+    Context(config, tmp_path, None, print).tokenizer('finetune')
