@@ -106,6 +106,8 @@ class PairBatch(NamedTuple):
   reward_index_BPC: Any  # int32, index of each reward token in its row
   pair_mask_BP: Any  # float32, 1 for a real pair, 0 for padding
   index_BP: Any  # int32, which example of the data set this is; -1 for padding
+  margin_BP: Any = None  # float32, by which the rewards are to differ; None: the loss has no margins
+  weight_BP: Any = None  # float32, of the example in means; None: all count alike
 
   @property
   def intervals(self) -> list[Interval]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from polar_jax.config.base import option
+from polar_jax.config.base import ConfigError, option, section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,48 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The loss of a reward model on ranked candidates (docs/losses.md). The defaults are those of the paper."""
+
+  name: str = option(
+    'bradley_terry',
+    'bradley_terry or focal: a loss of pairs, and the mean over all pairs of a list; plackett_luce: the likelihood of the whole ranking.',
+    choices=('bradley_terry', 'focal', 'plackett_luce'),
+  )
+  label_smoothing: float = option(0.0, 'Assumed share of pairs whose label is wrong; for bradley_terry.', min=0, max=0.5)
+  margin: bool = option(False, 'Subtract the column `margin` of an example from the difference of its rewards.')
+  weights: bool = option(False, 'Weight each example by its column `weight` in the mean of the loss and of the metrics.')
+  center_rewards_coefficient: float = option(0.0, 'Coefficient of the squared sum of the two rewards of a pair.', min=0)
+  penalty: str = option('none', 'Penalty on each reward, in addition to the loss.', choices=('none', 'log_barrier', 'l2'))
+  penalty_weight: float = option(0.01, 'Weight of `penalty`.', min=0)
+  penalty_bound: float = option(5.0, 'Largest absolute reward inside the log barrier, beyond which the penalty is constant.', min=0.01)
+  mean: str = option(
+    'example',
+    'Average over all examples of a step, or as the official trainer does, with the mean of 1 / (examples of a row) over rows.',
+    choices=('example', 'official'),
+  )
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """The columns of numbers that the loss reads of each example."""
+    return ('margin',) * self.margin + ('weight',) * self.weights
+
+  def check(self, name: str = 'loss') -> None:
+    """Check the rules that involve several options.
+
+    Args:
+      name: of the section, for messages.
+
+    Raises:
+      ConfigError: two options contradict each other.
+    """
+    if self.label_smoothing and self.name != 'bradley_terry':
+      raise ConfigError(
+        f"{name}.label_smoothing is set, but {name}.name is {self.name!r}; set it to 'bradley_terry', or the smoothing to 0"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(OptimizerConfig):
   """A training run. The stages pretrain_lm, pretrain and finetune have a section each."""
 
@@ -38,6 +80,7 @@ class TrainConfig(OptimizerConfig):
   start_layers: int | None = option(
     None, 'How many layers of the checkpoint to start from: its first ones, below its last norm. None: all.', min=1
   )
+  loss: LossConfig = section(LossConfig())
   log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
   evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
   evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)

@@ -281,6 +281,12 @@ def _as_checked(examples: Any, kind: type, check: Callable[[Any], Any], read: Ca
   return ExampleFile(where, _checked(where, rows, check, on_bad_example, skipped), skipped)
 
 
+def examples_at(source: Sequence[Triplet], indices: Sequence[int]) -> Sequence[Triplet]:
+  """Read examples of a data set, in one call if it has `__getitems__`, which is four times as fast for TFDS."""
+  read_together = getattr(source, '__getitems__', None)
+  return read_together(indices) if read_together else [source[i] for i in indices]
+
+
 def example_number(examples: Sequence[Any], index: int) -> int:
   """Return the number by which messages name an example: in a jsonl file the line, else counted from 1."""
   numbers = getattr(examples, 'numbers', None)

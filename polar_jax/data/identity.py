@@ -27,9 +27,10 @@ _READ_TOGETHER = 1_024  # examples
 _CONTENT, _SAMPLE = 32, 16  # hexadecimal digits
 
 
-def triplets_digest(examples: Sequence[Triplet]) -> str:
-  """Return the digest of ranked examples. Fields that are only kept as metadata do not count."""
-  return _digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected), lambda e: (e.wrapper, e.category))
+def triplets_digest(examples: Sequence[Triplet], columns: Sequence[str] = ()) -> str:
+  """Return the digest of ranked examples. Fields that are only kept as metadata do not count, but for `columns`, which a loss reads."""
+  further = lambda e: (e.wrapper, e.category, *(e.metadata.get(name) for name in columns))
+  return _digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected), further)
 
 
 def prompts_digest(prompts: Sequence[Prompt], *, with_metadata: bool) -> str:

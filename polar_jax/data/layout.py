@@ -176,7 +176,13 @@ def _place(segments: Sequence[Segment], packed: Sequence[Sequence[int]], row_len
 
 
 def pair_batch(
-  segments: Sequence[Segment], indices: Sequence[int], packed: Sequence[Sequence[int]], row_length: int, max_pairs: int
+  segments: Sequence[Segment],
+  indices: Sequence[int],
+  packed: Sequence[Sequence[int]],
+  row_length: int,
+  max_pairs: int,
+  margins: np.ndarray | None = None,
+  weights: np.ndarray | None = None,
 ) -> PairBatch:
   """Build a batch of triplets. Padding pairs read their rewards at token 0, and the mask leaves them out.
 
@@ -186,6 +192,8 @@ def pair_batch(
     packed: for each row, the indices of its segments; an empty row is all padding.
     row_length: tokens of a row.
     max_pairs: pairs that a row has room for.
+    margins: of each triplet; None: the batch has none.
+    weights: of each triplet; None: the batch has none.
   """
   rows = _place(segments, packed, row_length)
   reward_index = np.zeros((len(packed), max_pairs, 2), np.int32)
@@ -193,7 +201,17 @@ def pair_batch(
   for b, (row, offsets) in enumerate(zip(packed, rows.offsets, strict=True)):
     for p, (item, offset) in enumerate(zip(row, offsets, strict=True)):
       reward_index[b, p], mask[b, p], index[b, p] = segments[item].last_index + offset, 1, indices[item]
-  return PairBatch(rows.tokens, rows.positions, rows.start, rows.end, reward_index, mask, index)
+  of_pairs = lambda values: None if values is None else _of_places(values, packed, max_pairs)
+  batch = PairBatch(rows.tokens, rows.positions, rows.start, rows.end, reward_index, mask, index)
+  return batch._replace(margin_BP=of_pairs(margins), weight_BP=of_pairs(weights))
+
+
+def _of_places(values: np.ndarray, packed: Sequence[Sequence[int]], places: int) -> np.ndarray:
+  """Return numbers of segments by row and place in the row, as float32 (B, places); 0 for padding."""
+  out = np.zeros((len(packed), places), np.float32)
+  for b, row in enumerate(packed):
+    out[b, : len(row)] = values[row]
+  return out
 
 
 def group_batch(segments: Sequence[Segment], packed: Sequence[Sequence[int]], row_length: int, max_candidates: int) -> GroupBatch:

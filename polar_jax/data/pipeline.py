@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from polar_jax.data import packing
+from polar_jax.data import columns, packing
+from polar_jax.data.examples import examples_at
 from polar_jax.data.layout import Segment, pair_batch, pair_segment, text_batch
 from polar_jax.data.packing import PackPlan
 from polar_jax.data.template import Template
@@ -33,17 +34,17 @@ class BatchPlan(NamedTuple):
   share: Share = Share(0, 1, 1)  # this process's part of the rows
 
 
-def examples_at(source: Sequence[Triplet], indices: Sequence[int]) -> Sequence[Triplet]:
-  """Read examples of a data set, in one call if it has `__getitems__`, which is four times as fast for TFDS."""
-  read_together = getattr(source, '__getitems__', None)
-  return read_together(indices) if read_together else [source[i] for i in indices]
-
-
 class TripletSegments:
-  """Random access from the index of an example to its segment."""
+  """Random access from the index of an example to its segment.
 
-  def __init__(self, source: Sequence[Triplet], template: Template):
-    self.source, self.template = source, template
+  Attributes:
+    source: the examples.
+    template: tokenizes them.
+    columns: names of the columns of numbers that a batch holds too (see `polar_jax.data.columns`).
+  """
+
+  def __init__(self, source: Sequence[Triplet], template: Template, columns: Sequence[str] = ()):
+    self.source, self.template, self.columns = source, template, tuple(columns)
 
   def __len__(self) -> int:
     return len(self.source)
@@ -55,12 +56,35 @@ class TripletSegments:
     """Return the segments of several examples, read together where the data set can (see `examples_at`)."""
     return [pair_segment(*self.template.encode(triplet)) for triplet in examples_at(self.source, indices)]
 
+  def head(self, size: int) -> TripletSegments:
+    """Return the first `size` examples, read and tokenized only on access."""
+    return type(self)(_Head(self.source, min(size, len(self))), self.template, self.columns)
+
+  def batch(self, segments: Sequence[Segment], indices: Sequence[int], packed: Sequence[Sequence[int]], pack: PackPlan) -> PairBatch:
+    """Build a batch of segments; see `layout.pair_batch`."""
+    numbers = columns.read(self.source, indices, self.columns)
+    return pair_batch(segments, indices, packed, pack.row_length, pack.max_pairs, numbers.get('margin'), numbers.get('weight'))
+
   def most_tokens(self, indices: Sequence[int], enough: int) -> list[int]:
     """Return a number of tokens for each example that it does not exceed: a bound if that is at most `enough`, else its exact length."""
     bounds = [self.template.most_tokens(triplet) for triplet in examples_at(self.source, indices)]
     long = [i for i, bound in zip(indices, bounds, strict=True) if bound is None or bound > enough]
     lengths = {i: len(segment.tokens) for i, segment in zip(long, self.take(long), strict=True)}
     return [lengths.get(i, bound or 0) for i, bound in zip(indices, bounds, strict=True)]
+
+
+class _Head(Sequence[Triplet]):
+  """The first `size` examples of a sequence, read only on access."""
+
+  def __init__(self, examples: Sequence[Triplet], size: int):
+    self._examples, self._size = examples, size
+    self.path, self.numbers = getattr(examples, 'path', None), getattr(examples, 'numbers', None)
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index):
+    return self._examples[index]
 
 
 class TextWindows:
@@ -102,7 +126,7 @@ def _pair_step(step: int, source: TripletSegments, order: Any, plan: BatchPlan, 
   packed = packing.first_fit(lengths, pack.row_length, pack.max_pairs)
   packed += [[]] * (pack.rows_for(len(packed)) - len(packed))
   packed = packing.interleave(packed, plan.multiple)
-  return pair_batch(chosen, indices, packed[plan.share.rows(len(packed))], pack.row_length, pack.max_pairs)
+  return source.batch(chosen, indices, packed[plan.share.rows(len(packed))], pack)
 
 
 def _checked_length(index: int, segment: Segment, row_length: int) -> int:

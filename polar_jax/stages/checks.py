@@ -13,7 +13,7 @@ import jax
 
 from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
-from polar_jax.data import lengths
+from polar_jax.data import columns, lengths
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.pipeline import TripletSegments
 from polar_jax.model import flops
@@ -164,6 +164,8 @@ def _check_examples(
   if _is_written(context, given, earlier):
     return
   examples, held_out = read('train'), read('validation')
+  for split in (examples, held_out):
+    columns.check(split, train.loss.columns)
   if data.row_length is None or (config.tokenizer.kind == 'trained' and 'synthesize' in earlier):
     return
   template = open_template(context.template_config(), context.tokenizer(train.start_from))

@@ -189,7 +189,8 @@ def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
 def _stored_tokens(context: Context) -> pipeline.TripletSegments:
   """Return the training triplets with the tokens of `store_tokens`, if it has stored them."""
   template = context.template(_tokenizer(context))
-  return token_store.open_store(context.triplets('train'), template, context.workdir / TOKENS, _tokens_key(context))
+  columns = context.config.pretrain.loss.columns
+  return token_store.open_store(context.triplets('train'), template, context.workdir / TOKENS, _tokens_key(context), columns)
 
 
 def _tokens_key(context: Context) -> str:

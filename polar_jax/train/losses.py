@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from polar_jax.config import LossConfig
+
+_BRADLEY_TERRY = LossConfig()
+_BARRIER_EPSILON = 1e-3  # distance from the bounds at which the log barrier ends
 
 
 def bradley_terry(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
@@ -11,22 +18,96 @@ def bradley_terry(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
   return jax.nn.softplus(rejected - chosen)
 
 
-def pair_sums(rewards_BPC: jax.Array, pair_mask_BP: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Return the sum of the loss over real pairs and the sums of its metrics. A tie counts as half correct."""
+def focal(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+  """Return (1 - p)^2 times the Bradley-Terry loss, with p = max(2 sigmoid(chosen - rejected) - 1, 0), elementwise.
+
+  Pairs that are ranked right count less, and those ranked wrong as before: the focal ranking loss of InternLM2 (arXiv 2403.17297),
+  as XTuner computes it.
+  """
+  confidence = 2 * jax.nn.relu(jax.nn.sigmoid(chosen - rejected) - 0.5)
+  return (1 - confidence) ** 2 * bradley_terry(chosen, rejected)
+
+
+def smoothed_bradley_terry(chosen: jax.Array, rejected: jax.Array, label_smoothing: float) -> jax.Array:
+  """Return the expected Bradley-Terry loss if a share `label_smoothing` of the labels is wrong, elementwise (arXiv 2401.06080)."""
+  return (1 - label_smoothing) * bradley_terry(chosen, rejected) + label_smoothing * bradley_terry(rejected, chosen)
+
+
+def log_barrier(rewards: jax.Array, bound: float) -> jax.Array:
+  """Return -log(bound - r) - log(bound + r), elementwise: the penalty of InternLM2 (arXiv 2403.17297), whose bound is 5.
+
+  As in XTuner, rewards are clamped 0.001 inside the bounds, so that one outside has a finite penalty and no gradient of it.
+  """
+  distance = lambda x: jnp.clip(x, _BARRIER_EPSILON, 2 * bound - _BARRIER_EPSILON)  # clamped after the subtraction, which rounds
+  return -jnp.log(distance(bound - rewards)) - jnp.log(distance(bound + rewards))
+
+
+def pair_loss(chosen: jax.Array, rejected: jax.Array, options: LossConfig) -> jax.Array:
+  """Return the loss that the options name of pairs of rewards, elementwise. Plackett-Luce is Bradley-Terry for two candidates."""
+  if options.name == 'focal':
+    return focal(chosen, rejected)
+  if options.label_smoothing:
+    return smoothed_bradley_terry(chosen, rejected, options.label_smoothing)
+  return bradley_terry(chosen, rejected)
+
+
+def pair_regularization(chosen: jax.Array, rejected: jax.Array, options: LossConfig) -> jax.Array | None:
+  """Return what the options add to the loss of each pair, elementwise; None: nothing.
+
+  That is TRL's `center_rewards_coefficient` times (chosen + rejected)^2 (arXiv 2312.09244), and the penalties of both rewards.
+  """
+  terms = []
+  if options.center_rewards_coefficient:
+    terms.append(options.center_rewards_coefficient * (chosen + rejected) ** 2)
+  if options.penalty != 'none':
+    terms.append(options.penalty_weight * (_penalty(chosen, options) + _penalty(rejected, options)))
+  return sum(terms[1:], terms[0]) if terms else None
+
+
+def _penalty(rewards: jax.Array, options: LossConfig) -> jax.Array:
+  return log_barrier(rewards, options.penalty_bound) if options.penalty == 'log_barrier' else rewards**2
+
+
+def pair_sums(
+  rewards_BPC: jax.Array,
+  pair_mask_BP: jax.Array,
+  options: LossConfig = _BRADLEY_TERRY,
+  margin_BP: jax.Array | None = None,
+  weight_BP: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Return the sum of the loss over real pairs and the sums of its metrics. A tie counts as half correct.
+
+  Args:
+    rewards_BPC: rewards of the chosen and rejected candidates.
+    pair_mask_BP: positive for a real pair.
+    options: which loss.
+    margin_BP: subtracted from the difference of the rewards in the loss (Llama 2, arXiv 2307.09288, equation 2); None: 0.
+    weight_BP: of each pair in the sums; None: 1.
+  """
   chosen_BP, rejected_BP = rewards_BPC[..., 0], rewards_BPC[..., 1]
-  real_BP = pair_mask_BP > 0
-
-  def total(values_BP: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(real_BP, values_BP, 0.0))
-
-  margin_BP = chosen_BP - rejected_BP
+  total = functools.partial(_total, real_BP=pair_mask_BP > 0, weight_BP=weight_BP)
+  margin_of_rewards_BP = chosen_BP - rejected_BP
   sums = {
-    'accuracy': total(jnp.where(margin_BP > 0, 1.0, jnp.where(margin_BP == 0, 0.5, 0.0))),
-    'margin': total(margin_BP),
+    'accuracy': total(_correct(margin_of_rewards_BP)),
+    'margin': total(margin_of_rewards_BP),
     'chosen_reward': total(chosen_BP),
     'rejected_reward': total(rejected_BP),
   }
-  return total(bradley_terry(chosen_BP, rejected_BP)), sums
+  loss = total(pair_loss(chosen_BP if margin_BP is None else chosen_BP - margin_BP, rejected_BP, options))
+  added_BP = pair_regularization(chosen_BP, rejected_BP, options)
+  if added_BP is None:
+    return loss, sums
+  added = total(added_BP)
+  return loss + added, sums | {'regularization': added}
+
+
+def _total(values_BP: jax.Array, real_BP: jax.Array, weight_BP: jax.Array | None) -> jax.Array:
+  """Return the sum of values over real examples."""
+  return jnp.sum(jnp.where(real_BP, values_BP if weight_BP is None else weight_BP * values_BP, 0.0))
+
+
+def _correct(difference: jax.Array) -> jax.Array:
+  return jnp.where(difference > 0, 1.0, jnp.where(difference == 0, 0.5, 0.0))
 
 
 def next_token_sums(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -53,11 +53,13 @@ def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any
     accumulation: number of micro-batches. Sums are divided by the count of the whole batch, so the result does not depend on how pairs
       are distributed over micro-batches.
   """
-  count = jnp.maximum(objective.count(batch), 1.0)
+  nonzero = lambda count: jnp.where(count > 0, count, 1.0)
+  count = nonzero(objective.count(batch))
+  loss_count = count if objective.loss_count is None else nonzero(objective.loss_count(batch))
 
   def mean_loss(params, micro):
     loss, sums, rows = objective.loss_sums(nnx.merge(graphdef, params), micro)
-    return loss / count, (sums, rows)
+    return loss / loss_count, (sums, rows)
 
   value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
   if accumulation == 1:
