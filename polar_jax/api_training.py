@@ -113,8 +113,8 @@ def train_reward_model(
   A run that was stopped continues from its newest checkpoint when it is called again with the same arguments.
 
   Args:
-    train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), Triplets, or the path of such
-      a data set.
+    train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), or with `ranked` in place of
+      the last two, Triplets, RankedLists, or the path of such a data set (docs/losses.md).
     validation: held-out examples in the same forms, evaluated at the end and every `args.evaluate_every` steps.
     init: the model to start from: a path as for `load`, a loaded model, or 'scratch'. A language model gives its decoder.
     output_dir: folder of this run's checkpoints, metrics and summary.
@@ -290,7 +290,7 @@ def _start_params(
 def _segments(examples: Any, template: Template, data: DataConfig, loss: LossConfig, split: str = 'train') -> pipeline.TripletSegments:
   """Return examples in any of the accepted forms as triplet segments, which are tokenized when they are read."""
   if not isinstance(examples, pipeline.TripletSegments):
-    examples = pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template, loss.columns)
+    examples = pipeline.open_segments(as_triplets(examples, split, data.on_bad_example), template, loss.columns)
   columns.check(examples.source, loss.columns)
   return examples
 

@@ -18,7 +18,7 @@ import numpy as np
 from polar_jax.data.pipeline import examples_at
 from polar_jax.data.special_tokens import read_json, read_special_tokens
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.types import Prompt, Triplet
+from polar_jax.types import Prompt, RankedList, Triplet
 
 if TYPE_CHECKING:
   from polar_jax.data.chat import ChatTemplate
@@ -29,7 +29,8 @@ _CONTENT, _SAMPLE = 32, 16  # hexadecimal digits
 
 def triplets_digest(examples: Sequence[Triplet], columns: Sequence[str] = ()) -> str:
   """Return the digest of ranked examples. Fields that are only kept as metadata do not count, but for `columns`, which a loss reads."""
-  further = lambda e: (e.wrapper, e.category, *(e.metadata.get(name) for name in columns))
+  ranking = lambda e: (e.candidates, e.ranks) if isinstance(e, RankedList) else ()
+  further = lambda e: (e.wrapper, e.category, *ranking(e), *(e.metadata.get(name) for name in columns))
   return _digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected), further)
 
 

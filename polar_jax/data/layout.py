@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polar_jax.data import packing
-from polar_jax.types import GroupBatch, PairBatch, PolicyBatch, Rollouts, SequenceBatch, TextBatch, UserError
+from polar_jax.types import GroupBatch, PairBatch, PolicyBatch, RankedBatch, Rollouts, SequenceBatch, TextBatch, UserError
 
 
 class Segment(NamedTuple):
@@ -212,6 +212,46 @@ def _of_places(values: np.ndarray, packed: Sequence[Sequence[int]], places: int)
   for b, row in enumerate(packed):
     out[b, : len(row)] = values[row]
   return out
+
+
+def list_segment(sequences: Sequence[Sequence[int]]) -> Segment:
+  """Lay out the candidates of a ranked list, each ending in its reward token, as one segment with their shared prefix."""
+  (segment,) = group_segments(sequences, sum(map(len, sequences)), len(sequences))
+  return segment
+
+
+def ranked_batch(
+  segments: Sequence[Segment],
+  ranks: Sequence[Sequence[int]],
+  indices: Sequence[int],
+  packed: Sequence[Sequence[int]],
+  row_length: int,
+  shape: tuple[int, int],
+  weights: np.ndarray | None = None,
+) -> RankedBatch:
+  """Build a batch of ranked lists. Padding candidates read their rewards at token 0, and have no rank.
+
+  Args:
+    segments: one `list_segment` for each list.
+    ranks: of the candidates of each list, best first.
+    indices: which example of the data set each list is.
+    packed: for each row, the indices of its segments; an empty row is all padding.
+    row_length: tokens of a row.
+    shape: lists that a row has room for, and candidates that a list has room for.
+    weights: of each list; None: the batch has none.
+  """
+  rows = _place(segments, packed, row_length)
+  reward_index, rank = np.zeros((len(packed), *shape), np.int32), np.full((len(packed), *shape), -1, np.int32)
+  mask, index = np.zeros((len(packed), shape[0]), np.float32), np.full((len(packed), shape[0]), -1, np.int32)
+  for b, (row, offsets) in enumerate(zip(packed, rows.offsets, strict=True)):
+    for p, (item, offset) in enumerate(zip(row, offsets, strict=True)):
+      size = len(ranks[item])
+      reward_index[b, p, :size], rank[b, p, :size] = segments[item].last_index + offset, ranks[item]
+      mask[b, p], index[b, p] = 1, indices[item]
+  of_lists = None if weights is None else _of_places(weights, packed, shape[0])
+  return RankedBatch(
+    rows.tokens, rows.positions, rows.start, rows.end, rows.prefix_start, rows.prefix_end, reward_index, rank, mask, index, of_lists
+  )
 
 
 def group_batch(segments: Sequence[Segment], packed: Sequence[Sequence[int]], row_length: int, max_candidates: int) -> GroupBatch:

@@ -15,7 +15,7 @@ from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import columns, lengths
 from polar_jax.data.conversation_template import open_template
-from polar_jax.data.pipeline import TripletSegments
+from polar_jax.data.pipeline import open_segments
 from polar_jax.model import flops
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
@@ -170,8 +170,8 @@ def _check_examples(
     return
   template = open_template(context.template_config(), context.tokenizer(train.start_from))
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(examples))
-  lengths.check_run(TripletSegments(examples, template), plan, data, steps=steps, seed=config.seed)
-  PairValidation(TripletSegments(held_out, template), plan, data.row_length, train.evaluate_examples).check(data.read_threads)
+  lengths.check_run(open_segments(examples, template), plan, data, steps=steps, seed=config.seed)
+  PairValidation(open_segments(held_out, template), plan, data.row_length, train.evaluate_examples).check(data.read_threads)
 
 
 def _check_space(context: Context, names: Sequence[str]) -> None:

@@ -110,6 +110,79 @@ def _correct(difference: jax.Array) -> jax.Array:
   return jnp.where(difference > 0, 1.0, jnp.where(difference == 0, 0.5, 0.0))
 
 
+def list_sums(
+  rewards_BPC: jax.Array, rank_BPC: jax.Array, pair_mask_BP: jax.Array, options: LossConfig, weight_BP: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Return the sum of the loss over real ranked lists and the sums of its metrics. For two candidates it is that of `pair_sums`.
+
+  The loss of a list is the mean of the loss of its pairs of candidates of different rank, or -log of the likelihood of the ranking in
+  the model of Plackett and Luce (`plackett_luce`). Accuracy and margin are means over its pairs.
+
+  Args:
+    rewards_BPC: rewards of the candidates, best first.
+    rank_BPC: rank of each candidate; -1: padding.
+    pair_mask_BP: positive for a real list.
+    options: which loss.
+    weight_BP: of each list in the sums; None: 1.
+  """
+  total = functools.partial(_total, real_BP=pair_mask_BP > 0, weight_BP=weight_BP)
+  real_BPC = rank_BPC >= 0
+  rewards_BPC = jnp.where(real_BPC, rewards_BPC, 0.0)  # those of padding are meaningless, and could make a gradient NaN
+  # In the last two axes: the better candidate, then the worse one.
+  better_BPCC = (rank_BPC[..., :, None] < rank_BPC[..., None, :]) & real_BPC[..., :, None]
+  mean_over_pairs = lambda values_BPCC: (
+    jnp.sum(jnp.where(better_BPCC, values_BPCC, 0.0), (-2, -1)) / jnp.maximum(jnp.sum(better_BPCC, (-2, -1)), 1)
+  )
+  if options.name == 'plackett_luce':
+    loss_BP = plackett_luce(rewards_BPC, better_BPCC)
+  else:
+    loss_BP = mean_over_pairs(pair_loss(rewards_BPC[..., :, None], rewards_BPC[..., None, :], options))
+  difference_BPCC = rewards_BPC[..., :, None] - rewards_BPC[..., None, :]
+  last_BP = jnp.maximum(jnp.sum(real_BPC, axis=-1) - 1, 0)
+  sums = {
+    'accuracy': total(mean_over_pairs(_correct(difference_BPCC))),
+    'margin': total(mean_over_pairs(difference_BPCC)),
+    'chosen_reward': total(rewards_BPC[..., 0]),
+    'rejected_reward': total(jnp.take_along_axis(rewards_BPC, last_BP[..., None], axis=-1)[..., 0]),
+  }
+  added_BP = _list_regularization(rewards_BPC, real_BPC, options)
+  loss = total(loss_BP)
+  if added_BP is None:
+    return loss, sums
+  added = total(added_BP)
+  return loss + added, sums | {'regularization': added}
+
+
+def plackett_luce(rewards_PC: jax.Array, better_PCC: jax.Array) -> jax.Array:
+  """Return -log of the likelihood of rankings (Plackett 1975; ListMLE, Xia et al. 2008).
+
+  That is the sum over candidates i that are better than others of -log(exp(r_i) / (exp(r_i) + sum of exp(r_j) over all worse j)): the
+  likelihood of choosing the best, then the best of the rest, and so on. With ties, each of several equal candidates is compared with the
+  worse ones alone; one positive and K - 1 equal negatives give the softmax cross entropy of the positive (InfoNCE).
+
+  Args:
+    rewards_PC: (..., C) rewards.
+    better_PCC: (..., C, C) whether the first candidate is better than the second.
+  """
+  difference_PCC = rewards_PC[..., None, :] - rewards_PC[..., :, None]  # worse - better
+  is_better_PC = jnp.any(better_PCC, axis=-1)
+  # A log-sum-exp over nothing has no gradient: candidates that are better than none get some terms, which the sum leaves out.
+  terms_PC = jax.nn.softplus(jax.nn.logsumexp(difference_PCC, axis=-1, where=better_PCC | ~is_better_PC[..., None]))
+  return jnp.sum(jnp.where(is_better_PC, terms_PC, 0.0), axis=-1)
+
+
+def _list_regularization(rewards_BPC: jax.Array, real_BPC: jax.Array, options: LossConfig) -> jax.Array | None:
+  """Return `pair_regularization` for lists: means over candidates in place of halves of sums over the two of a pair."""
+  per_candidate_BP = 2 / jnp.maximum(jnp.sum(real_BPC, axis=-1), 1)
+  over_list = lambda values_BPC: per_candidate_BP * jnp.sum(jnp.where(real_BPC, values_BPC, 0.0), axis=-1)
+  terms = []
+  if options.center_rewards_coefficient:
+    terms.append(options.center_rewards_coefficient * over_list(rewards_BPC) ** 2)
+  if options.penalty != 'none':
+    terms.append(options.penalty_weight * over_list(_penalty(rewards_BPC, options)))
+  return sum(terms[1:], terms[0]) if terms else None
+
+
 def next_token_sums(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Return the sum of the next-token cross entropy in nats over real targets and the sums of its metrics."""
   picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]

@@ -15,6 +15,7 @@ from polar_jax.model.heads import HEADS
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel, pair_rewards
 from polar_jax.train import losses
+from polar_jax.types import RankedBatch
 
 # (model, batch) -> (sum of the loss, sums of metrics, arrays for each row). The array 'index' has the number of the example, -1: padding.
 LossSums = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]]
@@ -56,6 +57,13 @@ def ranking(options: LossConfig) -> Objective:
 
 def _pair_loss(model: RewardModel, batch: Any, options: LossConfig):
   rewards_BPC = pair_rewards(model, batch)
+  if isinstance(batch, RankedBatch):
+    loss, sums = losses.list_sums(rewards_BPC, batch.rank_BPC, batch.pair_mask_BP, options, batch.weight_BP)
+    real_BPC = batch.rank_BPC >= 0
+    last_BP1 = jnp.maximum(jnp.sum(real_BPC, axis=-1, keepdims=True) - 1, 0)
+    ends_BPC = jnp.concatenate([rewards_BPC[..., :1], jnp.take_along_axis(rewards_BPC, last_BP1, axis=-1)], axis=-1)
+    all_BPC = jnp.where(real_BPC, rewards_BPC, 0.0)
+    return loss, sums, {'rewards_BPC': ends_BPC, 'candidate_rewards_BPC': all_BPC, 'index': batch.index_BP}
   loss, sums = losses.pair_sums(rewards_BPC, batch.pair_mask_BP, options, batch.margin_BP, batch.weight_BP)
   return loss, sums, {'rewards_BPC': rewards_BPC, 'index': batch.index_BP}
 
