@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from polar_jax.config import LossConfig, current_name
+from polar_jax.config import LossConfig, OptimizerConfig, current_name
 
 _STAGE_VALUES = {'lm': 'pretrain_lm'}  # stages that were renamed, as values of the two options below
 _STAGE_OPTIONS = ('start_from', 'rft.policy')
@@ -65,6 +65,8 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 def _default(name: str) -> Any:
   """Return the default of an option that earlier versions did not have and therefore did not store; None for any other setting."""
   *sections, option = name.split('.')
+  if option in ('optimizer', 'moments'):
+    return getattr(OptimizerConfig(), option)
   return getattr(LossConfig(), option, None) if sections[-1:] == ['loss'] else None
 
 

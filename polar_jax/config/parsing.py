@@ -189,6 +189,14 @@ def _check_together(c: Config) -> None:
     raise ConfigError('pretrain_lm.loss is set, but a language model is trained on the next token alone; set it for pretrain or finetune')
   for name in ('pretrain', 'finetune'):
     getattr(c, name).loss.check(f'{name}.loss')
+  for name, optimizer in (
+    ('pretrain_lm', c.pretrain_lm),
+    ('pretrain', c.pretrain),
+    ('finetune', c.finetune),
+    ('rft.actor', c.rft.actor),
+    ('rft.critic', c.rft.critic),
+  ):
+    optimizer.check_optimizer(name)
   _check_rft(c.rft)
 
 

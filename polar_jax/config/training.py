@@ -9,18 +9,39 @@ from polar_jax.config.base import ConfigError, option, section
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a linear warm-up and a cosine decay."""
+  """An optimizer, AdamW by default, with a linear warm-up and a cosine decay."""
 
+  optimizer: str = option(
+    'adamw',
+    'adafactor: a second moment per row and column of a matrix, and no first one; muon: orthogonal updates of the matrices of layers, '
+    'AdamW for the rest.',
+    choices=('adamw', 'adafactor', 'muon'),
+  )
+  moments: str = option(
+    'float32', 'Type of the stored moments of adamw; int8: 8 bits, with a scale per block.', choices=('float32', 'bfloat16', 'int8')
+  )
   learning_rate: float = option(1e-3, 'Peak learning rate.', exclusive_min=0)
   warmup_ratio: float = option(0.03, 'Share of all updates over which the rate grows linearly from 0.', min=0, max=1)
   final_lr_ratio: float = option(
     0.1, 'Rate at the end of the cosine, as a share of `learning_rate`; 1 keeps it constant after the warm-up.', min=0, max=1
   )
-  b1: float = option(0.9, 'Decay of the first moment.', min=0, max=1)
-  b2: float = option(0.95, 'Decay of the second moment.', min=0, max=1)
+  b1: float = option(0.9, 'Decay of the first moment; adafactor has none.', min=0, max=1)
+  b2: float = option(0.95, 'Decay of the second moment; that of adafactor is 1 - (update number)^-0.8.', min=0, max=1)
   eps: float = option(1e-8, 'Epsilon of Adam.', exclusive_min=0)
   weight_decay: float = option(0.0, 'Decoupled weight decay; norms and the reward head have none.', min=0)
   clip_norm: float | None = option(1.0, 'Largest global norm of the gradient. None: no clipping.', exclusive_min=0)
+
+  def check_optimizer(self, name: str = 'args') -> None:
+    """Check the rules that involve several options.
+
+    Args:
+      name: of the section, for messages.
+
+    Raises:
+      ConfigError: two options contradict each other.
+    """
+    if self.moments != 'float32' and self.optimizer != 'adamw':
+      raise ConfigError(f"{name}.moments is {self.moments!r}, which only {name}.optimizer='adamw' has; set it to 'float32'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 They are triplets and prompts. A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional
 wrapper and category; a ranked list has `ranked` in place of chosen and rejected, or lists of texts in these. A prompt of reinforcement
-fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format (docs/rft.md). Other fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
+fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format (docs/rft.md). Other
+fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+from flax import nnx
 
 from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import columns, lengths
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.pipeline import open_segments
-from polar_jax.model import flops
+from polar_jax.model import heads
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
 from polar_jax.stages import evaluate as evaluate_stage
@@ -26,10 +27,10 @@ from polar_jax.stages import pretrain_lm as pretrain_lm_stage
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import RUNS, SCRATCH, Context
 from polar_jax.train import trainer
+from polar_jax.train.optimizer import make_optimizer
 from polar_jax.train.validation import PairValidation
 from polar_jax.types import Triplet, UserError
 
-_STATE_BYTES = 12  # of a parameter: float32, with the two moments of AdamW
 _EARLIER_STAGE = {run: 'finetune' if run.startswith('finetune') else run for run in RUNS}  # that writes a run
 
 
@@ -179,15 +180,16 @@ def _check_space(context: Context, names: Sequence[str]) -> None:
   config = context.config
   model = _known_model(context, names)
   runs = {
-    pretrain_lm_stage.RUN: (config.pretrain_lm, flops.language_model_parameters),
-    pretrain_stage.RUN: (config.pretrain, flops.reward_model_parameters),
-    finetune_stage.FINETUNE: (config.finetune, flops.reward_model_parameters),
+    pretrain_lm_stage.RUN: (config.pretrain_lm, 'lm'),
+    pretrain_stage.RUN: (config.pretrain, 'reward'),
+    finetune_stage.FINETUNE: (config.finetune, 'reward'),
   }
   needed = 0
-  for run, (train, count) in runs.items():
+  for run, (train, head) in runs.items():
     if model is not None and run in names and not checkpointer.exists(context.home(run)):
       saved = space.most_at_once(config.checkpointing, 0, train.steps or 1_000_000, train.evaluate_every)
-      needed += saved * _STATE_BYTES * count(model).total
+      params = nnx.to_pure_dict(nnx.state(heads.abstract_model(model, head), nnx.Param))
+      needed += saved * space.size_of((params, jax.eval_shape(make_optimizer(train, 1).init, params)))
   space.check(', '.join(name for name in names if name in runs), context.home(''), config.checkpointing, needed)
 
 

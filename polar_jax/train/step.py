@@ -130,7 +130,10 @@ def build(
 def state_layout(
   abstract_model: nnx.Module, init: Callable[..., TrainState], tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-  """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone. Moments are sharded like parameters.
+  """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone.
+
+  Moments are sharded like parameters. What an optimizer keeps in other shapes, such as the scales of 8-bit moments or the rows and columns
+  of Adafactor, is small, and every device holds all of it.
 
   Args:
     abstract_model: the model, with shapes in place of arrays.
@@ -141,7 +144,21 @@ def state_layout(
   abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
   replicated = NamedSharding(mesh, PartitionSpec())
   param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
-  opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
+
+  def layout(leaf: Any, param_sharding: NamedSharding, param: Any) -> Any:
+    if isinstance(leaf, optax.MaskedNode):  # a parameter that another transformation updates
+      return leaf
+    return param_sharding if leaf.shape == param.shape else replicated
+
+  opt_shardings = optax.tree_map_params(
+    tx,
+    layout,
+    abstract.opt_state,
+    param_shardings,
+    abstract.params,
+    transform_non_params=lambda _: replicated,
+    is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+  )
   shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings), shardings
 
