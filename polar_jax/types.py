@@ -73,10 +73,26 @@ class RankedList(Triplet):
   Attributes:
     candidates: all candidates, best first.
     ranks: of each candidate, from 0; candidates of equal rank are not compared with each other.
+
+  Raises:
+    UserError: there are no two ranks, or they are not in order, one for each candidate.
   """
 
   candidates: Sequence[Text] = ()
   ranks: Sequence[int] = ()
+
+  def __post_init__(self) -> None:
+    """Check the ranks."""
+    if (
+      len(self.ranks) != len(self.candidates)
+      or [*self.ranks] != sorted(self.ranks)
+      or not self.ranks
+      or not 0 == self.ranks[0] < self.ranks[-1]
+    ):
+      raise UserError(
+        f'a ranked list has {len(self.candidates)} candidates and ranks {[*self.ranks]}; ranks must be one per candidate, from 0 up, best '
+        'candidate first, and at least two must differ'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, moments: str) -> opt
   def update(grads: Any, state: CompactAdamState, _: Any = None) -> tuple[Any, CompactAdamState]:
     count = state.count + 1
     leaves, treedef = jax.tree.flatten(grads)
-    columns = [treedef.flatten_up_to(tree) if tree is not None else [None] * len(leaves) for tree in state[1:]]
+    columns = [jax.tree.leaves(tree) or [None] * len(leaves) for tree in state[1:]]
     keys = jax.random.split(jax.random.key(count), len(leaves))
     corrections = 1 - b1**count, 1 - b2**count
     out = []
@@ -75,8 +75,8 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, moments: str) -> opt
         mu, nu = to_bfloat16(m, bits >> 16), to_bfloat16(v, bits & _LOW)
       out.append((step, mu, nu, mu_scale, nu_scale))
     steps, *moments_and_scales = ([row[i] for row in out] for i in range(5))
-    trees = [None if column[:1] == [None] else treedef.unflatten(column) for column in moments_and_scales]
-    return treedef.unflatten(steps), CompactAdamState(count, *trees)
+    trees = [None if column[:1] == [None] else jax.tree.unflatten(treedef, column) for column in moments_and_scales]
+    return jax.tree.unflatten(treedef, steps), CompactAdamState(count, *trees)
 
   return optax.GradientTransformation(init, update)
 

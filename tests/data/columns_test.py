@@ -12,7 +12,7 @@ import pytest
 from polar_jax.data import columns, identity, tfds
 from polar_jax.data.examples import BadExampleError, has_lists, open_triplets, read_triplets
 from polar_jax.data.readers import DataError
-from polar_jax.types import RankedList, Triplet
+from polar_jax.types import RankedList, Triplet, UserError
 
 PAIR = {'prompt': 'p', 'reference': 'r', 'chosen': 'c', 'rejected': 'd'}
 LIST = {'prompt': 'p', 'reference': 'r'}
@@ -119,6 +119,12 @@ def test_columns_are_read_by_index_and_from_tfds(tmp_path, write):
   assert columns.read(examples, [2, 1], ('margin',))['margin'].tolist() == [1, 0]
   with pytest.raises(DataError, match=rf'{folder.name}, example 1: margin is -1'):
     columns.check(examples, ('margin',))
+
+
+@pytest.mark.parametrize('ranks', [(0, 1), (1, 2, 3), (0, 0, 0), (0, 2, 1), ()])
+def test_ranks_of_a_program_are_checked(ranks):
+  with pytest.raises(UserError, match=r'3 candidates and ranks .*; ranks must be one per candidate, from 0 up, best candidate first'):
+    RankedList('p', 'r', 'c', 'd', candidates=('c', 'x', 'd'), ranks=ranks)
 
 
 def test_the_digest_covers_rankings_and_the_columns_that_a_loss_reads():

@@ -115,7 +115,7 @@ def test_gradients_are_finite_and_padding_has_none(options):
 
 
 CONFIG = ModelConfig(
-  vocab_size=260, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=4, init_std=0.2, v_head_init='normal'
+  vocab_size=264, num_layers=2, d_model=16, d_ff=32, num_heads=4, num_kv_heads=2, head_dim=4, init_std=0.2, v_head_init='normal'
 )
 
 
