@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from polar_jax.config.base import ConfigError, option, section
+from polar_jax.config.base import ConfigError, info, option, section
+
+
+def _check_choices(options: Any, name: str) -> None:
+  """Check options that have a list of allowed values, which a program may have set without `parse`."""
+  for f in dataclasses.fields(options):
+    choices = info(f.metadata).choices
+    if choices and getattr(options, f.name) not in choices:
+      raise ConfigError(f'{name}.{f.name} is {getattr(options, f.name)!r}; it must be one of: {", ".join(choices)}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +47,9 @@ class OptimizerConfig:
       name: of the section, for messages.
 
     Raises:
-      ConfigError: two options contradict each other.
+      ConfigError: a choice is unknown, or two options contradict each other.
     """
+    _check_choices(self, name)
     if self.moments != 'float32' and self.optimizer != 'adamw':
       raise ConfigError(f"{name}.moments is {self.moments!r}, which only {name}.optimizer='adamw' has; set it to 'float32'")
 
@@ -78,8 +88,9 @@ class LossConfig:
       name: of the section, for messages.
 
     Raises:
-      ConfigError: two options contradict each other.
+      ConfigError: a choice is unknown, or two options contradict each other.
     """
+    _check_choices(self, name)
     if self.label_smoothing and self.name != 'bradley_terry':
       raise ConfigError(
         f"{name}.label_smoothing is set, but {name}.name is {self.name!r}; set it to 'bradley_terry', or the smoothing to 0"

@@ -48,7 +48,7 @@ def ranking(options: LossConfig) -> Objective:
   """Return the objective of a reward model; one object for equal options, so that runs share their compiled step.
 
   Raises:
-    ConfigError: two options contradict each other.
+    ConfigError: a choice is unknown, or two options contradict each other.
   """
   options.check()
   loss_count = _official_count if options.mean == 'official' else None

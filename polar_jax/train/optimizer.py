@@ -65,7 +65,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
   """Return the optimizer of a run of `steps` updates. Norm scales and the reward head have no weight decay.
 
   Raises:
-    ConfigError: two options contradict each other.
+    ConfigError: a choice is unknown, or two options contradict each other.
   """
   config.check_optimizer()
   return optax.chain(

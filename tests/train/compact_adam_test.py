@@ -219,6 +219,8 @@ def test_muon_makes_the_matrices_of_each_layer_orthogonal_and_leaves_the_rest_to
 def test_contradictory_options_are_refused():
   with pytest.raises(ConfigError, match=r"finetune\.moments is 'int8', which only finetune\.optimizer='adamw' has"):
     TrainConfig(optimizer='muon', moments='int8').check_optimizer('finetune')
+  with pytest.raises(ConfigError, match=r"args\.optimizer is 'lion'; it must be one of: adamw, adafactor, muon"):
+    make_optimizer(TrainConfig(optimizer='lion'), 1)
   with pytest.raises(ConfigError, match='moments'):
     make_optimizer(TrainConfig(optimizer='adafactor', moments='bfloat16'), 1)
 

@@ -132,6 +132,8 @@ def test_losses_are_finite_for_rewards_of_any_size(name):
 def test_contradictory_options_are_refused():
   with pytest.raises(ConfigError, match=r"finetune\.loss\.label_smoothing is set, but finetune\.loss\.name is 'focal'"):
     LossConfig('focal', label_smoothing=0.1).check('finetune.loss')
+  with pytest.raises(ConfigError, match=r"loss\.name is 'hinge'; it must be one of: bradley_terry, focal, plackett_luce"):
+    LossConfig('hinge').check()
 
 
 def test_next_token_sums():
