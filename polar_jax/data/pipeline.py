@@ -86,7 +86,7 @@ class ListSegments(TripletSegments):
     super().__init__(source, template, columns)
     if 'margin' in self.columns:
       raise UserError('loss.margin is set, but the examples are ranked lists, and a margin is that of a pair; set loss.margin to False')
-    self.max_candidates = max(len(_ranking(example)[0]) for example in source)
+    self.max_candidates = max(len(_ranking(source[i])[0]) for i in range(len(source)))
 
   def __getitem__(self, index: int) -> Segment:
     return self.take([index])[0]

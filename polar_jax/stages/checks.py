@@ -171,8 +171,9 @@ def _check_examples(
     return
   template = open_template(context.template_config(), context.tokenizer(train.start_from))
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(examples))
-  lengths.check_run(open_segments(examples, template), plan, data, steps=steps, seed=config.seed)
-  PairValidation(open_segments(held_out, template), plan, data.row_length, train.evaluate_examples).check(data.read_threads)
+  segments, validation = (open_segments(split, template, train.loss.columns) for split in (examples, held_out))
+  lengths.check_run(segments, plan, data, steps=steps, seed=config.seed)
+  PairValidation(validation, plan, data.row_length, train.evaluate_examples).check(data.read_threads)
 
 
 def _check_space(context: Context, names: Sequence[str]) -> None:
