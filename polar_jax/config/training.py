@@ -34,7 +34,7 @@ class OptimizerConfig:
   final_lr_ratio: float = option(
     0.1, 'Rate at the end of the cosine, as a share of `learning_rate`; 1 keeps it constant after the warm-up.', min=0, max=1
   )
-  b1: float = option(0.9, 'Decay of the first moment; adafactor has none.', min=0, max=1)
+  b1: float = option(0.9, 'Decay of the first moment, which is the momentum of muon; adafactor has none.', min=0, max=1)
   b2: float = option(0.95, 'Decay of the second moment; that of adafactor is 1 - (update number)^-0.8.', min=0, max=1)
   eps: float = option(1e-8, 'Epsilon of Adam.', exclusive_min=0)
   weight_decay: float = option(0.0, 'Decoupled weight decay; norms and the reward head have none.', min=0)
