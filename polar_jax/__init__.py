@@ -14,7 +14,9 @@ __version__ = '0.1.0'
 if TYPE_CHECKING:
   from polar_jax.api import (
     LanguageModel,
+    LossConfig,
     Prompt,
+    RankedList,
     RewardModel,
     RftConfig,
     RunSettings,
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
   'LanguageModel',
+  'LossConfig',
   'Prompt',
+  'RankedList',
   'RewardModel',
   'RftConfig',
   'RunSettings',

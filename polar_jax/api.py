@@ -14,13 +14,15 @@ from collections.abc import Sequence
 
 from polar_jax.api_models import LanguageModel, RewardModel, ValueModel, load
 from polar_jax.api_training import RunSettings, TrainResult, train_policy, train_reward_model
-from polar_jax.config import RftConfig, TrainConfig
+from polar_jax.config import LossConfig, RftConfig, TrainConfig
 from polar_jax.data.examples import open_triplets
-from polar_jax.types import Prompt, Triplet, UserError
+from polar_jax.types import Prompt, RankedList, Triplet, UserError
 
 __all__ = [
   'LanguageModel',
+  'LossConfig',
   'Prompt',
+  'RankedList',
   'RewardModel',
   'RftConfig',
   'RunSettings',

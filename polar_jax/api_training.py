@@ -18,13 +18,14 @@ from polar_jax.config import (
   CheckpointingConfig,
   ConfigError,
   DataConfig,
+  LossConfig,
   ModelConfig,
   ProfileConfig,
   RftConfig,
   TemplateConfig,
   TrainConfig,
 )
-from polar_jax.data import identity, lengths, pipeline, survey
+from polar_jax.data import columns, identity, lengths, pipeline, survey
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
@@ -32,7 +33,7 @@ from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.runtime import paths
 from polar_jax.train import trainer
 from polar_jax.train.metrics import read_metrics
-from polar_jax.train.objectives import RANKING
+from polar_jax.train.objectives import ranking
 from polar_jax.train.validation import PairValidation
 from polar_jax.types import Prompt, UserError
 
@@ -112,8 +113,8 @@ def train_reward_model(
   A run that was stopped continues from its newest checkpoint when it is called again with the same arguments.
 
   Args:
-    train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), Triplets, or the path of such
-      a data set.
+    train: dicts with `prompt`, `reference`, `chosen` and `rejected` (and optionally `wrapper`, `category`), or with `ranked` in place of
+      the last two, Triplets, RankedLists, or the path of such a data set (docs/losses.md).
     validation: held-out examples in the same forms, evaluated at the end and every `args.evaluate_every` steps.
     init: the model to start from: a path as for `load`, a loaded model, or 'scratch'. A language model gives its decoder.
     output_dir: folder of this run's checkpoints, metrics and summary.
@@ -134,8 +135,8 @@ def train_reward_model(
     Preempted: after SIGTERM, once the state is saved.
   """
   started = time.perf_counter()
-  mesh = default_mesh() if mesh is None else mesh
-  fields, seed, log = settings.run_fields(output_dir), settings.seed, settings.log
+  mesh, objective, seed, log = mesh or default_mesh(), ranking(args.loss), settings.seed, settings.log
+  fields = settings.run_fields(output_dir)
   start = functools.cache(lambda: _opened(init, args.start_layers))  # never called by a resumed run whose other arguments are given
   tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
   if tokenizer is None:
@@ -143,17 +144,17 @@ def train_reward_model(
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
   name = str(init) if isinstance(init, (str, pathlib.Path)) else 'the model'
-  segments = _segments(train, open_template(template, tokenizer, config.known_vocab_size, name), data)
+  segments = _segments(train, open_template(template, tokenizer, config.known_vocab_size, name), data, args.loss)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
-  held_out = None if validation is None else _segments(validation, segments.template, data, 'validation')
+  held_out = None if validation is None else _segments(validation, segments.template, data, args.loss, 'validation')
   splits = {} if segments is train else {'training': segments, 'validation': held_out}  # none: a sweep surveys what its runs share
   validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
 
   run = trainer.Run(
     **fields,
-    objective=RANKING,
+    objective=objective,
     model=config,
     train=args,
     mesh=mesh,
@@ -163,7 +164,7 @@ def train_reward_model(
     planned_rows=pack.rows,
     validation=validation_batches and validation_batches.check(data.read_threads),
     load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, tokenizer, mesh, fields['name'], log),
-    fingerprint=run_folder.training_settings(RANKING.name, args, config, template, tokenizer, seed, _examples_settings(segments, held_out)),
+    fingerprint=run_folder.training_settings(objective.name, args, config, template, tokenizer, seed, _data_settings(segments, held_out)),
     threads=data.read_threads,
     prefetch=data.prefetch,
     facts={'examples': survey.log_surveys(fields['name'], splits, data.read_threads, log)},
@@ -286,11 +287,12 @@ def _start_params(
   return pretrained.start_params(opened, config, RewardModel.head, mesh, tokenizer)
 
 
-def _segments(examples: Any, template: Template, data: DataConfig, split: str = 'train') -> pipeline.TripletSegments:
+def _segments(examples: Any, template: Template, data: DataConfig, loss: LossConfig, split: str = 'train') -> pipeline.TripletSegments:
   """Return examples in any of the accepted forms as triplet segments, which are tokenized when they are read."""
-  if isinstance(examples, pipeline.TripletSegments):
-    return examples
-  return pipeline.TripletSegments(as_triplets(examples, split, data.on_bad_example), template)
+  if not isinstance(examples, pipeline.TripletSegments):
+    examples = pipeline.open_segments(as_triplets(examples, split, data.on_bad_example), template, loss.columns)
+  columns.check(examples.source, loss.columns)
+  return examples
 
 
 def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:
@@ -337,10 +339,11 @@ def _reads_columns(reward: Any, args: RftConfig) -> bool:
   return not all(isinstance(part, RewardModel) for _, part in _reward_parts(reward))
 
 
-def _examples_settings(train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None) -> dict[str, str]:
+def _data_settings(train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None) -> dict[str, str]:
   """Return the settings that identify ranked examples."""
-  digests = {'rows': identity.triplets_digest(train.source)}
-  return digests if validation is None else digests | {'validation_rows': identity.triplets_digest(validation.source)}
+  digest = lambda segments: identity.triplets_digest(segments.source, segments.columns)
+  digests = {'rows': digest(train)}
+  return digests if validation is None else digests | {'validation_rows': digest(validation)}
 
 
 def _prompts_settings(prompts: Sequence[Prompt], held_out: Sequence[Prompt] | None, chat: Any, *, with_metadata: bool) -> dict[str, str]:

@@ -13,6 +13,7 @@ Words:
   trajectory  a policy's continuation of, or response to, a prompt
   triplet     one prompt with a reference, a chosen and a rejected trajectory. In pre-training, reference and chosen are two
               samples of one policy and rejected is a sample of another; in fine-tuning they are ranked by preference
+  list        one prompt and reference with ranked candidates: a triplet with any number of them, where its C counts them
   group       one prompt and reference with any number of candidates to score
   example     a record of a data set: a triplet, or a prompt of reinforcement fine-tuning
   segment     a triplet or (part of) a group as one run of tokens that holds the shared prefix once (`polar_jax.data.layout`)
@@ -66,6 +67,35 @@ class Triplet:
 
 
 @dataclasses.dataclass(frozen=True)
+class RankedList(Triplet):
+  """A ranking of any number of candidates, for training. As a triplet it is its best candidate, `chosen`, and its worst, `rejected`.
+
+  Attributes:
+    candidates: all candidates, best first.
+    ranks: of each candidate, from 0; candidates of equal rank are not compared with each other.
+
+  Raises:
+    UserError: there are no two ranks, or they are not in order, one for each candidate.
+  """
+
+  candidates: Sequence[Text] = ()
+  ranks: Sequence[int] = ()
+
+  def __post_init__(self) -> None:
+    """Check the ranks."""
+    if (
+      len(self.ranks) != len(self.candidates)
+      or [*self.ranks] != sorted(self.ranks)
+      or not self.ranks
+      or not 0 == self.ranks[0] < self.ranks[-1]
+    ):
+      raise UserError(
+        f'a ranked list has {len(self.candidates)} candidates and ranks {[*self.ranks]}; ranks must be one per candidate, from 0 up, best '
+        'candidate first, and at least two must differ'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Group:
   """Any number of candidates for one prompt and reference: the unit of scoring in evaluation, PPO and serving."""
 
@@ -106,11 +136,34 @@ class PairBatch(NamedTuple):
   reward_index_BPC: Any  # int32, index of each reward token in its row
   pair_mask_BP: Any  # float32, 1 for a real pair, 0 for padding
   index_BP: Any  # int32, which example of the data set this is; -1 for padding
+  margin_BP: Any = None  # float32, by which the rewards are to differ; None: the loss has no margins
+  weight_BP: Any = None  # float32, of the example in means; None: all count alike
 
   @property
   def intervals(self) -> list[Interval]:
     """The keys that each token sees."""
     return [(self.start_BT, self.end_BT)]
+
+
+class RankedBatch(NamedTuple):
+  """Rows of ranked lists, laid out like groups: a token of a candidate sees its own tail [start, end) and the prefix of its list."""
+
+  tokens_BT: Any  # int32
+  positions_BT: Any  # int32, in the original sequence
+  start_BT: Any  # int32
+  end_BT: Any  # int32
+  prefix_start_BT: Any  # int32; empty intervals for the tokens of a prefix
+  prefix_end_BT: Any  # int32
+  reward_index_BPC: Any  # int32, index of each reward token in its row, best candidate first
+  rank_BPC: Any  # int32, from 0; -1 for padding
+  pair_mask_BP: Any  # float32, 1 for a real list, 0 for padding
+  index_BP: Any  # int32, which example of the data set this is; -1 for padding
+  weight_BP: Any = None  # float32, of the example in means; None: all count alike
+
+  @property
+  def intervals(self) -> list[Interval]:
+    """The keys that each token sees."""
+    return [(self.start_BT, self.end_BT), (self.prefix_start_BT, self.prefix_end_BT)]
 
 
 class GroupBatch(NamedTuple):

@@ -46,7 +46,8 @@ def training_settings(
     seed: of initialization and data order.
     data: digests that identify the training and validation data.
   """
-  settings = {k: v for k, v in dataclasses.asdict(train).items() if k not in _TRAIN_REPORTING}
+  options = traverse_util.flatten_dict(dataclasses.asdict(train), sep='.')
+  settings = {k: v for k, v in options.items() if k not in _TRAIN_REPORTING}
   return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **data}
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from polar_jax.config import current_name
+from polar_jax.config import LossConfig, OptimizerConfig, current_name
 
 _STAGE_VALUES = {'lm': 'pretrain_lm'}  # stages that were renamed, as values of the two options below
 _STAGE_OPTIONS = ('start_from', 'rft.policy')
@@ -57,8 +57,17 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
   names = (before.keys() | now.keys()) - {name for name in _OPTIONAL if name not in before or name not in now}
   if 'text' in names:  # the content of the file counts, not its name
     names.discard('data.text')
-  different = [name for name in sorted(names) if not _is_same(before.get(name), now.get(name))]
-  return [f'{_MEANING.get(name, name)} was {before.get(name)!r}, is {now.get(name)!r}' for name in different]
+  value = lambda settings, name: settings.get(name, _default(name))
+  different = [name for name in sorted(names) if not _is_same(value(before, name), value(now, name))]
+  return [f'{_MEANING.get(name, name)} was {value(before, name)!r}, is {value(now, name)!r}' for name in different]
+
+
+def _default(name: str) -> Any:
+  """Return the default of an option that earlier versions did not have and therefore did not store; None for any other setting."""
+  *sections, option = name.split('.')
+  if option in ('optimizer', 'moments'):
+    return getattr(OptimizerConfig(), option)
+  return getattr(LossConfig(), option, None) if sections[-1:] == ['loss'] else None
 
 
 def _is_same(before: Any, now: Any) -> bool:

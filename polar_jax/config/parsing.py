@@ -18,6 +18,7 @@ from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
 from polar_jax.config.synthesis import OF_FILES, SHARED_WITH_FILES, PoolConfig, SynthesizeConfig
+from polar_jax.config.training import LossConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -194,6 +195,18 @@ def _check_together(c: Config) -> None:
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')
+  if c.pretrain_lm.loss != LossConfig():
+    raise ConfigError('pretrain_lm.loss is set, but a language model is trained on the next token alone; set it for pretrain or finetune')
+  for name in ('pretrain', 'finetune'):
+    getattr(c, name).loss.check(f'{name}.loss')
+  for name, optimizer in (
+    ('pretrain_lm', c.pretrain_lm),
+    ('pretrain', c.pretrain),
+    ('finetune', c.finetune),
+    ('rft.actor', c.rft.actor),
+    ('rft.critic', c.rft.critic),
+  ):
+    optimizer.check_optimizer(name)
   _check_rft(c.rft)
 
 

@@ -3,24 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from polar_jax.config.base import option
+from polar_jax.config.base import ConfigError, info, option, section
+
+
+def _check_choices(options: Any, name: str) -> None:
+  """Check options that have a list of allowed values, which a program may have set without `parse`."""
+  for f in dataclasses.fields(options):
+    choices = info(f.metadata).choices
+    if choices and getattr(options, f.name) not in choices:
+      raise ConfigError(f'{name}.{f.name} is {getattr(options, f.name)!r}; it must be one of: {", ".join(choices)}')
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a linear warm-up and a cosine decay."""
+  """An optimizer, AdamW by default, with a linear warm-up and a cosine decay."""
 
+  optimizer: str = option(
+    'adamw',
+    'adafactor: a second moment per row and column of a matrix, and no first one; muon: orthogonal updates of the matrices of layers, '
+    'AdamW for the rest.',
+    choices=('adamw', 'adafactor', 'muon'),
+  )
+  moments: str = option(
+    'float32', 'Type of the stored moments of adamw; int8: 8 bits, with a scale per block.', choices=('float32', 'bfloat16', 'int8')
+  )
   learning_rate: float = option(1e-3, 'Peak learning rate.', exclusive_min=0)
   warmup_ratio: float = option(0.03, 'Share of all updates over which the rate grows linearly from 0.', min=0, max=1)
   final_lr_ratio: float = option(
     0.1, 'Rate at the end of the cosine, as a share of `learning_rate`; 1 keeps it constant after the warm-up.', min=0, max=1
   )
-  b1: float = option(0.9, 'Decay of the first moment.', min=0, max=1)
-  b2: float = option(0.95, 'Decay of the second moment.', min=0, max=1)
+  b1: float = option(0.9, 'Decay of the first moment, which is the momentum of muon; adafactor has none.', min=0, max=1)
+  b2: float = option(0.95, 'Decay of the second moment; that of adafactor is 1 - (update number)^-0.8.', min=0, max=1)
   eps: float = option(1e-8, 'Epsilon of Adam.', exclusive_min=0)
   weight_decay: float = option(0.0, 'Decoupled weight decay; norms and the reward head have none.', min=0)
   clip_norm: float | None = option(1.0, 'Largest global norm of the gradient. None: no clipping.', exclusive_min=0)
+
+  def check_optimizer(self, name: str = 'args') -> None:
+    """Check the rules that involve several options.
+
+    Args:
+      name: of the section, for messages.
+
+    Raises:
+      ConfigError: a choice is unknown, or two options contradict each other.
+    """
+    _check_choices(self, name)
+    if self.moments != 'float32' and self.optimizer != 'adamw':
+      raise ConfigError(f"{name}.moments is {self.moments!r}, which only {name}.optimizer='adamw' has; set it to 'float32'")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The loss of a reward model on ranked candidates (docs/losses.md). The defaults are those of the paper."""
+
+  name: str = option(
+    'bradley_terry',
+    'bradley_terry or focal: a loss of pairs, and the mean over all pairs of a list; plackett_luce: the likelihood of the whole ranking.',
+    choices=('bradley_terry', 'focal', 'plackett_luce'),
+  )
+  label_smoothing: float = option(0.0, 'Assumed share of pairs whose label is wrong; for bradley_terry.', min=0, max=0.5)
+  margin: bool = option(False, 'Subtract the column `margin` of an example from the difference of its rewards.')
+  weights: bool = option(False, 'Weight each example by its column `weight` in the mean of the loss and of the metrics.')
+  center_rewards_coefficient: float = option(0.0, 'Coefficient of the squared sum of the two rewards of a pair.', min=0)
+  penalty: str = option('none', 'Penalty on each reward, in addition to the loss.', choices=('none', 'log_barrier', 'l2'))
+  penalty_weight: float = option(0.01, 'Weight of `penalty`.', min=0)
+  penalty_bound: float = option(5.0, 'Largest absolute reward inside the log barrier, beyond which the penalty is constant.', min=0.01)
+  mean: str = option(
+    'example',
+    'Average over all examples of a step, or as the official trainer does, with the mean of 1 / (examples of a row) over rows.',
+    choices=('example', 'official'),
+  )
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """The columns of numbers that the loss reads of each example."""
+    return ('margin',) * self.margin + ('weight',) * self.weights
+
+  def check(self, name: str = 'loss') -> None:
+    """Check the rules that involve several options.
+
+    Args:
+      name: of the section, for messages.
+
+    Raises:
+      ConfigError: a choice is unknown, or two options contradict each other.
+    """
+    _check_choices(self, name)
+    if self.label_smoothing and self.name != 'bradley_terry':
+      raise ConfigError(
+        f"{name}.label_smoothing is set, but {name}.name is {self.name!r}; set it to 'bradley_terry', or the smoothing to 0"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +112,7 @@ class TrainConfig(OptimizerConfig):
   start_layers: int | None = option(
     None, 'How many layers of the checkpoint to start from: its first ones, below its last norm. None: all.', min=1
   )
+  loss: LossConfig = section(LossConfig())
   log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
   evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
   evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)

@@ -1,8 +1,9 @@
 """Examples in files of users (.jsonl, .jsonl.gz, .parquet, folders of `save_to_disk`; local or in a bucket) and in TFDS folders.
 
 They are triplets and prompts. A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional
-wrapper and category; a prompt of reinforcement fine-tuning is {prompt, reference} with an optional answer and category, or an example of
-the official format (docs/rft.md). Other fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
+wrapper and category; a ranked list has `ranked` in place of chosen and rejected, or lists of texts in these. A prompt of reinforcement
+fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format (docs/rft.md). Other
+fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from polar_jax.data.readers import SUFFIXES, DataError
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
 from polar_jax.runtime import failures, json_files
 from polar_jax.runtime.paths import in_bucket, path_of
-from polar_jax.types import Prompt, Triplet, UserError
+from polar_jax.types import Prompt, RankedList, Triplet, UserError
 
 STYLE = 'polar'  # the reward_model.style of the official format
 _TEXT_FIELDS = ('prompt', 'reference', 'chosen', 'rejected')
@@ -205,12 +206,57 @@ def _check_string(value: Any, field: str) -> str:
 
 
 def _triplet(example: Any) -> Triplet:
+  """Return an example as a Triplet, or as a RankedList if it has more than two candidates."""
+  example = parse_example(example, ())
+  candidates, ranks = _ranking(example)
+  if candidates:
+    example = {k: v for k, v in example.items() if k != 'ranked' or 'chosen' in example} | {
+      'chosen': candidates[0],
+      'rejected': candidates[-1],
+    }
   example = parse_example(example, _TEXT_FIELDS)
   _check_string(example.get('category'), 'category')
   values = {field: example[field] for field in _TEXT_FIELDS}
   values |= {name: example[name] for name in ('wrapper', 'category') if example.get(name) is not None}
   known = {*_TEXT_FIELDS, 'wrapper', 'category'}
-  return Triplet(**values, metadata={key: value for key, value in example.items() if key not in known})
+  values['metadata'] = {key: value for key, value in example.items() if key not in known}
+  if len(candidates) <= 2:
+    return Triplet(**values)
+  for number, candidate in enumerate(candidates):
+    _check_text(candidate, f'candidate {number}')
+  return RankedList(**values, candidates=candidates, ranks=ranks)
+
+
+def _ranking(example: Mapping[str, Any]) -> tuple[list[Any], list[int]]:
+  """Return the candidates of a ranked list, best first, and their ranks; ([], []) if the example is a triplet.
+
+  A list has the field `ranked` instead of `chosen` and `rejected`, or several texts in one of these two: then the candidates of each have
+  one rank.
+
+  Raises:
+    BadField: a list has fewer than two candidates.
+  """
+  if 'ranked' in example and not {'chosen', 'rejected'} & example.keys():
+    ranked = example['ranked']
+    if not isinstance(ranked, list) or len(ranked) < 2:
+      has = f'has {len(ranked)} candidate(s)' if isinstance(ranked, list) else f'is not a list but {type(ranked).__name__}'
+      raise BadField('ranked', f"field 'ranked' {has}; it must be a list of at least two, best first")
+    return ranked, [*range(len(ranked))]
+  several = {field: _is_several(example.get(field)) for field in ('chosen', 'rejected')}
+  if not any(several.values()) or not several.keys() <= example.keys():
+    return [], []
+  better, worse = (example[field] if is_several else [example[field]] for field, is_several in several.items())
+  return [*better, *worse], [0] * len(better) + [1] * len(worse)
+
+
+def _is_several(value: Any) -> bool:
+  """Return whether a field holds a list of texts; a list of messages is one text."""
+  return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
+
+
+def has_lists(examples: Sequence[Triplet]) -> bool:
+  """Return whether some example is a ranked list. Only files, which are in memory, and examples of a program have them."""
+  return isinstance(examples, (ExampleFile, list, tuple)) and any(isinstance(example, RankedList) for example in examples)
 
 
 def open_triplets(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> Sequence[Triplet]:
@@ -279,6 +325,12 @@ def _as_checked(examples: Any, kind: type, check: Callable[[Any], Any], read: Ca
   where = pathlib.Path('<examples>')
   rows = ((i, dict(examples[i]) if isinstance(examples[i], Mapping) else examples[i]) for i in range(len(examples)))
   return ExampleFile(where, _checked(where, rows, check, on_bad_example, skipped), skipped)
+
+
+def examples_at(source: Sequence[Triplet], indices: Sequence[int]) -> Sequence[Triplet]:
+  """Read examples of a data set, in one call if it has `__getitems__`, which is four times as fast for TFDS."""
+  read_together = getattr(source, '__getitems__', None)
+  return read_together(indices) if read_together else [source[i] for i in indices]
 
 
 def example_number(examples: Sequence[Any], index: int) -> int:

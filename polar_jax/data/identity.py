@@ -18,7 +18,7 @@ import numpy as np
 from polar_jax.data.pipeline import examples_at
 from polar_jax.data.special_tokens import read_json, read_special_tokens
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.types import Prompt, Triplet
+from polar_jax.types import Prompt, RankedList, Triplet
 
 if TYPE_CHECKING:
   from polar_jax.data.chat import ChatTemplate
@@ -27,9 +27,11 @@ _READ_TOGETHER = 1_024  # examples
 _CONTENT, _SAMPLE = 32, 16  # hexadecimal digits
 
 
-def triplets_digest(examples: Sequence[Triplet]) -> str:
-  """Return the digest of ranked examples. Fields that are only kept as metadata do not count."""
-  return _digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected), lambda e: (e.wrapper, e.category))
+def triplets_digest(examples: Sequence[Triplet], columns: Sequence[str] = ()) -> str:
+  """Return the digest of ranked examples. Fields that are only kept as metadata do not count, but for `columns`, which a loss reads."""
+  ranking = lambda e: (e.candidates, e.ranks) if isinstance(e, RankedList) else ()
+  further = lambda e: (e.wrapper, e.category, *ranking(e), *(e.metadata.get(name) for name in columns))
+  return _digest(examples, lambda e: (e.prompt, e.reference, e.chosen, e.rejected), further)
 
 
 def prompts_digest(prompts: Sequence[Prompt], *, with_metadata: bool) -> str:

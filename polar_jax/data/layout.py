@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polar_jax.data import packing
-from polar_jax.types import GroupBatch, PairBatch, PolicyBatch, Rollouts, SequenceBatch, TextBatch, UserError
+from polar_jax.types import GroupBatch, PairBatch, PolicyBatch, RankedBatch, Rollouts, SequenceBatch, TextBatch, UserError
 
 
 class Segment(NamedTuple):
@@ -176,7 +176,13 @@ def _place(segments: Sequence[Segment], packed: Sequence[Sequence[int]], row_len
 
 
 def pair_batch(
-  segments: Sequence[Segment], indices: Sequence[int], packed: Sequence[Sequence[int]], row_length: int, max_pairs: int
+  segments: Sequence[Segment],
+  indices: Sequence[int],
+  packed: Sequence[Sequence[int]],
+  row_length: int,
+  max_pairs: int,
+  margins: np.ndarray | None = None,
+  weights: np.ndarray | None = None,
 ) -> PairBatch:
   """Build a batch of triplets. Padding pairs read their rewards at token 0, and the mask leaves them out.
 
@@ -186,6 +192,8 @@ def pair_batch(
     packed: for each row, the indices of its segments; an empty row is all padding.
     row_length: tokens of a row.
     max_pairs: pairs that a row has room for.
+    margins: of each triplet; None: the batch has none.
+    weights: of each triplet; None: the batch has none.
   """
   rows = _place(segments, packed, row_length)
   reward_index = np.zeros((len(packed), max_pairs, 2), np.int32)
@@ -193,7 +201,57 @@ def pair_batch(
   for b, (row, offsets) in enumerate(zip(packed, rows.offsets, strict=True)):
     for p, (item, offset) in enumerate(zip(row, offsets, strict=True)):
       reward_index[b, p], mask[b, p], index[b, p] = segments[item].last_index + offset, 1, indices[item]
-  return PairBatch(rows.tokens, rows.positions, rows.start, rows.end, reward_index, mask, index)
+  of_pairs = lambda values: None if values is None else _of_places(values, packed, max_pairs)
+  batch = PairBatch(rows.tokens, rows.positions, rows.start, rows.end, reward_index, mask, index)
+  return batch._replace(margin_BP=of_pairs(margins), weight_BP=of_pairs(weights))
+
+
+def _of_places(values: np.ndarray, packed: Sequence[Sequence[int]], places: int) -> np.ndarray:
+  """Return numbers of segments by row and place in the row, as float32 (B, places); 0 for padding."""
+  out = np.zeros((len(packed), places), np.float32)
+  for b, row in enumerate(packed):
+    out[b, : len(row)] = values[row]
+  return out
+
+
+def list_segment(sequences: Sequence[Sequence[int]]) -> Segment:
+  """Lay out the candidates of a ranked list, each ending in its reward token, as one segment with their shared prefix."""
+  (segment,) = group_segments(sequences, sum(map(len, sequences)), len(sequences))
+  return segment
+
+
+def ranked_batch(
+  segments: Sequence[Segment],
+  ranks: Sequence[Sequence[int]],
+  indices: Sequence[int],
+  packed: Sequence[Sequence[int]],
+  row_length: int,
+  shape: tuple[int, int],
+  weights: np.ndarray | None = None,
+) -> RankedBatch:
+  """Build a batch of ranked lists. Padding candidates read their rewards at token 0, and have no rank.
+
+  Args:
+    segments: one `list_segment` for each list.
+    ranks: of the candidates of each list, best first.
+    indices: which example of the data set each list is.
+    packed: for each row, the indices of its segments; an empty row is all padding.
+    row_length: tokens of a row.
+    shape: lists that a row has room for, and candidates that a list has room for.
+    weights: of each list; None: the batch has none.
+  """
+  rows = _place(segments, packed, row_length)
+  reward_index, rank = np.zeros((len(packed), *shape), np.int32), np.full((len(packed), *shape), -1, np.int32)
+  mask, index = np.zeros((len(packed), shape[0]), np.float32), np.full((len(packed), shape[0]), -1, np.int32)
+  for b, (row, offsets) in enumerate(zip(packed, rows.offsets, strict=True)):
+    for p, (item, offset) in enumerate(zip(row, offsets, strict=True)):
+      size = len(ranks[item])
+      reward_index[b, p, :size], rank[b, p, :size] = segments[item].last_index + offset, ranks[item]
+      mask[b, p], index[b, p] = 1, indices[item]
+  of_lists = None if weights is None else _of_places(weights, packed, shape[0])
+  return RankedBatch(
+    rows.tokens, rows.positions, rows.start, rows.end, rows.prefix_start, rows.prefix_end, reward_index, rank, mask, index, of_lists
+  )
 
 
 def group_batch(segments: Sequence[Segment], packed: Sequence[Sequence[int]], row_length: int, max_candidates: int) -> GroupBatch:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from polar_jax.data import packing
-from polar_jax.data.layout import Segment, pair_batch, pair_segment, text_batch
+from polar_jax.data import columns, packing
+from polar_jax.data.examples import examples_at, has_lists
+from polar_jax.data.layout import Segment, list_segment, pair_batch, pair_segment, ranked_batch, text_batch
 from polar_jax.data.packing import PackPlan
 from polar_jax.data.template import Template
 from polar_jax.sharding import Share
-from polar_jax.types import PairBatch, TextBatch, Triplet, UserError
+from polar_jax.types import PairBatch, RankedBatch, RankedList, Text, TextBatch, Triplet, UserError
 
 _READ_TOGETHER = 1_024  # examples
 
@@ -33,17 +34,17 @@ class BatchPlan(NamedTuple):
   share: Share = Share(0, 1, 1)  # this process's part of the rows
 
 
-def examples_at(source: Sequence[Triplet], indices: Sequence[int]) -> Sequence[Triplet]:
-  """Read examples of a data set, in one call if it has `__getitems__`, which is four times as fast for TFDS."""
-  read_together = getattr(source, '__getitems__', None)
-  return read_together(indices) if read_together else [source[i] for i in indices]
-
-
 class TripletSegments:
-  """Random access from the index of an example to its segment."""
+  """Random access from the index of an example to its segment.
 
-  def __init__(self, source: Sequence[Triplet], template: Template):
-    self.source, self.template = source, template
+  Attributes:
+    source: the examples.
+    template: tokenizes them.
+    columns: names of the columns of numbers that a batch holds too (see `polar_jax.data.columns`).
+  """
+
+  def __init__(self, source: Sequence[Triplet], template: Template, columns: Sequence[str] = ()):
+    self.source, self.template, self.columns = source, template, tuple(columns)
 
   def __len__(self) -> int:
     return len(self.source)
@@ -55,12 +56,90 @@ class TripletSegments:
     """Return the segments of several examples, read together where the data set can (see `examples_at`)."""
     return [pair_segment(*self.template.encode(triplet)) for triplet in examples_at(self.source, indices)]
 
+  def head(self, size: int) -> TripletSegments:
+    """Return the first `size` examples, read and tokenized only on access."""
+    return type(self)(_Head(self.source, min(size, len(self))), self.template, self.columns)
+
+  def batch(
+    self, segments: Sequence[Segment], indices: Sequence[int], packed: Sequence[Sequence[int]], pack: PackPlan
+  ) -> PairBatch | RankedBatch:
+    """Build a batch of segments; see `layout.pair_batch`."""
+    numbers = columns.read(self.source, indices, self.columns)
+    return pair_batch(segments, indices, packed, pack.row_length, pack.max_pairs, numbers.get('margin'), numbers.get('weight'))
+
   def most_tokens(self, indices: Sequence[int], enough: int) -> list[int]:
     """Return a number of tokens for each example that it does not exceed: a bound if that is at most `enough`, else its exact length."""
     bounds = [self.template.most_tokens(triplet) for triplet in examples_at(self.source, indices)]
     long = [i for i, bound in zip(indices, bounds, strict=True) if bound is None or bound > enough]
     lengths = {i: len(segment.tokens) for i, segment in zip(long, self.take(long), strict=True)}
     return [lengths.get(i, bound or 0) for i, bound in zip(indices, bounds, strict=True)]
+
+
+class ListSegments(TripletSegments):
+  """Random access from the index of a ranked list, or of a triplet among them, to its segment.
+
+  Attributes:
+    max_candidates: of any example.
+  """
+
+  def __init__(self, source: Sequence[Triplet], template: Template, columns: Sequence[str] = ()):
+    super().__init__(source, template, columns)
+    if 'margin' in self.columns:
+      raise UserError('loss.margin is set, but the examples are ranked lists, and a margin is that of a pair; set loss.margin to False')
+    self.max_candidates = max(len(_ranking(source[i])[0]) for i in range(len(source)))
+
+  def __getitem__(self, index: int) -> Segment:
+    return self.take([index])[0]
+
+  def take(self, indices: Sequence[int]) -> list[Segment]:
+    """Return the segments of several examples."""
+    return [self._segment(example) for example in examples_at(self.source, indices)]
+
+  def most_tokens(self, indices: Sequence[int], enough: int) -> list[int]:
+    """Return the number of tokens of each example."""
+    return [len(segment.tokens) for segment in self.take(indices)]
+
+  def batch(self, segments: Sequence[Segment], indices: Sequence[int], packed: Sequence[Sequence[int]], pack: PackPlan) -> RankedBatch:
+    """Build a batch of segments; see `layout.ranked_batch`."""
+    ranks = [_ranking(example)[1] for example in examples_at(self.source, indices)]
+    weights = columns.read(self.source, indices, self.columns).get('weight')
+    return ranked_batch(segments, ranks, indices, packed, pack.row_length, (pack.max_pairs, self.max_candidates), weights)
+
+  def _segment(self, example: Triplet) -> Segment:
+    return list_segment(self.template.encode_candidates(example.prompt, example.reference, _ranking(example)[0], example.wrapper))
+
+
+def _ranking(example: Triplet) -> tuple[Sequence[Text], Sequence[int]]:
+  """Return the candidates of an example, best first, and their ranks."""
+  return (example.candidates, example.ranks) if isinstance(example, RankedList) else ((example.chosen, example.rejected), (0, 1))
+
+
+def open_segments(source: Sequence[Triplet], template: Template, columns: Sequence[str] = ()) -> TripletSegments:
+  """Return the segments of examples: those of triplets, or if some example is a ranked list, those of lists.
+
+  Args:
+    source: the examples.
+    template: tokenizes them.
+    columns: names of the columns of numbers that a batch holds too.
+
+  Raises:
+    UserError: the columns are not those of lists.
+  """
+  return (ListSegments if has_lists(source) else TripletSegments)(source, template, columns)
+
+
+class _Head(Sequence[Triplet]):
+  """The first `size` examples of a sequence, read only on access."""
+
+  def __init__(self, examples: Sequence[Triplet], size: int):
+    self._examples, self._size = examples, size
+    self.path, self.numbers = getattr(examples, 'path', None), getattr(examples, 'numbers', None)
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index):
+    return self._examples[index]
 
 
 class TextWindows:
@@ -95,14 +174,16 @@ def _indices(step: int, order: Any, size: int, limit: int | None) -> list[tuple[
   return [order(position) for position in positions]
 
 
-def _pair_step(step: int, source: TripletSegments, order: Any, plan: BatchPlan, pack: PackPlan, limit: int | None) -> PairBatch:
+def _pair_step(
+  step: int, source: TripletSegments, order: Any, plan: BatchPlan, pack: PackPlan, limit: int | None
+) -> PairBatch | RankedBatch:
   indices = [index for index, _ in _indices(step, order, plan.size, limit)]
   chosen = source.take(indices)
   lengths = [_checked_length(i, t, pack.row_length) for i, t in zip(indices, chosen, strict=True)]
   packed = packing.first_fit(lengths, pack.row_length, pack.max_pairs)
   packed += [[]] * (pack.rows_for(len(packed)) - len(packed))
   packed = packing.interleave(packed, plan.multiple)
-  return pair_batch(chosen, indices, packed[plan.share.rows(len(packed))], pack.row_length, pack.max_pairs)
+  return source.batch(chosen, indices, packed[plan.share.rows(len(packed))], pack)
 
 
 def _checked_length(index: int, segment: Segment, row_length: int) -> int:
@@ -159,7 +240,7 @@ def _longest(source: TripletSegments) -> int:
 def pair_batches(
   source: TripletSegments, plan: BatchPlan, pack: PackPlan, *, steps: int, seed: int | None, once: bool = False
 ) -> grain.MapDataset:
-  """Return random access from step to PairBatch.
+  """Return random access from step to PairBatch, or to RankedBatch for ranked lists.
 
   Args:
     source: the segments of the data set.

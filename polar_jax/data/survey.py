@@ -10,7 +10,7 @@ from typing import Any
 from polar_jax.data.examples import example_number
 from polar_jax.data.pipeline import TripletSegments, examples_at
 from polar_jax.data.template import Template, join_messages
-from polar_jax.types import Prompt, Triplet
+from polar_jax.types import Prompt, RankedList, Triplet
 
 _AT_ONCE = 1_024  # examples of one task of a thread
 _NAMED, _KEPT = 5, 20  # numbers of examples in a line of the log, and in the report
@@ -81,7 +81,7 @@ def survey(segments: TripletSegments, indices: Sequence[int], threads: int = 1) 
     threads: that read and tokenize.
   """
 
-  def look(part: Sequence[int]) -> list[tuple[int, tuple[bool, bool, bool, bool]]]:
+  def look(part: Sequence[int]) -> list[tuple[int, tuple[bool, ...]]]:
     return [
       (example_number(segments.source, index), _kinds(triplet, segments.template))
       for index, triplet in zip(part, examples_at(segments.source, part), strict=True)
@@ -131,8 +131,15 @@ def survey_prompts(prompts: Sequence[Prompt], template: Template | None, left_ou
   return Survey(len(prompts), [], [], responses, whole, limits, [example_number(prompts, i) for i in left_out])
 
 
-def _kinds(triplet: Triplet, template: Template) -> tuple[bool, bool, bool, bool]:
-  """Return the attributes of `Survey` that an example counts in: same_text, same_tokens, cut_responses, cut_prompts."""
+def _kinds(triplet: Triplet, template: Template) -> tuple[bool, ...]:
+  """Return the attributes of `Survey` that an example counts in: same_text, same_tokens, cut_responses, cut_prompts.
+
+  A ranked list counts if its best candidate with another one, of another rank, does.
+  """
+  if isinstance(triplet, RankedList):
+    others = [candidate for candidate, rank in zip(triplet.candidates, triplet.ranks, strict=True) if rank]
+    pairs = [Triplet(triplet.prompt, triplet.reference, triplet.chosen, other, triplet.wrapper) for other in others]
+    return tuple(map(any, zip(*(_kinds(pair, template) for pair in pairs), strict=True)))
   same_text = join_messages(triplet.chosen, 'chosen') == join_messages(triplet.rejected, 'rejected')
   cut = template.truncated(triplet)
   if cut is None:

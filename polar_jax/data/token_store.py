@@ -26,8 +26,8 @@ _AT_ONCE = 1_024  # triplets of one task of a thread
 class StoredSegments(TripletSegments):
   """Segments of triplets that `store` has written, read from there. Other triplets are tokenized on access."""
 
-  def __init__(self, source: Sequence[Triplet], template: Template, folder: pathlib.Path):
-    super().__init__(source, template)
+  def __init__(self, source: Sequence[Triplet], template: Template, folder: pathlib.Path, columns: Sequence[str] = ()):
+    super().__init__(source, template, columns)
     with np.load(folder / _LENGTHS) as lengths:
       indices, self._chosen, self._total = lengths['indices'], lengths['chosen'], lengths['total']
     self._slot = np.full(len(source), -1, np.int32)
@@ -42,6 +42,10 @@ class StoredSegments(TripletSegments):
     ids = self._tokens[self._offset[slot] : self._offset[slot + 1]]
     return pair_segment(ids[: self._chosen[slot]], ids[self._chosen[slot] :])
 
+  def head(self, size: int) -> TripletSegments:
+    """Return the first `size` examples, tokenized on access."""
+    return TripletSegments(self.source, self.template, self.columns).head(size)
+
   def take(self, indices: Sequence[int]) -> list[Segment]:
     """Return the segments of several examples."""
     return [self[index] for index in indices]
@@ -52,7 +56,9 @@ class StoredSegments(TripletSegments):
     return [total if total <= enough else len(self[index].tokens) for index, total in zip(indices, totals, strict=True)]
 
 
-def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str) -> TripletSegments:
+def open_store(
+  source: Sequence[Triplet], template: Template, folder: pathlib.Path, key: str, columns: Sequence[str] = ()
+) -> TripletSegments:
   """Open the segments of `source`, read from the store in `folder` if it was written with the same `key`.
 
   Args:
@@ -60,13 +66,14 @@ def open_store(source: Sequence[Triplet], template: Template, folder: pathlib.Pa
     template: tokenizes examples that are not in the store.
     folder: of the store.
     key: identifies examples, template and tokenizer.
+    columns: columns of numbers that batches hold too, read from the examples.
   """
   if _key(folder) == key:
     try:
-      return StoredSegments(source, template, folder)
+      return StoredSegments(source, template, folder, columns)
     except Exception:  # damaged: numpy, zipfile, zlib and even tokenize raise their own
       pass
-  return TripletSegments(source, template)
+  return TripletSegments(source, template, columns)
 
 
 def store(tokens: TripletSegments, indices: np.ndarray, folder: pathlib.Path, key: str, threads: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from polar_jax.config import ModelConfig
 from polar_jax.runtime import chips
-from polar_jax.types import UserError
+from polar_jax.types import RankedBatch, UserError
 
 MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
 
@@ -69,13 +69,16 @@ def language_model_flops(c: ModelConfig, batch: Any) -> float:
 
 
 def reward_model_flops(c: ModelConfig, batch: Any) -> float:
-  """Count the forward FLOPs of a PairBatch (host arrays). The last layer computes only keys, values and the reward tokens."""
+  """Count the forward FLOPs of a PairBatch or RankedBatch (host arrays). The last layer computes only keys, values, reward tokens."""
   tokens, seen = _tokens_and_pairs(batch)
   key_value, rest = _layer_weights(c)
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
-  # Padding pairs point at token 0, which may be a real token.
-  real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
-  span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1) * real
+  # Padding points at token 0, which may be a real token.
+  if isinstance(batch, RankedBatch):
+    real = batch.rank_BPC.reshape(index.shape) >= 0
+  else:
+    real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
+  span = np.take_along_axis(sum(end - start for start, end in batch.intervals), index, axis=1) * real
   rewards = float((span > 0).sum())
   weights = tokens * ((c.num_layers - 1) * (key_value + rest) + key_value) + rewards * (rest + c.d_model)
   pairs = (c.num_layers - 1) * seen + float(span.sum())
@@ -96,7 +99,7 @@ def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
 
 
 def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
-  span = batch.end_BT - batch.start_BT
+  span = sum(end - start for start, end in batch.intervals)
   return float((span > 0).sum()), float(span.sum())
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from polar_jax.config import ModelConfig
 from polar_jax.model.layers import param
 from polar_jax.model.transformer import Decoder
-from polar_jax.types import GroupBatch, Interval, PairBatch, SequenceBatch
+from polar_jax.types import GroupBatch, Interval, PairBatch, RankedBatch, SequenceBatch
 
 
 def read_head(hidden_BQD: jax.Array, v_head_D: jax.Array) -> jax.Array:
@@ -40,8 +40,8 @@ class RewardModel(nnx.Module):
     return read_head(self.decoder(tokens_BT, positions_BT, intervals, index_BQ), self.v_head[...])
 
 
-def pair_rewards(model: RewardModel, batch: PairBatch) -> jax.Array:
-  """Compute the rewards (B, P, C) of a batch of pairs, in float32. Those of padding pairs are meaningless."""
+def pair_rewards(model: RewardModel, batch: PairBatch | RankedBatch) -> jax.Array:
+  """Compute the rewards (B, P, C) of a batch of pairs or of ranked lists, in float32. Those of padding are meaningless."""
   shape = batch.reward_index_BPC.shape
   return model(batch.tokens_BT, batch.positions_BT, batch.intervals, batch.reward_index_BPC.reshape(shape[0], -1)).reshape(shape)
 

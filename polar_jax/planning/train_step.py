@@ -25,7 +25,7 @@ from polar_jax.planning.topology import open_slice
 from polar_jax.runtime.chips import GIB, Chip
 from polar_jax.runtime.compiled import Memory, bytes_of_a_device, compile_call
 from polar_jax.train import step as step_lib
-from polar_jax.train.objectives import NEXT_TOKEN, RANKING, Objective
+from polar_jax.train.objectives import NEXT_TOKEN, Objective, ranking
 from polar_jax.train.optimizer import make_optimizer
 from polar_jax.types import PairBatch, TextBatch
 
@@ -117,8 +117,8 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
   settings: TrainConfig = getattr(config, config.plan.step)
   name, chip, devices = open_slice(config.plan.topology)
   mesh = sharding.make_mesh(config.mesh, devices)
-  objective = NEXT_TOKEN if config.plan.step == 'pretrain_lm' else RANKING
-  shape = _ranking_shape if objective is RANKING else _text_shape
+  objective = NEXT_TOKEN if config.plan.step == 'pretrain_lm' else ranking(settings.loss)
+  shape = _text_shape if objective is NEXT_TOKEN else _ranking_shape
   batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
   functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.gradient_accumulation_steps)
   log(f'plan: compiling a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')

@@ -10,13 +10,14 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
+from flax import nnx
 
 from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
-from polar_jax.data import lengths
+from polar_jax.data import columns, lengths
 from polar_jax.data.conversation_template import open_template
-from polar_jax.data.pipeline import TripletSegments
-from polar_jax.model import flops
+from polar_jax.data.pipeline import open_segments
+from polar_jax.model import heads
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
 from polar_jax.stages import arms
@@ -27,10 +28,10 @@ from polar_jax.stages import pretrain_lm as pretrain_lm_stage
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import RUNS, SCRATCH, Context
 from polar_jax.train import trainer
+from polar_jax.train.optimizer import make_optimizer
 from polar_jax.train.validation import PairValidation
 from polar_jax.types import Triplet, UserError
 
-_STATE_BYTES = 12  # of a parameter: float32, with the two moments of AdamW
 _EARLIER_STAGE = {run: 'finetune' if run.startswith('finetune') else run for run in RUNS}  # that writes a run
 
 
@@ -174,12 +175,15 @@ def _check_examples(
   if _is_written(context, given, earlier):
     return
   examples, held_out = read('train'), read('validation')
+  for split in (examples, held_out):
+    columns.check(split, train.loss.columns)
   if data.row_length is None or (config.tokenizer.kind == 'trained' and 'synthesize' in earlier):
     return
   template = open_template(context.template_config(), context.tokenizer(train.start_from))
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(examples))
-  lengths.check_run(TripletSegments(examples, template), plan, data, steps=steps, seed=config.seed)
-  PairValidation(TripletSegments(held_out, template), plan, data.row_length, train.evaluate_examples).check(data.read_threads)
+  segments, validation = (open_segments(split, template, train.loss.columns) for split in (examples, held_out))
+  lengths.check_run(segments, plan, data, steps=steps, seed=config.seed)
+  PairValidation(validation, plan, data.row_length, train.evaluate_examples).check(data.read_threads)
 
 
 def _check_space(context: Context, names: Sequence[str]) -> None:
@@ -187,15 +191,16 @@ def _check_space(context: Context, names: Sequence[str]) -> None:
   config = context.config
   model = _known_model(context, names)
   runs = {
-    pretrain_lm_stage.RUN: (config.pretrain_lm, flops.language_model_parameters),
-    pretrain_stage.RUN: (config.pretrain, flops.reward_model_parameters),
-    arms.FINETUNE: (config.finetune, flops.reward_model_parameters),
+    pretrain_lm_stage.RUN: (config.pretrain_lm, 'lm'),
+    pretrain_stage.RUN: (config.pretrain, 'reward'),
+    arms.FINETUNE: (config.finetune, 'reward'),
   }
   needed = 0
-  for run, (train, count) in runs.items():
+  for run, (train, head) in runs.items():
     if model is not None and run in names and not checkpointer.exists(context.home(run)):
       saved = space.most_at_once(config.checkpointing, 0, train.steps or 1_000_000, train.evaluate_every)
-      needed += saved * _STATE_BYTES * count(model).total
+      params = nnx.to_pure_dict(nnx.state(heads.abstract_model(model, head), nnx.Param))
+      needed += saved * space.size_of((params, jax.eval_shape(make_optimizer(train, 1).init, params)))
   space.check(', '.join(name for name in names if name in runs), context.home(''), config.checkpointing, needed)
 
 

@@ -18,6 +18,7 @@ from polar_jax import api
 from polar_jax.checkpoints import checkpointer, settings
 from polar_jax.config import ConfigError
 from polar_jax.data import identity, pipeline, survey, token_store
+from polar_jax.data.examples import has_lists
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import flops
 from polar_jax.runtime import json_files
@@ -152,6 +153,8 @@ def _tokenizer(context: Context) -> Tokenizer:
 
 
 def _segments(context: Context, split: str = 'train') -> pipeline.TripletSegments:
+  if has_lists(context.triplets(split)):
+    raise ConfigError('a sweep pre-trains on triplets, but data.triplets has ranked lists; name a data set of triplets')
   return pipeline.TripletSegments(context.triplets(split), context.template(_tokenizer(context)))
 
 
@@ -189,7 +192,8 @@ def store_tokens(context: Context, cells: Sequence[Cell]) -> None:
 def _stored_tokens(context: Context) -> pipeline.TripletSegments:
   """Return the training triplets with the tokens of `store_tokens`, if it has stored them."""
   template = context.template(_tokenizer(context))
-  return token_store.open_store(context.triplets('train'), template, context.workdir / TOKENS, _tokens_key(context))
+  columns = context.config.pretrain.loss.columns
+  return token_store.open_store(context.triplets('train'), template, context.workdir / TOKENS, _tokens_key(context), columns)
 
 
 def _tokens_key(context: Context) -> str:

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and global-norm clipping.
+"""Optimizers with warm-up, cosine decay, global-norm clipping and decoupled weight decay: AdamW, Adafactor and Muon.
 
 The numbers of the learning-rate schedule are part of the optimizer state instead of constants of the step, so that runs of any length and
 any learning rate share one compiled step.
@@ -7,6 +7,7 @@ any learning rate share one compiled step.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from polar_jax.config import OptimizerConfig
+from polar_jax.train.compact_adam import scale_by_compact_adam
+
+# The matrices that Muon orthogonalizes, each with its input and output axes. The axis of layers is not one of them.
+_MATRICES = {
+  **dict.fromkeys(('wq', 'wk', 'wv'), MuonDimensionNumbers((1,), (2, 3))),
+  'wo': MuonDimensionNumbers((1, 2), (3,)),
+  **dict.fromkeys(('w_gate', 'w_up', 'w_down'), MuonDimensionNumbers((1,), (2,))),
+}
 
 
 class Schedule(NamedTuple):
@@ -51,13 +62,52 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Return the optimizer of a run of `steps` updates. Norm scales and the reward head have no weight decay."""
+  """Return the optimizer of a run of `steps` updates. Norm scales and the reward head have no weight decay.
+
+  Raises:
+    ConfigError: a choice is unknown, or two options contradict each other.
+  """
+  config.check_optimizer()
   return optax.chain(
     optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-    optax.scale_by_adam(config.b1, config.b2, config.eps),
+    _direction(config),
     optax.add_decayed_weights(config.weight_decay, _decayed),
     _scale_by_schedule(config, steps),
   )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Return the transformation from gradients to updates of unit size, which the learning rate scales."""
+  if config.optimizer == 'adafactor':
+    # Without the relative step size of arXiv 1804.04235, so that the learning rate means the same as for AdamW.
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+  adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+  if config.optimizer == 'muon':
+    return optax.partition({'muon': _muon(config), 'adam': adam}, _muon_labels)
+  return adam if config.moments == 'float32' else scale_by_compact_adam(config.b1, config.b2, config.eps, config.moments)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Return the orthogonalized Nesterov momentum of matrices (Jordan et al. 2024), with the root mean square of an update of AdamW.
+
+  That is 0.2 times the root of the larger dimension (arXiv 2502.16982), so that both share a learning rate.
+  """
+  axes = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: _MATRICES[_name(path)], tree)
+
+  def rescale(update: jax.Array, axes: MuonDimensionNumbers) -> jax.Array:
+    fans = [math.prod(update.shape[axis] for axis in group) for group in (axes.reduction_axis, axes.output_axis)]
+    return 0.2 * math.sqrt(max(fans)) * update
+
+  scale = optax.stateless(lambda updates, _: jax.tree.map(rescale, updates, axes(updates)))
+  return optax.chain(optax.contrib.scale_by_muon(beta=config.b1, weight_dimension_numbers=axes), scale)
+
+
+def _muon_labels(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: 'muon' if _name(path) in _MATRICES else 'adam', params)
+
+
+def _name(path: Any) -> str:
+  return str(getattr(path[-1], 'key', path[-1]))
 
 
 def _scale_by_schedule(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

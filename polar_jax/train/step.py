@@ -53,11 +53,13 @@ def _loss_and_grads(graphdef: Any, objective: Objective, params: Any, batch: Any
     accumulation: number of micro-batches. Sums are divided by the count of the whole batch, so the result does not depend on how pairs
       are distributed over micro-batches.
   """
-  count = jnp.maximum(objective.count(batch), 1.0)
+  nonzero = lambda count: jnp.where(count > 0, count, 1.0)
+  count = nonzero(objective.count(batch))
+  loss_count = count if objective.loss_count is None else nonzero(objective.loss_count(batch))
 
   def mean_loss(params, micro):
     loss, sums, rows = objective.loss_sums(nnx.merge(graphdef, params), micro)
-    return loss / count, (sums, rows)
+    return loss / loss_count, (sums, rows)
 
   value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
   if accumulation == 1:
@@ -128,7 +130,10 @@ def build(
 def state_layout(
   abstract_model: nnx.Module, init: Callable[..., TrainState], tx: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-  """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone. Moments are sharded like parameters.
+  """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone.
+
+  Moments are sharded like parameters. What an optimizer keeps in other shapes, such as the scales of 8-bit moments or the rows and columns
+  of Adafactor, is small, and every device holds all of it.
 
   Args:
     abstract_model: the model, with shapes in place of arrays.
@@ -139,7 +144,21 @@ def state_layout(
   abstract = jax.eval_shape(lambda: init(jax.random.key(0), None))
   replicated = NamedSharding(mesh, PartitionSpec())
   param_shardings = jax.tree.map(lambda a: a.sharding, sharding.abstract_params(abstract_model, mesh))
-  opt_shardings = optax.tree_map_params(tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated)
+
+  def layout(leaf: Any, param_sharding: NamedSharding, param: Any) -> Any:
+    if isinstance(leaf, optax.MaskedNode):  # a parameter that another transformation updates
+      return leaf
+    return param_sharding if leaf.shape == param.shape else replicated
+
+  opt_shardings = optax.tree_map_params(
+    tx,
+    layout,
+    abstract.opt_state,
+    param_shardings,
+    abstract.params,
+    transform_non_params=lambda _: replicated,
+    is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+  )
   shardings: Any = TrainState(param_shardings, opt_shardings, cast(Any, replicated))
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings), shardings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from polar_jax import sharding
 from polar_jax.data import lengths, pipeline
 from polar_jax.runtime import preemption
-from polar_jax.types import PairBatch, Triplet
+from polar_jax.types import PairBatch
 
 
 class PairValidation:
@@ -33,7 +33,7 @@ class PairValidation:
       max_examples: examples of a pass.
     """
     self._plan, self._row_length = plan, row_length
-    self._tokens = pipeline.TripletSegments(_Head(tokens.source, min(len(tokens), max_examples)), tokens.template)
+    self._tokens = tokens.head(max_examples)
 
   def __iter__(self) -> Iterator[PairBatch]:
     return iter(self._batches)
@@ -88,16 +88,3 @@ def evaluate(call: Callable[[Any, Any], dict[str, Any]], params: Any, batches: I
     for name, value in output['sums'].items():
       totals[name] = totals.get(name, 0.0) + float(value)
   return {name: value / count for name, value in totals.items()}
-
-
-class _Head(Sequence[Triplet]):
-  """The first `size` examples of a sequence, read only on access."""
-
-  def __init__(self, examples: Sequence[Triplet], size: int):
-    self._examples, self._size, self.path = examples, size, getattr(examples, 'path', None)
-
-  def __len__(self) -> int:
-    return self._size
-
-  def __getitem__(self, index):
-    return self._examples[index]

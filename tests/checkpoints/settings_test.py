@@ -51,3 +51,12 @@ def test_differences_are_sorted_and_named_by_their_current_names():
     'old was 1, is None',
     "start_from was 'pretrain_lm', is 'pretrain'",
   ]
+
+
+def test_options_that_earlier_versions_did_not_have_count_as_their_defaults():
+  stored = {'learning_rate': 1.0, 'rft.actor.b1': 0.9}
+  now = stored | {'optimizer': 'adamw', 'moments': 'float32', 'loss.name': 'bradley_terry', 'loss.margin': False}
+  now |= {'rft.actor.optimizer': 'adamw', 'pretrain.loss.mean': 'example'}
+  assert settings.differences(stored, now) == []
+  changed = settings.differences(stored, now | {'loss.name': 'focal', 'rft.actor.moments': 'int8'})
+  assert changed == ["loss.name was 'bradley_terry', is 'focal'", "rft.actor.moments was 'float32', is 'int8'"]

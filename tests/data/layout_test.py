@@ -87,7 +87,12 @@ def test_pair_batch_places_triplets_one_after_another_and_masks_padding():
     for padded in batch[:4]:
       np.testing.assert_array_equal(padded[b, at:], 0)  # start == end: padding sees nothing
     np.testing.assert_array_equal(batch.reward_index_BPC[b, len(members) :], 0)
-  assert {a.dtype for a in batch} == {np.dtype(np.int32), np.dtype(np.float32)}
+  assert (batch.margin_BP, batch.weight_BP) == (None, None)
+  assert {a.dtype for a in batch[:-2]} == {np.dtype(np.int32), np.dtype(np.float32)}
+  with_numbers = layout.pair_batch(triplets, indices, packed, 18, 3, np.array([0.5, 1, 2, 4]), np.array([1, 2, 3, 0.25]))
+  np.testing.assert_array_equal(with_numbers.margin_BP, [[4, 0.5, 0], [0, 0, 0], [2, 0, 0], [1, 0, 0]])
+  np.testing.assert_array_equal(with_numbers.weight_BP, [[0.25, 1, 0], [0, 0, 0], [3, 0, 0], [2, 0, 0]])
+  assert with_numbers.margin_BP.dtype == with_numbers.weight_BP.dtype == np.float32
 
 
 def test_pair_batch_may_fill_a_row_completely():

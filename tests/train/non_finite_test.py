@@ -70,7 +70,7 @@ def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make
     return pack._replace(max_pairs=pack.max_pairs + 1)
 
   monkeypatch.setattr(pipeline, 'plan_packing', roomy)
-  monkeypatch.setattr(api_training, 'RANKING', poison(example))
+  monkeypatch.setattr(api_training, 'ranking', lambda options: poison(example))
   named = row_mates(example, context, devices * accumulation)
   with pytest.raises(NonFiniteError, match=rf'pretrain: step 4 has loss nan.*examples {re.escape(str(named))}$'):
     pretrain(context)
@@ -84,7 +84,7 @@ def test_a_non_finite_reward_stops_the_run_with_step_and_examples(tmp_path, make
 def test_a_non_finite_gradient_names_all_examples_of_the_batch(tmp_path, make_context, monkeypatch):
   context = make_context(tmp_path, evaluate_every=None)
   examples = examples_of(1, context)
-  monkeypatch.setattr(api_training, 'RANKING', poison(examples[0], in_gradient=True))
+  monkeypatch.setattr(api_training, 'ranking', lambda options: poison(examples[0], in_gradient=True))
   with pytest.raises(NonFiniteError) as error:
     pretrain(context)
   assert 'step 1 has loss 0.69' in str(error.value) and 'gradient norm nan' in str(error.value)
