@@ -390,7 +390,7 @@ FOREIGN = {
   'synthesize': ('pretrain.steps', 'pretrain'),
   'pretrain_lm': ('pretrain.steps', 'pretrain'),
   'pretrain': ('finetune.steps', 'finetune'),
-  'finetune': ('pretrain.steps', 'pretrain'),
+  'finetune': ('sweep.sizes', 'sweep'),
   'evaluate': ('rft.steps', 'rft'),
   'rft': ('sweep.sizes', 'sweep'),
   'sweep': ('fit.flops', 'fit'),

@@ -180,7 +180,7 @@ def test_pair_correct_counts_ties_half():
   ('call', 'message'),
   [
     (lambda: statistics.accuracy_interval(np.array([])), 'at least one example'),
-    (lambda: statistics.accuracy_interval(np.array([1.0, 0.3])), r'example 1: 0\.3'),
+    (lambda: statistics.accuracy_interval(np.array([1.0, 1.3])), r'example 1: 1\.3'),
     (lambda: statistics.accuracy_interval(np.array([1.0, np.nan])), 'example 1: nan'),
     (lambda: statistics.accuracy_interval(np.ones(3), policies(np.zeros(2, int))), '3 examples'),
     (lambda: statistics.accuracy_interval(np.ones(2), policies([0.5, 1.0])), 'integers'),

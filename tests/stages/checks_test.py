@@ -88,10 +88,11 @@ def test_checkpoints_to_start_from(make, tmp_path):
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*nowhere'):
     checks.check(make(finetune=missing), ('pretrain', 'finetune'))
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*pretrain_lm'):
-    checks.check(make(ablations=True), ('pretrain', 'finetune'))
+    checks.check(make(ablations=True, pretrain=TrainConfig(steps=1)), ('pretrain', 'finetune'))
+  checks.check(make(ablations=True), ('pretrain', 'finetune'))  # without pre-training, they start from what it starts from: scratch
   scratch = TrainConfig(steps=1, start_from='scratch')
   with pytest.raises(ConfigError, match=r'ablations: no checkpoint .*pretrain_lm: .*, or set ablations to False'):
-    checks.check(make(ablations=True, finetune=scratch), ('finetune',))
+    checks.check(make(ablations=True, finetune=scratch, pretrain=TrainConfig(steps=1)), ('finetune',))
   checks.check(make(ablations=False, finetune=scratch), ('finetune',))  # a remedy of the message
   with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*elsewhere'):
     checks.check(make(rft=RftConfig(policy='pretrain_lm', reward=RewardConfig(checkpoint='elsewhere'))), ('pretrain_lm', 'rft'))
