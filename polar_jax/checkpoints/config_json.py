@@ -48,15 +48,17 @@ _NO_BIAS = {
   'internlm3': ('bias', 'attention_bias', 'mlp_bias'),  # bias: InternLM's own code; the others: transformers 5
   'llama': ('attention_bias', 'mlp_bias'),  # attention_bias also adds one to the output projection
   'qwen2': (),
+  'qwen3': ('attention_bias',),
 }
-# Allowed values of model.qkv_bias; internlm3 has a key for it.
-_QKV_BIAS = {'internlm2': (False,), 'internlm3': (False, True), 'llama': (False,), 'qwen2': (True,)}
+# The head_dim of a config.json without one, if it does not follow from the width.
+_HEAD_DIM = {'qwen3': 128}
 # Keys written for one family only.
 _WRITTEN = {
   'internlm2': {'bias': False},
   'internlm3': {'bias': False},
   'llama': {'attention_bias': False, 'mlp_bias': False},
   'qwen2': {'use_sliding_window': False},
+  'qwen3': {'attention_bias': False, 'use_sliding_window': False},
 }
 _INTEGERS = {
   'vocab_size': 'vocab_size',
@@ -155,14 +157,16 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
     _one_label(read)
   fields: dict[str, Any] = {ours: read.integer(theirs) for theirs, ours in _INTEGERS.items()}
   # The two implementations of internlm3 have different defaults for these, so they must be given.
-  has_default = family != 'internlm3'
+  has_default = family in ('internlm2', 'llama', 'qwen2')
   fields['num_kv_heads'] = read.integer('num_key_value_heads', fields['num_heads'] if has_default else None)
   fields['norm_eps'] = read.number('rms_norm_eps', 1e-6 if has_default else None)
   if fields['num_heads'] % fields['num_kv_heads']:
     raise read.error('num_key_value_heads', fields['num_kv_heads'], f'a divisor of num_attention_heads ({fields["num_heads"]})')
-  fields['head_dim'] = _head_dim(read, fields['d_model'], fields['num_heads'])
+  fields['head_dim'] = _head_dim(read, family, fields['d_model'], fields['num_heads'])
   fields['tie_embeddings'] = read.flag('tie_word_embeddings')
-  fields['qkv_bias'] = read.flag('qkv_bias') if len(_QKV_BIAS[family]) > 1 else _QKV_BIAS[family][0]
+  fields |= families.fixed_flags(family)
+  if 'qkv_bias' not in fields:
+    fields['qkv_bias'] = read.flag('qkv_bias')
   reward_token, vocab_size = read.get('reward_token_id'), fields['vocab_size']
   if reward_token is not None and (type(reward_token) is not int or not 0 <= reward_token < vocab_size):
     raise read.error('reward_token_id', reward_token, f'a token id or null; ids are below vocab_size ({vocab_size})')
@@ -208,10 +212,11 @@ def _one_label(read: _Reader) -> None:
     raise read.error('num_labels', read.get('num_labels', 2), '1, the reward or value (absent means 2)')
 
 
-def _head_dim(read: _Reader, d_model: int, num_heads: int) -> int:
-  if read.get('head_dim') is None and d_model % num_heads:
+def _head_dim(read: _Reader, family: str, d_model: int, num_heads: int) -> int:
+  default = _HEAD_DIM.get(family)
+  if read.get('head_dim', default) is None and d_model % num_heads:
     raise read.error('hidden_size', d_model, f'a multiple of num_attention_heads ({num_heads}), unless head_dim is given')
-  head_dim = read.integer('head_dim', d_model // num_heads)
+  head_dim = read.integer('head_dim', default or d_model // num_heads)
   if head_dim % 2:
     raise read.error('head_dim', head_dim, 'an even number')
   return head_dim
@@ -315,8 +320,7 @@ def _check_expressible(m: ModelConfig, dtype: str) -> None:
     raise UserError(f'a checkpoint cannot be stored as {dtype!r}, only as: {", ".join(STORED_DTYPES)}')
   if m.vocab_size is None:
     raise UserError('model.vocab_size must be set to write a config.json')
-  if m.qkv_bias not in _QKV_BIAS[m.family]:
-    raise UserError(f'checkpoints of family {m.family} cannot have model.qkv_bias {m.qkv_bias}; change it or choose another model.family')
+  families.check_flags(m)
   if m.family == 'internlm2' and m.head_dim * m.num_heads != m.d_model:
     raise UserError(
       f'checkpoints of family internlm2 have a head_dim of d_model / num_heads ({m.d_model} / {m.num_heads}), not {m.head_dim}; '

@@ -6,7 +6,7 @@ import dataclasses
 
 from polar_jax.config.base import option
 
-FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2')
+FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2', 'qwen3')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
@@ -52,6 +52,7 @@ class ModelConfig:
     'zero', 'Initialization of the reward head; with zero the first loss is exactly ln 2, as in XTuner.', choices=('zero', 'normal')
   )
   qkv_bias: bool = option(False, 'Add biases to the query, key and value projections (Qwen2).')
+  qk_norm: bool = option(False, 'Apply RMSNorm to each head of queries and keys, before the rotary embeddings (Qwen3).')
   tie_embeddings: bool = option(False, 'Share the embedding table with the language-model head.')
   compute_dtype: str = option(
     'float32', 'Type of activations and matrix multiplications; master weights are always float32.', choices=DTYPES

@@ -51,7 +51,8 @@ def language_model_parameters(c: ModelConfig) -> Parameters:
 
 def _parameters(c: ModelConfig, head: int) -> Parameters:
   biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
-  return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + 2 * c.d_model), head + c.d_model)
+  norms = 2 * c.d_model + (2 * c.head_dim if c.qk_norm else 0)
+  return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + norms), head + c.d_model)
 
 
 def _layer_weights(c: ModelConfig) -> tuple[int, int]:

@@ -66,8 +66,12 @@ def project_few(x: jax.Array, transposed: jax.Array, inputs: int = 1, bias: nnx.
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """Apply RMSNorm in float32, cast back, then scale: the order of InternLM2."""
+  """Apply RMSNorm over the last of any number of axes in float32, cast back, then scale: the order of InternLM2."""
   return _rms_norm(x_BTD, scale_D, eps)
+
+
+def _like_last_axis(scale_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
+  return scale_D[(None,) * (x_BTD.ndim - 1)]
 
 
 @jax.custom_vjp
@@ -78,7 +82,7 @@ def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
 def _rms_norm_forward(x_BTD, scale_D, eps):
   x32_BTD = x_BTD.astype(jnp.float32)
   inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
-  out_BTD = (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)[None, None]
+  out_BTD = (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * _like_last_axis(scale_D.astype(x_BTD.dtype), x_BTD)
   return out_BTD, (x_BTD, scale_D, inverse_BT1)
 
 
@@ -87,9 +91,10 @@ def _rms_norm_backward(saved, d_out_BTD):
   x_BTD, scale_D, inverse_BT1 = saved
   normed_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
   d_out_BTD = d_out_BTD.astype(jnp.float32)
-  d_scale_D = jnp.einsum('BTD,BTD->D', d_out_BTD, normed_BTD)
-  d_normed_BTD = d_out_BTD * scale_D.astype(jnp.float32)[None, None]
-  along_BT1 = jnp.einsum('BTD,BTD->BT', d_normed_BTD, normed_BTD)[..., None] / x_BTD.shape[-1]
+  rows = 'BTN'[: x_BTD.ndim - 1]
+  d_scale_D = jnp.einsum(f'{rows}D,{rows}D->D', d_out_BTD, normed_BTD)
+  d_normed_BTD = d_out_BTD * _like_last_axis(scale_D.astype(jnp.float32), x_BTD)
+  along_BT1 = jnp.einsum(f'{rows}D,{rows}D->{rows}', d_normed_BTD, normed_BTD)[..., None] / x_BTD.shape[-1]
   d_x_BTD = inverse_BT1 * (d_normed_BTD - normed_BTD * along_BT1)
   return d_x_BTD.astype(x_BTD.dtype), d_scale_D.astype(scale_D.dtype), None
 

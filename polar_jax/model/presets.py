@@ -127,6 +127,28 @@ QWEN2_5_32B = {
 QWEN2_5_7B_INSTRUCT = QWEN2_5_7B | {'max_position': 32_768}
 QWEN2_5_32B_INSTRUCT = QWEN2_5_32B | {'max_position': 32_768, 'norm_eps': 1e-6}
 
+# Qwen3, after its post-training; the base models have a max_position of 32,768.
+QWEN3_0_6B = {
+  'family': 'qwen3',
+  'vocab_size': 151_936,
+  'num_layers': 28,
+  'd_model': 1_024,
+  'd_ff': 3_072,
+  'num_heads': 16,
+  'num_kv_heads': 8,
+  'head_dim': 128,
+  'rope_theta': 1e6,
+  'max_position': 40_960,
+  'norm_eps': 1e-6,
+  'qk_norm': True,
+  'tie_embeddings': True,
+}
+QWEN3_1_7B = QWEN3_0_6B | {'d_model': 2_048, 'd_ff': 6_144}
+QWEN3_4B = QWEN3_0_6B | {'num_layers': 36, 'd_model': 2_560, 'd_ff': 9_728, 'num_heads': 32}
+QWEN3_8B = QWEN3_4B | {'d_model': 4_096, 'd_ff': 12_288, 'tie_embeddings': False}
+QWEN3_14B = QWEN3_8B | {'num_layers': 40, 'd_model': 5_120, 'd_ff': 17_408, 'num_heads': 40}
+QWEN3_32B = QWEN3_14B | {'num_layers': 64, 'd_ff': 25_600, 'num_heads': 64}
+
 # Small data sets limit these models before their size does. init_std is about 1 / sqrt(d_model); all layers are unrolled, which is
 # faster on a CPU.
 MINI_TINY = {
@@ -162,6 +184,12 @@ PRESETS = {
   'qwen2_5_32b': QWEN2_5_32B,
   'qwen2_5_7b_instruct': QWEN2_5_7B_INSTRUCT,
   'qwen2_5_32b_instruct': QWEN2_5_32B_INSTRUCT,
+  'qwen3_0_6b': QWEN3_0_6B,
+  'qwen3_1_7b': QWEN3_1_7B,
+  'qwen3_4b': QWEN3_4B,
+  'qwen3_8b': QWEN3_8B,
+  'qwen3_14b': QWEN3_14B,
+  'qwen3_32b': QWEN3_32B,
   'mini_tiny': MINI_TINY,
   'mini_small': MINI_SMALL,
 }

@@ -62,6 +62,8 @@ class Block(nnx.Module):
     self.wo = param(rngs, (layers, c.num_heads, c.head_dim, c.d_model), ('layers', 'heads', 'head_dim', 'embed'), std)
     bias = lambda heads, axis: param(rngs, (layers, heads, c.head_dim), ('layers', axis, 'head_dim'), 0) if c.qkv_bias else None
     self.bq, self.bk, self.bv = bias(c.num_heads, 'heads'), bias(c.num_kv_heads, 'kv_heads'), bias(c.num_kv_heads, 'kv_heads')
+    head_norm = lambda: param(rngs, (layers, c.head_dim), ('layers', 'head_dim'), None) if c.qk_norm else None
+    self.q_norm, self.k_norm = head_norm(), head_norm()
     self.mlp_norm = param(rngs, (layers, c.d_model), ('layers', 'act_embed'), None)
     self.w_gate = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
@@ -107,7 +109,7 @@ class Block(nnx.Module):
 
   def _keys_and_values(self, h_BTD: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
     k_BTKH, v_BTKH = self._project(h_BTD, 'wk', self.bk), self._project(h_BTD, 'wv', self.bv)
-    return apply_rope(k_BTKH, inputs.cos_BTh, inputs.sin_BTh), v_BTKH
+    return apply_rope(self._norm_heads(k_BTKH, self.k_norm), inputs.cos_BTh, inputs.sin_BTh), v_BTKH
 
   def _attend_and_feed(
     self, x_BTD: jax.Array, h_BTD: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, inputs: AttentionInputs
@@ -117,8 +119,11 @@ class Block(nnx.Module):
     )
 
   def _queries(self, h_BTD: jax.Array, inputs: AttentionInputs) -> jax.Array:
-    q_BTNH = apply_rope(self._project(h_BTD, 'wq', self.bq), inputs.cos_BTh, inputs.sin_BTh)
-    return constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
+    q_BTNH = self._norm_heads(self._project(h_BTD, 'wq', self.bq), self.q_norm)
+    return constrain(apply_rope(q_BTNH, inputs.cos_BTh, inputs.sin_BTh), 'batch', 'length', 'heads', 'head_dim')
+
+  def _norm_heads(self, x_BTNH: jax.Array, scale: nnx.Param | None) -> jax.Array:
+    return x_BTNH if scale is None else rms_norm(x_BTNH, scale[...], self.config.norm_eps)
 
   def _mix_and_feed(self, x_BTD: jax.Array, mixed_BTNH: jax.Array) -> jax.Array:
     x_BTD = x_BTD + self._project(mixed_BTNH, 'wo')

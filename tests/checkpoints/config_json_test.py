@@ -8,6 +8,7 @@ import json
 import pytest
 from optional import transformers
 
+from polar_jax.checkpoints import families
 from polar_jax.checkpoints.config_json import from_json, to_json
 from polar_jax.config import ModelConfig
 from polar_jax.model.presets import PRESETS
@@ -102,6 +103,33 @@ INTERNLM3 = {
   'rope_theta': 50000000,
   'vocab_size': 128512,
 }
+QWEN3 = {
+  'architectures': ['Qwen3ForCausalLM'],
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'bos_token_id': 151643,
+  'eos_token_id': 151645,
+  'head_dim': 128,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'initializer_range': 0.02,
+  'intermediate_size': 12288,
+  'max_position_embeddings': 40960,
+  'max_window_layers': 36,
+  'model_type': 'qwen3',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 36,
+  'num_key_value_heads': 8,
+  'rms_norm_eps': 1e-06,
+  'rope_scaling': None,
+  'rope_theta': 1000000,
+  'sliding_window': None,
+  'tie_word_embeddings': False,
+  'torch_dtype': 'bfloat16',
+  'use_cache': True,
+  'use_sliding_window': False,
+  'vocab_size': 151936,
+}
 
 
 def _without(config, *keys):
@@ -115,6 +143,7 @@ def _without(config, *keys):
     (LLAMA, 'llama_3_1_8b', 'lm', None),
     (QWEN2, 'qwen2_5_7b', 'lm', None),
     (INTERNLM3, 'internlm3_8b', 'lm', None),
+    (QWEN3, 'qwen3_8b', 'lm', None),
   ],
 )
 def test_from_json_published_files(config, preset, head, token):
@@ -156,9 +185,9 @@ ROPES = {
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('rope', ROPES)
-@pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3'])
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3', 'qwen3'])
 def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
-  m = dataclasses.replace(ROPES[rope], family=family, qkv_bias=family == 'qwen2', tie_embeddings=rope == 'linear')
+  m = dataclasses.replace(ROPES[rope], family=family, tie_embeddings=rope == 'linear', **families.FAMILIES[family].fixed)
   ids = {'pad_token_id': 3, 'bos_token_id': None, 'eos_token_id': 5}
   written = to_json(m, head, dtype='float16', special_ids=ids, reward_token_id=17)
   (tmp_path / 'config.json').write_text(json.dumps(written))
@@ -198,7 +227,7 @@ def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
   assert theirs.rope_parameters == expected_rope[rope]
   if head != 'lm':
     assert theirs.num_labels == 1 and theirs.problem_type == 'regression'
-  if family == 'qwen2':
+  if family in ('qwen2', 'qwen3'):
     assert theirs.sliding_window is None and set(theirs.layer_types) == {'full_attention'}
   else:
     assert theirs.attention_bias is False and theirs.mlp_bias is False
@@ -264,9 +293,10 @@ def test_from_json_missing_keys(key):
 
 
 @pytest.mark.parametrize('key', ['num_key_value_heads', 'rms_norm_eps'])
-def test_from_json_internlm3_has_no_unique_default(key):
+@pytest.mark.parametrize('config', [INTERNLM3, QWEN3])
+def test_from_json_keys_without_a_default(config, key):
   with pytest.raises(UserError, match=f'^f: {key} is missing; '):
-    from_json(_without(INTERNLM3, key), 'f')
+    from_json(_without(config, key), 'f')
 
 
 LLAMA3_ROPE = LLAMA['rope_scaling']
@@ -284,6 +314,9 @@ REFUSED = [
     {'layer_types': ['full_attention', 'sliding_attention']},
     "layer_types is ['full_attention', 'sliding_attention']; supported: full",
   ),
+  (QWEN3, {'attention_bias': True}, 'attention_bias is True; supported: false'),
+  (QWEN3, {'use_sliding_window': True}, 'use_sliding_window is True; supported: false'),
+  (QWEN3, {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM']}, "model_type is 'qwen3_moe'; supported: internlm2, "),
   (LLAMA, {'quantization_config': {'quant_method': 'fp8'}}, "quantization_config is {'quant_method': 'fp8'}; supported: null"),
   (LLAMA, {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; supported: 1'),
   (
@@ -340,6 +373,7 @@ def test_from_json_accepts_unusual_files():
   assert from_json(INTERNLM3 | {'architectures': ['LlamaForCausalLM']}, 'f') == (FULL['internlm3_8b'], 'lm', 'LlamaForCausalLM', None)
   assert from_json(INTERNLM3 | {'qkv_bias': True}, 'f').model.qkv_bias
   assert from_json(LLAMA | {'head_dim': 64}, 'f').model.head_dim == 64
+  assert from_json(_without(QWEN3, 'head_dim') | {'hidden_size': 1024}, 'f').model.head_dim == 128  # transformers' default
   # A theta inside the section takes precedence over one at the top level, as in transformers.
   both = LLAMA | {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
   assert from_json(both, 'f').model.rope_theta == 7.0
@@ -348,8 +382,9 @@ def test_from_json_accepts_unusual_files():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True; change it or choose another'),
+    ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True, only False; change it or choose another'),
     ({'family': 'qwen2'}, r'family qwen2 cannot have model\.qkv_bias False'),
+    ({'family': 'qwen3'}, r'family qwen3 cannot have model\.qk_norm False, only True; change it or choose another'),
     ({'family': 'internlm2', 'head_dim': 64}, r'have a head_dim of d_model / num_heads \(128 / 4\), not 64'),
     ({'family': 'internlm2', 'rope_scaling': 'llama3'}, r"model\.rope_scaling 'llama3', only: none, linear, dynamic$"),
     ({'vocab_size': None}, r'model\.vocab_size must be set'),

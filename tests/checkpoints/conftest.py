@@ -104,6 +104,8 @@ def _as_stored(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
         out[f'{at}self_attn.{name}_proj.weight'] = np.concatenate([heads[n] for n in range(len(heads))])
         if config.qkv_bias:
           out[f'{at}self_attn.{name}_proj.bias'] = np.concatenate(list(layers[f'b{name}'][i]))
+    for name in ('q_norm', 'k_norm') if config.qk_norm else ():
+      out[f'{at}self_attn.{name}.weight'] = layers[name][i]
     columns = [layers['wo'][i][n, h] for n in range(config.num_heads) for h in range(config.head_dim)]
     out[at + ('attention.wo.weight' if fused else 'self_attn.o_proj.weight')] = np.stack(columns, axis=1)
     names = ('feed_forward.w1', 'feed_forward.w3', 'feed_forward.w2') if fused else ('mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')

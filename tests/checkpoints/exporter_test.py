@@ -183,12 +183,14 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
     ('AutoModelForSequenceClassification', 'llama', 'reward', False),
     ('AutoModelForCausalLM', 'qwen2', 'lm', True),
     ('AutoModelForSequenceClassification', 'qwen2', 'reward', True),
+    ('AutoModelForCausalLM', 'qwen3', 'lm', True),
+    ('AutoModelForSequenceClassification', 'qwen3', 'reward', False),
     ('AutoModel', 'internlm2', 'reward', False),
   ],
 )
 def test_convert_result_loads_in_transformers(random_params, tmp_path, auto, family, head, tied):
   """The run has a byte tokenizer, so that all files are created, none copied."""
-  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, qkv_bias=family == 'qwen2')
+  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, **families.FAMILIES[family].fixed)
   kind = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}[head]
   params = random_params(kind, model)
   folder = exported_from(params, model, head, tmp_path)

@@ -43,6 +43,7 @@ CASES = {
   'llama_dynamic': dataclasses.replace(LLAMA, rope_scaling='dynamic', rope_factor=2.0),
   'qwen2': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True),
   'qwen2_tied': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True, tie_embeddings=True),
+  'qwen3': dataclasses.replace(LLAMA, family='qwen3', qk_norm=True),
   'internlm2': dataclasses.replace(LLAMA, family='internlm2', head_dim=8),
   'internlm3': dataclasses.replace(LLAMA, family='internlm3', head_dim=24),
 }
@@ -60,8 +61,13 @@ class Models(NamedTuple):
   torch_model: transformers.PreTrainedModel
 
 
+def _name(config: ModelConfig) -> str:
+  """Return the name of transformers' classes that compute a family."""
+  return {'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}.get(config.family, 'Llama')
+
+
 def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
-  kind = {'qwen2': transformers.Qwen2Config}.get(c.family, transformers.LlamaConfig)
+  kind = getattr(transformers, f'{_name(c)}Config')
   rope = {'rope_type': 'default' if c.rope_scaling == 'none' else c.rope_scaling, 'rope_theta': c.rope_theta}
   if c.rope_scaling != 'none':
     rope['factor'] = c.rope_factor
@@ -130,7 +136,7 @@ def models(request, random_params, as_stored):
   stored = as_stored(config, params)
   if config.family == 'internlm2':
     stored = _as_llama(config, stored)
-  kind = transformers.Qwen2ForCausalLM if config.family == 'qwen2' else transformers.LlamaForCausalLM
+  kind = getattr(transformers, f'{_name(config)}ForCausalLM')
   attention = 'eager' if config.family == 'llama' else 'sdpa'
   return Models(config, params, _torch_model(kind, config, stored, attn_implementation=attention))
 
@@ -289,7 +295,7 @@ def _torch_rewards(model, sequences: list[np.ndarray]) -> np.ndarray:
   return single
 
 
-@pytest.mark.parametrize('case', ['llama', 'qwen2', 'internlm2'])
+@pytest.mark.parametrize('case', ['llama', 'qwen2', 'qwen3', 'internlm2'])
 def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as_stored, remote_code, case):
   config = dataclasses.replace(CASES[case], attention='reference')  # compiles faster
   params = random_params(RewardModel, config)
@@ -300,8 +306,7 @@ def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as
     model = remote_code.InternLM2ForRewardModel(remote_code.InternLM2Config(**settings)).eval()
     model.load_state_dict({name: torch.from_numpy(a) for name, a in stored.items()})
   else:
-    kind = {'llama': transformers.LlamaForSequenceClassification, 'qwen2': transformers.Qwen2ForSequenceClassification}[case]
-    model = _torch_model(kind, config, stored, num_labels=1)
+    model = _torch_model(getattr(transformers, f'{_name(config)}ForSequenceClassification'), config, stored, num_labels=1)
   triplets = _triplets()
   batch = layout.pair_batch([layout.pair_segment(*t) for t in triplets], range(4), [[0, 2], [1, 3]], 128, 2)
   index = batch.reward_index_BPC.reshape(2, -1)

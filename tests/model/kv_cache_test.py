@@ -22,6 +22,7 @@ BASE = ModelConfig(
 CONFIGS = {
   'plain': dataclasses.replace(BASE, attention='auto'),
   'biased, tied, unrolled': dataclasses.replace(BASE, qkv_bias=True, tie_embeddings=True, scan_unroll=2),
+  'norms of heads': dataclasses.replace(BASE, qk_norm=True),
   'llama3': dataclasses.replace(BASE, rope_scaling='llama3', rope_factor=8.0, rope_original_length=16),
 }
 LENGTHS = np.array([11, 3, 1, 7], np.int32)

@@ -15,16 +15,17 @@ def _rng(*shape):
 
 
 def _plain_rms_norm(x, scale):
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 0.1) * scale[None, None]
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 0.1) * jnp.broadcast_to(scale, x.shape)
 
 
 @pytest.mark.parametrize(
   ('function', 'plain', 'inputs'),
   [
     (lambda x, scale: layers.rms_norm(x, scale, 0.1), _plain_rms_norm, (_rng(2, 5, 8), 1 + _rng(8))),
+    (lambda x, scale: layers.rms_norm(x, scale, 0.1), _plain_rms_norm, (_rng(2, 5, 3, 8), 1 + _rng(8))),
     (layers.swiglu, lambda gate, up: gate * jax.nn.sigmoid(gate) * up, (3 * _rng(2, 5, 8), _rng(2, 5, 8)[::-1])),
   ],
-  ids=['rms_norm', 'swiglu'],
+  ids=['rms_norm', 'rms_norm of heads', 'swiglu'],
 )
 def test_derivatives_are_those_of_the_formula(function, plain, inputs):
   out, pull = jax.vjp(function, *inputs)
