@@ -47,16 +47,20 @@ _NO_BIAS = {
   'internlm2': ('bias',),
   'internlm3': ('bias', 'attention_bias', 'mlp_bias'),  # bias: InternLM's own code; the others: transformers 5
   'llama': ('attention_bias', 'mlp_bias'),  # attention_bias also adds one to the output projection
+  'mistral': ('attention_bias', 'mlp_bias'),
   'qwen2': (),
   'qwen3': ('attention_bias',),
 }
 # The head_dim of a config.json without one, if it does not follow from the width.
 _HEAD_DIM = {'qwen3': 128}
+# The window of a config.json without the key; null is no window.
+_WINDOW = 4_096
 # Keys written for one family only.
 _WRITTEN = {
   'internlm2': {'bias': False},
   'internlm3': {'bias': False},
   'llama': {'attention_bias': False, 'mlp_bias': False},
+  'mistral': {},
   'qwen2': {'use_sliding_window': False},
   'qwen3': {'attention_bias': False, 'use_sliding_window': False},
 }
@@ -167,6 +171,7 @@ def from_json(config: Mapping[str, Any], where: str) -> HfConfig:
   fields |= families.fixed_flags(family)
   if 'qkv_bias' not in fields:
     fields['qkv_bias'] = read.flag('qkv_bias')
+  fields |= _windows(read, family)
   reward_token, vocab_size = read.get('reward_token_id'), fields['vocab_size']
   if reward_token is not None and (type(reward_token) is not int or not 0 <= reward_token < vocab_size):
     raise read.error('reward_token_id', reward_token, f'a token id or null; ids are below vocab_size ({vocab_size})')
@@ -194,13 +199,27 @@ def _refuse(read: _Reader, family: str) -> None:
   read.only('hidden_act', ('silu',), 'silu')
   for key in _NO_BIAS[family]:
     read.only(key, (False,), False)
-  read.only('use_sliding_window', (False,), False)  # qwen2 sets a sliding_window that it does not use
-  layer_types = read.get('layer_types', [])
-  if not isinstance(layer_types, list) or any(kind != 'full_attention' for kind in layer_types):
-    raise read.error('layer_types', layer_types, 'full_attention in every layer')
   read.only('partial_rotary_factor', (1,), 1)
   if read.get('quantization_config') is not None:
     raise read.error('quantization_config', read.get('quantization_config'), 'null: weights that are not quantized')
+
+
+def _windows(read: _Reader, family: str) -> dict[str, Any]:
+  """Return our fields of windows."""
+  if 'sliding_window' not in families.FAMILIES[family].free:
+    read.only('use_sliding_window', (False,), False)  # Qwen's configs set a sliding_window that they do not use
+    _same_in_every_layer(read, 'full_attention')
+    return {}
+  has_window = read.values.get('sliding_window', _WINDOW) is not None
+  _same_in_every_layer(read, 'sliding_attention' if has_window else 'full_attention')
+  return {'sliding_window': read.integer('sliding_window', _WINDOW) if has_window else None}
+
+
+def _same_in_every_layer(read: _Reader, kind: str) -> None:
+  """Raise if the layers are said to be of other kinds of attention."""
+  layer_types = read.get('layer_types', [])
+  if not isinstance(layer_types, list) or any(k != kind for k in layer_types):
+    raise read.error('layer_types', layer_types, f'{kind} in every layer')
 
 
 def _one_label(read: _Reader) -> None:
@@ -291,8 +310,7 @@ def to_json(
   }
   out |= {key: special_ids.get(key) for key in ('pad_token_id', 'bos_token_id', 'eos_token_id')}
   out |= _WRITTEN[model.family]
-  if model.family == 'internlm3':
-    out['qkv_bias'] = model.qkv_bias
+  out |= {flag: getattr(model, flag) for flag in families.FAMILIES[model.family].free}
   if model.family == 'internlm2':
     classes = {'AutoModel': architecture} | ({'AutoModelForCausalLM': architecture} if head == 'lm' else {})
     out['auto_map'] = {'AutoConfig': 'configuration_internlm2.InternLM2Config'}

@@ -51,7 +51,7 @@ class _Layout(NamedTuple):
 
 
 # Fields of ModelConfig that tell the decoders of families apart.
-FLAGS = ('qkv_bias', 'qk_norm')
+FLAGS = ('qkv_bias', 'qk_norm', 'sliding_window', 'global_every', 'rope_local_theta', 'nope_every')
 
 
 class Family(NamedTuple):
@@ -113,6 +113,7 @@ FAMILIES = {
   # transformers 5 runs internlm3 as a Llama and names it so.
   'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama'), free=('qkv_bias',)),
   'llama': _LLAMA,
+  'mistral': _LLAMA._replace(prefixes=('Mistral',), free=('sliding_window',)),
   'qwen2': _LLAMA._replace(prefixes=('Qwen2',), fixed={'qkv_bias': True}),
   'qwen3': _LLAMA._replace(prefixes=('Qwen3',), fixed={'qk_norm': True}),
 }

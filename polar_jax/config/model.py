@@ -6,7 +6,7 @@ import dataclasses
 
 from polar_jax.config.base import option
 
-FAMILIES = ('internlm2', 'internlm3', 'llama', 'qwen2', 'qwen3')
+FAMILIES = ('internlm2', 'internlm3', 'llama', 'mistral', 'qwen2', 'qwen3')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
@@ -32,6 +32,10 @@ class ModelConfig:
   num_kv_heads: int = option(2, 'Number of key/value heads; must divide `num_heads`.', min=1)
   head_dim: int = option(32, 'Width of a head; must be even.', min=2)
   rope_theta: float = option(10_000.0, 'Base of the rotary embeddings.', exclusive_min=0)
+  rope_local_theta: float | None = option(
+    None, 'Base of the rotary embeddings of layers with a window, where they are not scaled. None: as in other layers.', exclusive_min=0
+  )
+  nope_every: int | None = option(None, 'Every n-th layer has no rotary embeddings. None: all layers have.', min=1)
   rope_scaling: str = option(
     'none', 'How rotary embeddings are extended beyond the sequence length that they were trained at.', choices=ROPE_SCALINGS
   )
@@ -46,6 +50,10 @@ class ModelConfig:
   )
   rope_original_length: int = option(8_192, "'llama3' only: sequence length of the original training, in tokens.", min=1)
   max_position: int = option(32_768, "Longest sequence the model is made for, in tokens; 'dynamic' scaling acts beyond it.", min=1)
+  sliding_window: int | None = option(
+    None, 'Number of latest tokens that a token attends to, itself included, in layers with a window. None: no layer has a window.', min=1
+  )
+  global_every: int | None = option(None, 'Every n-th layer has no window. None: all layers have, if `sliding_window` is set.', min=1)
   norm_eps: float = option(1e-5, 'Epsilon of RMSNorm.', exclusive_min=0)
   init_std: float = option(0.02, 'Standard deviation of the normal initialization of embeddings and linear layers.', exclusive_min=0)
   v_head_init: str = option(

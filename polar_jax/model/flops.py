@@ -1,13 +1,15 @@
 """Model FLOPs, counted from a config and from the contents of a batch.
 
 The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
-the query-key pairs inside the intervals, and a training step for three times the forward pass. Padding, rematerialization, the
-embedding lookup, norms and the optimizer are not counted.
+the query-key pairs inside the intervals and windows, and a training step for three times the forward pass. Padding, rematerialization,
+the embedding lookup, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax.config import ModelConfig
+from polar_jax.model.layer_inputs import layer_kinds
 from polar_jax.runtime import chips
 from polar_jax.types import UserError
 
@@ -64,22 +67,25 @@ def _layer_weights(c: ModelConfig) -> tuple[int, int]:
 
 def language_model_flops(c: ModelConfig, batch: Any) -> float:
   """Count the forward FLOPs of a TextBatch (host arrays)."""
-  tokens, seen = _tokens_and_pairs(batch)
+  span = batch.end_BT - batch.start_BT
   per_token = c.num_layers * sum(_layer_weights(c)) + c.d_model * c.known_vocab_size
-  return 2.0 * tokens * per_token + 4.0 * c.num_layers * c.num_heads * c.head_dim * seen
+  pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span, window).sum()))
+  return 2.0 * float((span > 0).sum()) * per_token + 4.0 * c.num_heads * c.head_dim * pairs
 
 
 def reward_model_flops(c: ModelConfig, batch: Any) -> float:
   """Count the forward FLOPs of a PairBatch (host arrays). The last layer computes only keys, values and the reward tokens."""
-  tokens, seen = _tokens_and_pairs(batch)
+  span_BT = batch.end_BT - batch.start_BT
+  tokens = float((span_BT > 0).sum())
   key_value, rest = _layer_weights(c)
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
   # Padding pairs point at token 0, which may be a real token.
   real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
-  span = np.take_along_axis(batch.end_BT - batch.start_BT, index, axis=1) * real
-  rewards = float((span > 0).sum())
+  reward_span = np.take_along_axis(span_BT, index, axis=1) * real
+  rewards = float((reward_span > 0).sum())
   weights = tokens * ((c.num_layers - 1) * (key_value + rest) + key_value) + rewards * (rest + c.d_model)
-  pairs = (c.num_layers - 1) * seen + float(span.sum())
+  pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span_BT, window).sum())[:-1])
+  pairs += _pairs_by_layer(c, lambda window: np.minimum(reward_span, window).sum())[-1]
   return 2.0 * weights + 4.0 * c.num_heads * c.head_dim * pairs
 
 
@@ -92,13 +98,16 @@ def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
   lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(batch.reward_index_BPC.shape) + 1.0
   lengths = lengths[batch.pair_mask_BP > 0]
   weights = lengths.sum() * c.num_layers * sum(_layer_weights(c)) + lengths.size * c.d_model
-  seen = c.num_layers * (lengths * (lengths + 1) / 2).sum()
-  return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * seen)
+  triangle = lambda n: n * (n + 1) / 2
+  pairs = _pairs_by_layer(c, lambda window: (triangle(lengths) - triangle(np.maximum(lengths - window, 0))).sum())
+  return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * sum(pairs))
 
 
-def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
-  span = batch.end_BT - batch.start_BT
-  return float((span > 0).sum()), float(span.sum())
+def _pairs_by_layer(c: ModelConfig, pairs: Callable[[float], float]) -> list[float]:
+  """Return the number of query-key pairs in each layer. `pairs` counts those of a layer with a window of so many tokens."""
+  window = c.sliding_window or math.inf
+  counts = {kind: float(pairs(window if kind.has_window else math.inf)) for kind in set(layer_kinds(c))}
+  return [counts[kind] for kind in layer_kinds(c)]
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:

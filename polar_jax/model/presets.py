@@ -149,6 +149,23 @@ QWEN3_8B = QWEN3_4B | {'d_model': 4_096, 'd_ff': 12_288, 'tie_embeddings': False
 QWEN3_14B = QWEN3_8B | {'num_layers': 40, 'd_model': 5_120, 'd_ff': 17_408, 'num_heads': 40}
 QWEN3_32B = QWEN3_14B | {'num_layers': 64, 'd_ff': 25_600, 'num_heads': 64}
 
+# The base models. Version 0.3 has no window, a larger base of its rotary embeddings, and 768 more tokens.
+MISTRAL_7B_V0_1 = {
+  'family': 'mistral',
+  'vocab_size': 32_000,
+  'num_layers': 32,
+  'd_model': 4_096,
+  'd_ff': 14_336,
+  'num_heads': 32,
+  'num_kv_heads': 8,
+  'head_dim': 128,
+  'rope_theta': 1e4,
+  'sliding_window': 4_096,
+  'max_position': 32_768,
+  'norm_eps': 1e-5,
+}
+MISTRAL_7B_V0_3 = MISTRAL_7B_V0_1 | {'vocab_size': 32_768, 'rope_theta': 1e6, 'sliding_window': None}
+
 # Small data sets limit these models before their size does. init_std is about 1 / sqrt(d_model); all layers are unrolled, which is
 # faster on a CPU.
 MINI_TINY = {
@@ -190,6 +207,8 @@ PRESETS = {
   'qwen3_8b': QWEN3_8B,
   'qwen3_14b': QWEN3_14B,
   'qwen3_32b': QWEN3_32B,
+  'mistral_7b_v0_1': MISTRAL_7B_V0_1,
+  'mistral_7b_v0_3': MISTRAL_7B_V0_3,
   'mini_tiny': MINI_TINY,
   'mini_small': MINI_SMALL,
 }

@@ -5,7 +5,6 @@ Layers are stacked along a leading axis and applied with `lax.scan`, so compile 
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 
@@ -18,7 +17,8 @@ from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
 from polar_jax.model.kv_cache import DecodeBuffer, KVCache
-from polar_jax.model.layers import apply_rope, param, project, project_few, rms_norm, rope_tables, swiglu
+from polar_jax.model.layer_inputs import AttentionInputs, LayerInputs
+from polar_jax.model.layers import apply_rope, param, project, project_few, rms_norm, swiglu
 from polar_jax.sharding import constrain
 
 _REMAT = {
@@ -28,21 +28,6 @@ _REMAT = {
   ),
   'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class AttentionInputs:
-  """Inputs of attention other than activations: rotary tables, and the interval of keys that each token attends to."""
-
-  def __init__(self, positions_BT: jax.Array, intervals: Sequence[Interval], config: ModelConfig):
-    self.cos_BTh, self.sin_BTh = rope_tables(config, positions_BT)
-    self.intervals = tuple(intervals)
-
-  def at(self, index_BQ: jax.Array) -> AttentionInputs:
-    """Return the inputs of the tokens at `index_BQ`."""
-    pick = lambda a: jnp.take_along_axis(a, index_BQ.reshape(index_BQ.shape + (1,) * (a.ndim - 2)), axis=1)
-    picked = copy.copy(self)
-    picked.cos_BTh, picked.sin_BTh, picked.intervals = jax.tree.map(pick, (self.cos_BTh, self.sin_BTh, self.intervals))
-    return picked
 
 
 _INPUT_AXES = {'wq': 1, 'wk': 1, 'wv': 1, 'wo': 2, 'w_gate': 1, 'w_up': 1, 'w_down': 1}  # number of leading axes that a weight contracts
@@ -95,7 +80,7 @@ class Block(nnx.Module):
 
     Args:
       x_B1D: activations of the newest token of each row.
-      inputs: its rotary tables.
+      inputs: its rotary tables and window.
       kv_cache: keys and values of the earlier tokens.
       buffer: keys and values of the tokens since the cache was last written.
       step: index of the token in the buffer.
@@ -104,7 +89,7 @@ class Block(nnx.Module):
     h_B1D = rms_norm(x_B1D, self.attention_norm[...], self.config.norm_eps)
     k_B1KH, v_B1KH = self._keys_and_values(h_B1D, inputs)
     buffer = buffer.write(layer, step, k_B1KH[:, 0], v_B1KH[:, 0])
-    mixed_BNH = kv_cache.attend(layer, buffer, step, self._queries(h_B1D, inputs)[:, 0])
+    mixed_BNH = kv_cache.attend(layer, buffer, step, self._queries(h_B1D, inputs)[:, 0], inputs.window)
     return self._mix_and_feed(x_B1D, mixed_BNH[:, None]), buffer
 
   def _keys_and_values(self, h_BTD: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
@@ -171,27 +156,31 @@ class Decoder(nnx.Module):
       index_BQ: indices of tokens in their rows; None: every token.
     """
     c = self.config
-    inputs = AttentionInputs(positions_BT, intervals, c)
+    inputs = LayerInputs(positions_BT, intervals, c)
     x_BTD = self._embed(tokens_BT)
-    body = _remat(lambda x, block: block(x, inputs), c.remat)
-    scanned = self.layers if index_BQ is None else jax.tree.map(lambda p: p[:-1], self.layers)
-    x_BTD, _ = jax.lax.scan(lambda x, block: (body(x, block), None), x_BTD, scanned, unroll=c.scan_unroll)
+    body = _remat(lambda x, block, kind: block(x, inputs.of(kind)), c.remat)
+    scanned = self.layers, inputs.kind_L
+    if index_BQ is not None:
+      scanned = jax.tree.map(lambda p: p[:-1], scanned)
+    x_BTD, _ = jax.lax.scan(lambda x, layer: (body(x, *layer), None), x_BTD, scanned, unroll=c.scan_unroll)
     if index_BQ is not None:
       last = jax.tree.map(lambda p: p[-1], self.layers)
-      x_BTD = _remat(lambda x, block: block(x, inputs, index_BQ), c.remat)(x_BTD, last)
+      x_BTD = _remat(lambda x, block: block(x, inputs.of(inputs.kind_L[-1]), index_BQ), c.remat)(x_BTD, last)
     return rms_norm(x_BTD, self.norm[...], c.norm_eps)
 
   def prefill(self, tokens_BT: jax.Array, positions_BT: jax.Array, intervals: Sequence[Interval]) -> tuple[jax.Array, jax.Array]:
     """Compute keys and values (L, B, T, K, H), for `KVCache.insert`, of tokens from which nothing is predicted."""
     c = self.config
-    inputs = AttentionInputs(positions_BT, intervals, c)
+    inputs = LayerInputs(positions_BT, intervals, c)
 
-    def body(x_BTD, block):
-      x_BTD, *cached = block.prefill(x_BTD, inputs)
+    def body(x_BTD, layer):
+      block, kind = layer
+      x_BTD, *cached = block.prefill(x_BTD, inputs.of(kind))
       return x_BTD, cached
 
-    x_BTD, cached = jax.lax.scan(body, self._embed(tokens_BT), jax.tree.map(lambda p: p[:-1], self.layers), unroll=c.scan_unroll)
-    last = jax.tree.map(lambda p: p[-1], self.layers).keys_and_values(x_BTD, inputs)
+    scanned = jax.tree.map(lambda p: p[:-1], (self.layers, inputs.kind_L))
+    x_BTD, cached = jax.lax.scan(body, self._embed(tokens_BT), scanned, unroll=c.scan_unroll)
+    last = jax.tree.map(lambda p: p[-1], self.layers).keys_and_values(x_BTD, inputs.of(inputs.kind_L[-1]))
     k_LBTKH, v_LBTKH = (jnp.concatenate([before, new[None]]) for before, new in zip(cached, last, strict=True))
     return k_LBTKH, v_LBTKH
 
@@ -215,19 +204,19 @@ class Decoder(nnx.Module):
       blocks: the result of `transposed_blocks`.
     """
     c = self.config
-    inputs = AttentionInputs((kv_cache.length_B + step)[:, None], (), c)
+    inputs = LayerInputs((kv_cache.length_B + step)[:, None], (), c)
     state = self._embed(token_B[:, None]), buffer
 
     def body(state, indexed):
-      block, layer = indexed
+      block, kind, layer = indexed
       x_B1D, buffer = state
-      return block.decode(x_B1D, inputs, kv_cache, buffer, step, layer), None
+      return block.decode(x_B1D, inputs.of(kind), kv_cache, buffer, step, layer), None
 
     if blocks is None:
-      state, _ = jax.lax.scan(body, state, (self.layers, jnp.arange(c.num_layers)), unroll=c.scan_unroll)
+      state, _ = jax.lax.scan(body, state, (self.layers, inputs.kind_L, jnp.arange(c.num_layers)), unroll=c.scan_unroll)
     else:
       for layer, block in enumerate(blocks):
-        state, _ = body(state, (block, jnp.int32(layer)))
+        state, _ = body(state, (block, inputs.kind_L[layer], jnp.int32(layer)))
     x_B1D, buffer = state
     return rms_norm(x_B1D, self.norm[...], c.norm_eps)[:, 0], buffer
 

@@ -130,6 +130,25 @@ QWEN3 = {
   'use_sliding_window': False,
   'vocab_size': 151936,
 }
+MISTRAL = {
+  'architectures': ['MistralForCausalLM'],
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+  'hidden_act': 'silu',
+  'hidden_size': 4096,
+  'initializer_range': 0.02,
+  'intermediate_size': 14336,
+  'max_position_embeddings': 32768,
+  'model_type': 'mistral',
+  'num_attention_heads': 32,
+  'num_hidden_layers': 32,
+  'num_key_value_heads': 8,
+  'rms_norm_eps': 1e-05,
+  'rope_theta': 10000.0,
+  'sliding_window': 4096,
+  'tie_word_embeddings': False,
+  'vocab_size': 32000,
+}
 
 
 def _without(config, *keys):
@@ -144,6 +163,8 @@ def _without(config, *keys):
     (QWEN2, 'qwen2_5_7b', 'lm', None),
     (INTERNLM3, 'internlm3_8b', 'lm', None),
     (QWEN3, 'qwen3_8b', 'lm', None),
+    (MISTRAL, 'mistral_7b_v0_1', 'lm', None),
+    (MISTRAL | {'vocab_size': 32768, 'rope_theta': 1e6, 'sliding_window': None}, 'mistral_7b_v0_3', 'lm', None),
   ],
 )
 def test_from_json_published_files(config, preset, head, token):
@@ -185,9 +206,11 @@ ROPES = {
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
 @pytest.mark.parametrize('rope', ROPES)
-@pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3', 'qwen3'])
+@pytest.mark.parametrize('family', ['llama', 'qwen2', 'internlm3', 'qwen3', 'mistral'])
 def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
   m = dataclasses.replace(ROPES[rope], family=family, tie_embeddings=rope == 'linear', **families.FAMILIES[family].fixed)
+  if family == 'mistral':
+    m = dataclasses.replace(m, sliding_window=None if rope == 'none' else 33)
   ids = {'pad_token_id': 3, 'bos_token_id': None, 'eos_token_id': 5}
   written = to_json(m, head, dtype='float16', special_ids=ids, reward_token_id=17)
   (tmp_path / 'config.json').write_text(json.dumps(written))
@@ -229,6 +252,8 @@ def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
     assert theirs.num_labels == 1 and theirs.problem_type == 'regression'
   if family in ('qwen2', 'qwen3'):
     assert theirs.sliding_window is None and set(theirs.layer_types) == {'full_attention'}
+  elif family == 'mistral':
+    assert theirs.sliding_window == m.sliding_window
   else:
     assert theirs.attention_bias is False and theirs.mlp_bias is False
   # And back through the keys of transformers 5, which has no rope_scaling and no rope_theta.
@@ -336,10 +361,16 @@ REFUSED = [
   ),
   (LLAMA, {'rope_scaling': LLAMA3_ROPE | {'low_freq_factor': 4.0}}, 'rope_scaling.low_freq_factor is 4.0; supported: less than high_freq'),
   (LLAMA, {'rope_scaling': 'dynamic'}, "rope_scaling is 'dynamic'; supported: an object or null"),
-  (LLAMA, {'model_type': 'mistral'}, "model_type is 'mistral'; supported: internlm2, internlm3, llama, qwen2"),
+  (MISTRAL, {'sliding_window': 0}, 'sliding_window is 0; supported: a positive integer'),
+  (
+    MISTRAL,
+    {'layer_types': ['full_attention'] * 32},
+    "layer_types is ['full_attention', 'full_attention', 'full_attention', 'full_attention', 'full_at...; supported: sliding_attention in",
+  ),
+  (LLAMA, {'model_type': 'mixtral'}, "model_type is 'mixtral'; supported: internlm2, internlm3, llama, mistral, qwen2"),
   (QWEN2, {'model_type': 'llama'}, "architectures is ['Qwen2ForCausalLM']; supported: LlamaForCausalLM, LlamaForSequenceClassification, "),
   (LLAMA, {'architectures': ['LlamaModel']}, "architectures is ['LlamaModel']; supported: LlamaForCausalLM"),
-  (LLAMA, {'architectures': ['MistralForCausalLM'], 'model_type': None}, 'model_type is None; supported: internlm2'),
+  (LLAMA, {'architectures': ['MixtralForCausalLM'], 'model_type': None}, 'model_type is None; supported: internlm2'),
   (LLAMA, {'architectures': []}, 'architectures is []; supported: a list of one architecture'),
   (LLAMA, {'architectures': ['LlamaForSequenceClassification']}, 'num_labels is 2; supported: 1'),
   (
@@ -373,6 +404,7 @@ def test_from_json_accepts_unusual_files():
   assert from_json(INTERNLM3 | {'architectures': ['LlamaForCausalLM']}, 'f') == (FULL['internlm3_8b'], 'lm', 'LlamaForCausalLM', None)
   assert from_json(INTERNLM3 | {'qkv_bias': True}, 'f').model.qkv_bias
   assert from_json(LLAMA | {'head_dim': 64}, 'f').model.head_dim == 64
+  assert from_json(_without(MISTRAL, 'sliding_window'), 'f').model.sliding_window == 4096  # transformers' default, but null is no window
   assert from_json(_without(QWEN3, 'head_dim') | {'hidden_size': 1024}, 'f').model.head_dim == 128  # transformers' default
   # A theta inside the section takes precedence over one at the top level, as in transformers.
   both = LLAMA | {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
@@ -384,6 +416,8 @@ def test_from_json_accepts_unusual_files():
   [
     ({'family': 'llama', 'qkv_bias': True}, r'family llama cannot have model\.qkv_bias True, only False; change it or choose another'),
     ({'family': 'qwen2'}, r'family qwen2 cannot have model\.qkv_bias False'),
+    ({'family': 'llama', 'sliding_window': 5}, r'family llama cannot have model\.sliding_window 5, only None; change it'),
+    ({'family': 'mistral', 'global_every': 5}, r'family mistral cannot have model\.global_every 5, only None; change it'),
     ({'family': 'qwen3'}, r'family qwen3 cannot have model\.qk_norm False, only True; change it or choose another'),
     ({'family': 'internlm2', 'head_dim': 64}, r'have a head_dim of d_model / num_heads \(128 / 4\), not 64'),
     ({'family': 'internlm2', 'rope_scaling': 'llama3'}, r"model\.rope_scaling 'llama3', only: none, linear, dynamic$"),

@@ -34,6 +34,7 @@ pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixture
 
 MODEL = ModelConfig(vocab_size=19, num_layers=2, d_model=24, d_ff=28, num_heads=6, num_kv_heads=2, head_dim=4, tie_embeddings=True)
 QWEN = dataclasses.replace(MODEL, family='qwen2', qkv_bias=True)
+FREE = {'mistral': {'sliding_window': 9}}  # fields that a family leaves to its models
 BYTES = dataclasses.replace(MODEL, vocab_size=263, rope_theta=500.0, norm_eps=0.01)  # large enough for the byte tokenizer
 
 
@@ -183,6 +184,7 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
     ('AutoModelForSequenceClassification', 'llama', 'reward', False),
     ('AutoModelForCausalLM', 'qwen2', 'lm', True),
     ('AutoModelForSequenceClassification', 'qwen2', 'reward', True),
+    ('AutoModelForCausalLM', 'mistral', 'lm', False),
     ('AutoModelForCausalLM', 'qwen3', 'lm', True),
     ('AutoModelForSequenceClassification', 'qwen3', 'reward', False),
     ('AutoModel', 'internlm2', 'reward', False),
@@ -190,7 +192,7 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
 )
 def test_convert_result_loads_in_transformers(random_params, tmp_path, auto, family, head, tied):
   """The run has a byte tokenizer, so that all files are created, none copied."""
-  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, **families.FAMILIES[family].fixed)
+  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, **families.FAMILIES[family].fixed, **FREE.get(family, {}))
   kind = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}[head]
   params = random_params(kind, model)
   folder = exported_from(params, model, head, tmp_path)

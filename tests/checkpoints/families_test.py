@@ -30,6 +30,7 @@ FAMILY_FLAGS = [
   ('internlm3', {}),
   ('internlm3', {'qkv_bias': True}),
   ('llama', {}),
+  ('mistral', {'sliding_window': 5}),
   ('qwen2', {'qkv_bias': True}),
   ('qwen3', {'qk_norm': True}),
 ]
@@ -54,7 +55,7 @@ def _random(shape, dtype, seed=0):
 def test_stored_tensors_against_transformers(family, flags, head, tied):
   model = _model(family, tie_embeddings=tied, **flags)
   kind = {'lm': 'ForCausalLM', 'reward': 'ForSequenceClassification', 'value': 'ForTokenClassification'}[head]
-  name = {'llama': 'Llama', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}[family]
+  name = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}[family]
   config = getattr(transformers, name + 'Config')(
     vocab_size=37,
     num_hidden_layers=2,

@@ -43,6 +43,7 @@ CASES = {
   'llama_dynamic': dataclasses.replace(LLAMA, rope_scaling='dynamic', rope_factor=2.0),
   'qwen2': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True),
   'qwen2_tied': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True, tie_embeddings=True),
+  'mistral': dataclasses.replace(LLAMA, family='mistral', sliding_window=40),
   'qwen3': dataclasses.replace(LLAMA, family='qwen3', qk_norm=True),
   'internlm2': dataclasses.replace(LLAMA, family='internlm2', head_dim=8),
   'internlm3': dataclasses.replace(LLAMA, family='internlm3', head_dim=24),
@@ -63,7 +64,7 @@ class Models(NamedTuple):
 
 def _name(config: ModelConfig) -> str:
   """Return the name of transformers' classes that compute a family."""
-  return {'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}.get(config.family, 'Llama')
+  return {'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}.get(config.family, 'Llama')
 
 
 def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
@@ -74,6 +75,8 @@ def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
   if c.rope_scaling == 'llama3':
     rope |= {'low_freq_factor': c.rope_low_freq_factor, 'high_freq_factor': c.rope_high_freq_factor}
     rope['original_max_position_embeddings'] = c.rope_original_length
+  if c.family == 'mistral':
+    settings['sliding_window'] = c.sliding_window
   return kind(
     vocab_size=c.vocab_size,
     hidden_size=c.d_model,
@@ -295,9 +298,11 @@ def _torch_rewards(model, sequences: list[np.ndarray]) -> np.ndarray:
   return single
 
 
-@pytest.mark.parametrize('case', ['llama', 'qwen2', 'qwen3', 'internlm2'])
+@pytest.mark.parametrize('case', ['llama', 'qwen2', 'qwen3', 'mistral', 'internlm2'])
 def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as_stored, remote_code, case):
   config = dataclasses.replace(CASES[case], attention='reference')  # compiles faster
+  if case == 'mistral':
+    config = dataclasses.replace(config, sliding_window=12)  # ends in the tails and in the prefix
   params = random_params(RewardModel, config)
   stored = as_stored(config, params)
   if case == 'internlm2':
