@@ -23,10 +23,11 @@ class HfConfig(NamedTuple):
 
 
 class _Rope(NamedTuple):
-  """A rope type: our name for it, and its parameters as {their key: our field}."""
+  """A rope type: our name for it, and its parameters as {their key: our field}, of which some may be absent."""
 
   scaling: str
   fields: dict[str, str]
+  optional: tuple[str, ...] = ()
 
 
 _FACTOR = {'factor': 'rope_factor'}
@@ -35,12 +36,21 @@ _LLAMA3 = _FACTOR | {
   'high_freq_factor': 'rope_high_freq_factor',
   'original_max_position_embeddings': 'rope_original_length',
 }
+_YARN = _FACTOR | {
+  'original_max_position_embeddings': 'rope_original_length',
+  'attention_factor': 'rope_attention_factor',
+  'beta_fast': 'rope_beta_fast',
+  'beta_slow': 'rope_beta_slow',
+}
 _ROPES = {
   'default': _Rope('none', {}),
   'linear': _Rope('linear', _FACTOR),
   'dynamic': _Rope('dynamic', _FACTOR),
   'llama3': _Rope('llama3', _LLAMA3),
+  'yarn': _Rope('yarn', _YARN, optional=tuple(_YARN)[1:]),
 }
+# The rope types of families that do not have all.
+_SOME_ROPES = {'internlm2': ('default', 'linear', 'dynamic')}
 
 # Biases that our decoder does not have: anything but false is refused.
 _NO_BIAS = {
@@ -242,8 +252,14 @@ def _head_dim(read: _Reader, family: str, d_model: int, num_heads: int) -> int:
 
 
 def _rope_types(family: str) -> dict[str, _Rope]:
-  """Return the rope types of a family by name. InternLM2's own code does not implement llama3."""
-  return {name: rope for name, rope in _ROPES.items() if (family, name) != ('internlm2', 'llama3')}
+  """Return the rope types of a family by name."""
+  return {name: _ROPES[name] for name in _SOME_ROPES.get(family, _ROPES)}
+
+
+def unused_rope_fields(model: ModelConfig) -> set[str]:
+  """Return the fields of rope scaling that the scaling of a model does not depend on."""
+  ropes = {rope.scaling: set(rope.fields.values()) for rope in _ROPES.values()}
+  return set().union(*ropes.values()) - ropes[model.rope_scaling]
 
 
 def _rope(read: _Reader, family: str) -> dict[str, Any]:
@@ -259,16 +275,30 @@ def _rope(read: _Reader, family: str) -> dict[str, Any]:
   if kind not in tuple(known):
     raise inside.error(key, kind, ', '.join(known))
   rope = known[kind]
-  extra = {k for k, v in inside.values.items() if v is not None} - {'rope_type', 'type', 'rope_theta', *rope.fields}
+  if kind == 'yarn':
+    inside.only('truncate', (True,), True)
+  known_keys = {'rope_type', 'type', 'rope_theta', *rope.fields, *(('truncate',) if kind == 'yarn' else ())}
+  extra = {k for k, v in inside.values.items() if v is not None} - known_keys
   if extra:
     key = min(extra)
     raise inside.error(key, inside.values[key], f'{", ".join(rope.fields) or "no parameters"} for rope type {kind!r}')
   fields: dict[str, Any] = {}
   for theirs, ours in rope.fields.items():
-    fields[ours] = inside.integer(theirs) if ours == 'rope_original_length' else inside.number(theirs)
+    if theirs not in rope.optional or inside.get(theirs) is not None:
+      fields[ours] = inside.integer(theirs) if ours == 'rope_original_length' else inside.number(theirs)
+  if kind == 'yarn':
+    fields.setdefault('rope_original_length', read.integer('max_position_embeddings'))
+    _check_yarn(inside, ModelConfig(**fields))
   if kind == 'llama3' and fields['rope_low_freq_factor'] >= fields['rope_high_freq_factor']:
     raise inside.error('low_freq_factor', fields['rope_low_freq_factor'], f'less than high_freq_factor ({fields["rope_high_freq_factor"]})')
   return {'rope_theta': theta, 'rope_scaling': rope.scaling, **fields}
+
+
+def _check_yarn(inside: _Reader, m: ModelConfig) -> None:
+  if m.rope_factor < 1:
+    raise inside.error('factor', m.rope_factor, 'at least 1')
+  if m.rope_beta_slow >= m.rope_beta_fast:
+    raise inside.error('beta_slow', m.rope_beta_slow, f'less than beta_fast ({m.rope_beta_fast})')
 
 
 def to_json(
@@ -354,4 +384,5 @@ def _rope_scaling(m: ModelConfig) -> dict[str, Any] | None:
     return None
   # InternLM2's own code accepts only `type` and the factor.
   key = 'type' if m.family == 'internlm2' else 'rope_type'
-  return {key: m.rope_scaling} | {theirs: getattr(m, ours) for theirs, ours in _ROPES[m.rope_scaling].fields.items()}
+  values = {theirs: getattr(m, ours) for theirs, ours in _ROPES[m.rope_scaling].fields.items()}
+  return {key: m.rope_scaling} | {theirs: value for theirs, value in values.items() if value is not None}

@@ -7,7 +7,7 @@ import dataclasses
 from polar_jax.config.base import option
 
 FAMILIES = ('internlm2', 'internlm3', 'llama', 'mistral', 'qwen2', 'qwen3')
-ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3')
+ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3', 'yarn')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
@@ -39,7 +39,7 @@ class ModelConfig:
   rope_scaling: str = option(
     'none', 'How rotary embeddings are extended beyond the sequence length that they were trained at.', choices=ROPE_SCALINGS
   )
-  rope_factor: float = option(1.0, "Scaling factor of `rope_scaling` 'linear', 'dynamic' and 'llama3'.", exclusive_min=0)
+  rope_factor: float = option(1.0, 'Scaling factor of `rope_scaling`.', exclusive_min=0)
   rope_low_freq_factor: float = option(
     1.0,
     "'llama3' only: frequencies with fewer rotations than this over `rope_original_length` are divided by `rope_factor`.",
@@ -48,7 +48,16 @@ class ModelConfig:
   rope_high_freq_factor: float = option(
     4.0, "'llama3' only: frequencies with more rotations than this are kept, those in between interpolated.", exclusive_min=0
   )
-  rope_original_length: int = option(8_192, "'llama3' only: sequence length of the original training, in tokens.", min=1)
+  rope_original_length: int = option(8_192, "'llama3' and 'yarn': sequence length of the original training, in tokens.", min=1)
+  rope_beta_fast: float = option(
+    32.0, "'yarn' only: about here, in rotations over `rope_original_length`, frequencies begin to be interpolated.", exclusive_min=0
+  )
+  rope_beta_slow: float = option(
+    1.0, "'yarn' only: about here, in rotations over `rope_original_length`, frequencies are divided by `rope_factor`.", exclusive_min=0
+  )
+  rope_attention_factor: float | None = option(
+    None, "'yarn' only: the factor of queries and keys. None: 0.1 ln(`rope_factor`) + 1.", exclusive_min=0
+  )
   max_position: int = option(32_768, "Longest sequence the model is made for, in tokens; 'dynamic' scaling acts beyond it.", min=1)
   sliding_window: int | None = option(
     None, 'Number of latest tokens that a token attends to, itself included, in layers with a window. None: no layer has a window.', min=1

@@ -170,6 +170,8 @@ def _check_together(c: Config) -> None:
     raise ConfigError(
       f'model.rope_low_freq_factor ({m.rope_low_freq_factor}) must be less than model.rope_high_freq_factor ({m.rope_high_freq_factor})'
     )
+  if m.rope_beta_slow >= m.rope_beta_fast:
+    raise ConfigError(f'model.rope_beta_slow ({m.rope_beta_slow}) must be less than model.rope_beta_fast ({m.rope_beta_fast})')
   of_windows = [name for name in ('global_every', 'rope_local_theta') if getattr(m, name) is not None]
   if of_windows and m.sliding_window is None:
     raise ConfigError(f'model.{of_windows[0]} is set, but no layer has a window; set model.sliding_window too')

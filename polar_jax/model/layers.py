@@ -139,6 +139,8 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
     rotations_h = c.rope_original_length * frequency_h / (2 * math.pi)
     kept_h = np.clip((rotations_h - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
     frequency_h = kept_h * frequency_h + (1 - kept_h) * frequency_h / c.rope_factor
+  elif c.rope_scaling == 'yarn':
+    frequency_h = _yarn(c, frequency_h)
   frequency_1h = jnp.asarray(frequency_h, jnp.float32)[None]
   if c.rope_scaling != 'dynamic':
     return frequency_1h
@@ -149,12 +151,32 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
   return jnp.where(length_B1 > c.max_position, stretched_Bh, frequency_1h)
 
 
+def _yarn(c: ModelConfig, frequency_h: np.ndarray) -> np.ndarray:
+  """Interpolate frequencies by YaRN (Peng et al., 2023, section 3.2): a ramp over whole pairs, as in transformers."""
+  # The pair, as a real number, that rotates so many times over the original length.
+  pair = lambda rotations: c.head_dim / 2 * math.log(c.rope_original_length / (2 * math.pi * rotations), c.rope_theta)
+  low, high = max(math.floor(pair(c.rope_beta_fast)), 0), min(math.ceil(pair(c.rope_beta_slow)), c.head_dim - 1)
+  divided_h = np.clip((np.arange(len(frequency_h)) - low) / (high - low or 0.001), 0, 1)
+  return (1 - divided_h) * frequency_h + divided_h * frequency_h / c.rope_factor
+
+
+def _attention_factor(c: ModelConfig) -> float:
+  """Return the factor of rotated queries and keys; equation 22 of YaRN in the form that models were trained with."""
+  if c.rope_scaling != 'yarn':
+    return 1.0
+  return c.rope_attention_factor or 0.1 * math.log(max(c.rope_factor, 1.0)) + 1.0
+
+
 def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return (cos, sin) of shape (B, T, H/2). Angles are float32, because bfloat16 cannot distinguish positions 256 and 257."""
+  """Return (cos, sin) of shape (B, T, H/2), times the attention factor of YaRN.
+
+  Angles are float32, because bfloat16 cannot distinguish positions 256 and 257.
+  """
   angle_BTh = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config, positions_BT)[:, None]
   # A loop is a barrier to fusion; without it XLA recomputes the tables for every head of every unrolled layer.
   cos_BTh, sin_BTh = jax.lax.map(lambda sine: jnp.where(sine, jnp.sin(angle_BTh), jnp.cos(angle_BTh)), jnp.array([False, True]))
-  return cos_BTh, sin_BTh
+  factor = _attention_factor(config)
+  return (cos_BTh, sin_BTh) if factor == 1.0 else (cos_BTh * factor, sin_BTh * factor)
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:

@@ -200,6 +200,7 @@ ROPES = {
   'llama3': _with_rope(
     rope_scaling='llama3', rope_factor=4.0, rope_low_freq_factor=1.5, rope_high_freq_factor=3.0, rope_original_length=64
   ),
+  'yarn': _with_rope(rope_scaling='yarn', rope_factor=4.0, rope_original_length=64, rope_beta_fast=8.0, max_position=256),
 }
 
 
@@ -245,6 +246,14 @@ def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
       'low_freq_factor': 1.5,
       'high_freq_factor': 3.0,
       'original_max_position_embeddings': 64,
+    },
+    'yarn': {
+      'rope_type': 'yarn',
+      'rope_theta': 1e4,
+      'factor': 4.0,
+      'original_max_position_embeddings': 64,
+      'beta_fast': 8.0,
+      'beta_slow': 1.0,
     },
   }
   assert theirs.rope_parameters == expected_rope[rope]
@@ -324,6 +333,8 @@ def test_from_json_keys_without_a_default(config, key):
     from_json(_without(config, key), 'f')
 
 
+# Of Qwen2.5's documentation, for texts of more than 32,768 tokens.
+YARN = {'factor': 4.0, 'original_max_position_embeddings': 32768, 'type': 'yarn'}
 LLAMA3_ROPE = LLAMA['rope_scaling']
 REFUSED = [
   (LLAMA, {'hidden_act': 'gelu'}, "hidden_act is 'gelu'; supported: silu"),
@@ -346,11 +357,17 @@ REFUSED = [
   (LLAMA, {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; supported: 1'),
   (
     LLAMA,
-    {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0}},
-    "rope_scaling.rope_type is 'yarn'; supported: default, linear, dynamic, llama3",
+    {'rope_scaling': {'rope_type': 'proportional', 'factor': 4.0}},
+    "rope_scaling.rope_type is 'proportional'; supported: default, linear, dynamic, llama3, yarn",
   ),
   (LLAMA, {'rope_scaling': {'type': 'longrope', 'factor': 4.0}}, "rope_scaling.type is 'longrope'; supported: default, linear, dyn"),
-  (LLAMA, {'rope_scaling': None, 'rope_parameters': {'rope_type': 'yarn'}}, "rope_parameters.rope_type is 'yarn'; supported: default"),
+  (LLAMA, {'rope_scaling': None, 'rope_parameters': {'rope_type': 'su'}}, "rope_parameters.rope_type is 'su'; supported: default"),
+  (QWEN2, {'rope_scaling': {'type': 'yarn'}}, 'rope_scaling.factor is missing'),
+  (QWEN2, {'rope_scaling': {'type': 'yarn', 'factor': 0.5}}, 'rope_scaling.factor is 0.5; supported: at least 1'),
+  (QWEN2, {'rope_scaling': YARN | {'beta_fast': 1}}, 'rope_scaling.beta_slow is 1.0; supported: less than beta_fast (1.0)'),
+  (QWEN2, {'rope_scaling': YARN | {'truncate': False}}, 'rope_scaling.truncate is False; supported: true'),
+  (QWEN2, {'rope_scaling': YARN | {'mscale': 1.0}}, 'rope_scaling.mscale is 1.0; supported: factor, original_max_position_embeddings, att'),
+  (POLAR_7B, {'rope_scaling': YARN}, "rope_scaling.type is 'yarn'; supported: default, linear, dynamic"),
   (POLAR_7B, {'rope_scaling': LLAMA3_ROPE}, "rope_scaling.rope_type is 'llama3'; supported: default, linear, dynamic"),
   (LLAMA, {'rope_scaling': {'type': 'linear'}}, 'rope_scaling.factor is missing'),
   (LLAMA, {'rope_scaling': {'type': 'linear', 'factor': -1}}, 'rope_scaling.factor is -1; supported: a positive number'),
@@ -362,11 +379,7 @@ REFUSED = [
   (LLAMA, {'rope_scaling': LLAMA3_ROPE | {'low_freq_factor': 4.0}}, 'rope_scaling.low_freq_factor is 4.0; supported: less than high_freq'),
   (LLAMA, {'rope_scaling': 'dynamic'}, "rope_scaling is 'dynamic'; supported: an object or null"),
   (MISTRAL, {'sliding_window': 0}, 'sliding_window is 0; supported: a positive integer'),
-  (
-    MISTRAL,
-    {'layer_types': ['full_attention'] * 32},
-    "layer_types is ['full_attention', 'full_attention', 'full_attention', 'full_attention', 'full_at...; supported: sliding_attention in",
-  ),
+  (MISTRAL, {'layer_types': ['full_attention']}, "layer_types is ['full_attention']; supported: sliding_attention in every layer"),
   (LLAMA, {'model_type': 'mixtral'}, "model_type is 'mixtral'; supported: internlm2, internlm3, llama, mistral, qwen2"),
   (QWEN2, {'model_type': 'llama'}, "architectures is ['Qwen2ForCausalLM']; supported: LlamaForCausalLM, LlamaForSequenceClassification, "),
   (LLAMA, {'architectures': ['LlamaModel']}, "architectures is ['LlamaModel']; supported: LlamaForCausalLM"),
@@ -393,6 +406,25 @@ def test_from_json_refuses(config, changes, message):
     from_json(config | changes, 'x/config.json')
   assert str(caught.value).startswith(f'x/config.json: {message}')
   assert '\n' not in str(caught.value)
+
+
+def test_from_json_yarn():
+  fields = lambda config: {name: getattr(config, f'rope_{name}') for name in ('scaling', 'factor', 'original_length', 'attention_factor')}
+  expected = {'scaling': 'yarn', 'factor': 4.0, 'original_length': 32768, 'attention_factor': None}
+  assert fields(from_json(QWEN2 | {'rope_scaling': YARN}, 'f').model) == expected
+  # Of transformers 5, with values that it also takes from defaults.
+  new = {
+    'rope_type': 'yarn',
+    'factor': 4.0,
+    'attention_factor': 1.1,
+    'beta_fast': None,
+    'beta_slow': 2,
+    'truncate': True,
+    'rope_theta': 5.0,
+  }
+  model = from_json(QWEN2 | {'rope_parameters': new}, 'f').model
+  assert fields(model) == expected | {'original_length': 131072, 'attention_factor': 1.1}  # max_position_embeddings
+  assert (model.rope_theta, model.rope_beta_fast, model.rope_beta_slow) == (5.0, 32.0, 2.0)
 
 
 def test_from_json_accepts_unusual_files():

@@ -42,6 +42,9 @@ CASES = {
   'llama_llama3': dataclasses.replace(LLAMA, **LLAMA3, rope_original_length=64, num_kv_heads=1),
   'llama_dynamic': dataclasses.replace(LLAMA, rope_scaling='dynamic', rope_factor=2.0),
   'qwen2': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True),
+  'qwen2_yarn': dataclasses.replace(
+    LLAMA, family='qwen2', head_dim=16, qkv_bias=True, rope_scaling='yarn', rope_factor=4.0, rope_original_length=64
+  ),
   'qwen2_tied': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True, tie_embeddings=True),
   'mistral': dataclasses.replace(LLAMA, family='mistral', sliding_window=40),
   'qwen3': dataclasses.replace(LLAMA, family='qwen3', qk_norm=True),
@@ -72,6 +75,8 @@ def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
   rope = {'rope_type': 'default' if c.rope_scaling == 'none' else c.rope_scaling, 'rope_theta': c.rope_theta}
   if c.rope_scaling != 'none':
     rope['factor'] = c.rope_factor
+  if c.rope_scaling == 'yarn':
+    rope['original_max_position_embeddings'] = c.rope_original_length
   if c.rope_scaling == 'llama3':
     rope |= {'low_freq_factor': c.rope_low_freq_factor, 'high_freq_factor': c.rope_high_freq_factor}
     rope['original_max_position_embeddings'] = c.rope_original_length
