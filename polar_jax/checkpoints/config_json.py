@@ -288,7 +288,7 @@ def _rope(read: _Reader, family: str) -> dict[str, Any]:
       fields[ours] = inside.integer(theirs) if ours == 'rope_original_length' else inside.number(theirs)
   if kind == 'yarn':
     fields.setdefault('rope_original_length', read.integer('max_position_embeddings'))
-    _check_yarn(inside, ModelConfig(**fields))
+    _check_yarn(inside, ModelConfig(**fields, rope_theta=theta))
   if kind == 'llama3' and fields['rope_low_freq_factor'] >= fields['rope_high_freq_factor']:
     raise inside.error('low_freq_factor', fields['rope_low_freq_factor'], f'less than high_freq_factor ({fields["rope_high_freq_factor"]})')
   return {'rope_theta': theta, 'rope_scaling': rope.scaling, **fields}
@@ -297,6 +297,8 @@ def _rope(read: _Reader, family: str) -> dict[str, Any]:
 def _check_yarn(inside: _Reader, m: ModelConfig) -> None:
   if m.rope_factor < 1:
     raise inside.error('factor', m.rope_factor, 'at least 1')
+  if m.rope_theta <= 1:
+    raise inside.error('rope_theta', m.rope_theta, 'more than 1')
   if m.rope_beta_slow >= m.rope_beta_fast:
     raise inside.error('beta_slow', m.rope_beta_slow, f'less than beta_fast ({m.rope_beta_fast})')
 

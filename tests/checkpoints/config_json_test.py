@@ -365,6 +365,7 @@ REFUSED = [
   (QWEN2, {'rope_scaling': {'type': 'yarn'}}, 'rope_scaling.factor is missing'),
   (QWEN2, {'rope_scaling': {'type': 'yarn', 'factor': 0.5}}, 'rope_scaling.factor is 0.5; supported: at least 1'),
   (QWEN2, {'rope_scaling': YARN | {'beta_fast': 1}}, 'rope_scaling.beta_slow is 1.0; supported: less than beta_fast (1.0)'),
+  (QWEN2, {'rope_scaling': YARN, 'rope_theta': 1.0}, 'rope_scaling.rope_theta is 1.0; supported: more than 1'),
   (QWEN2, {'rope_scaling': YARN | {'truncate': False}}, 'rope_scaling.truncate is False; supported: true'),
   (QWEN2, {'rope_scaling': YARN | {'mscale': 1.0}}, 'rope_scaling.mscale is 1.0; supported: factor, original_max_position_embeddings, att'),
   (POLAR_7B, {'rope_scaling': YARN}, "rope_scaling.type is 'yarn'; supported: default, linear, dynamic"),
