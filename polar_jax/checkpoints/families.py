@@ -51,7 +51,19 @@ class _Layout(NamedTuple):
 
 
 # Fields of ModelConfig that tell the decoders of families apart.
-FLAGS = ('qkv_bias', 'qk_norm', 'sliding_window', 'global_every', 'rope_local_theta', 'nope_every')
+FLAGS = (
+  'qkv_bias',
+  'qk_norm',
+  'post_norms',
+  'zero_centered_norms',
+  'embedding_scale',
+  'activation',
+  'query_pre_attn_scalar',
+  'sliding_window',
+  'global_every',
+  'rope_local_theta',
+  'nope_every',
+)
 
 
 class Family(NamedTuple):
@@ -108,7 +120,22 @@ _LLAMA = Family(
   },
 )
 
+_GEMMA3 = _LLAMA._replace(
+  prefixes=('Gemma3',),
+  heads={'ForCausalLM': ('lm',), 'TextForSequenceClassification': ('reward', 'value')},
+  layer={
+    **{name: arrays for name, arrays in _LLAMA.layer.items() if 'bias' not in name and 'layernorm' not in name},
+    'input_layernorm.weight': ('attention_norm',),
+    'post_attention_layernorm.weight': ('post_attention_norm',),
+    'pre_feedforward_layernorm.weight': ('mlp_norm',),
+    'post_feedforward_layernorm.weight': ('post_mlp_norm',),
+  },
+  fixed={'qk_norm': True, 'post_norms': True, 'zero_centered_norms': True, 'embedding_scale': True, 'activation': 'gelu_tanh'},
+  free=('query_pre_attn_scalar', 'sliding_window', 'global_every', 'rope_local_theta'),
+)
+
 FAMILIES = {
+  'gemma3_text': _GEMMA3,
   'internlm2': _INTERNLM2,
   # transformers 5 runs internlm3 as a Llama and names it so.
   'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama'), free=('qkv_bias',)),
@@ -116,6 +143,7 @@ FAMILIES = {
   'mistral': _LLAMA._replace(prefixes=('Mistral',), free=('sliding_window',)),
   'qwen2': _LLAMA._replace(prefixes=('Qwen2',), fixed={'qkv_bias': True}),
   'qwen3': _LLAMA._replace(prefixes=('Qwen3',), fixed={'qk_norm': True}),
+  'smollm3': _LLAMA._replace(prefixes=('SmolLM3',), free=('nope_every',)),
 }
 
 # Output projections that some checkpoints of tied models store a second time -> the embeddings they are tied to.
@@ -212,7 +240,8 @@ def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
   }
   biases = {('bq',): _same((n * h,), (n, h)), ('bk',): _same((k * h,), (k, h)), ('bv',): _same((k * h,), (k, h))}
   head_norms = {('q_norm',): _same((h,)), ('k_norm',): _same((h,))}
-  return layouts | (biases if m.qkv_bias else {}) | (head_norms if m.qk_norm else {})
+  post_norms = {('post_attention_norm',): _same((d,)), ('post_mlp_norm',): _same((d,))}
+  return layouts | (biases if m.qkv_bias else {}) | (head_norms if m.qk_norm else {}) | (post_norms if m.post_norms else {})
 
 
 def _same(stored: tuple[int, ...], ours: tuple[int, ...] | None = None) -> _Layout:

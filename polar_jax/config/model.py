@@ -6,9 +6,10 @@ import dataclasses
 
 from polar_jax.config.base import option
 
-FAMILIES = ('internlm2', 'internlm3', 'llama', 'mistral', 'qwen2', 'qwen3')
+FAMILIES = ('gemma3_text', 'internlm2', 'internlm3', 'llama', 'mistral', 'qwen2', 'qwen3', 'smollm3')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3', 'yarn')
 REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
+ACTIVATIONS = ('silu', 'gelu_tanh')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
 STORED_DTYPES = ('float32', 'bfloat16', 'float16')
@@ -69,7 +70,16 @@ class ModelConfig:
     'zero', 'Initialization of the reward head; with zero the first loss is exactly ln 2, as in XTuner.', choices=('zero', 'normal')
   )
   qkv_bias: bool = option(False, 'Add biases to the query, key and value projections (Qwen2).')
-  qk_norm: bool = option(False, 'Apply RMSNorm to each head of queries and keys, before the rotary embeddings (Qwen3).')
+  qk_norm: bool = option(False, 'Apply RMSNorm to each head of queries and keys, before the rotary embeddings (Qwen3, Gemma 3).')
+  post_norms: bool = option(False, 'Also apply RMSNorm to the outputs of attention and feed-forward layers (Gemma 3).')
+  zero_centered_norms: bool = option(False, 'Store the scales of norms as their difference from 1 (Gemma 3).')
+  embedding_scale: bool = option(False, 'Multiply embeddings by the square root of `d_model` (Gemma 3).')
+  activation: str = option(
+    'silu', 'Activation of the gated feed-forward layers: SwiGLU, or GeGLU with tanh (Gemma 3).', choices=ACTIVATIONS
+  )
+  query_pre_attn_scalar: float | None = option(
+    None, 'Logits of attention are divided by the square root of this (Gemma 3). None: of `head_dim`.', exclusive_min=0
+  )
   tie_embeddings: bool = option(False, 'Share the embedding table with the language-model head.')
   compute_dtype: str = option(
     'float32', 'Type of activations and matrix multiplications; master weights are always float32.', choices=DTYPES

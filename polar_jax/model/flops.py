@@ -54,7 +54,7 @@ def language_model_parameters(c: ModelConfig) -> Parameters:
 
 def _parameters(c: ModelConfig, head: int) -> Parameters:
   biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
-  norms = 2 * c.d_model + (2 * c.head_dim if c.qk_norm else 0)
+  norms = (4 if c.post_norms else 2) * c.d_model + (2 * c.head_dim if c.qk_norm else 0)
   return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + norms), head + c.d_model)
 
 

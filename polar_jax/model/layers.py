@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -65,28 +66,36 @@ def project_few(x: jax.Array, transposed: jax.Array, inputs: int = 1, bias: nnx.
   return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """Apply RMSNorm over the last of any number of axes in float32, cast back, then scale: the order of InternLM2."""
-  return _rms_norm(x_BTD, scale_D, eps)
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, zero_centered: bool = False) -> jax.Array:
+  """Apply RMSNorm over the last of any number of axes in float32, cast back, then scale: the order of InternLM2.
+
+  Args:
+    x_BTD: activations.
+    scale_D: scales.
+    eps: added to the mean of squares.
+    zero_centered: add 1 to the scales, and scale before casting: Gemma's norm.
+  """
+  return _rms_norm(x_BTD, 1 + scale_D.astype(jnp.float32), eps, True) if zero_centered else _rms_norm(x_BTD, scale_D, eps, False)
 
 
 def _like_last_axis(scale_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
   return scale_D[(None,) * (x_BTD.ndim - 1)]
 
 
-@jax.custom_vjp
-def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  return _rms_norm_forward(x_BTD, scale_D, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, scale_first: bool) -> jax.Array:
+  return _rms_norm_forward(x_BTD, scale_D, eps, scale_first)[0]
 
 
-def _rms_norm_forward(x_BTD, scale_D, eps):
+def _rms_norm_forward(x_BTD, scale_D, eps, scale_first):
   x32_BTD = x_BTD.astype(jnp.float32)
   inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
-  out_BTD = (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * _like_last_axis(scale_D.astype(x_BTD.dtype), x_BTD)
-  return out_BTD, (x_BTD, scale_D, inverse_BT1)
+  scale_dtype = jnp.float32 if scale_first else x_BTD.dtype
+  out_BTD = (x32_BTD * inverse_BT1).astype(scale_dtype) * _like_last_axis(scale_D.astype(scale_dtype), x_BTD)
+  return out_BTD.astype(x_BTD.dtype), (x_BTD, scale_D, inverse_BT1)
 
 
-def _rms_norm_backward(saved, d_out_BTD):
+def _rms_norm_backward(_, saved, d_out_BTD):
   """Compute sums of products as contractions, because XLA's fused multiply-and-sum is twenty times slower on CPUs."""
   x_BTD, scale_D, inverse_BT1 = saved
   normed_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
@@ -120,6 +129,31 @@ def _swiglu_backward(saved, d_out_BTF):
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def geglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+  """Compute gelu(gate) * up with the tanh approximation of gelu. Only the two inputs are saved for the derivative."""
+  return jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+
+
+def _geglu_forward(gate_BTF, up_BTF):
+  return geglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _geglu_backward(saved, d_out_BTF):
+  _, pull = jax.vjp(lambda gate_BTF, up_BTF: jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, *saved)
+  return pull(d_out_BTF)
+
+
+geglu.defvjp(_geglu_forward, _geglu_backward)
+
+GATED = {'silu': swiglu, 'gelu_tanh': geglu}  # by `config.model.activation`
+
+
+def scale_embeddings(x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+  """Apply `config.embedding_scale`. The factor has the dtype of the embeddings, as in Gemma."""
+  return x_BTD * jnp.asarray(config.d_model**0.5, x_BTD.dtype) if config.embedding_scale else x_BTD
 
 
 def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:

@@ -33,6 +33,8 @@ FAMILY_FLAGS = [
   ('mistral', {'sliding_window': 5}),
   ('qwen2', {'qkv_bias': True}),
   ('qwen3', {'qk_norm': True}),
+  ('gemma3_text', {**families.FAMILIES['gemma3_text'].fixed, 'sliding_window': 5, 'rope_local_theta': 9.0}),
+  ('smollm3', {'nope_every': 2}),
 ]
 
 
@@ -55,8 +57,11 @@ def _random(shape, dtype, seed=0):
 def test_stored_tensors_against_transformers(family, flags, head, tied):
   model = _model(family, tie_embeddings=tied, **flags)
   kind = {'lm': 'ForCausalLM', 'reward': 'ForSequenceClassification', 'value': 'ForTokenClassification'}[head]
-  name = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3'}[family]
-  config = getattr(transformers, name + 'Config')(
+  name = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3', 'gemma3_text': 'Gemma3', 'smollm3': 'SmolLM3'}[family]
+  text = 'Text' if family == 'gemma3_text' else ''
+  if text and head != 'lm':  # which has no token classifier
+    kind = 'TextForSequenceClassification'
+  config = getattr(transformers, f'{name}{text}Config')(
     vocab_size=37,
     num_hidden_layers=2,
     hidden_size=24,
@@ -193,5 +198,9 @@ def test_stored_tensors_refuses_unsupported_settings_of_a_family():
     stored_tensors(_model('llama', qk_norm=True), 'lm')
   with pytest.raises(UserError, match=r'family qwen3 cannot have model\.qk_norm False'):
     stored_tensors(_model('qwen3'), 'lm')
+  with pytest.raises(UserError, match=r'family gemma3_text cannot have model\.qk_norm False'):
+    stored_tensors(_model('gemma3_text'), 'lm')
+  with pytest.raises(UserError, match=r'family qwen3 cannot have model\.nope_every 4, only None'):
+    stored_tensors(_model('qwen3', qk_norm=True, nope_every=4), 'lm')
   with pytest.raises(UserError, match=r'model\.vocab_size must be set'):
     stored_tensors(_model('llama', vocab_size=None), 'lm')

@@ -22,8 +22,22 @@ BASE = ModelConfig(
 CONFIGS = {
   'plain': dataclasses.replace(BASE, attention='auto'),
   'biased, tied, unrolled': dataclasses.replace(BASE, qkv_bias=True, tie_embeddings=True, scan_unroll=2),
-  'norms of heads': dataclasses.replace(BASE, qk_norm=True),
-  'windows': dataclasses.replace(BASE, num_layers=3, sliding_window=4, global_every=2, rope_local_theta=30.0, nope_every=3, scan_unroll=3),
+  'gemma': dataclasses.replace(
+    BASE,
+    num_layers=3,
+    qk_norm=True,
+    post_norms=True,
+    zero_centered_norms=True,
+    embedding_scale=True,
+    activation='gelu_tanh',
+    query_pre_attn_scalar=5.0,
+    sliding_window=4,
+    global_every=2,
+    rope_local_theta=30.0,
+  ),
+  'windows, layers without rotary embeddings, unrolled': dataclasses.replace(
+    BASE, num_layers=3, qk_norm=True, sliding_window=4, global_every=3, nope_every=2, scan_unroll=3
+  ),
   'llama3': dataclasses.replace(BASE, rope_scaling='llama3', rope_factor=8.0, rope_original_length=16),
 }
 LENGTHS = np.array([11, 3, 1, 7], np.int32)
