@@ -11,11 +11,13 @@ from optional import transformers
 from polar_jax.checkpoints import families
 from polar_jax.checkpoints.config_json import from_json, to_json
 from polar_jax.config import ModelConfig
+from polar_jax.model.layer_inputs import layer_kinds
 from polar_jax.model.presets import PRESETS
 from polar_jax.types import UserError
 
 # Fields that are not part of a config.json.
 OURS_ALONE = ('init_std', 'scan_unroll')
+OF_WINDOWS = ('sliding_window', 'global_every', 'rope_local_theta')
 FULL = {name: ModelConfig(**({'vocab_size': 512} | fields)) for name, fields in PRESETS.items()}
 
 POLAR_7B = {
@@ -149,6 +151,54 @@ MISTRAL = {
   'tie_word_embeddings': False,
   'vocab_size': 32000,
 }
+GEMMA3 = {
+  'architectures': ['Gemma3ForCausalLM'],
+  'attention_bias': False,
+  'attn_logit_softcapping': None,
+  'cache_implementation': 'hybrid',
+  'final_logit_softcapping': None,
+  'head_dim': 256,
+  'hidden_activation': 'gelu_pytorch_tanh',
+  'hidden_size': 1152,
+  'intermediate_size': 6912,
+  'max_position_embeddings': 32768,
+  'model_type': 'gemma3_text',
+  'num_attention_heads': 4,
+  'num_hidden_layers': 26,
+  'num_key_value_heads': 1,
+  'query_pre_attn_scalar': 256,
+  'rms_norm_eps': 1e-06,
+  'rope_local_base_freq': 10000,
+  'rope_scaling': None,
+  'rope_theta': 1000000,
+  'sliding_window': 512,
+  'sliding_window_pattern': 6,
+  'vocab_size': 262144,
+}
+SMOLLM3 = {
+  'architectures': ['SmolLM3ForCausalLM'],
+  'attention_bias': False,
+  'hidden_act': 'silu',
+  'hidden_size': 2048,
+  'intermediate_size': 11008,
+  'layer_types': ['full_attention'] * 36,
+  'max_position_embeddings': 65536,
+  'max_window_layers': 28,
+  'mlp_bias': False,
+  'model_type': 'smollm3',
+  'no_rope_layer_interval': 4,
+  'no_rope_layers': [1, 1, 1, 0] * 9,
+  'num_attention_heads': 16,
+  'num_hidden_layers': 36,
+  'num_key_value_heads': 4,
+  'pretraining_tp': 2,
+  'rms_norm_eps': 1e-06,
+  'rope_scaling': None,
+  'rope_theta': 5000000.0,
+  'sliding_window': None,
+  'use_sliding_window': False,
+  'vocab_size': 128256,
+}
 
 
 def _without(config, *keys):
@@ -164,6 +214,8 @@ def _without(config, *keys):
     (INTERNLM3, 'internlm3_8b', 'lm', None),
     (QWEN3, 'qwen3_8b', 'lm', None),
     (MISTRAL, 'mistral_7b_v0_1', 'lm', None),
+    (GEMMA3, 'gemma3_1b', 'lm', None),
+    (SMOLLM3, 'smollm3_3b', 'lm', None),
     (MISTRAL | {'vocab_size': 32768, 'rope_theta': 1e6, 'sliding_window': None}, 'mistral_7b_v0_3', 'lm', None),
   ],
 )
@@ -181,8 +233,8 @@ def test_to_json_round_trip(preset, head):
   read = from_json(written, 'config.json')
   default = ModelConfig()
   assert read.model == dataclasses.replace(model, **{f: getattr(default, f) for f in OURS_ALONE})
-  # InternLM2 has one class for reward and value models.
-  assert read.head == ('reward' if (model.family, head) == ('internlm2', 'value') else head)
+  one_class = model.family in ('internlm2', 'gemma3_text')  # for reward and value models
+  assert read.head == ('reward' if one_class and head == 'value' else head)
   assert read.reward_token_id == 7
   assert to_json(read.model, read.head, dtype='bfloat16', architecture=read.architecture)['architectures'] == [read.architecture]
 
@@ -274,6 +326,31 @@ def test_to_json_is_read_by_transformers(family, rope, head, tmp_path):
 
 
 @pytest.mark.needs('torch', 'transformers')
+@pytest.mark.parametrize('head', ['lm', 'reward'])
+@pytest.mark.parametrize('preset', ['gemma3_270m', 'gemma3_27b', 'smollm3_3b', 'without a global layer', 'without a window'])
+def test_to_json_of_layers_that_differ_is_read_by_transformers(preset, head, tmp_path):
+  other = {'without a global layer': {'global_every': None}, 'without a window': dict.fromkeys(OF_WINDOWS)}.get(preset)
+  m = FULL[preset] if other is None else dataclasses.replace(FULL['gemma3_270m'], **other)
+  written = to_json(m, head, dtype='bfloat16')
+  (tmp_path / 'config.json').write_text(json.dumps(written))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  kinds = layer_kinds(m)
+  assert [kind == 'sliding_attention' for kind in theirs.layer_types] == [kind.has_window for kind in kinds]
+  rope = {'rope_type': 'linear', 'factor': 8.0} if m.rope_scaling == 'linear' else {'rope_type': 'default'}
+  if m.family == 'smollm3':
+    assert theirs.no_rope_layers == [int(kind.has_rope) for kind in kinds] and theirs.rope_parameters == rope | {'rope_theta': 5e6}
+  else:
+    assert theirs.sliding_window == m.sliding_window and theirs.query_pre_attn_scalar == (m.query_pre_attn_scalar or m.head_dim)
+    local = {'rope_type': 'default', 'rope_theta': 1e4}
+    assert theirs.rope_parameters == {'full_attention': rope | {'rope_theta': 1e6}, 'sliding_attention': local}
+    assert theirs.hidden_activation == 'gelu_pytorch_tanh' and theirs.tie_word_embeddings
+  # And back through the keys of transformers 5.
+  theirs.architectures = written['architectures']
+  theirs.save_pretrained(tmp_path)
+  assert from_json(json.loads((tmp_path / 'config.json').read_text()), 'config.json')[:2] == (m, head)
+
+
+@pytest.mark.needs('torch', 'transformers')
 def test_to_json_builds_a_transformers_model():
   m = dataclasses.replace(ROPES['llama3'], family='qwen2', qkv_bias=True)
   written = _without(to_json(m, 'reward', dtype='float32'), 'architectures', 'model_type')
@@ -327,7 +404,7 @@ def test_from_json_missing_keys(key):
 
 
 @pytest.mark.parametrize('key', ['num_key_value_heads', 'rms_norm_eps'])
-@pytest.mark.parametrize('config', [INTERNLM3, QWEN3])
+@pytest.mark.parametrize('config', [INTERNLM3, QWEN3, MISTRAL, GEMMA3, SMOLLM3])
 def test_from_json_keys_without_a_default(config, key):
   with pytest.raises(UserError, match=f'^f: {key} is missing; '):
     from_json(_without(config, key), 'f')
@@ -352,7 +429,34 @@ REFUSED = [
   ),
   (QWEN3, {'attention_bias': True}, 'attention_bias is True; supported: false'),
   (QWEN3, {'use_sliding_window': True}, 'use_sliding_window is True; supported: false'),
-  (QWEN3, {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM']}, "model_type is 'qwen3_moe'; supported: internlm2, "),
+  (
+    QWEN3,
+    {'model_type': 'qwen3_moe', 'architectures': ['Qwen3MoeForCausalLM']},
+    "model_type is 'qwen3_moe'; supported: gemma3_text, internlm2, ",
+  ),
+  (GEMMA3, {'hidden_activation': 'gelu'}, "hidden_activation is 'gelu'; supported: gelu_pytorch_tanh"),
+  (GEMMA3, {'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping is 50.0; supported: null'),
+  (GEMMA3, {'final_logit_softcapping': 30.0}, 'final_logit_softcapping is 30.0; supported: null'),
+  (GEMMA3, {'use_bidirectional_attention': True}, 'use_bidirectional_attention is True; supported: false'),
+  (GEMMA3, {'layer_types': ['full_attention', *['sliding_attention'] * 25]}, "layer_types is ['full_attention', 'sliding_attention', "),
+  (GEMMA3, {'layer_types': ['chunked_attention'] * 26}, "layer_types is ['chunked_attention', 'chunked_attention', 'chunked_attention"),
+  (GEMMA3, {'layer_types': ['sliding_attention'] * 25}, "layer_types is ['sliding_attention', 'sliding_attention', 'sliding_attention"),
+  (GEMMA3, {'rope_scaling': {'rope_type': 'yarn', 'factor': 8.0}}, "rope_scaling.rope_type is 'yarn'; supported: default, linear"),
+  (GEMMA3, {'rope_parameters': {'rope_type': 'default'}}, "rope_parameters.rope_type is 'default'; supported: full_attention and sliding"),
+  (
+    GEMMA3,
+    {'rope_parameters': {'full_attention': {}, 'sliding_attention': {'rope_type': 'linear', 'factor': 8.0}}},
+    "rope_parameters.sliding_attention.rope_type is 'linear'; supported: default",
+  ),
+  (
+    GEMMA3,
+    {'model_type': 'gemma3', 'architectures': ['Gemma3ForConditionalGeneration'], 'vision_config': {'model_type': 'siglip'}},
+    "vision_config is {'model_type': 'siglip'}; supported: no such key: models of text alone",
+  ),
+  (GEMMA3, {'model_type': 'gemma2', 'architectures': ['Gemma2ForCausalLM']}, "model_type is 'gemma2'; supported: gemma3_text, internlm2, "),
+  (SMOLLM3, {'no_rope_layers': [1, 0, 0, 0] * 9}, 'no_rope_layers is [1, 0, 0, 0, 1, 0, 0, 0, '),
+  (SMOLLM3, {'no_rope_layers': 4}, 'no_rope_layers is 4; supported: 0 for every n-th layer and 1 for all others'),
+  (SMOLLM3, {'use_sliding_window': True}, 'use_sliding_window is True; supported: false'),
   (LLAMA, {'quantization_config': {'quant_method': 'fp8'}}, "quantization_config is {'quant_method': 'fp8'}; supported: null"),
   (LLAMA, {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5; supported: 1'),
   (
@@ -381,10 +485,10 @@ REFUSED = [
   (LLAMA, {'rope_scaling': 'dynamic'}, "rope_scaling is 'dynamic'; supported: an object or null"),
   (MISTRAL, {'sliding_window': 0}, 'sliding_window is 0; supported: a positive integer'),
   (MISTRAL, {'layer_types': ['full_attention']}, "layer_types is ['full_attention']; supported: sliding_attention in every layer"),
-  (LLAMA, {'model_type': 'mixtral'}, "model_type is 'mixtral'; supported: internlm2, internlm3, llama, mistral, qwen2"),
+  (LLAMA, {'model_type': 'mixtral'}, "model_type is 'mixtral'; supported: gemma3_text, internlm2, internlm3, llama, mistral, qwen2"),
   (QWEN2, {'model_type': 'llama'}, "architectures is ['Qwen2ForCausalLM']; supported: LlamaForCausalLM, LlamaForSequenceClassification, "),
   (LLAMA, {'architectures': ['LlamaModel']}, "architectures is ['LlamaModel']; supported: LlamaForCausalLM"),
-  (LLAMA, {'architectures': ['MixtralForCausalLM'], 'model_type': None}, 'model_type is None; supported: internlm2'),
+  (LLAMA, {'architectures': ['MixtralForCausalLM'], 'model_type': None}, 'model_type is None; supported: gemma3_text'),
   (LLAMA, {'architectures': []}, 'architectures is []; supported: a list of one architecture'),
   (LLAMA, {'architectures': ['LlamaForSequenceClassification']}, 'num_labels is 2; supported: 1'),
   (
@@ -437,11 +541,21 @@ def test_from_json_accepts_unusual_files():
   assert from_json(INTERNLM3 | {'architectures': ['LlamaForCausalLM']}, 'f') == (FULL['internlm3_8b'], 'lm', 'LlamaForCausalLM', None)
   assert from_json(INTERNLM3 | {'qkv_bias': True}, 'f').model.qkv_bias
   assert from_json(LLAMA | {'head_dim': 64}, 'f').model.head_dim == 64
+  bare = _without(GEMMA3, 'head_dim', 'hidden_activation', 'query_pre_attn_scalar', 'rope_local_base_freq', 'rope_theta')
+  assert from_json(_without(bare, 'sliding_window_pattern'), 'f').model == FULL['gemma3_1b']  # transformers' defaults
+  nested = {'full_attention': {'rope_type': 'default', 'rope_theta': 7.0}, 'sliding_attention': {'rope_type': 'default', 'rope_theta': 6.0}}
+  model = from_json(GEMMA3 | {'rope_parameters': nested}, 'f').model
+  assert (model.rope_theta, model.rope_local_theta) == (7.0, 6.0)
+  assert from_json(_without(SMOLLM3, 'no_rope_layers', 'no_rope_layer_interval'), 'f').model == FULL['smollm3_3b']
+  assert from_json(SMOLLM3 | {'no_rope_layers': [1] * 36}, 'f').model.nope_every is None
   assert from_json(_without(MISTRAL, 'sliding_window'), 'f').model.sliding_window == 4096  # transformers' default, but null is no window
   assert from_json(_without(QWEN3, 'head_dim') | {'hidden_size': 1024}, 'f').model.head_dim == 128  # transformers' default
   # A theta inside the section takes precedence over one at the top level, as in transformers.
   both = LLAMA | {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 7.0}}
   assert from_json(both, 'f').model.rope_theta == 7.0
+
+
+GEMMA3_FIELDS = {'family': 'gemma3_text', **families.FAMILIES['gemma3_text'].fixed}
 
 
 @pytest.mark.parametrize(
@@ -451,6 +565,8 @@ def test_from_json_accepts_unusual_files():
     ({'family': 'qwen2'}, r'family qwen2 cannot have model\.qkv_bias False'),
     ({'family': 'llama', 'sliding_window': 5}, r'family llama cannot have model\.sliding_window 5, only None; change it'),
     ({'family': 'mistral', 'global_every': 5}, r'family mistral cannot have model\.global_every 5, only None; change it'),
+    (GEMMA3_FIELDS | {'sliding_window': 5}, r'gemma3_text with model\.sliding_window also have model\.rope_local_theta; set it'),
+    (GEMMA3_FIELDS | {'rope_scaling': 'yarn'}, r"cannot have model\.rope_scaling 'yarn', only: none, linear"),
     ({'family': 'qwen3'}, r'family qwen3 cannot have model\.qk_norm False, only True; change it or choose another'),
     ({'family': 'internlm2', 'head_dim': 64}, r'have a head_dim of d_model / num_heads \(128 / 4\), not 64'),
     ({'family': 'internlm2', 'rope_scaling': 'llama3'}, r"model\.rope_scaling 'llama3', only: none, linear, dynamic$"),
