@@ -75,7 +75,7 @@ _TIED = ('gemma3_text', 'smollm3')
 # The window of a config.json without the key; null is no window.
 _WINDOW = 4_096
 # Keys written for one family only.
-_WRITTEN = {
+_WRITTEN: dict[str, dict[str, Any]] = {
   'gemma3_text': {'attention_bias': False, 'attn_logit_softcapping': None, 'final_logit_softcapping': None},
   'internlm2': {'bias': False},
   'internlm3': {'bias': False},
@@ -231,7 +231,8 @@ def _refuse(read: _Reader, family: str) -> None:
 
 def _free_flags(read: _Reader, family: str, num_layers: int, head_dim: int) -> dict[str, Any]:
   """Return the flags for which the family has a key, except `rope_local_theta`."""
-  free, flags = families.FAMILIES[family].free, {}
+  free = families.FAMILIES[family].free
+  flags: dict[str, Any] = {}
   if 'qkv_bias' in free:
     flags['qkv_bias'] = read.flag('qkv_bias')
   if 'query_pre_attn_scalar' in free:
@@ -404,8 +405,8 @@ def to_json(
   }
   out |= {key: special_ids.get(key) for key in ('pad_token_id', 'bos_token_id', 'eos_token_id')}
   key, activation = _ACTIVATION.get(model.family, _SILU)
-  out |= {key: activation} | _WRITTEN[model.family]
-  out |= _free_keys(model)
+  out[key] = activation
+  out |= _WRITTEN[model.family] | _free_keys(model)
   if model.family == 'internlm2':
     classes = {'AutoModel': architecture} | ({'AutoModelForCausalLM': architecture} if head == 'lm' else {})
     out['auto_map'] = {'AutoConfig': 'configuration_internlm2.InternLM2Config'}
