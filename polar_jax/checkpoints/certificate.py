@@ -23,9 +23,10 @@ from polar_jax.config import ModelConfig, TemplateConfig
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.special_tokens import TokenizerError
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.model.layers import rms_norm
+from polar_jax.model.layer_inputs import LayerInputs
+from polar_jax.model.layers import rms_norm, scale_embeddings
 from polar_jax.model.reward_model import read_head
-from polar_jax.model.transformer import AttentionInputs, Block
+from polar_jax.model.transformer import Block
 from polar_jax.types import UserError
 
 FILE = 'certificate.json'
@@ -182,7 +183,7 @@ def fixed_rows_scores(
     embed, apply_layer, read = _programs(dataclasses.replace(model, compute_dtype='float32'), head, mesh)
     x_BTD = embed(decoder['embedding'], tokens_BT)
     for layer in range(model.num_layers):
-      x_BTD = apply_layer({name: weights[layer] for name, weights in decoder['layers'].items()}, x_BTD)
+      x_BTD = apply_layer({name: weights[layer] for name, weights in decoder['layers'].items()}, x_BTD, layer)
     scored_B = read(decoder['norm'], vocabulary_VD if head == 'lm' else params['v_head'], x_BTD, tokens_BT, last_B)
   return np.asarray(scored_B, np.float64)[: len(rows)].tolist()
 
@@ -196,14 +197,15 @@ def _programs(model: ModelConfig, head: str, mesh: Mesh) -> tuple[Callable[..., 
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
 
   def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    return jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.float32)
+    return scale_embeddings(jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.float32), model)
 
-  def apply_layer(weights: dict[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+  def apply_layer(weights: dict[str, jax.Array], x_BTD: jax.Array, layer: jax.Array) -> jax.Array:
     position_BT = positions(x_BTD[..., 0])
-    return nnx.merge(graphdef, weights)(x_BTD, AttentionInputs(position_BT, [(jnp.zeros_like(position_BT), position_BT + 1)], model))
+    inputs = LayerInputs(position_BT, [(jnp.zeros_like(position_BT), position_BT + 1)], model)
+    return nnx.merge(graphdef, weights)(x_BTD, inputs.of(jnp.asarray(inputs.kind_L)[layer]))
 
   def read(norm_D: jax.Array, head_weights: jax.Array, x_BTD: jax.Array, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
-    x_BTD = rms_norm(x_BTD, norm_D, model.norm_eps)
+    x_BTD = rms_norm(x_BTD, norm_D, model.norm_eps, model.zero_centered_norms)
     if head != 'lm':
       return jnp.take_along_axis(read_head(x_BTD, head_weights), last_B[:, None], axis=1)[:, 0]
     logits_BTV = jnp.einsum('BTD,VD->BTV', x_BTD, head_weights.astype(jnp.float32))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,6 +50,22 @@ class _Layout(NamedTuple):
   join: Callable[..., Array]
 
 
+# Fields of ModelConfig that tell the decoders of families apart.
+FLAGS = (
+  'qkv_bias',
+  'qk_norm',
+  'post_norms',
+  'zero_centered_norms',
+  'embedding_scale',
+  'activation',
+  'query_pre_attn_scalar',
+  'sliding_window',
+  'global_every',
+  'rope_local_theta',
+  'nope_every',
+)
+
+
 class Family(NamedTuple):
   """Tensor names of a family. `layer` maps each stored tensor of a layer to our arrays in it, in export order."""
 
@@ -58,6 +75,8 @@ class Family(NamedTuple):
   lm_head: str
   scalar_head: str  # head of reward and value models
   layer: dict[str, tuple[str, ...]]
+  fixed: Mapping[str, Any] = MappingProxyType({})  # the values of FLAGS that are not ModelConfig's defaults
+  free: tuple[str, ...] = ()  # the FLAGS for which its config.json has a key
 
 
 _INTERNLM2 = Family(
@@ -91,6 +110,8 @@ _LLAMA = Family(
     'self_attn.v_proj.weight': ('wv',),
     'self_attn.v_proj.bias': ('bv',),
     'self_attn.o_proj.weight': ('wo',),
+    'self_attn.q_norm.weight': ('q_norm',),
+    'self_attn.k_norm.weight': ('k_norm',),
     'mlp.gate_proj.weight': ('w_gate',),
     'mlp.up_proj.weight': ('w_up',),
     'mlp.down_proj.weight': ('w_down',),
@@ -99,11 +120,30 @@ _LLAMA = Family(
   },
 )
 
+_GEMMA3 = _LLAMA._replace(
+  prefixes=('Gemma3',),
+  heads={'ForCausalLM': ('lm',), 'TextForSequenceClassification': ('reward', 'value')},
+  layer={
+    **{name: arrays for name, arrays in _LLAMA.layer.items() if 'bias' not in name and 'layernorm' not in name},
+    'input_layernorm.weight': ('attention_norm',),
+    'post_attention_layernorm.weight': ('post_attention_norm',),
+    'pre_feedforward_layernorm.weight': ('mlp_norm',),
+    'post_feedforward_layernorm.weight': ('post_mlp_norm',),
+  },
+  fixed={'qk_norm': True, 'post_norms': True, 'zero_centered_norms': True, 'embedding_scale': True, 'activation': 'gelu_tanh'},
+  free=('query_pre_attn_scalar', 'sliding_window', 'global_every', 'rope_local_theta'),
+)
+
 FAMILIES = {
+  'gemma3_text': _GEMMA3,
   'internlm2': _INTERNLM2,
-  'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama')),  # transformers 5 runs it as a Llama and names it so
+  # transformers 5 runs internlm3 as a Llama and names it so.
+  'internlm3': _LLAMA._replace(prefixes=('InternLM3', 'Llama'), free=('qkv_bias',)),
   'llama': _LLAMA,
-  'qwen2': _LLAMA._replace(prefixes=('Qwen2',)),
+  'mistral': _LLAMA._replace(prefixes=('Mistral',), free=('sliding_window',)),
+  'qwen2': _LLAMA._replace(prefixes=('Qwen2',), fixed={'qkv_bias': True}),
+  'qwen3': _LLAMA._replace(prefixes=('Qwen3',), fixed={'qk_norm': True}),
+  'smollm3': _LLAMA._replace(prefixes=('SmolLM3',), free=('nope_every',)),
 }
 
 # Output projections that some checkpoints of tied models store a second time -> the embeddings they are tied to.
@@ -132,18 +172,33 @@ def architecture_of(family: str, head: str, architecture: str | None = None) -> 
   return architecture
 
 
+def fixed_flags(family: str) -> dict[str, Any]:
+  """Return the FLAGS that all models of a family have in common, as fields of ModelConfig."""
+  f = FAMILIES[family]
+  return {flag: f.fixed.get(flag, getattr(ModelConfig, flag)) for flag in FLAGS if flag not in f.free}
+
+
+def check_flags(model: ModelConfig) -> None:
+  """Raise UserError unless the family can express the model's FLAGS."""
+  for flag, value in fixed_flags(model.family).items():
+    if getattr(model, flag) != value:
+      raise UserError(
+        f'checkpoints of family {model.family} cannot have model.{flag} {getattr(model, flag)}, only {value}; change it or choose another '
+        'model.family'
+      )
+
+
 def stored_tensors(model: ModelConfig, head: str, architecture: str | None = None) -> list[Stored]:
   """Return every tensor of a checkpoint with that head ('lm', 'reward' or 'value'), in the order of Hugging Face's models.
 
   Raises:
-    UserError: the family cannot store the model (biases in internlm2), the architecture does not fit, or `vocab_size` is not set.
+    UserError: the family cannot express the model (such as biases in internlm2), the architecture does not fit, or `vocab_size` is not set.
   """
   m, family = model, FAMILIES[model.family]
   architecture = architecture_of(m.family, head, architecture)
   if m.vocab_size is None:
     raise UserError('model.vocab_size must be set to name the tensors of a checkpoint')
-  if m.qkv_bias and m.family == 'internlm2':
-    raise UserError('checkpoints of family internlm2 have no biases; set model.qkv_bias to False or choose another model.family')
+  check_flags(m)
   table, vector = _same((m.vocab_size, m.d_model)), _same((m.d_model,))
   layouts = _layer_layouts(m)
   out = [_stored(family.embedding, table, ('decoder', 'embedding'))]
@@ -169,7 +224,7 @@ def _stored(name: str, layout: _Layout, path: tuple[str, ...]) -> Stored:
 
 
 def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
-  """Return the layouts of one layer's stored tensors by the arrays in them; those of biases only for models that have biases."""
+  """Return the layouts of one layer's stored tensors by the arrays in them; those of biases and norms only for models that have them."""
   d, f, n, k, h = m.d_model, m.d_ff, m.num_heads, m.num_kv_heads, m.head_dim
   layouts = {
     ('wq', 'wk', 'wv'): _fused(d, n, k, h),
@@ -184,7 +239,9 @@ def _layer_layouts(m: ModelConfig) -> dict[tuple[str, ...], _Layout]:
     ('mlp_norm',): _same((d,)),
   }
   biases = {('bq',): _same((n * h,), (n, h)), ('bk',): _same((k * h,), (k, h)), ('bv',): _same((k * h,), (k, h))}
-  return layouts | biases if m.qkv_bias else layouts
+  head_norms = {('q_norm',): _same((h,)), ('k_norm',): _same((h,))}
+  post_norms = {('post_attention_norm',): _same((d,)), ('post_mlp_norm',): _same((d,))}
+  return layouts | (biases if m.qkv_bias else {}) | (head_norms if m.qk_norm else {}) | (post_norms if m.post_norms else {})
 
 
 def _same(stored: tuple[int, ...], ours: tuple[int, ...] | None = None) -> _Layout:

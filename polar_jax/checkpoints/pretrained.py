@@ -327,10 +327,7 @@ def start_params(
 def _output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:
   """Return the fields of `model` that its outputs depend on."""
   unused = {*_COMPUTE, 'family'} | (set() if with_logits else {'tie_embeddings'})
-  if model.rope_scaling != 'llama3':
-    unused |= {'rope_low_freq_factor', 'rope_high_freq_factor', 'rope_original_length'}
+  unused |= config_json.unused_rope_fields(model)
   if model.rope_scaling != 'dynamic':
     unused.add('max_position')
-  if model.rope_scaling == 'none':
-    unused.add('rope_factor')
   return {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in unused}

@@ -185,6 +185,13 @@ def _check_together(c: Config) -> None:
     raise ConfigError(
       f'model.rope_low_freq_factor ({m.rope_low_freq_factor}) must be less than model.rope_high_freq_factor ({m.rope_high_freq_factor})'
     )
+  if m.rope_beta_slow >= m.rope_beta_fast:
+    raise ConfigError(f'model.rope_beta_slow ({m.rope_beta_slow}) must be less than model.rope_beta_fast ({m.rope_beta_fast})')
+  if m.rope_scaling == 'yarn' and m.rope_theta <= 1:
+    raise ConfigError(f"model.rope_theta is {m.rope_theta}; it must be more than 1 with model.rope_scaling 'yarn'")
+  of_windows = [name for name in ('global_every', 'rope_local_theta') if getattr(m, name) is not None]
+  if of_windows and m.sliding_window is None:
+    raise ConfigError(f'model.{of_windows[0]} is set, but no layer has a window; set model.sliding_window too')
   if c.tokenizer.kind == 'file' and c.tokenizer.path is None:
     raise ConfigError("tokenizer.path is not set, but tokenizer.kind is 'file'; set it to a tokenizer.json or tokenizer.model")
   if s.prefix_min_tokens > s.prefix_max_tokens:

@@ -1,13 +1,15 @@
 """Model FLOPs, counted from a config and from the contents of a batch.
 
 The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
-the query-key pairs inside the intervals, and a training step for three times the forward pass. Padding, rematerialization, the
-embedding lookup, norms and the optimizer are not counted.
+the query-key pairs inside the intervals and windows, and a training step for three times the forward pass. Padding, rematerialization,
+the embedding lookup, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polar_jax.config import ModelConfig
+from polar_jax.model.layer_inputs import layer_kinds
 from polar_jax.runtime import chips
 from polar_jax.types import RankedBatch, UserError
 
@@ -51,7 +54,8 @@ def language_model_parameters(c: ModelConfig) -> Parameters:
 
 def _parameters(c: ModelConfig, head: int) -> Parameters:
   biases = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim if c.qkv_bias else 0
-  return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + 2 * c.d_model), head + c.d_model)
+  norms = (4 if c.post_norms else 2) * c.d_model + (2 * c.head_dim if c.qk_norm else 0)
+  return Parameters(c.known_vocab_size * c.d_model, c.num_layers * (sum(_layer_weights(c)) + biases + norms), head + c.d_model)
 
 
 def _layer_weights(c: ModelConfig) -> tuple[int, int]:
@@ -63,14 +67,16 @@ def _layer_weights(c: ModelConfig) -> tuple[int, int]:
 
 def language_model_flops(c: ModelConfig, batch: Any) -> float:
   """Count the forward FLOPs of a TextBatch (host arrays)."""
-  tokens, seen = _tokens_and_pairs(batch)
+  span = batch.end_BT - batch.start_BT
   per_token = c.num_layers * sum(_layer_weights(c)) + c.d_model * c.known_vocab_size
-  return 2.0 * tokens * per_token + 4.0 * c.num_layers * c.num_heads * c.head_dim * seen
+  pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span, window).sum()))
+  return 2.0 * float((span > 0).sum()) * per_token + 4.0 * c.num_heads * c.head_dim * pairs
 
 
 def reward_model_flops(c: ModelConfig, batch: Any) -> float:
   """Count the forward FLOPs of a PairBatch or RankedBatch (host arrays). The last layer computes only keys, values, reward tokens."""
-  tokens, seen = _tokens_and_pairs(batch)
+  span_BT = sum(end_BT - start_BT for start_BT, end_BT in batch.intervals)
+  tokens = float((span_BT > 0).sum())
   key_value, rest = _layer_weights(c)
   index = batch.reward_index_BPC.reshape(len(batch.tokens_BT), -1)
   # Padding points at token 0, which may be a real token.
@@ -78,10 +84,11 @@ def reward_model_flops(c: ModelConfig, batch: Any) -> float:
     real = batch.rank_BPC.reshape(index.shape) >= 0
   else:
     real = np.repeat(batch.pair_mask_BP > 0, batch.reward_index_BPC.shape[-1], axis=1)
-  span = np.take_along_axis(sum(end - start for start, end in batch.intervals), index, axis=1) * real
-  rewards = float((span > 0).sum())
+  reward_span = np.take_along_axis(span_BT, index, axis=1) * real
+  rewards = float((reward_span > 0).sum())
   weights = tokens * ((c.num_layers - 1) * (key_value + rest) + key_value) + rewards * (rest + c.d_model)
-  pairs = (c.num_layers - 1) * seen + float(span.sum())
+  pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span_BT, window).sum())[:-1])
+  pairs += _pairs_by_layer(c, lambda window: np.minimum(reward_span, window).sum())[-1]
   return 2.0 * weights + 4.0 * c.num_heads * c.head_dim * pairs
 
 
@@ -94,15 +101,12 @@ def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
   lengths = np.take_along_axis(batch.positions_BT, index, axis=1).reshape(batch.reward_index_BPC.shape) + 1.0
   lengths = lengths[batch.pair_mask_BP > 0]
   weights = lengths.sum() * c.num_layers * sum(_layer_weights(c)) + lengths.size * c.d_model
-  seen = c.num_layers * (lengths * (lengths + 1) / 2).sum()
-  return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * seen)
+  triangle = lambda n: n * (n + 1) / 2
+  pairs = _pairs_by_layer(c, lambda window: (triangle(lengths) - triangle(np.maximum(lengths - window, 0))).sum())
+  return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * sum(pairs))
 
 
-def _tokens_and_pairs(batch: Any) -> tuple[float, float]:
-  span = sum(end - start for start, end in batch.intervals)
-  return float((span > 0).sum()), float(span.sum())
-
-
+<<<<<<< HEAD
 def peak_flops(device: jax.Device) -> tuple[float, str]:
   """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls.
 

@@ -81,22 +81,28 @@ class KVCache(NamedTuple):
     k_LBKSH, v_LBKSH = put(self.k_LBKSH, buffer.k_LBKMH, self.length_B), put(self.v_LBKSH, buffer.v_LBKMH, self.length_B)
     return KVCache(k_LBKSH, v_LBKSH, self.length_B + count_B)
 
-  def attend(self, layer: jax.Array, buffer: DecodeBuffer, step: jax.Array, q_BNH: jax.Array) -> jax.Array:
+  def attend(
+    self, layer: jax.Array, buffer: DecodeBuffer, step: jax.Array, q_BNH: jax.Array, window: jax.Array | int | None = None
+  ) -> jax.Array:
     """Compute the attention (B, N, H) of a token over the row's tokens in the cache, and over the buffer up to itself.
 
-    Only filled positions are read, in blocks with an online softmax (Milakov and Gimelshein, 2018).
+    Only filled positions of the window are read, in blocks with an online softmax (Milakov and Gimelshein, 2018).
 
     Args:
       layer: index of the layer.
       buffer: the tokens after those in the cache.
       step: index of the token in the buffer.
       q_BNH: its queries.
+      window: number of latest tokens to attend to, itself included; None: all.
     """
     cached, heads = self._specs()
     rows = sharding.RULES['batch']
     new = PartitionSpec(rows, heads)
     here = (KVCache._make((cached, cached, PartitionSpec(rows))), PartitionSpec(), DecodeBuffer._make((cached, cached)), PartitionSpec())
-    return _on_mesh(_attend, (*here, new), new)(self, jnp.asarray(layer), buffer, jnp.asarray(step), q_BNH)
+    if window is None:
+      return _on_mesh(_attend, (*here, new), new)(self, jnp.asarray(layer), buffer, jnp.asarray(step), q_BNH)
+    attend = _on_mesh(_attend, (*here, new, PartitionSpec()), new)
+    return attend(self, jnp.asarray(layer), buffer, jnp.asarray(step), q_BNH, jnp.asarray(window))
 
   def _specs(self) -> tuple[PartitionSpec, str | None]:
     return partition_spec(self.k_LBKSH.shape[2]), _head_axis(self.k_LBKSH.shape[2])
@@ -174,28 +180,34 @@ def _rows_at_a_time(batch: int) -> int:
   return 1 if attention.platform() == 'cpu' else batch
 
 
-def _attend(cache: KVCache, layer: jax.Array, buffer: DecodeBuffer, step: jax.Array, q_BNH: jax.Array) -> jax.Array:
+def _attend(
+  cache: KVCache, layer: jax.Array, buffer: DecodeBuffer, step: jax.Array, q_BNH: jax.Array, window: jax.Array | None = None
+) -> jax.Array:
   batch, heads, head_dim = q_BNH.shape
   kv_heads = buffer.k_LBKMH.shape[2]
   q_BKGH = q_BNH.reshape(batch, kv_heads, -1, head_dim) * head_dim**-0.5
   out_BKGH = jnp.zeros(q_BKGH.shape, jnp.float32)
   k_BKMH, v_BKMH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in buffer)
   start = (out_BKGH, jnp.full(q_BKGH.shape[:3], EMPTY), jnp.zeros(q_BKGH.shape[:3]))
-  state = _more_keys(start, q_BKGH, k_BKMH, v_BKMH, jnp.broadcast_to(step + 1, batch))
+  # Of the buffer and of the cache: their first tokens in the window.
+  first_B = jnp.zeros(batch, jnp.int32) if window is None else jnp.broadcast_to(step + 1 - window, batch)
+  first_cached_B = first_B if window is None else jnp.maximum(cache.length_B + first_B, 0)
+  state = _more_keys(start, q_BKGH, k_BKMH, v_BKMH, first_B, jnp.broadcast_to(step + 1, batch))
   some, length = _rows_at_a_time(batch), min(BLOCK, cache.capacity)
   size = (1, some, kv_heads, length, head_dim)
 
   def some_rows(i: jax.Array, out_BKGH: jax.Array) -> jax.Array:
     first = i * some
     state_b, q_bKGH = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, first, some), (state, q_BKGH))
-    length_b = jax.lax.dynamic_slice_in_dim(cache.length_B, first, some)
+    first_b, length_b = (jax.lax.dynamic_slice_in_dim(a, first, some) for a in (first_cached_B, cache.length_B))
 
     def block(j: jax.Array, state_b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       at = (layer, first, 0, j * length, 0)
       k_bKSH, v_bKSH = (jax.lax.dynamic_slice(a, at, size)[0] for a in (cache.k_LBKSH, cache.v_LBKSH))
-      return _more_keys(state_b, q_bKGH, k_bKSH, v_bKSH, length_b - j * length)
+      return _more_keys(state_b, q_bKGH, k_bKSH, v_bKSH, first_b - j * length, length_b - j * length)
 
-    out_bKGH, _, total_bKG = jax.lax.fori_loop(0, -(-jnp.max(length_b) // length), block, state_b)
+    blocks = 0 if window is None else jnp.min(first_b) // length, -(-jnp.max(length_b) // length)
+    out_bKGH, _, total_bKG = jax.lax.fori_loop(*blocks, block, state_b)
     return jax.lax.dynamic_update_slice_in_dim(out_BKGH, out_bKGH / total_bKG[..., None], first, axis=0)
 
   out_BKGH = jax.lax.fori_loop(0, batch // some, some_rows, out_BKGH)
@@ -203,11 +215,12 @@ def _attend(cache: KVCache, layer: jax.Array, buffer: DecodeBuffer, step: jax.Ar
 
 
 def _more_keys(
-  state: tuple[jax.Array, ...], q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, count_B: jax.Array
+  state: tuple[jax.Array, ...], q_BKGH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, start_B: jax.Array, end_B: jax.Array
 ) -> tuple[jax.Array, ...]:
-  """Advance the online softmax by the first `count_B` keys. The state is (weighted sum, peak, total)."""
+  """Advance the online softmax by the keys [start, end). The state is (weighted sum, peak, total)."""
   out_BKGH, peak_BKG, total_BKG = state
-  seen_B11S = jnp.arange(k_BKSH.shape[2])[None, None, None] < count_B[:, None, None, None]
+  key_111S = jnp.arange(k_BKSH.shape[2])[None, None, None]
+  seen_B11S = (key_111S >= start_B[:, None, None, None]) & (key_111S < end_B[:, None, None, None])
   logits_BKGS = jnp.where(seen_B11S, _dot('BKGH,BKSH->BKGS', q_BKGH, k_BKSH), EMPTY)
   new_peak_BKG = jnp.maximum(peak_BKG, jnp.max(logits_BKGS, axis=-1))
   weights_BKGS = jnp.exp(logits_BKGS - new_peak_BKG[..., None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -65,31 +66,44 @@ def project_few(x: jax.Array, transposed: jax.Array, inputs: int = 1, bias: nnx.
   return out if bias is None else out + bias[...].astype(x.dtype)[(None,) * len(rows)]
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  """Apply RMSNorm in float32, cast back, then scale: the order of InternLM2."""
-  return _rms_norm(x_BTD, scale_D, eps)
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, zero_centered: bool = False) -> jax.Array:
+  """Apply RMSNorm over the last of any number of axes in float32, cast back, then scale: the order of InternLM2.
+
+  Args:
+    x_BTD: activations.
+    scale_D: scales.
+    eps: added to the mean of squares.
+    zero_centered: add 1 to the scales, and scale before casting: Gemma's norm.
+  """
+  return _rms_norm(x_BTD, 1 + scale_D.astype(jnp.float32), eps, True) if zero_centered else _rms_norm(x_BTD, scale_D, eps, False)
 
 
-@jax.custom_vjp
-def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  return _rms_norm_forward(x_BTD, scale_D, eps)[0]
+def _like_last_axis(scale_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
+  return scale_D[(None,) * (x_BTD.ndim - 1)]
 
 
-def _rms_norm_forward(x_BTD, scale_D, eps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float, scale_first: bool) -> jax.Array:
+  return _rms_norm_forward(x_BTD, scale_D, eps, scale_first)[0]
+
+
+def _rms_norm_forward(x_BTD, scale_D, eps, scale_first):
   x32_BTD = x_BTD.astype(jnp.float32)
   inverse_BT1 = jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, axis=-1, keepdims=True) + eps)
-  out_BTD = (x32_BTD * inverse_BT1).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)[None, None]
-  return out_BTD, (x_BTD, scale_D, inverse_BT1)
+  scale_dtype = jnp.float32 if scale_first else x_BTD.dtype
+  out_BTD = (x32_BTD * inverse_BT1).astype(scale_dtype) * _like_last_axis(scale_D.astype(scale_dtype), x_BTD)
+  return out_BTD.astype(x_BTD.dtype), (x_BTD, scale_D, inverse_BT1)
 
 
-def _rms_norm_backward(saved, d_out_BTD):
+def _rms_norm_backward(_, saved, d_out_BTD):
   """Compute sums of products as contractions, because XLA's fused multiply-and-sum is twenty times slower on CPUs."""
   x_BTD, scale_D, inverse_BT1 = saved
   normed_BTD = x_BTD.astype(jnp.float32) * inverse_BT1
   d_out_BTD = d_out_BTD.astype(jnp.float32)
-  d_scale_D = jnp.einsum('BTD,BTD->D', d_out_BTD, normed_BTD)
-  d_normed_BTD = d_out_BTD * scale_D.astype(jnp.float32)[None, None]
-  along_BT1 = jnp.einsum('BTD,BTD->BT', d_normed_BTD, normed_BTD)[..., None] / x_BTD.shape[-1]
+  rows = 'BTN'[: x_BTD.ndim - 1]
+  d_scale_D = jnp.einsum(f'{rows}D,{rows}D->D', d_out_BTD, normed_BTD)
+  d_normed_BTD = d_out_BTD * _like_last_axis(scale_D.astype(jnp.float32), x_BTD)
+  along_BT1 = jnp.einsum(f'{rows}D,{rows}D->{rows}', d_normed_BTD, normed_BTD)[..., None] / x_BTD.shape[-1]
   d_x_BTD = inverse_BT1 * (d_normed_BTD - normed_BTD * along_BT1)
   return d_x_BTD.astype(x_BTD.dtype), d_scale_D.astype(scale_D.dtype), None
 
@@ -117,6 +131,31 @@ def _swiglu_backward(saved, d_out_BTF):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+@jax.custom_vjp
+def geglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+  """Compute gelu(gate) * up with the tanh approximation of gelu. Only the two inputs are saved for the derivative."""
+  return jax.nn.gelu(gate_BTF, approximate=True) * up_BTF
+
+
+def _geglu_forward(gate_BTF, up_BTF):
+  return geglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)
+
+
+def _geglu_backward(saved, d_out_BTF):
+  _, pull = jax.vjp(lambda gate_BTF, up_BTF: jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, *saved)
+  return pull(d_out_BTF)
+
+
+geglu.defvjp(_geglu_forward, _geglu_backward)
+
+GATED = {'silu': swiglu, 'gelu_tanh': geglu}  # by `config.model.activation`
+
+
+def scale_embeddings(x_BTD: jax.Array, config: ModelConfig) -> jax.Array:
+  """Apply `config.embedding_scale`. The factor has the dtype of the embeddings, as in Gemma."""
+  return x_BTD * jnp.asarray(config.d_model**0.5, x_BTD.dtype) if config.embedding_scale else x_BTD
+
+
 def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
   """Return the radians per position (B or 1, H/2) of each pair of a head, scaled according to `config.rope_scaling`.
 
@@ -134,6 +173,8 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
     rotations_h = c.rope_original_length * frequency_h / (2 * math.pi)
     kept_h = np.clip((rotations_h - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
     frequency_h = kept_h * frequency_h + (1 - kept_h) * frequency_h / c.rope_factor
+  elif c.rope_scaling == 'yarn':
+    frequency_h = _yarn(c, frequency_h)
   frequency_1h = jnp.asarray(frequency_h, jnp.float32)[None]
   if c.rope_scaling != 'dynamic':
     return frequency_1h
@@ -144,12 +185,32 @@ def rope_frequencies(config: ModelConfig, positions_BT: jax.Array) -> jax.Array:
   return jnp.where(length_B1 > c.max_position, stretched_Bh, frequency_1h)
 
 
+def _yarn(c: ModelConfig, frequency_h: np.ndarray) -> np.ndarray:
+  """Interpolate frequencies by YaRN (Peng et al., 2023, section 3.2): a ramp over whole pairs, as in transformers."""
+  # The pair, as a real number, that rotates so many times over the original length.
+  pair = lambda rotations: c.head_dim / 2 * math.log(c.rope_original_length / (2 * math.pi * rotations), c.rope_theta)
+  low, high = max(math.floor(pair(c.rope_beta_fast)), 0), min(math.ceil(pair(c.rope_beta_slow)), c.head_dim - 1)
+  divided_h = np.clip((np.arange(len(frequency_h)) - low) / (high - low or 0.001), 0, 1)
+  return (1 - divided_h) * frequency_h + divided_h * frequency_h / c.rope_factor
+
+
+def _attention_factor(c: ModelConfig) -> float:
+  """Return the factor of rotated queries and keys; equation 22 of YaRN in the form that models were trained with."""
+  if c.rope_scaling != 'yarn':
+    return 1.0
+  return c.rope_attention_factor or 0.1 * math.log(max(c.rope_factor, 1.0)) + 1.0
+
+
 def rope_tables(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Return (cos, sin) of shape (B, T, H/2). Angles are float32, because bfloat16 cannot distinguish positions 256 and 257."""
+  """Return (cos, sin) of shape (B, T, H/2), times the attention factor of YaRN.
+
+  Angles are float32, because bfloat16 cannot distinguish positions 256 and 257.
+  """
   angle_BTh = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config, positions_BT)[:, None]
   # A loop is a barrier to fusion; without it XLA recomputes the tables for every head of every unrolled layer.
   cos_BTh, sin_BTh = jax.lax.map(lambda sine: jnp.where(sine, jnp.sin(angle_BTh), jnp.cos(angle_BTh)), jnp.array([False, True]))
-  return cos_BTh, sin_BTh
+  factor = _attention_factor(config)
+  return (cos_BTh, sin_BTh) if factor == 1.0 else (cos_BTh * factor, sin_BTh * factor)
 
 
 def apply_rope(x_BTNH: jax.Array, cos_BTh: jax.Array, sin_BTh: jax.Array) -> jax.Array:

@@ -55,12 +55,12 @@ def _random_params(model: type[nnx.Module], config: ModelConfig, seed: int = 0) 
   """Return parameters that give logits of order one and non-uniform attention, and make every norm and bias matter."""
   rng = np.random.default_rng(seed)
   fan_in = {'wo': config.num_heads * config.head_dim, 'w_down': config.d_ff}
-  fan_in['embedding'] = config.d_model if config.tie_embeddings else 1
+  fan_in['embedding'] = config.d_model if config.tie_embeddings or config.embedding_scale else 1
 
   def fill(path, p):
     name = path[-1].key
     if 'norm' in name:
-      return rng.uniform(0.5, 1.5, p.shape).astype(np.float32)
+      return rng.uniform(0.5, 1.5, p.shape).astype(np.float32) - config.zero_centered_norms
     if name in ('bq', 'bk', 'bv'):
       return rng.normal(0, 0.7, p.shape).astype(np.float32)
     gain = 1.5 if name in ('wq', 'wk') else 1.0
@@ -104,13 +104,20 @@ def _as_stored(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
         out[f'{at}self_attn.{name}_proj.weight'] = np.concatenate([heads[n] for n in range(len(heads))])
         if config.qkv_bias:
           out[f'{at}self_attn.{name}_proj.bias'] = np.concatenate(list(layers[f'b{name}'][i]))
+    for name in ('q_norm', 'k_norm') if config.qk_norm else ():
+      out[f'{at}self_attn.{name}.weight'] = layers[name][i]
     columns = [layers['wo'][i][n, h] for n in range(config.num_heads) for h in range(config.head_dim)]
     out[at + ('attention.wo.weight' if fused else 'self_attn.o_proj.weight')] = np.stack(columns, axis=1)
     names = ('feed_forward.w1', 'feed_forward.w3', 'feed_forward.w2') if fused else ('mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj')
     for name, ours in zip(names, ('w_gate', 'w_up', 'w_down'), strict=True):
       out[f'{at}{name}.weight'] = np.stack(list(layers[ours][i].T))
-    norms = ('attention_norm', 'ffn_norm') if fused else ('input_layernorm', 'post_attention_layernorm')
-    for name, ours in zip(norms, ('attention_norm', 'mlp_norm'), strict=True):
+    norms = {'attention_norm': 'attention_norm', 'ffn_norm': 'mlp_norm'}
+    if config.post_norms:
+      norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': 'post_attention_norm'}
+      norms |= {'pre_feedforward_layernorm': 'mlp_norm', 'post_feedforward_layernorm': 'post_mlp_norm'}
+    elif not fused:
+      norms = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': 'mlp_norm'}
+    for name, ours in norms.items():
       out[f'{at}{name}.weight'] = layers[ours][i]
   return {name: np.ascontiguousarray(array) for name, array in out.items()}
 

@@ -34,6 +34,12 @@ pytestmark = [pytest.mark.needs('torch', 'transformers'), pytest.mark.usefixture
 
 MODEL = ModelConfig(vocab_size=19, num_layers=2, d_model=24, d_ff=28, num_heads=6, num_kv_heads=2, head_dim=4, tie_embeddings=True)
 QWEN = dataclasses.replace(MODEL, family='qwen2', qkv_bias=True)
+# Fields that a family leaves to its models.
+FREE = {
+  'mistral': {'sliding_window': 9},
+  'gemma3_text': {'sliding_window': 9, 'global_every': 2, 'rope_local_theta': 50.0, 'query_pre_attn_scalar': 7.0},
+  'smollm3': {'nope_every': 2},
+}
 BYTES = dataclasses.replace(MODEL, vocab_size=263, rope_theta=500.0, norm_eps=0.01)  # large enough for the byte tokenizer
 
 
@@ -183,12 +189,18 @@ def our_logits(kind: type, model: ModelConfig, params, ids: np.ndarray) -> np.nd
     ('AutoModelForSequenceClassification', 'llama', 'reward', False),
     ('AutoModelForCausalLM', 'qwen2', 'lm', True),
     ('AutoModelForSequenceClassification', 'qwen2', 'reward', True),
+    ('AutoModelForCausalLM', 'mistral', 'lm', False),
+    ('AutoModelForCausalLM', 'gemma3_text', 'lm', True),
+    ('AutoModelForSequenceClassification', 'gemma3_text', 'reward', False),
+    ('AutoModelForSequenceClassification', 'smollm3', 'reward', True),
+    ('AutoModelForCausalLM', 'qwen3', 'lm', True),
+    ('AutoModelForSequenceClassification', 'qwen3', 'reward', False),
     ('AutoModel', 'internlm2', 'reward', False),
   ],
 )
 def test_convert_result_loads_in_transformers(random_params, tmp_path, auto, family, head, tied):
   """The run has a byte tokenizer, so that all files are created, none copied."""
-  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, qkv_bias=family == 'qwen2')
+  model = dataclasses.replace(BYTES, family=family, tie_embeddings=tied, **families.FAMILIES[family].fixed, **FREE.get(family, {}))
   kind = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}[head]
   params = random_params(kind, model)
   folder = exported_from(params, model, head, tmp_path)

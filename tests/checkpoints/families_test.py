@@ -24,7 +24,18 @@ from polar_jax.types import UserError
 # All sizes differ, and heads * head_dim is not the width, so that a swapped axis is noticed.
 SHAPE = {'vocab_size': 37, 'num_layers': 2, 'd_model': 24, 'd_ff': 44, 'num_heads': 6, 'num_kv_heads': 2, 'head_dim': 10}
 MODELS = {'lm': LanguageModel, 'reward': RewardModel, 'value': ValueModel}
-FAMILY_BIASES = [('internlm2', False), ('internlm3', False), ('internlm3', True), ('llama', False), ('qwen2', True)]
+# Flags of every family; internlm3 comes with biases and without.
+FAMILY_FLAGS = [
+  ('internlm2', {}),
+  ('internlm3', {}),
+  ('internlm3', {'qkv_bias': True}),
+  ('llama', {}),
+  ('mistral', {'sliding_window': 5}),
+  ('qwen2', {'qkv_bias': True}),
+  ('qwen3', {'qk_norm': True}),
+  ('gemma3_text', {**families.FAMILIES['gemma3_text'].fixed, 'sliding_window': 5, 'rope_local_theta': 9.0}),
+  ('smollm3', {'nope_every': 2}),
+]
 
 
 def _model(family, **changes):
@@ -42,12 +53,15 @@ def _random(shape, dtype, seed=0):
 @pytest.mark.needs('torch', 'transformers')
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('head', ['lm', 'reward', 'value'])
-@pytest.mark.parametrize('family', ['llama', 'qwen2'])
-def test_stored_tensors_against_transformers(family, head, tied):
-  model = _model(family, qkv_bias=family == 'qwen2', tie_embeddings=tied)
+@pytest.mark.parametrize(('family', 'flags'), FAMILY_FLAGS[3:])
+def test_stored_tensors_against_transformers(family, flags, head, tied):
+  model = _model(family, tie_embeddings=tied, **flags)
   kind = {'lm': 'ForCausalLM', 'reward': 'ForSequenceClassification', 'value': 'ForTokenClassification'}[head]
-  name = {'llama': 'Llama', 'qwen2': 'Qwen2'}[family]
-  config = getattr(transformers, name + 'Config')(
+  name = {'llama': 'Llama', 'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3', 'gemma3_text': 'Gemma3', 'smollm3': 'SmolLM3'}[family]
+  text = 'Text' if family == 'gemma3_text' else ''
+  if text and head != 'lm':  # which has no token classifier
+    kind = 'TextForSequenceClassification'
+  config = getattr(transformers, f'{name}{text}Config')(
     vocab_size=37,
     num_hidden_layers=2,
     hidden_size=24,
@@ -118,10 +132,10 @@ def test_stored_tensors_linear_layers_element_by_element():
 
 
 @pytest.mark.parametrize('head', MODELS)
-@pytest.mark.parametrize(('family', 'bias'), FAMILY_BIASES)
+@pytest.mark.parametrize(('family', 'flags'), FAMILY_FLAGS)
 @pytest.mark.parametrize('tied', [False, True])
-def test_stored_tensors_parts_cover_the_tree_once(family, bias, head, tied):
-  model = _model(family, qkv_bias=bias, tie_embeddings=tied)
+def test_stored_tensors_parts_cover_the_tree_once(family, flags, head, tied):
+  model = _model(family, tie_embeddings=tied, **flags)
   tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: MODELS[head](model, rngs=nnx.Rngs(0))), nnx.Param))
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   expected = collections.Counter()
@@ -138,10 +152,10 @@ def test_stored_tensors_parts_cover_the_tree_once(family, bias, head, tied):
 
 
 @pytest.mark.parametrize('head', MODELS)
-@pytest.mark.parametrize(('family', 'bias'), FAMILY_BIASES)
+@pytest.mark.parametrize(('family', 'flags'), FAMILY_FLAGS)
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_join_is_the_exact_inverse_of_split(family, bias, head, dtype):
-  for stored in stored_tensors(_model(family, qkv_bias=bias), head):
+def test_join_is_the_exact_inverse_of_split(family, flags, head, dtype):
+  for stored in stored_tensors(_model(family, **flags), head):
     if not stored.parts:
       continue
     value = _random(stored.shape, dtype)
@@ -178,7 +192,15 @@ def test_architecture_of_given_architecture():
 
 
 def test_stored_tensors_refuses_unsupported_settings_of_a_family():
-  with pytest.raises(UserError, match=r'internlm2 have no biases; set model\.qkv_bias'):
+  with pytest.raises(UserError, match=r'family internlm2 cannot have model\.qkv_bias True, only False; change it or'):
     stored_tensors(_model('internlm2', qkv_bias=True), 'lm')
+  with pytest.raises(UserError, match=r'family llama cannot have model\.qk_norm True'):
+    stored_tensors(_model('llama', qk_norm=True), 'lm')
+  with pytest.raises(UserError, match=r'family qwen3 cannot have model\.qk_norm False'):
+    stored_tensors(_model('qwen3'), 'lm')
+  with pytest.raises(UserError, match=r'family gemma3_text cannot have model\.qk_norm False'):
+    stored_tensors(_model('gemma3_text'), 'lm')
+  with pytest.raises(UserError, match=r'family qwen3 cannot have model\.nope_every 4, only None'):
+    stored_tensors(_model('qwen3', qk_norm=True, nope_every=4), 'lm')
   with pytest.raises(UserError, match=r'model\.vocab_size must be set'):
     stored_tensors(_model('llama', vocab_size=None), 'lm')

@@ -36,13 +36,38 @@ LLAMA = ModelConfig(
   max_position=128,
 )
 LLAMA3 = {'rope_scaling': 'llama3', 'rope_factor': 8.0, 'rope_low_freq_factor': 1.0, 'rope_high_freq_factor': 4.0}
+# Two local layers, a global one with scaled rotary embeddings, and a local one.
+GEMMA3 = dataclasses.replace(
+  LLAMA,
+  family='gemma3_text',
+  num_layers=4,
+  qk_norm=True,
+  post_norms=True,
+  zero_centered_norms=True,
+  embedding_scale=True,
+  activation='gelu_tanh',
+  query_pre_attn_scalar=10.0,
+  sliding_window=40,
+  global_every=3,
+  rope_local_theta=50.0,
+  rope_scaling='linear',
+  rope_factor=3.0,
+  tie_embeddings=True,
+)
 CASES = {
   'llama': LLAMA,
   'llama_linear': dataclasses.replace(LLAMA, rope_scaling='linear', rope_factor=3.0, num_kv_heads=6),
   'llama_llama3': dataclasses.replace(LLAMA, **LLAMA3, rope_original_length=64, num_kv_heads=1),
   'llama_dynamic': dataclasses.replace(LLAMA, rope_scaling='dynamic', rope_factor=2.0),
   'qwen2': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True),
+  'qwen2_yarn': dataclasses.replace(
+    LLAMA, family='qwen2', head_dim=16, qkv_bias=True, rope_scaling='yarn', rope_factor=4.0, rope_original_length=64
+  ),
   'qwen2_tied': dataclasses.replace(LLAMA, family='qwen2', head_dim=8, qkv_bias=True, tie_embeddings=True),
+  'mistral': dataclasses.replace(LLAMA, family='mistral', sliding_window=40),
+  'qwen3': dataclasses.replace(LLAMA, family='qwen3', qk_norm=True),
+  'gemma3': GEMMA3,
+  'smollm3': dataclasses.replace(LLAMA, family='smollm3', num_layers=3, head_dim=8, nope_every=2),
   'internlm2': dataclasses.replace(LLAMA, family='internlm2', head_dim=8),
   'internlm3': dataclasses.replace(LLAMA, family='internlm3', head_dim=24),
 }
@@ -60,14 +85,33 @@ class Models(NamedTuple):
   torch_model: transformers.PreTrainedModel
 
 
+NAMES = {'mistral': 'Mistral', 'qwen2': 'Qwen2', 'qwen3': 'Qwen3', 'gemma3_text': 'Gemma3', 'smollm3': 'SmolLM3'}
+
+
+def _name(config: ModelConfig, head: str = 'ForCausalLM') -> str:
+  """Return the name of transformers' class that computes a family, or of its config."""
+  text = 'Text' if config.family == 'gemma3_text' and head != 'ForCausalLM' else ''
+  return NAMES.get(config.family, 'Llama') + text + head
+
+
 def _torch_config(c: ModelConfig, **settings) -> transformers.PretrainedConfig:
-  kind = {'qwen2': transformers.Qwen2Config}.get(c.family, transformers.LlamaConfig)
+  kind = getattr(transformers, _name(c, 'Config'))
   rope = {'rope_type': 'default' if c.rope_scaling == 'none' else c.rope_scaling, 'rope_theta': c.rope_theta}
   if c.rope_scaling != 'none':
     rope['factor'] = c.rope_factor
+  if c.rope_scaling == 'yarn':
+    rope['original_max_position_embeddings'] = c.rope_original_length
   if c.rope_scaling == 'llama3':
     rope |= {'low_freq_factor': c.rope_low_freq_factor, 'high_freq_factor': c.rope_high_freq_factor}
     rope['original_max_position_embeddings'] = c.rope_original_length
+  if c.family in ('mistral', 'gemma3_text'):
+    settings['sliding_window'] = c.sliding_window
+  if c.family == 'gemma3_text':
+    settings['query_pre_attn_scalar'] = int(c.query_pre_attn_scalar)
+    settings['layer_types'] = ['sliding_attention', 'sliding_attention', 'full_attention', 'sliding_attention']
+    rope = {'full_attention': rope, 'sliding_attention': {'rope_type': 'default', 'rope_theta': c.rope_local_theta}}
+  if c.family == 'smollm3':
+    settings['no_rope_layers'] = [1, 0, 1]
   return kind(
     vocab_size=c.vocab_size,
     hidden_size=c.d_model,
@@ -130,7 +174,7 @@ def models(request, random_params, as_stored):
   stored = as_stored(config, params)
   if config.family == 'internlm2':
     stored = _as_llama(config, stored)
-  kind = transformers.Qwen2ForCausalLM if config.family == 'qwen2' else transformers.LlamaForCausalLM
+  kind = getattr(transformers, _name(config))
   attention = 'eager' if config.family == 'llama' else 'sdpa'
   return Models(config, params, _torch_model(kind, config, stored, attn_implementation=attention))
 
@@ -230,7 +274,7 @@ def test_stored_tensors_against_independent_mapping(random_params, as_stored, ca
   config = CASES[case]
   params = random_params(model, config)
   expected = as_stored(config, params)
-  if head == 'value' and config.family != 'internlm2':
+  if head == 'value' and config.family not in ('internlm2', 'gemma3_text'):
     expected['score.bias'] = np.zeros(1, np.float32)
   stored = families.stored_tensors(config, head)
   assert sorted(s.name for s in stored) == sorted(expected)
@@ -289,9 +333,11 @@ def _torch_rewards(model, sequences: list[np.ndarray]) -> np.ndarray:
   return single
 
 
-@pytest.mark.parametrize('case', ['llama', 'qwen2', 'internlm2'])
+@pytest.mark.parametrize('case', ['llama', 'qwen2', 'qwen3', 'mistral', 'gemma3', 'smollm3', 'internlm2'])
 def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as_stored, remote_code, case):
   config = dataclasses.replace(CASES[case], attention='reference')  # compiles faster
+  if config.sliding_window:
+    config = dataclasses.replace(config, sliding_window=12)  # ends in the tails and in the prefix
   params = random_params(RewardModel, config)
   stored = as_stored(config, params)
   if case == 'internlm2':
@@ -300,8 +346,7 @@ def test_rewards_of_triplets_equal_those_of_two_sequences_each(random_params, as
     model = remote_code.InternLM2ForRewardModel(remote_code.InternLM2Config(**settings)).eval()
     model.load_state_dict({name: torch.from_numpy(a) for name, a in stored.items()})
   else:
-    kind = {'llama': transformers.LlamaForSequenceClassification, 'qwen2': transformers.Qwen2ForSequenceClassification}[case]
-    model = _torch_model(kind, config, stored, num_labels=1)
+    model = _torch_model(getattr(transformers, _name(config, 'ForSequenceClassification')), config, stored, num_labels=1)
   triplets = _triplets()
   batch = layout.pair_batch([layout.pair_segment(*t) for t in triplets], range(4), [[0, 2], [1, 3]], 128, 2)
   index = batch.reward_index_BPC.reshape(2, -1)

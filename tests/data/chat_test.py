@@ -64,6 +64,21 @@ TEMPLATES = {
   'variables': "{{ enable_thinking is defined }} {{ tools is defined }} {{ unk_token is defined }} {{ bos_token|default('no bos') }}"
   "{{ strftime_now('%Y')|length }}{{ pad_token }}{{ missing }}",
   'raises': "{% if messages[0].role == 'system' %}{{ raise_exception('no system role, please') }}{% endif %}{{ messages[0].content }}",
+  'turns of user and model': """
+{{- bos_token|default('<bos>') }}
+{%- set system = messages[0].content ~ '\\n\\n' if messages[0].role == 'system' else '' %}
+{%- for m in (messages[1:] if system else messages) %}
+  {%- if (m.role == 'user') == (loop.index0 % 2 == 1) %}{{ raise_exception('user and assistant must take turns') }}{% endif %}
+  {%- set role = 'model' if m.role == 'assistant' else m.role %}
+  {{- '<start_of_turn>' ~ role ~ '\\n' ~ (system if loop.first else '') }}
+  {%- if m.content is string %}{{ m.content|trim }}
+  {%- elif m.content is iterable %}
+    {%- for part in m.content %}{{ '<start_of_image>' if part.type == 'image' else part.text|trim }}{% endfor %}
+  {%- else %}{{ raise_exception('no content') }}{% endif %}
+  {{- '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
+""",
   'type error': "{{ 'a' + (messages|length if messages|length > 1 else 'b') }}",
 }
 

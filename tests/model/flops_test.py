@@ -54,6 +54,20 @@ def test_language_model_by_hand():
   assert flops.language_model_flops(SMALL, batch) == 2 * layer + 3 * 2 * 3 * 11
 
 
+def test_windows_by_hand():
+  """A local and a global layer, a window of 2: the pairs of positions 0, 1, 2, ... are 1, 2, 2, ... in the local layer."""
+  windowed = dataclasses.replace(SMALL, sliding_window=2, global_every=2)
+  pair = 2 * 2 * 8
+  texts = text_batch([np.arange(5)], [0], 4)
+  assert flops.language_model_flops(SMALL, texts) - flops.language_model_flops(windowed, texts) == (1 + 2) * pair
+  # Chosen [1 7 8 R], rejected [1 7 R]: in the local first layer, 4, 3 and 3 keys become 2.
+  batch = pair_batch([pair_segment([1, 7, 8, 10], [1, 7, 10])], [0], [[0]], 12, 1)
+  assert flops.reward_model_flops(SMALL, batch) - flops.reward_model_flops(windowed, batch) == (2 + 1 + 1) * pair
+  local_last = dataclasses.replace(SMALL, sliding_window=2)  # of the last layer, only the rewards count: 4 and 3
+  assert flops.reward_model_flops(windowed, batch) - flops.reward_model_flops(local_last, batch) == (2 + 1) * pair
+  assert flops.two_sequences_flops(SMALL, batch) - flops.two_sequences_flops(windowed, batch) == (1 + 2 + 1) * pair
+
+
 @pytest.mark.parametrize('preset', sorted(PRESETS))
 def test_parameters_of_every_preset(preset):
   config = ModelConfig(**{'vocab_size': 1_000} | PRESETS[preset])

@@ -22,6 +22,22 @@ BASE = ModelConfig(
 CONFIGS = {
   'plain': dataclasses.replace(BASE, attention='auto'),
   'biased, tied, unrolled': dataclasses.replace(BASE, qkv_bias=True, tie_embeddings=True, scan_unroll=2),
+  'gemma': dataclasses.replace(
+    BASE,
+    num_layers=3,
+    qk_norm=True,
+    post_norms=True,
+    zero_centered_norms=True,
+    embedding_scale=True,
+    activation='gelu_tanh',
+    query_pre_attn_scalar=5.0,
+    sliding_window=4,
+    global_every=2,
+    rope_local_theta=30.0,
+  ),
+  'windows, layers without rotary embeddings, unrolled': dataclasses.replace(
+    BASE, num_layers=3, qk_norm=True, sliding_window=4, global_every=3, nope_every=2, scan_unroll=3
+  ),
   'llama3': dataclasses.replace(BASE, rope_scaling='llama3', rope_factor=8.0, rope_original_length=16),
 }
 LENGTHS = np.array([11, 3, 1, 7], np.int32)
@@ -112,8 +128,9 @@ def test_decoding_after_prompts_of_any_length(model, prompts):
     assert cache.length_B.tolist() == [len(row) for row in rows]
 
 
+@pytest.mark.parametrize('window', [None, 3, 12, kv_cache.BLOCK + 2])
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_more_than_one_block_of_keys(platform):
+def test_more_than_one_block_of_keys(platform, window):
   """Rows longer than the blocks that attention reads, and a row without tokens; row by row and all rows at once."""
   rng = np.random.default_rng(5)
   kv, query = (2, 3, 2, 2 * kv_cache.BLOCK, 6), rng.normal(size=(3, 4, 6)).astype(np.float32)
@@ -122,10 +139,10 @@ def test_more_than_one_block_of_keys(platform):
   length = np.array([kv_cache.BLOCK + 9, 0, kv_cache.BLOCK], np.int32)
   attend = jax.jit(lambda cache, *rest: cache.attend(*rest))
   with attention.for_platform(platform):
-    got = attend(kv_cache.KVCache(keys, values, length), 1, buffer, 3, query)
+    got = attend(kv_cache.KVCache(keys, values, length), 1, buffer, 3, query, window)
     assert kv_cache._rows_at_a_time(3) == (1 if platform == 'cpu' else 3)
   for b, head in np.ndindex(3, 4):
-    join = lambda old, new, b=b, k=head // 2: np.concatenate([old[1, b, k, : length[b]], new[1, b, k, :4]])
+    join = lambda old, new, b=b, k=head // 2: np.concatenate([old[1, b, k, : length[b]], new[1, b, k, :4]])[-(window or 9999) :]
     scores = join(keys, buffer.k_LBKMH) @ query[b, head] / 6**0.5
     weights = np.exp(scores - scores.max())
     np.testing.assert_allclose(got[b, head], weights @ join(values, buffer.v_LBKMH) / weights.sum(), atol=1e-5)

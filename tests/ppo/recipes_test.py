@@ -23,6 +23,7 @@ CONFIGS = {
   'rft_internlm3_8b': (8, 8_804_241_408, 128_512, 4_096),
   'rft_llama_3_1_8b': (8, 8_030_261_248, 128_256, 4_096),
   'rft_qwen2_5_7b': (8, 7_615_616_512, 152_064, 3_584),
+  'rft_qwen3_8b': (32, 8_190_735_360, 151_936, 4_096),
   'rft_qwen2_5_32b': (64, 32_763_876_352, 152_064, 5_120),
 }
 HBM = 80e9
@@ -78,7 +79,8 @@ def test_settings_of_the_paper_and_of_the_official_scripts(name):
   for optimizer in (r.actor, r.critic):
     assert (optimizer.b1, optimizer.b2, optimizer.eps, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.999, 1e-8, 0.01, 1.0)
   o, reward = r.rollout, r.reward
-  assert (o.max_prompt, o.max_new, o.temperature, o.top_p, o.top_k, o.chat) == (1024, 1024, 1, 1, None, 'auto')
+  longest = 15_000 if name == 'rft_qwen3_8b' else 1024  # it thinks
+  assert (o.max_prompt, o.max_new, o.temperature, o.top_p, o.top_k, o.chat) == (1024, longest, 1, 1, None, 'auto')
   assert (reward.source, reward.wrapper, reward.strip_thinking, reward.normalize, reward.clip) == ('model', 'sft', True, 'none', None)
   assert (reward.model_weight, reward.rule_weight, reward.missing_eos_penalty, reward.length_buffer) == (1, 0, 0, None)
   assert (config.template.max_length, config.template.max_response_length, config.template.reward_token_id) == (16384, 4096, 92527)
@@ -108,6 +110,7 @@ def test_parameters_and_layout_on_the_machines_named():
     cache = 4 * o.max_concurrent * (o.max_prompt + o.max_new) * m.num_layers * m.num_kv_heads * m.head_dim / devices
     frozen = 2 * (held['actor'] + held['reward'])
     figures = [12 * held['actor'], 12 * held['critic'], frozen, 4 * held['actor'], cache]
+    assert f'{o.max_concurrent} responses' in text
     stated = [float(gb) for gb in re.findall(r'([\d.]+) GB', text[text.index('Memory') :])]
     assert stated == pytest.approx([figure / 1e9 for figure in figures], abs=0.07), name
     # Kept layer inputs of a micro-batch, the only large activations with remat full.
