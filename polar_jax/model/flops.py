@@ -106,7 +106,13 @@ def two_sequences_flops(c: ModelConfig, batch: Any) -> float:
   return float(2.0 * weights + 4.0 * c.num_heads * c.head_dim * sum(pairs))
 
 
-<<<<<<< HEAD
+def _pairs_by_layer(c: ModelConfig, pairs: Callable[[float], float]) -> list[float]:
+  """Return the number of query-key pairs in each layer. `pairs` counts those of a layer with a window of so many tokens."""
+  window = c.sliding_window or math.inf
+  counts = {kind: float(pairs(window if kind.has_window else math.inf)) for kind in set(layer_kinds(c))}
+  return [counts[kind] for kind in layer_kinds(c)]
+
+
 def peak_flops(device: jax.Device) -> tuple[float, str]:
   """Return (FLOP/s of one device, source of the number). A CPU is measured: the best of a few float32 matmuls.
 
