@@ -5,25 +5,28 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 import shutil
 import tempfile
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints import checkpointer, config_json, families, importer, tokenizer_files
+from polar_jax.checkpoints import checkpointer, checksums, config_json, families, importer, tokenizer_files
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
 from polar_jax.checkpoints.run_folder import ASSETS
-from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
+from polar_jax.config import ConfigError, LoraConfig, ModelConfig, TemplateConfig
 from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
-from polar_jax.model import heads
+from polar_jax.model import heads, lora
 from polar_jax.runtime import paths
 
 # Fields that determine how a model is computed. They come from the config, not from the checkpoint.
@@ -80,6 +83,14 @@ class Pretrained:
     if self.source is not None:
       return importer.load(self.source, self.stored(), abstract, dtype, on_tensor)
     return checkpointer.load_params(self.path, abstract, as_stored=dtype is None)
+
+  def digest(self, frozen: dict[str, Any]) -> str:
+    """Return what identifies parameters that adapters are trained on: their dtype and checksums, on any mesh and in any file format.
+
+    Args:
+      frozen: read from this checkpoint, without a scalar head.
+    """
+    return f'{frozen["decoder"]["norm"].dtype}:{_hashed(checksums.of_arrays(frozen))}'
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
@@ -207,6 +218,60 @@ class _FirstLayers(Pretrained):
   def template(self, given: TemplateConfig) -> TemplateConfig:
     return self.whole.template(given)
 
+  def digest(self, frozen: dict[str, Any]) -> str:
+    return self.whole.digest(frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(Pretrained):
+  """A checkpoint that has adapters, and the scalar head if there is one, alone. Its parameters are merged with those of its base.
+
+  Attributes:
+    lora: of the adapters.
+    base: the checkpoint that they were trained on.
+    base_digest: of its parameters; None: not known.
+  """
+
+  lora: LoraConfig = LoraConfig()
+  base: Pretrained = dataclasses.field(kw_only=True)
+  base_digest: str | None = None
+
+  def params(
+    self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: importer.OnTensor | None = None
+  ) -> dict[str, Any]:
+    merged = lora.merge(lora.join(self.trained(mesh), self._frozen(mesh)), self.lora, dtype)
+    return merged if head in (None, self.head) else {'decoder': merged['decoder']}
+
+  def trained(self, mesh: Mesh) -> dict[str, Any]:
+    """Return the adapters, and the scalar head if there is one, on the mesh."""
+    abstract = sharding.abstract_params(heads.abstract_model(self.model, self.head, self.lora), mesh)
+    return checkpointer.load_params(self.path, lora.split(abstract, self.lora)[0], as_stored=True)
+
+  def digest(self, frozen: dict[str, Any]) -> str:
+    """Return what identifies the merged parameters: base and adapters, because sums that are rounded differ from device to device."""
+    own = checksums.of_arrays(self.trained(_mesh_of(frozen))['decoder'])
+    return f'{frozen["decoder"]["norm"].dtype}:{_hashed([self.base_digest, lora.scale(self.lora), own])}'
+
+  def _frozen(self, mesh: Mesh) -> dict[str, Any]:
+    """Return the parameters of the base, without a scalar head.
+
+    Raises:
+      ConfigError: they are not those that the adapters were trained on.
+    """
+    dtype = self.base_digest.partition(':')[0] if self.base_digest else None
+    frozen = {name: value for name, value in self.base.params(mesh, dtype, head=self.head).items() if name != 'v_head'}
+    if self.base_digest and self.base.digest(frozen) != self.base_digest:
+      raise ConfigError(f'{self.path}: its adapters were trained on other parameters than those in {self.base.path}; restore that base')
+    return frozen
+
+
+def _mesh_of(params: dict[str, Any]) -> Mesh:
+  return jax.tree.leaves(params)[0].sharding.mesh
+
+
+def _hashed(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
 
 def first_layers_of(params: dict[str, Any], count: int) -> dict[str, Any]:
   """Return the parameters of a model with the first `count` of its layers."""
@@ -284,7 +349,42 @@ def _open_run(path: pathlib.Path) -> Pretrained:
       f'{path}: the settings of its checkpoint do not describe a model (an objective of {", ".join(objectives)}, and model.vocab_size); '
       'restore the folder from a backup, or run the stage that writes it again'
     )
-  return Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
+  opened = Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
+  return opened if 'base.digest' not in settings else _with_base(opened, settings)
+
+
+def _with_base(opened: Pretrained, settings: Mapping[str, Any]) -> Adapted:
+  """Return a run that holds adapters, with its base opened.
+
+  Raises:
+    ConfigError: the base does not exist, or has another shape.
+  """
+  section = 'lora.' if 'lora.rank' in settings else 'rft.lora.'
+  stored = {f.name: settings[section + f.name] for f in dataclasses.fields(LoraConfig) if section + f.name in settings}
+  named = paths.path_of(settings['base.path'])
+  nearby = opened.path.parent / named.name  # of a workdir that was moved
+  found = next((path for path in (named, nearby) if path.exists()), None)
+  if found is None:
+    raise ConfigError(f'{opened.path}: holds adapters, and there is no base at {named}: put it back there, or next to this folder')
+  base = open_pretrained(found).first_layers(settings.get('start_layers'))
+  check_base(opened, base)
+  fields = {f.name: getattr(opened, f.name) for f in dataclasses.fields(Pretrained)}
+  config = LoraConfig(**stored | {'targets': tuple(stored['targets'])})
+  return Adapted(**fields, lora=config, base=base, base_digest=settings['base.digest'])
+
+
+def check_base(adapters: Pretrained, base: Pretrained) -> None:
+  """Check that adapters belong to models of the shape of their base.
+
+  Raises:
+    ConfigError: the base has another shape.
+  """
+  with_logits = adapters.head == 'lm'
+  have, want = _output_settings(base.model, with_logits), _output_settings(adapters.model, with_logits)
+  different = [f'model.{name} is {want[name]!r}, the base has {have[name]!r}' for name in have if have[name] != want[name]]
+  if different or (with_logits and base.head != 'lm'):
+    why = '; '.join(different[:4]) or f'the base is a {base.head} model'
+    raise ConfigError(f'{adapters.path}: its adapters do not fit the base {base.path}: {why}')
 
 
 def start_params(
@@ -294,8 +394,9 @@ def start_params(
   mesh: Mesh,
   tokenizer: Tokenizer | None = None,
   layers: int | None = None,
+  dtype: str = 'float32',
 ) -> dict[str, Any]:
-  """Return the float32 parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
+  """Return the parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
 
   Args:
     source: any checkpoint that `open_pretrained` reads, or one that is open already.
@@ -304,6 +405,7 @@ def start_params(
     mesh: devices to place the parameters on.
     tokenizer: of the run; None: not compared with the checkpoint's embedding.
     layers: the first ones of the checkpoint that are used; None: all.
+    dtype: of the parameters.
 
   Raises:
     VocabularyError: the tokenizer has ids beyond the checkpoint's embedding.
@@ -321,7 +423,52 @@ def start_params(
   ]
   if different:
     raise ConfigError(f'{opened.path} cannot be started from: {"; ".join(different[:4])}')
-  return opened.params(mesh, 'float32', head=head)
+  return opened.params(mesh, dtype, head=head)
+
+
+class AdapterStart(NamedTuple):
+  """What a run with adapters starts from.
+
+  Attributes:
+    frozen: the parameters under the adapters, in `LoraConfig.base_dtype`.
+    trained: the scalar head of the base, float32, if it has that of the run; adapters are created by the run.
+    settings: which identify the base in the run's checkpoints.
+  """
+
+  frozen: dict[str, Any]
+  trained: dict[str, Any]
+  settings: dict[str, str]
+
+
+def adapter_start(
+  start: Callable[[], Pretrained | None], model: ModelConfig, head: str, mesh: Mesh, config: LoraConfig, tokenizer: Tokenizer
+) -> AdapterStart:
+  """Return what a run with adapters starts from, also if it is resumed: its checkpoints have no base. Without adapters it is empty.
+
+  Args:
+    start: opens the base; None: there is none.
+    model: the model to train.
+    head: the head to train.
+    mesh: devices to place the parameters on.
+    config: of the adapters.
+    tokenizer: of the run.
+
+  Raises:
+    ConfigError: there is no base on disk, or it has another shape.
+    VocabularyError: the tokenizer has ids beyond the base's embedding.
+  """
+  if config.rank is None:
+    return AdapterStart({}, {}, {})
+  opened = start()
+  if opened is None or opened.kind == 'memory':
+    what = (
+      'no base: start from a checkpoint' if opened is None else 'a base in memory, but name it by its path: save it, and pass the folder'
+    )
+    raise ConfigError(f'lora.rank is {config.rank}, and there is {what}, or set lora.rank to None')
+  params = start_params(opened, model, head, mesh, tokenizer, dtype=config.base_dtype)
+  trained = {'v_head': params['v_head'].astype(jnp.float32)} if 'v_head' in params else {}
+  frozen = {name: value for name, value in params.items() if name != 'v_head'}
+  return AdapterStart(frozen, trained, {'base.path': str(paths.absolute(opened.path)), 'base.digest': opened.digest(frozen)})
 
 
 def _output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:

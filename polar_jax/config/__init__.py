@@ -20,6 +20,7 @@ from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, Pla
 from polar_jax.config.training import (
   CheckpointingConfig,
   DistributedConfig,
+  LoraConfig,
   MeshConfig,
   OptimizerConfig,
   ProfileConfig,
@@ -45,6 +46,7 @@ __all__ = [
   'DistributedConfig',
   'EvaluateConfig',
   'FitConfig',
+  'LoraConfig',
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',

@@ -18,6 +18,7 @@ from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
 from polar_jax.config.synthesis import PoolConfig
+from polar_jax.config.training import LoraConfig
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -184,7 +185,17 @@ def _check_together(c: Config) -> None:
   sizes = dataclasses.astuple(c.mesh)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')
+  for stage in ('pretrain_lm', 'pretrain', 'finetune', 'rft'):
+    _check_lora(f'{stage}.lora', getattr(c, stage).lora)
   _check_rft(c.rft)
+
+
+def _check_lora(name: str, c: LoraConfig) -> None:
+  if c.rank is None and c.base_dtype != LoraConfig().base_dtype:
+    raise ConfigError(
+      f'{name}.base_dtype is {c.base_dtype!r}, but {name}.rank is None: without adapters all parameters are trained, in float32; '
+      f'set {name}.rank'
+    )
 
 
 def _check_rft(r: RftConfig) -> None:
@@ -207,6 +218,8 @@ def _check_rft(r: RftConfig) -> None:
     raise ConfigError("rft.kl_in is 'loss', but the gradient of rft.kl_estimator 'k1' is 0 on average; use 'k2' or 'k3'")
   if r.kl_target is not None and r.kl_horizon <= 0.2 * responses:
     raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {responses} responses of a step')
+  if r.lora.dropout:
+    raise ConfigError(f'rft.lora.dropout is {r.lora.dropout:g}, but PPO compares log-probabilities before and after an update; set it to 0')
   if r.reward.source == 'python' and r.reward.function is None:
     raise ConfigError("rft.reward.source is 'python', but rft.reward.function is not set; set it to 'module:name'")
   if r.reward.source != 'python' and r.reward.function is not None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from polar_jax.config.base import option
+from polar_jax.config.base import option, section
+from polar_jax.config.model import DTYPES
+
+# Weights of a layer that can have an adapter: those of attention (query, key, value, output) and of the feed-forward layer.
+PROJECTIONS = ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,20 @@ class OptimizerConfig:
   eps: float = option(1e-8, 'Epsilon of Adam.', exclusive_min=0)
   weight_decay: float = option(0.0, 'Decoupled weight decay; norms and the reward head have none.', min=0)
   clip_norm: float | None = option(1.0, 'Largest global norm of the gradient. None: no clipping.', exclusive_min=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (LoRA): the weights stay as they are, and a product of two narrow matrices is trained next to each of `targets`."""
+
+  rank: int | None = option(None, 'Width of the adapters. None: no adapters, all parameters are trained.', min=1)
+  alpha: float = option(16.0, 'The product of the matrices is scaled by alpha / rank.', exclusive_min=0)
+  rank_stabilized: bool = option(False, 'Scale by alpha / sqrt(rank) instead (rsLoRA), for high ranks.')
+  dropout: float = option(0.0, "Share of an adapter's inputs that are dropped in training (rft: must be 0).", min=0, max=0.9)
+  targets: tuple[str, ...] = option(
+    PROJECTIONS, 'Weights that get an adapter, of attention (wq, wk, wv, wo) and of the feed-forward layer.', choices=PROJECTIONS
+  )
+  base_dtype: str = option('float32', 'Type in which the frozen parameters are held.', choices=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +59,7 @@ class TrainConfig(OptimizerConfig):
   log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
   evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
   evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)
+  lora: LoraConfig = section(LoraConfig())
 
 
 @dataclasses.dataclass(frozen=True)

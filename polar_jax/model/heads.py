@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
@@ -39,14 +39,14 @@ def head_of(objective: str) -> str:
   return {head.objective: name for name, head in HEADS.items()}[objective]
 
 
-def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs) -> Any:
-  """Create the model of a head with initial parameters."""
-  return HEADS[head].model(config, rngs=rngs)
+def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()) -> Any:
+  """Create the model of a head with initial parameters, with adapters if `lora` has a rank."""
+  return HEADS[head].model(config, rngs=rngs, lora=lora)
 
 
-def abstract_model(config: ModelConfig, head: str) -> Any:
+def abstract_model(config: ModelConfig, head: str, lora: LoraConfig = LoraConfig()) -> Any:
   """Create the model of a head with shapes in place of arrays."""
-  return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0)))
+  return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0), lora))
 
 
 def init_params(config: ModelConfig, head: str, mesh: Mesh, seed: int) -> dict[str, Any]:

@@ -168,9 +168,9 @@ class _CallBuilder:
       yield from self._learning('critic', self._critic, CriticTargets)
 
   def _rollout(self) -> Iterator[Call]:
-    engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
+    engine = RolloutEngine(self._model, self._mesh, self._c.rollout, (0,), self._c.lora)
     reads = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
-    for name, function, args in engine.calls(self._actor.abstract.params):
+    for name, function, args in engine.calls(self._actor.abstract_params):
       yield Call('rollout', name, function, args, reads.get(name, ('sampling weights', 'keys and values')))
 
   def _scoring(self) -> Call:
@@ -184,11 +184,11 @@ class _CallBuilder:
 
   def _reading(self) -> Iterator[Call]:
     batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
-    yield Call('logprobs', 'read actor', self._actor.forward, (self._actor.abstract.params, batch), ('actor parameters',))
+    yield Call('logprobs', 'read actor', self._actor.forward, (self._actor.abstract_params, batch), ('actor parameters',))
     if self._start is not None:
       yield Call('logprobs', 'read start', self._actor.forward, (self._start, batch), ('frozen start',))
     if self._critic is not None:
-      yield Call('logprobs', 'read critic', self._critic.forward, (self._critic.abstract.params, batch), ('critic parameters',))
+      yield Call('logprobs', 'read critic', self._critic.forward, (self._critic.abstract_params, batch), ('critic parameters',))
 
   def _learning(self, name: str, learner: ModelFunctions, targets: Any) -> Iterator[Call]:
     state: TrainState = learner.abstract
@@ -198,7 +198,9 @@ class _CallBuilder:
     phase, scalar = f'update {name}', jax.ShapeDtypeStruct((), jnp.float32)
     params, grads = f'{name} parameters', f'{name} gradients'
     # Gradients have the shardings and dtype of the parameters.
-    yield Call(phase, 'accumulate', learner.accumulate, (state.params, sums, state.params, batch, known, scalar), (params, grads))
+    yield Call(
+      phase, 'accumulate', learner.accumulate, (state.params, sums, learner.abstract_params, batch, known, scalar), (params, grads)
+    )
     yield Call(phase, 'apply', learner.apply, (state, state.params), (params, grads, f'{name} moments'))
 
   def _tokens(self, dtype: Any) -> jax.ShapeDtypeStruct:
