@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from polar_jax.api_models import Example, LanguageModel, Model, RewardModel, default_mesh, open_any_tokenizer
 from polar_jax.checkpoints import pretrained, run_folder
-from polar_jax.checkpoints.pretrained import AdapterStart, Pretrained, adapter_start, open_pretrained
+from polar_jax.checkpoints.adapted import AdapterStart, adapter_start
+from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import (
   CheckpointingConfig,
   ConfigError,

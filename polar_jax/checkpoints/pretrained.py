@@ -1,32 +1,29 @@
-"""One function to open any checkpoint: a run of polar_jax, a Hugging Face folder, or a GGUF or llama2.c file."""
+"""One function to open any checkpoint: a run of polar_jax, a folder of Hugging Face or PEFT, or a GGUF or llama2.c file."""
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints import checkpointer, checksums, config_json, families, importer, tokenizer_files
+from polar_jax.checkpoints import checkpointer, checksums, config_json, families, importer, peft, tokenizer_files
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
 from polar_jax.checkpoints.run_folder import ASSETS
-from polar_jax.config import ConfigError, LoraConfig, ModelConfig, TemplateConfig
+from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
 from polar_jax.data import vocabulary
 from polar_jax.data.chat import ChatTemplate
 from polar_jax.data.special_tokens import read_json
 from polar_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
-from polar_jax.model import heads, lora
+from polar_jax.model import heads
 from polar_jax.runtime import paths
 
 # Fields that determine how a model is computed. They come from the config, not from the checkpoint.
@@ -39,7 +36,7 @@ class Pretrained:
 
   Attributes:
     path: the folder or file.
-    kind: 'run', 'hugging_face', 'gguf' or 'llama2c'.
+    kind: 'run', 'hugging_face', 'peft', 'gguf' or 'llama2c'.
     model: shape of the model.
     head: 'reward', 'lm' or 'value'.
     architecture: class name in a Hugging Face config.json; None for the other kinds.
@@ -90,7 +87,7 @@ class Pretrained:
     Args:
       frozen: read from this checkpoint, without a scalar head.
     """
-    return f'{frozen["decoder"]["norm"].dtype}:{_hashed(checksums.of_arrays(frozen))}'
+    return f'{frozen["decoder"]["norm"].dtype}:{checksums.digest(checksums.of_arrays(frozen))}'
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
@@ -222,57 +219,6 @@ class _FirstLayers(Pretrained):
     return self.whole.digest(frozen)
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapted(Pretrained):
-  """A checkpoint that has adapters, and the scalar head if there is one, alone. Its parameters are merged with those of its base.
-
-  Attributes:
-    lora: of the adapters.
-    base: the checkpoint that they were trained on.
-    base_digest: of its parameters; None: not known.
-  """
-
-  lora: LoraConfig = LoraConfig()
-  base: Pretrained = dataclasses.field(kw_only=True)
-  base_digest: str | None = None
-
-  def params(
-    self, mesh: Mesh, dtype: str | None = None, *, head: str | None = None, on_tensor: importer.OnTensor | None = None
-  ) -> dict[str, Any]:
-    merged = lora.merge(lora.join(self.trained(mesh), self._frozen(mesh)), self.lora, dtype)
-    return merged if head in (None, self.head) else {'decoder': merged['decoder']}
-
-  def trained(self, mesh: Mesh) -> dict[str, Any]:
-    """Return the adapters, and the scalar head if there is one, on the mesh."""
-    abstract = sharding.abstract_params(heads.abstract_model(self.model, self.head, self.lora), mesh)
-    return checkpointer.load_params(self.path, lora.split(abstract, self.lora)[0], as_stored=True)
-
-  def digest(self, frozen: dict[str, Any]) -> str:
-    """Return what identifies the merged parameters: base and adapters, because sums that are rounded differ from device to device."""
-    own = checksums.of_arrays(self.trained(_mesh_of(frozen))['decoder'])
-    return f'{frozen["decoder"]["norm"].dtype}:{_hashed([self.base_digest, lora.scale(self.lora), own])}'
-
-  def _frozen(self, mesh: Mesh) -> dict[str, Any]:
-    """Return the parameters of the base, without a scalar head.
-
-    Raises:
-      ConfigError: they are not those that the adapters were trained on.
-    """
-    dtype = self.base_digest.partition(':')[0] if self.base_digest else None
-    frozen = {name: value for name, value in self.base.params(mesh, dtype, head=self.head).items() if name != 'v_head'}
-    if self.base_digest and self.base.digest(frozen) != self.base_digest:
-      raise ConfigError(f'{self.path}: its adapters were trained on other parameters than those in {self.base.path}; restore that base')
-    return frozen
-
-
-def _mesh_of(params: dict[str, Any]) -> Mesh:
-  return jax.tree.leaves(params)[0].sharding.mesh
-
-
-def _hashed(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def first_layers_of(params: dict[str, Any], count: int) -> dict[str, Any]:
   """Return the parameters of a model with the first `count` of its layers."""
   decoder = params['decoder']
@@ -304,14 +250,18 @@ def open_pretrained(path: str | pathlib.Path) -> Pretrained:
     return _open_run(path)
   if paths.in_bucket(path):
     raise ConfigError(f'checkpoint {path}: not a run of polar_jax, and only runs are read from a bucket: copy it here, or mount the bucket')
+  if (path / peft.CONFIG).is_file():
+    from polar_jax.checkpoints import adapted
+
+    return adapted.open_peft(path)
   if (path / 'config.json').is_file():
     file = path / 'config.json'
     c = config_json.from_json(read_json(file), str(file))
     return Pretrained(path, 'hugging_face', c.model, c.head, c.architecture, c.reward_token_id, source=storage.open_folder(path))
   content = ', '.join(sorted(p.name for p in path.iterdir())[:10]) or 'nothing'
   raise ConfigError(
-    f'checkpoint {path}: neither a run of polar_jax (a folder with {checkpointer.FOLDER}/) nor a Hugging Face folder (config.json); '
-    f'it contains: {content}'
+    f'checkpoint {path}: neither a run of polar_jax (a folder with {checkpointer.FOLDER}/) nor a folder of Hugging Face (config.json) or '
+    f'PEFT ({peft.CONFIG}); it contains: {content}'
   )
 
 
@@ -350,41 +300,11 @@ def _open_run(path: pathlib.Path) -> Pretrained:
       'restore the folder from a backup, or run the stage that writes it again'
     )
   opened = Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
-  return opened if 'base.digest' not in settings else _with_base(opened, settings)
+  if 'base.digest' not in settings:
+    return opened
+  from polar_jax.checkpoints import adapted
 
-
-def _with_base(opened: Pretrained, settings: Mapping[str, Any]) -> Adapted:
-  """Return a run that holds adapters, with its base opened.
-
-  Raises:
-    ConfigError: the base does not exist, or has another shape.
-  """
-  section = 'lora.' if 'lora.rank' in settings else 'rft.lora.'
-  stored = {f.name: settings[section + f.name] for f in dataclasses.fields(LoraConfig) if section + f.name in settings}
-  named = paths.path_of(settings['base.path'])
-  nearby = opened.path.parent / named.name  # of a workdir that was moved
-  found = next((path for path in (named, nearby) if path.exists()), None)
-  if found is None:
-    raise ConfigError(f'{opened.path}: holds adapters, and there is no base at {named}: put it back there, or next to this folder')
-  base = open_pretrained(found).first_layers(settings.get('start_layers'))
-  check_base(opened, base)
-  fields = {f.name: getattr(opened, f.name) for f in dataclasses.fields(Pretrained)}
-  config = LoraConfig(**stored | {'targets': tuple(stored['targets'])})
-  return Adapted(**fields, lora=config, base=base, base_digest=settings['base.digest'])
-
-
-def check_base(adapters: Pretrained, base: Pretrained) -> None:
-  """Check that adapters belong to models of the shape of their base.
-
-  Raises:
-    ConfigError: the base has another shape.
-  """
-  with_logits = adapters.head == 'lm'
-  have, want = _output_settings(base.model, with_logits), _output_settings(adapters.model, with_logits)
-  different = [f'model.{name} is {want[name]!r}, the base has {have[name]!r}' for name in have if have[name] != want[name]]
-  if different or (with_logits and base.head != 'lm'):
-    why = '; '.join(different[:4]) or f'the base is a {base.head} model'
-    raise ConfigError(f'{adapters.path}: its adapters do not fit the base {base.path}: {why}')
+  return adapted.open_run(opened)
 
 
 def start_params(
@@ -417,7 +337,7 @@ def start_params(
   if tokenizer is not None:
     vocabulary.check_tokenizer(tokenizer, opened.model.known_vocab_size, str(opened.path))
   with_logits = head == opened.head == 'lm'
-  have, want = _output_settings(opened.model, with_logits), _output_settings(model, with_logits)
+  have, want = output_settings(opened.model, with_logits), output_settings(model, with_logits)
   different = [
     f'model.{name} is {want.get(name)!r}, the checkpoint has {have.get(name)!r}' for name in have if have[name] != want.get(name)
   ]
@@ -426,52 +346,7 @@ def start_params(
   return opened.params(mesh, dtype, head=head)
 
 
-class AdapterStart(NamedTuple):
-  """What a run with adapters starts from.
-
-  Attributes:
-    frozen: the parameters under the adapters, in `LoraConfig.base_dtype`.
-    trained: the scalar head of the base, float32, if it has that of the run; adapters are created by the run.
-    settings: which identify the base in the run's checkpoints.
-  """
-
-  frozen: dict[str, Any]
-  trained: dict[str, Any]
-  settings: dict[str, str]
-
-
-def adapter_start(
-  start: Callable[[], Pretrained | None], model: ModelConfig, head: str, mesh: Mesh, config: LoraConfig, tokenizer: Tokenizer
-) -> AdapterStart:
-  """Return what a run with adapters starts from, also if it is resumed: its checkpoints have no base. Without adapters it is empty.
-
-  Args:
-    start: opens the base; None: there is none.
-    model: the model to train.
-    head: the head to train.
-    mesh: devices to place the parameters on.
-    config: of the adapters.
-    tokenizer: of the run.
-
-  Raises:
-    ConfigError: there is no base on disk, or it has another shape.
-    VocabularyError: the tokenizer has ids beyond the base's embedding.
-  """
-  if config.rank is None:
-    return AdapterStart({}, {}, {})
-  opened = start()
-  if opened is None or opened.kind == 'memory':
-    what = (
-      'no base: start from a checkpoint' if opened is None else 'a base in memory, but name it by its path: save it, and pass the folder'
-    )
-    raise ConfigError(f'lora.rank is {config.rank}, and there is {what}, or set lora.rank to None')
-  params = start_params(opened, model, head, mesh, tokenizer, dtype=config.base_dtype)
-  trained = {'v_head': params['v_head'].astype(jnp.float32)} if 'v_head' in params else {}
-  frozen = {name: value for name, value in params.items() if name != 'v_head'}
-  return AdapterStart(frozen, trained, {'base.path': str(paths.absolute(opened.path)), 'base.digest': opened.digest(frozen)})
-
-
-def _output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:
+def output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:
   """Return the fields of `model` that its outputs depend on."""
   unused = {*_COMPUTE, 'family'} | (set() if with_logits else {'tie_embeddings'})
   if model.rope_scaling != 'llama3':

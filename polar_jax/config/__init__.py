@@ -18,6 +18,7 @@ from polar_jax.config.stages import STAGES, requested_stages
 from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import (
+  PROJECTIONS,
   CheckpointingConfig,
   DistributedConfig,
   LoraConfig,
@@ -31,6 +32,7 @@ __all__ = [
   'ATTENTION_BACKENDS',
   'DTYPES',
   'FAMILIES',
+  'PROJECTIONS',
   'REMAT_POLICIES',
   'RENAMED',
   'ROPE_SCALINGS',

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
+from polar_jax.checkpoints.adapted import adapter_start
 from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, TrainConfig
 from polar_jax.data import identity, pipeline, text
@@ -63,7 +64,7 @@ def language_model_run(
   model, home, start = context.model_config(tokenizer, train), context.home(name), context.init(train)
 
   open_base = lambda: None if start == SCRATCH else open_pretrained(start).first_layers(train.start_layers)
-  base = pretrained.adapter_start(open_base, model, 'lm', context.mesh, train.lora, tokenizer)
+  base = adapter_start(open_base, model, 'lm', context.mesh, train.lora, tokenizer)
 
   def load_start() -> dict[str, Any]:
     assert isinstance(start, pathlib.PurePath)

@@ -212,7 +212,7 @@ def test_a_moved_workdir_opens_and_a_wrong_base_is_refused(trained, base, mesh, 
       polar_jax.load(workdir / 'run', mesh=mesh)
     shutil.rmtree(workdir / 'base')
     polar_jax.RewardModel.init(dataclasses.replace(MODEL, d_ff=40), 'byte', mesh=mesh, seed=1).save(workdir / 'base')
-    with pytest.raises(ConfigError, match='its adapters do not fit the base .*model.d_ff is 32, the base has 40'):
+    with pytest.raises(ConfigError, match=r'its adapters do not fit the base .*model\.d_ff is 32, the base has 40'):
       open_pretrained(workdir / 'run')
   finally:
     base.with_name('hidden').rename(base)
