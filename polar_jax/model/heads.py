@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from polar_jax import sharding
 from polar_jax.config import LoraConfig, ModelConfig
+from polar_jax.model import lora as lora_lib
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
@@ -47,6 +48,12 @@ def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs, lora: LoraConfig 
 def abstract_model(config: ModelConfig, head: str, lora: LoraConfig = LoraConfig()) -> Any:
   """Create the model of a head with shapes in place of arrays."""
   return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0), lora))
+
+
+def num_trained(config: ModelConfig, head: str, lora: LoraConfig) -> int:
+  """Count the parameters that a run trains: all of them, or adapters and scalar head."""
+  shapes = nnx.to_pure_dict(nnx.state(abstract_model(config, head, lora), nnx.Param))
+  return sum(leaf.size for leaf in jax.tree.leaves(lora_lib.split(shapes, lora)[0]))
 
 
 def init_params(config: ModelConfig, head: str, mesh: Mesh, seed: int) -> dict[str, Any]:

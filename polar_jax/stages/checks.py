@@ -16,7 +16,7 @@ from polar_jax.config import ConfigError, ModelConfig, TrainConfig
 from polar_jax.data import lengths
 from polar_jax.data.conversation_template import open_template
 from polar_jax.data.pipeline import TripletSegments
-from polar_jax.model import flops
+from polar_jax.model import heads
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
 from polar_jax.stages import evaluate as evaluate_stage
@@ -177,15 +177,15 @@ def _check_space(context: Context, names: Sequence[str]) -> None:
   config = context.config
   model = _known_model(context, names)
   runs = {
-    pretrain_lm_stage.RUN: (config.pretrain_lm, flops.language_model_parameters),
-    pretrain_stage.RUN: (config.pretrain, flops.reward_model_parameters),
-    finetune_stage.FINETUNE: (config.finetune, flops.reward_model_parameters),
+    pretrain_lm_stage.RUN: (config.pretrain_lm, 'lm'),
+    pretrain_stage.RUN: (config.pretrain, 'reward'),
+    finetune_stage.FINETUNE: (config.finetune, 'reward'),
   }
   needed = 0
-  for run, (train, count) in runs.items():
+  for run, (train, head) in runs.items():
     if model is not None and run in names and not checkpointer.exists(context.home(run)):
       saved = space.most_at_once(config.checkpointing, 0, train.steps or 1_000_000, train.evaluate_every)
-      needed += saved * _STATE_BYTES * count(model).total
+      needed += saved * _STATE_BYTES * heads.num_trained(model, head, train.lora)
   space.check(', '.join(name for name in names if name in runs), context.home(''), config.checkpointing, needed)
 
 
