@@ -71,7 +71,7 @@ class Adapted(Pretrained):
     frozen = {name: value for name, value in self.base.params(mesh, dtype, head=self.head).items() if name != 'v_head'}
     if self.base_digest and self.base.digest(frozen) != self.base_digest:
       raise ConfigError(f'{self.path}: its adapters were trained on other parameters than those in {self.base.path}: restore that base')
-    return frozen
+    return lora.freeze(frozen, self.lora)
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
@@ -193,7 +193,10 @@ def adapter_start(
       'no base: start from a checkpoint' if opened is None else 'a base in memory, but name it by its path: save it, and pass the folder'
     )
     raise ConfigError(f'lora.rank is {config.rank}, and there is {what}, or set lora.rank to None')
-  params = start_params(opened, model, head, mesh, tokenizer, dtype=config.base_dtype)
+  params = start_params(opened, model, head, mesh, tokenizer, dtype=lora.loaded_dtype(config))
   trained = {'v_head': params['v_head'].astype(jnp.float32)} if 'v_head' in params else {}
   frozen = {name: value for name, value in params.items() if name != 'v_head'}
-  return AdapterStart(frozen, trained, {'base.path': str(paths.absolute(opened.path)), 'base.digest': opened.digest(frozen)})
+  settings = {'base.path': str(paths.absolute(opened.path)), 'base.digest': opened.digest(frozen)}
+  _, placed = lora.split(lora.abstract_params(heads.abstract_model(model, head, config), mesh, config), config)
+  held = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), lora.freeze(frozen, config), placed)
+  return AdapterStart(held, trained, settings)

@@ -24,7 +24,7 @@ from polar_jax.checkpoints import families, importer
 from polar_jax.checkpoints.families import Stored
 from polar_jax.checkpoints.formats import storage
 from polar_jax.checkpoints.formats.storage import CheckpointFileError
-from polar_jax.config import PROJECTIONS, LoraConfig, ModelConfig
+from polar_jax.config import DTYPES, PROJECTIONS, QUANTIZED, LoraConfig, ModelConfig
 from polar_jax.data.special_tokens import read_json
 from polar_jax.model import lora
 
@@ -32,7 +32,7 @@ CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 _TASKS = {'lm': 'CAUSAL_LM', 'reward': 'SEQ_CLS', 'value': 'TOKEN_CLS'}
 # Keys of the file's metadata, which PEFT does not read.
-_DIGEST, _REWARD_TOKEN = 'base_digest', 'reward_token_id'
+_DIGEST, _REWARD_TOKEN, _BASE_DTYPE = 'base_digest', 'reward_token_id', 'base_dtype'
 # Options of PEFT that change what is computed, and the values at which they do not.
 _UNUSED = {
   'bias': 'none',
@@ -140,10 +140,10 @@ class Tensors:
     self._head_name = next((name for name in map(_head_tensor, [self._model] * 2, ('reward', 'value')) if name in present), None)
     heads = {task: head for head, task in _TASKS.items()}
     self.head = heads.get(config.task or '', 'reward' if self._head_name and base_head == 'lm' else base_head)
-    self.lora = self._described()
+    self.lora = self._described(metadata.get(_BASE_DTYPE, ''))
 
-  def _described(self) -> LoraConfig:
-    """Return rank, scale and targets, once every tensor is checked."""
+  def _described(self, base_dtype: str) -> LoraConfig:
+    """Return rank, scale and targets, once every tensor is checked. `base_dtype`: in which the base was trained on, if that is known."""
     present, ranks = dict(self._source.tensors()), dict[str, int]()
     targets = set[str]()
     for s in linear_layers(self._model, self.head):
@@ -171,7 +171,14 @@ class Tensors:
     rank = max(ranks.values())
     alpha = self._config.alpha_of(next(module for module, own in ranks.items() if own == rank))
     in_order = tuple(target for target in PROJECTIONS if target in targets)
-    return LoraConfig(rank=rank, alpha=alpha, rank_stabilized=self._config.rank_stabilized, dropout=self._config.dropout, targets=in_order)
+    return LoraConfig(
+      rank=rank,
+      alpha=alpha,
+      rank_stabilized=self._config.rank_stabilized,
+      dropout=self._config.dropout,
+      targets=in_order,
+      base_dtype=base_dtype if base_dtype in (*DTYPES, *QUANTIZED) else 'float32',
+    )
 
   def params(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the adapters, and the scalar head if the folder has it, on the host, float32.
@@ -290,7 +297,8 @@ def write(
     base_digest: what identifies the base; None: not known.
     reward_token_id: of a reward model, if known.
   """
-  metadata = {_DIGEST: base_digest or '', _REWARD_TOKEN: '' if reward_token_id is None else str(reward_token_id)}
+  metadata = {_DIGEST: base_digest or '', _BASE_DTYPE: config.base_dtype}
+  metadata |= {} if reward_token_id is None else {_REWARD_TOKEN: str(reward_token_id)}
   sizes = {name: array.nbytes for name, array in arrays.items()}
   writer = storage.SafetensorsWriter(folder, sizes, sum(sizes.values()) + 1, WEIGHTS, {k: v for k, v in metadata.items() if v})
   for name, array in arrays.items():

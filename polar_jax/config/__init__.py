@@ -19,6 +19,7 @@ from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import (
   PROJECTIONS,
+  QUANTIZED,
   CheckpointingConfig,
   DistributedConfig,
   LoraConfig,
@@ -33,6 +34,7 @@ __all__ = [
   'DTYPES',
   'FAMILIES',
   'PROJECTIONS',
+  'QUANTIZED',
   'REMAT_POLICIES',
   'RENAMED',
   'ROPE_SCALINGS',

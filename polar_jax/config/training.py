@@ -9,6 +9,7 @@ from polar_jax.config.model import DTYPES
 
 # Weights of a layer that can have an adapter: those of attention (query, key, value, output) and of the feed-forward layer.
 PROJECTIONS = ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down')
+QUANTIZED = ('int8', 'nf4')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,11 @@ class LoraConfig:
   targets: tuple[str, ...] = option(
     PROJECTIONS, 'Weights that get an adapter, of attention (wq, wk, wv, wo) and of the feed-forward layer.', choices=PROJECTIONS
   )
-  base_dtype: str = option('float32', 'Type in which the frozen parameters are held.', choices=DTYPES)
+  base_dtype: str = option(
+    'float32',
+    'Type of the frozen parameters; int8, nf4: weights of the layers have 8 or 4 bits and a scale for each 64, others are bfloat16.',
+    choices=(*DTYPES, *QUANTIZED),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import LoraConfig
+from polar_jax.config import PROJECTIONS, QUANTIZED, LoraConfig
 from polar_jax.model.layers import param, project
+from polar_jax.model.quantized import expand, is_quantized, quantize
 
 _NAME = 'lora'  # of the adapters among the parameters of the layers
 _HEAD = 'v_head'  # trained along with the adapters: a reward model from a language model starts without one
@@ -114,17 +115,20 @@ def merge(params: Mapping[str, Any], config: LoraConfig, dtype: str | None = Non
   Args:
     params: trained and frozen ones.
     config: of the adapters.
-    dtype: of the result; None: float32 for the weights that had an adapter, the others as they are.
+    dtype: of the result; None: float32 for the weights that had an adapter or were quantized, the others as they are.
   """
-  flat = traverse_util.flatten_dict(params)
+  flat = traverse_util.flatten_dict(params, is_leaf=lambda _, part: is_quantized(part))
   out = {}
   for path, weight in flat.items():
     if _NAME in path:
       continue
     *layers, name = path
     a, b = (flat.get((*layers, _NAME, name, factor)) for factor in 'ab')
-    merged = weight if a is None else _merged(weight, a, b, scale(config), dtype or 'float32')
-    out[path] = merged if dtype is None else merged.astype(dtype)
+    placed = weight['codes'] if is_quantized(weight) else weight
+    merged = expand(**weight) if is_quantized(weight) else weight
+    merged = merged if a is None else _merged(merged, a, b, scale(config), dtype or 'float32')
+    merged = merged if dtype is None else merged.astype(dtype)
+    out[path] = merged if isinstance(merged, jax.core.Tracer) else jax.device_put(merged, placed.sharding)
   return traverse_util.unflatten_dict(out)
 
 
@@ -134,7 +138,23 @@ def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, factor: float, dtype:
   return (weight.astype(jnp.float32) + factor * product.reshape(weight.shape)).astype(dtype)
 
 
+def loaded_dtype(config: LoraConfig) -> str:
+  """Return the dtype in which a base is read, before it is quantized."""
+  return 'bfloat16' if config.base_dtype in QUANTIZED else config.base_dtype
+
+
+def freeze(frozen: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
+  """Return the frozen parameters as a run holds them: with int8 and nf4, the weights of the layers are quantized one by one."""
+  if config.base_dtype not in QUANTIZED:
+    return frozen
+  layers = dict(frozen['decoder']['layers'])
+  for name in PROJECTIONS:
+    layers[name] = quantize(layers[name], config.base_dtype)
+  return {**frozen, 'decoder': {**frozen['decoder'], 'layers': layers}}
+
+
 def abstract_params(abstract_model: nnx.Module, mesh: Mesh, config: LoraConfig) -> dict[str, Any]:
   """Return shapes, dtypes and layouts of the parameters of a training run: the frozen ones have `config.base_dtype`."""
   trained, frozen = split(sharding.abstract_params(abstract_model, mesh), config)
-  return join(trained, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, config.base_dtype, sharding=a.sharding), frozen))
+  cast = lambda a: jax.ShapeDtypeStruct(a.shape, loaded_dtype(config), sharding=a.sharding)
+  return join(trained, jax.tree.map(lambda part: part if is_quantized(part) else cast(part), frozen, is_leaf=is_quantized))

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polar_jax.config import LoraConfig, ModelConfig
+from polar_jax.config import QUANTIZED, LoraConfig, ModelConfig
 from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
 from polar_jax.model.kv_cache import DecodeBuffer, KVCache
 from polar_jax.model.layers import apply_rope, param, project, project_few, rms_norm, rope_tables, swiglu
 from polar_jax.model.lora import Adapters
+from polar_jax.model.quantized import QuantizedWeight
 from polar_jax.sharding import constrain
 
 _REMAT = {
@@ -69,6 +70,9 @@ class Block(nnx.Module):
     self.w_down = param(rngs, (layers, c.d_ff, c.d_model), ('layers', 'mlp', 'embed'), std)
     weights = {name: (getattr(self, name), inputs) for name, inputs in _INPUT_AXES.items()}
     self.lora = None if lora.rank is None else Adapters(lora, weights, rngs=rngs)
+    if lora.base_dtype in QUANTIZED:
+      for name, (weight, _) in weights.items():
+        setattr(self, name, QuantizedWeight(weight, lora.base_dtype))
 
   def __call__(self, x_BTD: jax.Array, inputs: AttentionInputs, index_BQ: jax.Array | None = None) -> jax.Array:
     """Compute the block's output at every token, or (B, Q, D) at the tokens `index_BQ` only."""
@@ -132,8 +136,11 @@ class Block(nnx.Module):
     return constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def _project(self, x: jax.Array, name: str, bias: nnx.Param | None = None) -> jax.Array:
-    weight = getattr(self, name)[...]
-    out = (project_few if self.transposed else project)(x, weight, _INPUT_AXES[name], bias)
+    weight, inputs = getattr(self, name), _INPUT_AXES[name]
+    if isinstance(weight, QuantizedWeight):
+      out = weight.project(x, inputs, bias)
+    else:
+      out = (project_few if self.transposed else project)(x, weight[...], inputs, bias)
     adapter = self.lora.get(name) if self.lora else None
     return out + adapter(x) if adapter else out
 
