@@ -26,6 +26,8 @@ from polar_jax.config import (
 from polar_jax.ppo import trainer as loop
 from polar_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.long
+
 MODEL = ModelConfig(
   vocab_size=261, num_layers=2, d_model=16, d_ff=16, num_heads=2, num_kv_heads=1, head_dim=8, init_std=0.3, v_head_init='normal'
 )
@@ -75,7 +77,6 @@ def tuned(base, mesh):
     return tune(base, base.parent / 'run', mesh), trainers[0]
 
 
-@pytest.mark.long
 def test_policy_critic_and_reference_policy_share_their_base(tuned):
   _, trainer = tuned
   frozen = trainer.run.base

@@ -242,6 +242,22 @@ def test_adapters_on_adapters_and_on_a_language_model_in_bfloat16(trained, base,
   assert (layers['wq'].dtype, layers['wo'].dtype) == (np.float32, jax.numpy.bfloat16) and len(layers['wq']) == 1
 
 
+@pytest.mark.long
+def test_a_quantized_base(base, mesh):
+  """The run opens as the merged model that it trained, and on any mesh in the layout of any model."""
+  config = dataclasses.replace(LORA, base_dtype='nf4')
+  run = train(base, base.parent / 'nf4', mesh, steps=1, lora=config)
+  opened, eight = open_pretrained(run.folder), sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
+  params = opened.params(mesh)
+  jax.tree.map(np.testing.assert_array_equal, params, run.model.params)
+  start = polar_jax.load(base, mesh=mesh).params['decoder']['layers']['wo']
+  assert 0 < np.abs(params['decoder']['layers']['wo'] - start).mean() < 0.05
+  spread = opened.params(eight)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(spread), jax.device_get(params))
+  wanted = sharding.abstract_params(heads.abstract_model(MODEL, 'reward'), eight)
+  assert jax.tree.map(lambda x: x.sharding, spread) == jax.tree.map(lambda a: a.sharding, wanted)
+
+
 def test_a_base_must_be_on_disk(base, mesh, tmp_path):
   for init, message in (('scratch', 'there is no base'), (polar_jax.load(base, mesh=mesh), 'a base in memory')):
     with pytest.raises(ConfigError, match=message):
