@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer, checksums, importer, peft
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained, output_settings, start_params
-from polar_jax.config import ConfigError, LoraConfig, ModelConfig
+from polar_jax.config import ConfigError, LoraConfig, ModelConfig, check_adapters
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import heads, lora
 from polar_jax.runtime import paths
@@ -182,9 +182,10 @@ def adapter_start(
     tokenizer: of the run.
 
   Raises:
-    ConfigError: there is no base on disk, or it has another shape.
+    ConfigError: the section cannot be used, there is no base on disk, or it has another shape.
     VocabularyError: the tokenizer has ids beyond the base's embedding.
   """
+  check_adapters('lora', config)
   if config.rank is None:
     return AdapterStart({}, {}, {})
   opened = start()

@@ -27,6 +27,7 @@ from polar_jax.config.training import (
   OptimizerConfig,
   ProfileConfig,
   TrainConfig,
+  check_adapters,
 )
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
   'TemplateConfig',
   'TokenizerConfig',
   'TrainConfig',
+  'check_adapters',
   'current_name',
   'default_config',
   'parse',

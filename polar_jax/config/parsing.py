@@ -18,7 +18,7 @@ from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
 from polar_jax.config.synthesis import PoolConfig
-from polar_jax.config.training import LoraConfig
+from polar_jax.config.training import check_adapters
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -186,16 +186,8 @@ def _check_together(c: Config) -> None:
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')
   for stage in ('pretrain_lm', 'pretrain', 'finetune', 'rft'):
-    _check_lora(f'{stage}.lora', getattr(c, stage).lora)
+    check_adapters(f'{stage}.lora', getattr(c, stage).lora)
   _check_rft(c.rft)
-
-
-def _check_lora(name: str, c: LoraConfig) -> None:
-  if c.rank is None and c.base_dtype != LoraConfig().base_dtype:
-    raise ConfigError(
-      f'{name}.base_dtype is {c.base_dtype!r}, but {name}.rank is None: without adapters all parameters are trained, in float32; '
-      f'set {name}.rank'
-    )
 
 
 def _check_rft(r: RftConfig) -> None:

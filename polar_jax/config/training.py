@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from polar_jax.config.base import option, section
+from polar_jax.config.base import ConfigError, option, section
 from polar_jax.config.model import DTYPES
 
 # Weights of a layer that can have an adapter: those of attention (query, key, value, output) and of the feed-forward layer.
@@ -44,6 +44,28 @@ class LoraConfig:
     'Type of the frozen parameters; int8, nf4: weights of the layers have 8 or 4 bits and a scale for each 64, others are bfloat16.',
     choices=(*DTYPES, *QUANTIZED),
   )
+
+
+def check_adapters(name: str, c: LoraConfig) -> None:
+  """Check a section of adapters, which may have been made in Python.
+
+  Args:
+    name: of the section, for messages.
+    c: the section.
+
+  Raises:
+    ConfigError: it cannot be used.
+  """
+  if c.rank is None and c.base_dtype != LoraConfig().base_dtype:
+    raise ConfigError(
+      f'{name}.base_dtype is {c.base_dtype!r}, but {name}.rank is None: without adapters all parameters are trained, in float32; '
+      f'set {name}.rank'
+    )
+  if c.rank is not None and c.rank < 1:
+    raise ConfigError(f'{name}.rank is {c.rank}; it must be >= 1, or None')
+  unknown = [target for target in c.targets if target not in PROJECTIONS]
+  if unknown or not c.targets:
+    raise ConfigError(f'{name}.targets is {c.targets!r}; the weights of a layer that can have an adapter are: {", ".join(PROJECTIONS)}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,8 @@ def merge(params: Mapping[str, Any], config: LoraConfig, dtype: str | None = Non
     merged = expand(**weight) if is_quantized(weight) else weight
     merged = merged if a is None else _merged(merged, a, b, scale(config), dtype or 'float32')
     merged = merged if dtype is None else merged.astype(dtype)
-    out[path] = merged if isinstance(merged, jax.core.Tracer) else jax.device_put(merged, placed.sharding)
+    is_placed = isinstance(placed, jax.Array) and not isinstance(placed, jax.core.Tracer)
+    out[path] = jax.device_put(merged, placed.sharding) if is_placed else merged
   return traverse_util.unflatten_dict(out)
 
 

@@ -258,6 +258,22 @@ def test_a_quantized_base(base, mesh):
   assert jax.tree.map(lambda x: x.sharding, spread) == jax.tree.map(lambda a: a.sharding, wanted)
 
 
+@pytest.mark.parametrize(
+  ('config', 'message'),
+  [
+    (LoraConfig(rank=0), r'lora\.rank is 0; it must be >= 1, or None'),
+    (
+      LoraConfig(rank=2, targets=('wq', 'q_proj')),
+      r"targets is \('wq', 'q_proj'\); the weights .* are: wq, wk, wv, wo, w_gate, w_up, w_down",
+    ),
+    (LoraConfig(base_dtype='int8'), r"lora\.base_dtype is 'int8', but lora\.rank is None: without adapters all parameters are trained"),
+  ],
+)
+def test_bad_adapters_are_one_line(base, mesh, tmp_path, config, message):
+  with pytest.raises(ConfigError, match=message):
+    train(base, tmp_path / 'run', mesh, lora=config)
+
+
 def test_a_base_must_be_on_disk(base, mesh, tmp_path):
   for init, message in (('scratch', 'there is no base'), (polar_jax.load(base, mesh=mesh), 'a base in memory')):
     with pytest.raises(ConfigError, match=message):
