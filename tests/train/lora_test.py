@@ -108,8 +108,7 @@ def test_state_holds_adapters_and_the_head_alone(single):
 @pytest.mark.parametrize(
   'changes',
   [
-    pytest.param({'mesh_config': MeshConfig(fsdp=2, tensor=2, data=2)}, id='8 devices'),
-    pytest.param({'accumulation': 4}, id='micro-batches'),
+    pytest.param({'mesh_config': MeshConfig(fsdp=2, tensor=2, data=2), 'accumulation': 2}, id='8 devices and micro-batches'),
     pytest.param({'packed': False}, id='unpacked'),
   ],
 )
