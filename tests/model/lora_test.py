@@ -138,6 +138,7 @@ def test_dropout_is_unbiased_and_differs_between_layers():
     assert all(np.mean(one == other) < 0.8 for other in masks[:i])
 
 
+@pytest.mark.long
 def test_dropout_follows_its_key_and_ends_without_one():
   config = dataclasses.replace(LORA, dropout=0.5, targets=('wq',))
   params = _params(config)
