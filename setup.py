@@ -71,7 +71,7 @@ EXTRAS = {
   'lm_eval': ['lm_eval[math]==0.4.13'],
   'ray': ['ray>=2.40'],  # sweeps on a cluster; restarts the runs of a lost node
   # References that the tests compare with. torch is exact: another version rounds differently. Test weights come separately (README.md).
-  'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', *GGUF],
+  'parity': ['torch==2.13.0', 'transformers>=5.23,<6', 'regex>=2024.5', 'peft>=0.20', *GGUF],
   # Lets tests interpret GPU kernels and compile TPU kernels on machines without either.
   'kernels': [*TOKAMAX, *TPU],
   # References that the benchmarks compare with. To avoid torch's CUDA build, install torch from its CPU index first.

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from polar_jax.api_models import Example, LanguageModel, Model, RewardModel, default_mesh, open_any_tokenizer
 from polar_jax.checkpoints import pretrained, run_folder
+from polar_jax.checkpoints.adapted import AdapterStart, adapter_start
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import (
   CheckpointingConfig,
@@ -30,6 +31,7 @@ from polar_jax.data.conversation_template import open_template
 from polar_jax.data.examples import as_prompts, as_triplets
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import Tokenizer
+from polar_jax.model import lora
 from polar_jax.runtime import paths
 from polar_jax.train import trainer
 from polar_jax.train.metrics import read_metrics
@@ -45,14 +47,19 @@ class TrainResult:
   """The outcome of a training run.
 
   Attributes:
-    model: the trained model.
+    make_model: returns the trained model; adapters are merged into its weights.
     summary: the content of summary.json: loss, accuracy, tokens, seconds and so on.
     folder: where metrics.jsonl, TensorBoard events and summary.json are.
   """
 
-  model: Any
+  make_model: Callable[[], Any]
   summary: dict[str, Any]
   folder: pathlib.Path
+
+  @functools.cached_property
+  def model(self) -> Any:
+    """The trained model."""
+    return self.make_model()
 
   @property
   def metrics(self) -> list[dict[str, Any]]:
@@ -138,9 +145,7 @@ def train_reward_model(
   mesh, objective, seed, log = mesh or default_mesh(), ranking(args.loss), settings.seed, settings.log
   fields = settings.run_fields(output_dir)
   start = functools.cache(lambda: _opened(init, args.start_layers))  # never called by a resumed run whose other arguments are given
-  tokenizer = open_any_tokenizer(tokenizer, None if tokenizer else start())
-  if tokenizer is None:
-    raise UserError('no tokenizer: pass `tokenizer`, or an `init` that has one')
+  tokenizer = _tokenizer(tokenizer, start)
   config = _model_config(model, start, tokenizer)
   template = template or (start().template(TemplateConfig()) if start() else TemplateConfig())
   name = str(init) if isinstance(init, (str, pathlib.Path)) else 'the model'
@@ -149,9 +154,9 @@ def train_reward_model(
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
   pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
   held_out = None if validation is None else _segments(validation, segments.template, data, args.loss, 'validation')
-  splits = {} if segments is train else {'training': segments, 'validation': held_out}  # none: a sweep surveys what its runs share
   validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
-
+  base = adapter_start(start, config, RewardModel.head, mesh, args.lora, tokenizer)
+  given = _data_settings(segments, held_out) | base.settings
   run = trainer.Run(
     **fields,
     objective=objective,
@@ -163,16 +168,18 @@ def train_reward_model(
     batches=pipeline.pair_batches(segments, plan, pack, steps=steps, seed=seed),
     planned_rows=pack.rows,
     validation=validation_batches and validation_batches.check(data.read_threads),
-    load_start=None if init == SCRATCH else functools.partial(_start_params, start, config, tokenizer, mesh, fields['name'], log),
-    fingerprint=run_folder.training_settings(objective.name, args, config, template, tokenizer, seed, _data_settings(segments, held_out)),
+    load_start=None if init == SCRATCH else functools.partial(_start_params, start, base, config, tokenizer, mesh, fields['name'], log),
+    fingerprint=run_folder.training_settings(objective.name, args, config, template, tokenizer, seed, given),
     threads=data.read_threads,
     prefetch=data.prefetch,
-    facts={'examples': survey.log_surveys(fields['name'], splits, data.read_threads, log)},
+    frozen=base.frozen,
+    facts={'examples': _survey(fields['name'], train, segments, held_out, data, log)},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
   trained = trainer.train(run)
-  return TrainResult(RewardModel(trained.params, config, tokenizer, mesh, template=template), trained.summary, run.folder)
+  merged = functools.partial(lora.merge, trained.params, args.lora)
+  return TrainResult(lambda: RewardModel(merged(), config, tokenizer, mesh, template=template), trained.summary, run.folder)
 
 
 def train_policy(
@@ -228,17 +235,15 @@ def train_policy(
   optional = () if _needs_reference(reward) else ('reference',)
   examples = as_prompts(prompts, optional=optional)
   measured = None if held_out is None else as_prompts(held_out, 'validation', optional=optional)
-  total = _reward_sum(reward, args, examples)
-  tuning, held_out_prompts = encode(examples), encode(measured) if measured else None
+  total, tuning, held_out_prompts = _reward_sum(reward, args, examples), encode(examples), encode(measured) if measured else None
   fields = settings.run_fields(output_dir)
   sets: dict[str, tuple[Any, Any]] = {'training': (examples, tuning)} | ({'held-out': (measured, held_out_prompts)} if measured else {})
-  prompts_settings = _prompts_settings(examples, measured, chat, with_metadata=_reads_columns(reward, args))
+  base = adapter_start(lambda: start, config, LanguageModel.head, mesh, args.lora, tokenizer)
+  given = _prompts_settings(examples, measured, chat, with_metadata=_reads_columns(reward, args)) | base.settings
 
   run = Run(
     **fields,
-    facts={
-      'examples': {split: _survey_prompts(f'{fields["name"]}: {split}', of, total.template, settings.log) for split, of in sets.items()}
-    },
+    facts={'examples': {k: _survey_prompts(f'{fields["name"]}: {k}', of, total.template, settings.log) for k, of in sets.items()}},
     config=args,
     model=config,
     mesh=mesh,
@@ -248,12 +253,14 @@ def train_policy(
     stop_ids=prompts_lib.stop_ids(tokenizer, assets, args.rollout.stop, chat),
     reward=total,
     initial_params=lambda: start.params(mesh, 'float32', head='lm'),
-    fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, prompts_settings) | _reward_settings(reward),
+    fingerprint=run_folder.policy_settings(args, config, tokenizer, settings.seed, given) | _reward_settings(reward),
+    base=base.frozen,
   )
   run.check()
   run_folder.keep_tokenizer(tokenizer, run.home)
   trained = ppo_trainer.train(run)
-  return TrainResult(LanguageModel(trained.params, config, tokenizer, mesh), trained.summary, run.folder)
+  merged = functools.partial(lora.merge, trained.params, args.lora)
+  return TrainResult(lambda: LanguageModel(merged(), config, tokenizer, mesh), trained.summary, run.folder)
 
 
 def _opened(init: Any, layers: int | None = None) -> Any:
@@ -269,6 +276,18 @@ def _opened(init: Any, layers: int | None = None) -> Any:
   return open_pretrained(init).first_layers(layers)
 
 
+def _tokenizer(given: Tokenizer | str | pathlib.Path | None, start: Callable[[], Pretrained | None]) -> Tokenizer:
+  """Return the tokenizer of a run: the given one, or that of the checkpoint that it starts from.
+
+  Raises:
+    UserError: there is none.
+  """
+  tokenizer = open_any_tokenizer(given, None if given else start())
+  if tokenizer is None:
+    raise UserError('no tokenizer: pass `tokenizer`, or an `init` that has one')
+  return tokenizer
+
+
 def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | None], tokenizer: Tokenizer) -> ModelConfig:
   """Return the model to train. If `model` sets only how to compute, and the vocabulary, its shape is that of the checkpoint."""
   if model is None or (pretrained.has_no_shape(model) and start() is not None):
@@ -278,13 +297,19 @@ def _model_config(model: ModelConfig | None, start: Callable[[], Pretrained | No
 
 
 def _start_params(
-  start: Callable[[], Pretrained | None], config: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, name: str, log: Callable[[str], None]
+  start: Callable[[], Pretrained | None],
+  base: AdapterStart,
+  config: ModelConfig,
+  tokenizer: Tokenizer,
+  mesh: Mesh,
+  name: str,
+  log: Callable[[str], None],
 ) -> dict[str, Any]:
-  """Return the parameters to start from, on the mesh."""
+  """Return the trained parameters to start from, on the mesh."""
   opened = start()
   assert opened is not None
   log(f'{name}: starts from the parameters in {opened.path}')
-  return pretrained.start_params(opened, config, RewardModel.head, mesh, tokenizer)
+  return base.trained if base.frozen else pretrained.start_params(opened, config, RewardModel.head, mesh, tokenizer)
 
 
 def _segments(examples: Any, template: Template, data: DataConfig, loss: LossConfig, split: str = 'train') -> pipeline.TripletSegments:
@@ -293,6 +318,13 @@ def _segments(examples: Any, template: Template, data: DataConfig, loss: LossCon
     examples = pipeline.open_segments(as_triplets(examples, split, data.on_bad_example), template, loss.columns)
   columns.check(examples.source, loss.columns)
   return examples
+
+
+def _survey(
+  name: str, given: Any, train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None, data: DataConfig, log: Any
+) -> dict[str, Any]:
+  """Log and return what the model does not see of its examples; nothing for given segments: a sweep surveys what its runs share."""
+  return {} if given is train else survey.log_surveys(name, {'training': train, 'validation': validation}, data.read_threads, log)
 
 
 def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:

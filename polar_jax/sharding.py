@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
   'head_dim': (),
   'mlp': ('tensor',),
   'vocab': ('tensor',),
+  'rank': (),  # of adapters
   # activations
   'batch': ('data', 'fsdp'),
   'length': ('context',),  # tokens of a row, as queries

@@ -193,6 +193,12 @@ def test_a_value_for_a_section_is_refused():
     ({'rft__critic__optimizer': 'adafactor', 'rft__critic__moments': 'int8'}, ["rft.critic.moments is 'int8'"]),
     ({'mesh__data': 0}, ['mesh', '(0, -1, 1, 1)', 'data, fsdp, tensor, context']),
     ({'mesh__data': -1}, ['mesh', '(-1, -1, 1, 1)']),
+    (
+      {'finetune__lora__base_dtype': 'int8'},
+      ["finetune.lora.base_dtype is 'int8'", 'finetune.lora.rank is None', 'set finetune.lora.rank'],
+    ),
+    ({'rft__lora__targets': ('wq', 'q_proj')}, ["rft.lora.targets[1] is 'q_proj'", 'wq, wk, wv, wo, w_gate, w_up, w_down']),
+    ({'pretrain__lora__rank': 0}, ['pretrain.lora.rank is 0; it must be >= 1']),
   ],
 )
 def test_inconsistent_settings_are_refused(changes, words):
@@ -229,6 +235,7 @@ def test_placeholders_keep_their_type():
     ({'reward': {'rule_weight': 1.0}}, r'rft\.reward\.rule\b'),
     ({'reward': {'model_weight': 0.0}}, 'every reward is 0'),
     ({'rollout': {'min_new': 9, 'max_new': 8}}, 'min_new'),
+    ({'lora': {'dropout': 0.1}}, r'rft\.lora\.dropout is 0\.1'),
   ],
 )
 def test_contradictory_rft_settings_are_refused(settings, message):

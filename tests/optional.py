@@ -12,7 +12,7 @@ from typing import Any
 
 # Package -> the command that installs it.
 INSTALL = {
-  **dict.fromkeys(('torch', 'transformers', 'regex'), "pip install -e '.[parity]'"),
+  **dict.fromkeys(('torch', 'transformers', 'regex', 'peft'), "pip install -e '.[parity]'"),
   **dict.fromkeys(('tokamax', 'libtpu'), "pip install -e '.[kernels]'"),
   'gguf': "pip install -e '.[gguf]'",
   'gcsfs': "pip install -e '.[gcs]'",

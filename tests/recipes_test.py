@@ -13,7 +13,7 @@ import pytest
 
 from polar_jax import runner
 from polar_jax.config import parse
-from polar_jax.model import flops
+from polar_jax.model import flops, heads
 from polar_jax.recipes import word_problems
 from polar_jax.scaling import grid
 from polar_jax.stages import context as context_lib
@@ -35,6 +35,7 @@ def load(name: str):
     ('7b', 'pretrain', 1.67e-5, 4343),
     ('finetune_1_8b', 'finetune', 1e-5, 320),
     ('finetune_7b', 'finetune', 2e-5, 320),
+    ('finetune_7b_lora', 'finetune', 2e-4, 320),
   ],
 )
 def test_settings_of_the_paper(name, section, learning_rate, batch_size):
@@ -47,13 +48,30 @@ def test_settings_of_the_paper(name, section, learning_rate, batch_size):
 
 @pytest.mark.parametrize(
   ('name', 'start'),
-  [('1_8b', 'internlm2_5_1_8b'), ('7b', 'internlm2_5_7b'), ('finetune_1_8b', 'polar_1_8b_base'), ('finetune_7b', 'polar_7b_base')],
+  [
+    ('1_8b', 'internlm2_5_1_8b'),
+    ('7b', 'internlm2_5_7b'),
+    ('finetune_1_8b', 'polar_1_8b_base'),
+    ('finetune_7b', 'polar_7b_base'),
+    ('finetune_7b_lora', 'polar_7b_base'),
+  ],
 )
 def test_a_missing_checkpoint_is_one_line(name, start, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert runner.run(parse(load(name)), tmp_path / 'run') == 1
   error = capsys.readouterr().err
   assert error == f'polar_jax: checkpoint checkpoints/{start}: no such file or folder\n'
+
+
+def test_adapters_of_the_7b_model():
+  """The learning rate and the micro-batches aside, the run is the paper's fine-tuning; its checkpoints are small."""
+  full, adapters = (parse(load(name)) for name in ('finetune_7b', 'finetune_7b_lora'))
+  lora = adapters.finetune.lora
+  assert dataclasses.replace(full, finetune=adapters.finetune) == adapters and full.finetune.lora.rank is None
+  assert (lora.rank, lora.base_dtype, len(lora.targets)) == (16, 'bfloat16', 7)
+  trained = heads.num_trained(adapters.model, 'reward', lora)
+  widths = 4096 + 4096, 2 * (4096 + 1024), 4096 + 4096, 3 * (4096 + 14336)
+  assert trained == 32 * 16 * sum(widths) + 4096 < flops.reward_model_parameters(adapters.model).total / 150
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ goes unnoticed once in 4 billion times. It costs one pass over the array; only s
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import zlib
@@ -39,6 +40,11 @@ def of_arrays(tree: Any) -> dict[str, int]:
 def of_json(value: Any) -> int:
   """Return the CRC-32 of a JSON value, which does not depend on the order of keys."""
   return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode())  # twice: JSON turns keys into strings
+
+
+def digest(value: Any) -> str:
+  """Return 32 hex digits of the SHA-256 of a JSON value, such as the checksums of a model."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def changed(tree: Any, stored: Mapping[str, int]) -> list[str]:

@@ -60,6 +60,11 @@ def _fetch(array: Any, layer: int | None) -> np.ndarray:
   return np.asarray(piece)
 
 
+def on_host(params: dict[str, Any]) -> dict[str, Any]:
+  """Return parameters as numpy arrays. With several processes, all of them must call this."""
+  return jax.tree.map(lambda array: _fetch(array, None), params)
+
+
 def _dtype(params: dict[str, Any], s: Stored, dtype: str | None) -> np.dtype:
   """Return the dtype of a stored tensor. A constant of the architecture, which has no parameter, takes that of its head."""
   parameter = _look_up(params, s.parts[0].path if s.parts else ('v_head',))

@@ -1,4 +1,4 @@
-"""One function to open any checkpoint: a run of polar_jax, a Hugging Face folder, or a GGUF or llama2.c file."""
+"""One function to open any checkpoint: a run of polar_jax, a folder of Hugging Face or PEFT, or a GGUF or llama2.c file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.checkpoints import checkpointer, config_json, families, importer, tokenizer_files
+from polar_jax.checkpoints import checkpointer, checksums, config_json, families, importer, peft, tokenizer_files
 from polar_jax.checkpoints.formats import gguf, llama2c, storage
 from polar_jax.checkpoints.run_folder import ASSETS
 from polar_jax.config import ConfigError, ModelConfig, TemplateConfig
@@ -36,7 +36,7 @@ class Pretrained:
 
   Attributes:
     path: the folder or file.
-    kind: 'run', 'hugging_face', 'gguf' or 'llama2c'.
+    kind: 'run', 'hugging_face', 'peft', 'gguf' or 'llama2c'.
     model: shape of the model.
     head: 'reward', 'lm' or 'value'.
     architecture: class name in a Hugging Face config.json; None for the other kinds.
@@ -80,6 +80,14 @@ class Pretrained:
     if self.source is not None:
       return importer.load(self.source, self.stored(), abstract, dtype, on_tensor)
     return checkpointer.load_params(self.path, abstract, as_stored=dtype is None)
+
+  def digest(self, frozen: dict[str, Any]) -> str:
+    """Return what identifies parameters that adapters are trained on: their dtype and checksums, on any mesh and in any file format.
+
+    Args:
+      frozen: read from this checkpoint, without a scalar head.
+    """
+    return f'{frozen["decoder"]["norm"].dtype}:{checksums.digest(checksums.of_arrays(frozen))}'
 
   @functools.cached_property
   def assets(self) -> pathlib.Path:
@@ -207,6 +215,9 @@ class _FirstLayers(Pretrained):
   def template(self, given: TemplateConfig) -> TemplateConfig:
     return self.whole.template(given)
 
+  def digest(self, frozen: dict[str, Any]) -> str:
+    return self.whole.digest(frozen)
+
 
 def first_layers_of(params: dict[str, Any], count: int) -> dict[str, Any]:
   """Return the parameters of a model with the first `count` of its layers."""
@@ -239,14 +250,18 @@ def open_pretrained(path: str | pathlib.Path) -> Pretrained:
     return _open_run(path)
   if paths.in_bucket(path):
     raise ConfigError(f'checkpoint {path}: not a run of polar_jax, and only runs are read from a bucket: copy it here, or mount the bucket')
+  if (path / peft.CONFIG).is_file():
+    from polar_jax.checkpoints import adapted
+
+    return adapted.open_peft(path)
   if (path / 'config.json').is_file():
     file = path / 'config.json'
     c = config_json.from_json(read_json(file), str(file))
     return Pretrained(path, 'hugging_face', c.model, c.head, c.architecture, c.reward_token_id, source=storage.open_folder(path))
   content = ', '.join(sorted(p.name for p in path.iterdir())[:10]) or 'nothing'
   raise ConfigError(
-    f'checkpoint {path}: neither a run of polar_jax (a folder with {checkpointer.FOLDER}/) nor a Hugging Face folder (config.json); '
-    f'it contains: {content}'
+    f'checkpoint {path}: neither a run of polar_jax (a folder with {checkpointer.FOLDER}/) nor a folder of Hugging Face (config.json) or '
+    f'PEFT ({peft.CONFIG}); it contains: {content}'
   )
 
 
@@ -284,7 +299,12 @@ def _open_run(path: pathlib.Path) -> Pretrained:
       f'{path}: the settings of its checkpoint do not describe a model (an objective of {", ".join(objectives)}, and model.vocab_size); '
       'restore the folder from a backup, or run the stage that writes it again'
     )
-  return Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
+  opened = Pretrained(path, 'run', ModelConfig(**fields), heads.head_of(settings['objective']), settings=settings)
+  if 'base.digest' not in settings:
+    return opened
+  from polar_jax.checkpoints import adapted
+
+  return adapted.open_run(opened)
 
 
 def start_params(
@@ -294,8 +314,9 @@ def start_params(
   mesh: Mesh,
   tokenizer: Tokenizer | None = None,
   layers: int | None = None,
+  dtype: str = 'float32',
 ) -> dict[str, Any]:
-  """Return the float32 parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
+  """Return the parameters that a training run starts from: all of a checkpoint with the same head, else the decoder.
 
   Args:
     source: any checkpoint that `open_pretrained` reads, or one that is open already.
@@ -304,6 +325,7 @@ def start_params(
     mesh: devices to place the parameters on.
     tokenizer: of the run; None: not compared with the checkpoint's embedding.
     layers: the first ones of the checkpoint that are used; None: all.
+    dtype: of the parameters.
 
   Raises:
     VocabularyError: the tokenizer has ids beyond the checkpoint's embedding.
@@ -315,16 +337,16 @@ def start_params(
   if tokenizer is not None:
     vocabulary.check_tokenizer(tokenizer, opened.model.known_vocab_size, str(opened.path))
   with_logits = head == opened.head == 'lm'
-  have, want = _output_settings(opened.model, with_logits), _output_settings(model, with_logits)
+  have, want = output_settings(opened.model, with_logits), output_settings(model, with_logits)
   different = [
     f'model.{name} is {want.get(name)!r}, the checkpoint has {have.get(name)!r}' for name in have if have[name] != want.get(name)
   ]
   if different:
     raise ConfigError(f'{opened.path} cannot be started from: {"; ".join(different[:4])}')
-  return opened.params(mesh, 'float32', head=head)
+  return opened.params(mesh, dtype, head=head)
 
 
-def _output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:
+def output_settings(model: ModelConfig, with_logits: bool) -> dict[str, Any]:
   """Return the fields of `model` that its outputs depend on."""
   unused = {*_COMPUTE, 'family'} | (set() if with_logits else {'tie_embeddings'})
   unused |= config_json.unused_rope_fields(model)

@@ -47,8 +47,9 @@ def training_settings(
     data: digests that identify the training and validation data.
   """
   options = traverse_util.flatten_dict(dataclasses.asdict(train), sep='.')
-  settings = {k: v for k, v in options.items() if k not in _TRAIN_REPORTING}
-  return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **data}
+  settings = {k: v for k, v in options.items() if k not in _TRAIN_REPORTING and not k.startswith('lora.')}
+  adapters = {} if train.lora.rank is None else _dotted('lora', train.lora)
+  return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **adapters, **data}
 
 
 def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def policy_settings(rft: RftConfig, model: ModelConfig, tokenizer: Tokenizer, se
     seed: of initialization, sampling and prompt order.
     data: digests that identify prompts and chat template.
   """
-  options = {k: v for k, v in _dotted('rft', rft).items() if k.split('.')[1] not in _RFT_FREE and k not in _RFT_COMPUTE}
+  unread = _RFT_FREE if rft.lora.rank else (*_RFT_FREE, 'lora')
+  options = {k: v for k, v in _dotted('rft', rft).items() if k.split('.')[1] not in unread and k not in _RFT_COMPUTE}
   return {**_common('next_token', model, tokenizer, seed), **options, **data}
 
 

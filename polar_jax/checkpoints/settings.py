@@ -24,6 +24,7 @@ _MEANING = {
   'text': 'the training text (`text`)',
   'validation_text': 'the held-out text (`validation_text`)',
   'chat': 'the chat template (`chat`)',
+  'base.digest': 'the base of the adapters (`base.digest`)',
 }
 
 
@@ -55,8 +56,9 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
   """
   before, now = translate(stored), translate(json.loads(json.dumps(current)))
   names = (before.keys() | now.keys()) - {name for name in _OPTIONAL if name not in before or name not in now}
-  if 'text' in names:  # the content of the file counts, not its name
-    names.discard('data.text')
+  # The content counts, not its name.
+  names -= {'data.text'} if 'text' in names else set()
+  names -= {'base.path'} if 'base.digest' in names else set()
   value = lambda settings, name: settings.get(name, _default(name))
   different = [name for name in sorted(names) if not _is_same(value(before, name), value(now, name))]
   return [f'{_MEANING.get(name, name)} was {value(before, name)!r}, is {value(now, name)!r}' for name in different]

@@ -18,19 +18,25 @@ from polar_jax.config.stages import STAGES, requested_stages
 from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import (
+  PROJECTIONS,
+  QUANTIZED,
   CheckpointingConfig,
   DistributedConfig,
+  LoraConfig,
   LossConfig,
   MeshConfig,
   OptimizerConfig,
   ProfileConfig,
   TrainConfig,
+  check_adapters,
 )
 
 __all__ = [
   'ATTENTION_BACKENDS',
   'DTYPES',
   'FAMILIES',
+  'PROJECTIONS',
+  'QUANTIZED',
   'REMAT_POLICIES',
   'RENAMED',
   'ROPE_SCALINGS',
@@ -46,6 +52,7 @@ __all__ = [
   'DistributedConfig',
   'EvaluateConfig',
   'FitConfig',
+  'LoraConfig',
   'LossConfig',
   'MeshConfig',
   'ModelConfig',
@@ -64,6 +71,7 @@ __all__ = [
   'TemplateConfig',
   'TokenizerConfig',
   'TrainConfig',
+  'check_adapters',
   'current_name',
   'default_config',
   'parse',

@@ -18,7 +18,7 @@ from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
 from polar_jax.config.stages import check_stage
 from polar_jax.config.synthesis import OF_FILES, SHARED_WITH_FILES, PoolConfig, SynthesizeConfig
-from polar_jax.config.training import LossConfig
+from polar_jax.config.training import LossConfig, check_adapters
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -214,6 +214,8 @@ def _check_together(c: Config) -> None:
     ('rft.critic', c.rft.critic),
   ):
     optimizer.check_optimizer(name)
+  for stage in ('pretrain_lm', 'pretrain', 'finetune', 'rft'):
+    check_adapters(f'{stage}.lora', getattr(c, stage).lora)
   _check_rft(c.rft)
 
 
@@ -237,6 +239,8 @@ def _check_rft(r: RftConfig) -> None:
     raise ConfigError("rft.kl_in is 'loss', but the gradient of rft.kl_estimator 'k1' is 0 on average; use 'k2' or 'k3'")
   if r.kl_target is not None and r.kl_horizon <= 0.2 * responses:
     raise ConfigError(f'rft.kl_horizon ({r.kl_horizon:g}) must exceed a fifth of the {responses} responses of a step')
+  if r.lora.dropout:
+    raise ConfigError(f'rft.lora.dropout is {r.lora.dropout:g}, but PPO compares log-probabilities before and after an update; set it to 0')
   if r.reward.source == 'python' and r.reward.function is None:
     raise ConfigError("rft.reward.source is 'python', but rft.reward.function is not set; set it to 'module:name'")
   if r.reward.source != 'python' and r.reward.function is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from polar_jax.config.base import option, section
-from polar_jax.config.training import OptimizerConfig
+from polar_jax.config.training import LoraConfig, OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,9 @@ class RftConfig:
   )
   critic: OptimizerConfig = section(
     OptimizerConfig(learning_rate=1e-5, warmup_ratio=0.0, b2=0.999, weight_decay=0.01), 'Optimizer of the critic.'
+  )
+  lora: LoraConfig = section(
+    LoraConfig(), 'Adapters of the policy and of the critic, which then share their base with the reference policy.'
   )
   rollout: RolloutConfig = section(RolloutConfig())
   reward: RewardConfig = section(RewardConfig())

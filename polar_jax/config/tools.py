@@ -144,6 +144,7 @@ class ConvertConfig:
   """Exchange of checkpoints with other formats. The direction follows from the type of `checkpoint`."""
 
   dtype: str | None = option(None, 'Type of the written tensors. None: as stored.', choices=STORED_DTYPES)
+  adapter: bool = option(False, 'Write adapters alone, as a folder of PEFT, instead of merging them into the weights of their base.')
   shard_gib: float = option(4.0, 'Largest safetensors file, in GiB.', exclusive_min=0)
 
 

@@ -6,6 +6,11 @@ import dataclasses
 from typing import Any
 
 from polar_jax.config.base import ConfigError, info, option, section
+from polar_jax.config.model import DTYPES
+
+# Weights of a layer that can have an adapter: those of attention (query, key, value, output) and of the feed-forward layer.
+PROJECTIONS = ('wq', 'wk', 'wv', 'wo', 'w_gate', 'w_up', 'w_down')
+QUANTIZED = ('int8', 'nf4')
 
 
 def _check_choices(options: Any, name: str) -> None:
@@ -98,6 +103,46 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (LoRA): the weights stay as they are, and a product of two narrow matrices is trained next to each of `targets`."""
+
+  rank: int | None = option(None, 'Width of the adapters. None: no adapters, all parameters are trained.', min=1)
+  alpha: float = option(16.0, 'The product of the matrices is scaled by alpha / rank.', exclusive_min=0)
+  rank_stabilized: bool = option(False, 'Scale by alpha / sqrt(rank) instead (rsLoRA), for high ranks.')
+  dropout: float = option(0.0, "Share of an adapter's inputs that are dropped in training (rft: must be 0).", min=0, max=0.9)
+  targets: tuple[str, ...] = option(
+    PROJECTIONS, 'Weights that get an adapter, of attention (wq, wk, wv, wo) and of the feed-forward layer.', choices=PROJECTIONS
+  )
+  base_dtype: str = option(
+    'float32',
+    'Type of the frozen parameters; int8, nf4: weights of the layers have 8 or 4 bits and a scale for each 64, others are bfloat16.',
+    choices=(*DTYPES, *QUANTIZED),
+  )
+
+
+def check_adapters(name: str, c: LoraConfig) -> None:
+  """Check a section of adapters, which may have been made in Python.
+
+  Args:
+    name: of the section, for messages.
+    c: the section.
+
+  Raises:
+    ConfigError: it cannot be used.
+  """
+  if c.rank is None and c.base_dtype != LoraConfig().base_dtype:
+    raise ConfigError(
+      f'{name}.base_dtype is {c.base_dtype!r}, but {name}.rank is None: without adapters all parameters are trained, in float32; '
+      f'set {name}.rank'
+    )
+  if c.rank is not None and c.rank < 1:
+    raise ConfigError(f'{name}.rank is {c.rank}; it must be >= 1, or None')
+  unknown = [target for target in c.targets if target not in PROJECTIONS]
+  if unknown or not c.targets:
+    raise ConfigError(f'{name}.targets is {c.targets!r}; the weights of a layer that can have an adapter are: {", ".join(PROJECTIONS)}')
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(OptimizerConfig):
   """A training run. The stages pretrain_lm, pretrain and finetune have a section each."""
 
@@ -116,6 +161,7 @@ class TrainConfig(OptimizerConfig):
   log_every: int = option(10, 'Steps between progress lines; metrics.jsonl has every step.', min=1)
   evaluate_every: int | None = option(None, 'Steps between evaluations on the validation split. None: only at the end.', min=1)
   evaluate_examples: int = option(512, 'Validation examples per evaluation.', min=1)
+  lora: LoraConfig = section(LoraConfig())
 
 
 @dataclasses.dataclass(frozen=True)

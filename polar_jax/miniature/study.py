@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
-from polar_jax.config import ModelConfig, RftConfig
+from polar_jax.config import ConfigError, ModelConfig, RftConfig
 from polar_jax.data import identity, layout, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
@@ -74,7 +74,13 @@ class Study:
 
 
 def rft(context: Context) -> dict[str, Any]:
-  """Run the study `study.seeds` times. Returns the section `rft` of the report; see `polar_jax.report.rft`."""
+  """Run the study `study.seeds` times. Returns the section `rft` of the report; see `polar_jax.report.rft`.
+
+  Raises:
+    ConfigError: `rft.lora.rank` is set.
+  """
+  if context.config.rft.lora.rank:
+    raise ConfigError('rft.lora.rank is set, but the study of the miniature tunes all parameters; set it to None')
   study = _open(context)
   p = study.target.params
   context.log(f'rft: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}')

@@ -1,8 +1,8 @@
 """Model FLOPs, counted from a config and from the contents of a batch.
 
-The rule (`MFU_RULE`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
-the query-key pairs inside the intervals and windows, and a training step for three times the forward pass. Padding, rematerialization,
-the embedding lookup, norms and the optimizer are not counted.
+The rule (`mfu_rule`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
+the query-key pairs inside the intervals and windows, and a training step for three times the forward pass (with adapters, twice). Padding,
+rematerialization, the embedding lookup, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
 from polar_jax.model.layer_inputs import layer_kinds
 from polar_jax.runtime import chips
 from polar_jax.types import RankedBatch, UserError
 
-MFU_RULE = '3 x forward matmul FLOPs of real tokens and seen query-key pairs; padding, recomputation and optimizer excluded'
+
+def passes(adapters: LoraConfig) -> float:
+  """Return what a training step costs, in forward passes.
+
+  The backward pass computes gradients of activations and of weights, each for the price of the forward pass; frozen weights have none.
+  """
+  return 3.0 if adapters.rank is None else 2.0
+
+
+def mfu_rule(adapters: LoraConfig) -> str:
+  """Return the rule by which FLOPs are counted, for people to read."""
+  of_adapters = '' if adapters.rank is None else 'adapters, '
+  return (
+    f'{passes(adapters):g} x forward matmul FLOPs of real tokens and seen query-key pairs; {of_adapters}padding, recomputation and '
+    'optimizer excluded'
+  )
 
 
 class Parameters(NamedTuple):

@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
+from polar_jax.model import lora as lora_lib
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.reward_model import RewardModel
 from polar_jax.model.value_model import ValueModel
@@ -39,14 +40,24 @@ def head_of(objective: str) -> str:
   return {head.objective: name for name, head in HEADS.items()}[objective]
 
 
-def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs) -> Any:
-  """Create the model of a head with initial parameters."""
-  return HEADS[head].model(config, rngs=rngs)
+def make_model(config: ModelConfig, head: str, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()) -> Any:
+  """Create the model of a head with initial parameters, with adapters if `lora` has a rank."""
+  return HEADS[head].model(config, rngs=rngs, lora=lora)
 
 
-def abstract_model(config: ModelConfig, head: str) -> Any:
+def abstract_model(config: ModelConfig, head: str, lora: LoraConfig = LoraConfig()) -> Any:
   """Create the model of a head with shapes in place of arrays."""
-  return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0)))
+  return nnx.eval_shape(lambda: make_model(config, head, nnx.Rngs(params=0), lora))
+
+
+def abstract_trained(config: ModelConfig, head: str, lora: LoraConfig) -> dict[str, Any]:
+  """Return the shapes of the parameters that a run trains: all of them, or adapters and scalar head."""
+  return lora_lib.split(nnx.to_pure_dict(nnx.state(abstract_model(config, head, lora), nnx.Param)), lora)[0]
+
+
+def num_trained(config: ModelConfig, head: str, lora: LoraConfig) -> int:
+  """Count the parameters that a run trains."""
+  return sum(leaf.size for leaf in jax.tree.leaves(abstract_trained(config, head, lora)))
 
 
 def init_params(config: ModelConfig, head: str, mesh: Mesh, seed: int) -> dict[str, Any]:

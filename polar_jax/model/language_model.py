@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
 from polar_jax.model.kv_cache import DecodeBuffer, KVCache
 from polar_jax.model.layers import param
 from polar_jax.model.transformer import Block, Decoder
@@ -18,8 +18,8 @@ from polar_jax.types import Interval
 class LanguageModel(nnx.Module):
   """A decoder with a vocabulary projection; `tie_embeddings` reuses the embedding table."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.decoder = Decoder(config, rngs=rngs)
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()):
+    self.decoder = Decoder(config, rngs=rngs, lora=lora)
     if not config.tie_embeddings:
       self.lm_head = param(rngs, (config.known_vocab_size, config.d_model), ('vocab', 'embed'), config.init_std)
 

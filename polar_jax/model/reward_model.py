@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
 from polar_jax.model.layers import param
 from polar_jax.model.transformer import Decoder
 from polar_jax.types import GroupBatch, Interval, PairBatch, RankedBatch, SequenceBatch
@@ -22,8 +22,8 @@ def read_head(hidden_BQD: jax.Array, v_head_D: jax.Array) -> jax.Array:
 class RewardModel(nnx.Module):
   """A decoder with `v_head`. It has no vocabulary projection and never builds logits."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.decoder = Decoder(config, rngs=rngs)
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()):
+    self.decoder = Decoder(config, rngs=rngs, lora=lora)
     self.v_head = param(rngs, (config.d_model,), ('act_embed',), 0 if config.v_head_init == 'zero' else config.init_std)
 
   def __call__(

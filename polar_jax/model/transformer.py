@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polar_jax.config import ModelConfig
+from polar_jax.config import QUANTIZED, LoraConfig, ModelConfig
 from polar_jax.model import attention
 from polar_jax.model.attention import Interval
 from polar_jax.model.attention.reference import SAVED
 from polar_jax.model.kv_cache import DecodeBuffer, KVCache
 from polar_jax.model.layer_inputs import AttentionInputs, LayerInputs
 from polar_jax.model.layers import GATED, apply_rope, param, project, project_few, rms_norm, scale_embeddings
+from polar_jax.model.lora import Adapters
+from polar_jax.model.quantized import QuantizedWeight
 from polar_jax.sharding import constrain
 
 _REMAT = {
@@ -36,7 +38,7 @@ _INPUT_AXES = {'wq': 1, 'wk': 1, 'wv': 1, 'wo': 2, 'w_gate': 1, 'w_up': 1, 'w_do
 class Block(nnx.Module):
   """Pre-norm attention and feed-forward. Created with `num_layers` stacked layers; `lax.scan` hands out one at a time."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()):
     c, layers, std = config, config.num_layers, config.init_std
     self.config = config
     self.transposed = False  # whether the input axes of the weights come last
@@ -54,6 +56,11 @@ class Block(nnx.Module):
     self.w_gate = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_up = param(rngs, (layers, c.d_model, c.d_ff), ('layers', 'embed', 'mlp'), std)
     self.w_down = param(rngs, (layers, c.d_ff, c.d_model), ('layers', 'mlp', 'embed'), std)
+    weights = {name: (getattr(self, name), inputs) for name, inputs in _INPUT_AXES.items()}
+    self.lora = None if lora.rank is None else Adapters(lora, weights, rngs=rngs)
+    if lora.base_dtype in QUANTIZED:
+      for name, (weight, _) in weights.items():
+        setattr(self, name, QuantizedWeight(weight, lora.base_dtype))
 
   def __call__(self, x_BTD: jax.Array, inputs: AttentionInputs, index_BQ: jax.Array | None = None) -> jax.Array:
     """Compute the block's output at every token, or (B, Q, D) at the tokens `index_BQ` only."""
@@ -124,8 +131,13 @@ class Block(nnx.Module):
     return constrain(x_BTD, 'batch', 'length', 'act_embed')
 
   def _project(self, x: jax.Array, name: str, bias: nnx.Param | None = None) -> jax.Array:
-    weight = getattr(self, name)[...]
-    return (project_few if self.transposed else project)(x, weight, _INPUT_AXES[name], bias)
+    weight, inputs = getattr(self, name), _INPUT_AXES[name]
+    if isinstance(weight, QuantizedWeight):
+      out = weight.project(x, inputs, bias)
+    else:
+      out = (project_few if self.transposed else project)(x, weight[...], inputs, bias)
+    adapter = self.lora.get(name) if self.lora else None
+    return out + adapter(x) if adapter else out
 
   def transpose(self) -> Block:
     """Return this layer with its weights in the layout of `project_few`. The layer must not be stacked."""
@@ -140,10 +152,10 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
   """Embedding, stacked blocks and final norm. Produces hidden states, never logits."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()):
     self.config = config
     self.embedding = param(rngs, (config.known_vocab_size, config.d_model), ('vocab', 'embed'), config.init_std)
-    self.layers = Block(config, rngs=rngs)
+    self.layers = Block(config, rngs=rngs, lora=lora)
     self.norm = param(rngs, (config.d_model,), ('act_embed',), _norm_init(config))
 
   def __call__(

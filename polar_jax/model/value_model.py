@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, ModelConfig
 from polar_jax.model.layers import param
 from polar_jax.model.reward_model import read_head
 from polar_jax.model.transformer import Decoder
@@ -17,8 +17,8 @@ from polar_jax.types import Interval
 class ValueModel(nnx.Module):
   """A decoder with one bias-free scalar per token. Its parameters have the names and shapes of a `RewardModel`'s."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.decoder = Decoder(config, rngs=rngs)
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, lora: LoraConfig = LoraConfig()):
+    self.decoder = Decoder(config, rngs=rngs, lora=lora)
     self.v_head = param(rngs, (config.d_model,), ('act_embed',), 0 if config.v_head_init == 'zero' else config.init_std)
 
   def __call__(

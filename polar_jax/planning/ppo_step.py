@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from polar_jax import sharding
 from polar_jax.config import Config, ModelConfig, RftConfig
 from polar_jax.data import packing
+from polar_jax.model import lora
 from polar_jax.model.attention import for_platform
 from polar_jax.model.heads import abstract_model
 from polar_jax.model.reward_model import group_rewards
@@ -99,6 +100,9 @@ PHASE_HOLDS = {
 }
 # Call -> the held array that it creates, which is released when the phase ends.
 _MAKES = {'prepare': 'sampling weights', 'init_state': 'keys and values'}
+# The held arrays that are arguments of a function of all parameters.
+_CRITIC = ('critic parameters', 'base')
+_ACTOR = ('actor parameters', 'base', 'vocabulary projection of the base')
 _PASSING = {name for names in PHASE_HOLDS.values() for name in names}
 
 
@@ -142,7 +146,8 @@ class _CallBuilder:
     critic = c.method == 'ppo' and c.advantage == 'gae'
     self._critic = build_critic(config.model, c, _UPDATES, mesh) if critic else None
     abstract = lambda model, head: sharding.abstract_params(abstract_model(model, head), mesh, config.model.compute_dtype)
-    tracked = c.track_kl or (c.method == 'ppo' and c.kl_in != 'none')
+    # With adapters the reference policy is the base of the policy, which is held once for all models.
+    tracked = c.lora.rank is None and (c.track_kl or (c.method == 'ppo' and c.kl_in != 'none'))
     self._start = abstract(config.model, 'lm') if tracked else None
     local = c.reward.model_weight != 0 and c.reward.source == 'model'
     self._reward = abstract(self._reward_model, 'reward') if local else None
@@ -152,7 +157,10 @@ class _CallBuilder:
         self.held[f'{name} parameters'] = bytes_of_a_device(learner.abstract.params)
         self.held[f'{name} moments'] = bytes_of_a_device(learner.abstract.opt_state)
         self.held[f'{name} gradients'] = bytes_of_a_device(learner.abstract.params)
-    for name, params in (('frozen start', self._start), ('reward model', self._reward)):
+    base = lora.split(self._actor.abstract_params, c.lora)[1]
+    projection = {name: value for name, value in base.items() if name != 'decoder'}
+    frozen: dict[str, Any] = {'base': base.get('decoder'), 'vocabulary projection of the base': projection or None}
+    for name, params in {**frozen, 'frozen start': self._start, 'reward model': self._reward}.items():
       if params is not None:
         self.held[name] = bytes_of_a_device(params)
 
@@ -168,9 +176,9 @@ class _CallBuilder:
       yield from self._learning('critic', self._critic, CriticTargets)
 
   def _rollout(self) -> Iterator[Call]:
-    engine = RolloutEngine(self._model, self._mesh, self._c.rollout, stop_ids=(0,))
-    reads = {'prepare': ('actor parameters', 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
-    for name, function, args in engine.calls(self._actor.abstract.params):
+    engine = RolloutEngine(self._model, self._mesh, self._c.rollout, (0,), self._c.lora)
+    reads = {'prepare': (*_ACTOR, 'sampling weights', 'keys and values'), 'init_state': ('keys and values',)}
+    for name, function, args in engine.calls(self._actor.abstract_params):
       yield Call('rollout', name, function, args, reads.get(name, ('sampling weights', 'keys and values')))
 
   def _scoring(self) -> Call:
@@ -184,11 +192,11 @@ class _CallBuilder:
 
   def _reading(self) -> Iterator[Call]:
     batch = PolicyBatch(**dict.fromkeys(PolicyBatch._fields, self._tokens(jnp.int32)))
-    yield Call('logprobs', 'read actor', self._actor.forward, (self._actor.abstract.params, batch), ('actor parameters',))
+    yield Call('logprobs', 'read actor', self._actor.forward, (self._actor.abstract_params, batch), _ACTOR)
     if self._start is not None:
       yield Call('logprobs', 'read start', self._actor.forward, (self._start, batch), ('frozen start',))
     if self._critic is not None:
-      yield Call('logprobs', 'read critic', self._critic.forward, (self._critic.abstract.params, batch), ('critic parameters',))
+      yield Call('logprobs', 'read critic', self._critic.forward, (self._critic.abstract_params, batch), _CRITIC)
 
   def _learning(self, name: str, learner: ModelFunctions, targets: Any) -> Iterator[Call]:
     state: TrainState = learner.abstract
@@ -197,8 +205,9 @@ class _CallBuilder:
     _, sums = jax.eval_shape(learner.zeros, state.params)
     phase, scalar = f'update {name}', jax.ShapeDtypeStruct((), jnp.float32)
     params, grads = f'{name} parameters', f'{name} gradients'
+    read = _ACTOR if name == 'actor' else _CRITIC
     # Gradients have the shardings and dtype of the parameters.
-    yield Call(phase, 'accumulate', learner.accumulate, (state.params, sums, state.params, batch, known, scalar), (params, grads))
+    yield Call(phase, 'accumulate', learner.accumulate, (state.params, sums, learner.abstract_params, batch, known, scalar), (*read, grads))
     yield Call(phase, 'apply', learner.apply, (state, state.params), (params, grads, f'{name} moments'))
 
   def _tokens(self, dtype: Any) -> jax.ShapeDtypeStruct:

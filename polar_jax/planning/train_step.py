@@ -19,6 +19,7 @@ from polar_jax.config import Config, ConfigError, ModelConfig, TrainConfig
 from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.model import flops
 from polar_jax.model.attention import for_platform
+from polar_jax.model.heads import num_trained
 from polar_jax.planning import hlo
 from polar_jax.planning.matmuls import matmul_flops
 from polar_jax.planning.topology import open_slice
@@ -65,7 +66,8 @@ class Plan:
   mesh: dict[str, int]
   chip: Chip
   peak_flops: float  # per chip
-  parameters: int
+  parameters: int  # without adapters
+  trained: int
   rows: int  # in a step
   row_length: int
   accumulation: int
@@ -120,11 +122,12 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
   objective = NEXT_TOKEN if config.plan.step == 'pretrain_lm' else ranking(settings.loss)
   shape = _text_shape if objective is NEXT_TOKEN else _ranking_shape
   batch, tokens, pairs, flops_model = shape(config, settings, model, mesh)
-  functions = step_lib.build(objective, model, make_optimizer(settings, _STEPS), mesh, settings.gradient_accumulation_steps)
+  optimizer, accumulation = make_optimizer(settings, _STEPS), settings.gradient_accumulation_steps
+  functions = step_lib.build(objective, model, optimizer, mesh, accumulation, settings.lora)
   log(f'plan: compiling a step of {batch.tokens_BT.shape[0]} x {batch.tokens_BT.shape[1]} tokens for {len(devices)} chips of {name}')
   with jax.set_mesh(mesh), for_platform('tpu'):
-    traced = cast(Any, functions.train).trace(functions.abstract, batch)
-    arguments = bytes_of_a_device((functions.abstract, batch))
+    traced = cast(Any, functions.train).trace(functions.abstract, batch, *functions.abstract_frozen)
+    arguments = bytes_of_a_device((functions.abstract, batch, functions.abstract_frozen))
     memory, compiled = compile_call(traced.lower(), arguments)
   return Plan(
     topology=config.plan.topology,
@@ -132,12 +135,13 @@ def plan(config: Config, model: ModelConfig, log: Callable[[str], None]) -> Plan
     chip=chip,
     peak_flops=chip.peak_flops,
     parameters=_parameters(objective, model),
+    trained=num_trained(model, objective.head, settings.lora),
     rows=batch.tokens_BT.shape[0],
     row_length=batch.tokens_BT.shape[1],
-    accumulation=settings.gradient_accumulation_steps,
+    accumulation=accumulation,
     tokens_per_step=tokens,
     total_tokens=config.plan.tokens or (settings.steps * tokens if settings.steps else None),
-    state=bytes_of_a_device((functions.abstract.params, functions.abstract.opt_state)),
+    state=bytes_of_a_device((functions.abstract.params, functions.abstract.opt_state, functions.abstract_frozen)),
     memory=memory,
     flops_model=flops_model,
     flops_hardware=matmul_flops(traced.jaxpr, _attention(pairs / batch.tokens_BT.shape[0])),
@@ -183,7 +187,12 @@ def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, me
   batch = PairBatch(text, text, text, text, array((rows, pairs_per_row, 2), jnp.int32), pairs, array(pairs.shape, jnp.int32))
   one = _one_triplet(tokens)
   seen = float((one.end_BT - one.start_BT).sum()) * settings.batch_size
-  return batch, float(tokens * settings.batch_size), seen, 3.0 * flops.reward_model_flops(model, one) * settings.batch_size
+  return (
+    batch,
+    float(tokens * settings.batch_size),
+    seen,
+    flops.passes(settings.lora) * flops.reward_model_flops(model, one) * settings.batch_size,
+  )
 
 
 def _one_triplet(tokens: int) -> PairBatch:
@@ -201,7 +210,7 @@ def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh:
   batch = TextBatch(text, text, text, text, text, array((rows, length), jnp.float32), array((rows,), jnp.int32))
   one = text_batch([np.zeros(length + 1, np.int32)], [0], length)
   seen = length * (length + 1) / 2 * settings.batch_size
-  model_flops = 3.0 * flops.language_model_flops(model, one) * settings.batch_size
+  model_flops = flops.passes(settings.lora) * flops.language_model_flops(model, one) * settings.batch_size
   return batch, float(length * settings.batch_size), seen, model_flops
 
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
-from polar_jax.config import ModelConfig, OptimizerConfig, RftConfig
-from polar_jax.model import heads
+from polar_jax.config import LoraConfig, ModelConfig, OptimizerConfig, RftConfig
+from polar_jax.model import heads, lora
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.value_model import ValueModel
 from polar_jax.ppo import advantages, losses
@@ -52,6 +52,8 @@ class CriticTargets(NamedTuple):
 class ModelFunctions(NamedTuple):
   """The jitted functions that run and train one model, and the layout of its state.
 
+  With adapters the state, its gradients and the arguments of `init` and `zeros` hold the trained parameters alone.
+
   Attributes:
     init: (key, initial parameters or None) -> TrainState, created sharded. Initial parameters replace random ones of the same name.
     forward: (params, batch) -> outputs at every token: of the actor (log-probability of the target, entropy), of the critic (value,).
@@ -59,6 +61,7 @@ class ModelFunctions(NamedTuple):
     accumulate: (gradients, sums, params, batch, targets, kl_coef) -> (gradients, sums) with one more micro-batch; donates the first two.
     apply: (state, gradients) -> (state after one step of the optimizer, norm of the gradients); donates the state.
     abstract: shapes, types and shardings of the state.
+    abstract_params: those of all parameters.
   """
 
   init: Callable[..., TrainState]
@@ -67,6 +70,7 @@ class ModelFunctions(NamedTuple):
   accumulate: Callable[..., tuple[Any, dict[str, jax.Array]]]
   apply: Callable[..., tuple[TrainState, jax.Array]]
   abstract: TrainState
+  abstract_params: dict[str, Any]
 
 
 def actor_forward(model: LanguageModel, batch: PolicyBatch, temperature: float, shared: bool) -> tuple[jax.Array, jax.Array]:
@@ -183,7 +187,7 @@ def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> ModelFunc
   forward = functools.partial(actor_forward, temperature=config.rollout.temperature, shared=config.num_generations > 1)
   loss = functools.partial(actor_loss, config)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
-  return _build(model, 'lm', forward, loss, names, config.actor, mesh)
+  return _build(model, 'lm', forward, loss, names, config.actor, mesh, config.lora)
 
 
 @functools.cache
@@ -191,7 +195,7 @@ def _build_critic(model: ModelConfig, config: RftConfig, mesh: Mesh) -> ModelFun
   loss = functools.partial(critic_loss, config)
   names = ('value_loss', 'value_clip_fraction')
   forward = functools.partial(critic_forward, shared=config.num_generations > 1)
-  return _build(model, 'value', forward, loss, names, config.critic, mesh)
+  return _build(model, 'value', forward, loss, names, config.critic, mesh, config.lora)
 
 
 def _build(
@@ -202,6 +206,7 @@ def _build(
   sums: tuple[str, ...],
   optimizer: OptimizerConfig,
   mesh: Mesh,
+  adapters: LoraConfig,
 ) -> ModelFunctions:
   """Jit the functions of one model.
 
@@ -213,18 +218,21 @@ def _build(
     sums: names of these metrics.
     optimizer: its schedule is ignored: see `_scheduled`.
     mesh: of the run.
+    adapters: of the model.
   """
   tx = make_optimizer(optimizer, 1)
-  abstract_model = heads.abstract_model(model, head)
+  abstract_model = heads.abstract_model(model, head, adapters)
   graphdef, _ = nnx.split(abstract_model)
 
   def init(key: jax.Array, initial: dict[str, Any] | None) -> TrainState:
-    params = nnx.to_pure_dict(nnx.state(heads.make_model(model, head, nnx.Rngs(params=key)), nnx.Param)) | (initial or {})
+    params, _ = lora.split(nnx.to_pure_dict(nnx.state(heads.make_model(model, head, nnx.Rngs(params=key), adapters), nnx.Param)), adapters)
+    params = params | (initial or {})
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
   def accumulate(grads, totals, params, batch, targets, kl_coef):
-    objective = lambda p: loss(nnx.merge(graphdef, p), batch, targets, kl_coef)
-    (_, batch_sums), batch_grads = jax.value_and_grad(objective, has_aux=True)(params)
+    trained, frozen = lora.split(params, adapters)
+    objective = lambda p: loss(nnx.merge(graphdef, lora.join(p, frozen)), batch, targets, kl_coef)
+    (_, batch_sums), batch_grads = jax.value_and_grad(objective, has_aux=True)(trained)
     return jax.tree.map(jnp.add, grads, batch_grads), jax.tree.map(jnp.add, totals, batch_sums)
 
   def zeros(params):
@@ -234,16 +242,18 @@ def _build(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), optax.tree.norm(grads)
 
-  abstract, shardings = step_lib.state_layout(abstract_model, init, tx, mesh)
+  abstract, shardings = step_lib.state_layout(abstract_model, init, tx, mesh, adapters)
+  abstract_params = lora.abstract_params(abstract_model, mesh, adapters)
   whole, rows = NamedSharding(mesh, PartitionSpec()), sharding.batch_sharding(mesh)
-  params = shardings.params
+  params, grads = jax.tree.map(lambda a: a.sharding, abstract_params), shardings.params
   return ModelFunctions(
     init=jax.jit(init, out_shardings=shardings),
     forward=jax.jit(lambda p, batch: forward(nnx.merge(graphdef, p), batch), in_shardings=(params, rows), out_shardings=whole),
-    zeros=jax.jit(zeros, in_shardings=(params,), out_shardings=(params, whole)),
+    zeros=jax.jit(zeros, in_shardings=(grads,), out_shardings=(grads, whole)),
     accumulate=jax.jit(
-      accumulate, in_shardings=(params, whole, params, rows, rows, whole), out_shardings=(params, whole), donate_argnums=(0, 1)
+      accumulate, in_shardings=(grads, whole, params, rows, rows, whole), out_shardings=(grads, whole), donate_argnums=(0, 1)
     ),
-    apply=jax.jit(apply, in_shardings=(shardings, params), out_shardings=(shardings, whole), donate_argnums=0),
+    apply=jax.jit(apply, in_shardings=(shardings, grads), out_shardings=(shardings, whole), donate_argnums=0),
     abstract=abstract,
+    abstract_params=abstract_params,
   )

@@ -123,7 +123,7 @@ def evaluate(run: Run, params: Any) -> dict[str, float]:
   chosen = [run.held_out[i] for i in range(min(len(run.held_out), run.config.evaluate_prompts))]
   prompts = [prompt for prompt, _ in chosen]
   greedy = dataclasses.replace(run.config.rollout, temperature=0.0)
-  rollouts = RolloutEngine(run.model, run.mesh, greedy, run.stop_ids).generate(params, [ids for _, ids in chosen], (0,))
+  rollouts = RolloutEngine(run.model, run.mesh, greedy, run.stop_ids, run.config.lora).generate(params, [ids for _, ids in chosen], (0,))
   responses = response_texts(rollouts, run.tokenizer, run.stop_ids)
   components = run.reward.components(prompts, responses)
   means = {name: float(values.mean()) for name, values in components.items()}

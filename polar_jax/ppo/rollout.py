@@ -19,8 +19,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
-from polar_jax.config import ModelConfig, RolloutConfig
-from polar_jax.model import generation, heads, kv_cache
+from polar_jax.config import LoraConfig, ModelConfig, RolloutConfig
+from polar_jax.model import generation, heads, kv_cache, lora
 from polar_jax.model.generation import Decoded, DecodeState, NewSequences
 from polar_jax.model.transformer import Block
 from polar_jax.runtime import preemption
@@ -56,15 +56,16 @@ class RolloutEngine:
     mesh: of its parameters.
     config: lengths, sampling, and how many responses are decoded at a time.
     stop_ids: tokens that end a response.
+    adapters: of the policy, merged into its weights for sampling.
   """
 
-  def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int]):
+  def __init__(self, model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: Sequence[int], adapters: LoraConfig = LoraConfig()):
     shards = sharding.batch_shards(mesh)
     slots = sharding.round_up(config.max_concurrent, shards)
     # Settings that the functions do not depend on are fixed, so that engines share one compilation.
     self._config = dataclasses.replace(config, max_concurrent=slots, stop=None, chat='auto')
     self._mesh, self._rows, self._stop_ids = mesh, shards, tuple(sorted(set(stop_ids)))
-    self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids)
+    self._functions = _build(dataclasses.replace(model, remat='none'), mesh, self._config, self._stop_ids, adapters)
     longest_prompt = config.max_prompt - 1  # without its last token
     self._longest = max(_row_length(longest_prompt), min(_LONGEST_ROW, _row_length(longest_prompt * -(-slots // shards))))
     self._lengths = tuple(length for length in _POWERS if _SHORTEST_ROW <= length <= self._longest)  # not compiled yet
@@ -238,7 +239,7 @@ def _row_length(tokens: int) -> int:
 
 
 @functools.cache
-def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tuple[int, ...]) -> _Functions:
+def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tuple[int, ...], adapters: LoraConfig) -> _Functions:
   """Jit the functions of an engine.
 
   Args:
@@ -246,6 +247,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
     mesh: of its parameters.
     config: lengths and sampling; `max_concurrent` is a multiple of the mesh's batch shards.
     stop_ids: tokens that end a response.
+    adapters: of the parameters that `prepare` is given.
   """
   abstract = heads.abstract_model(model, 'lm')
   graphdef, _ = nnx.split(abstract)
@@ -262,7 +264,7 @@ def _build(model: ModelConfig, mesh: Mesh, config: RolloutConfig, stop_ids: tupl
   whole = Weights(params, None)  # XLA chooses the layout of the blocks
 
   def prepare(given: dict[str, Any]) -> Weights:
-    cast = jax.lax.with_sharding_constraint(jax.tree.map(lambda p: p.astype(model.compute_dtype), given), params)
+    cast = jax.lax.with_sharding_constraint(lora.merge(given, adapters, model.compute_dtype), params)
     return Weights(cast, nnx.merge(graphdef, cast).decoder.transposed_blocks())
 
   def prefill(weights: Weights, state: DecodeState, new: NewSequences) -> DecodeState:

@@ -56,9 +56,10 @@ class Run:
   tokenizer: Tokenizer  # the policy's; the reward has its own
   stop_ids: tuple[int, ...]
   reward: RewardSum
-  initial_params: Callable[[], dict[str, Any]]  # loads those that the policy starts from, float32, on the mesh
+  initial_params: Callable[[], dict[str, Any]]  # loads those that the policy starts from, float32, on the mesh; unused with a base
   fingerprint: dict[str, Any]  # settings that must not change between the runs of one workdir
   log: Callable[[str], None]
+  base: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # parameters under the adapters; empty without
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the summary, known before the first step
 
   @property

@@ -15,6 +15,7 @@ import numpy as np
 from polar_jax import sharding
 from polar_jax.data import layout, pipeline
 from polar_jax.data.template import join_messages
+from polar_jax.model import lora
 from polar_jax.ppo import advantages, metrics
 from polar_jax.ppo.alarms import Alarms
 from polar_jax.ppo.experience import Experience, estimate_advantages, micro_batch_rows, run_forward
@@ -62,7 +63,7 @@ class Trainer:
     critic = run.critic()
     self.actor, self.critic = _ahead_of_time(run.actor()), critic and _ahead_of_time(critic)
     session.check_space((self.actor.abstract, self.critic.abstract if self.critic else None))
-    self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids)
+    self.engine = RolloutEngine(run.model, run.mesh, c.rollout, run.stop_ids, c.lora)
     self.row_length = run.row_length
     self.order = pipeline.global_order(len(run.prompts), run.seed)
     # All rates at once: computed one by one, each would wait for the running step.
@@ -77,6 +78,16 @@ class Trainer:
     """Steps taken, including those of earlier starts."""
     return self.session.step
 
+  @property
+  def actor_params(self) -> dict[str, Any]:
+    """All parameters of the policy."""
+    return lora.join(self.actor_state.params, self.run.base)
+
+  @property
+  def _critic_base(self) -> dict[str, Any]:
+    """The parameters under the critic's adapters: those of the policy but for its vocabulary projection. Empty without adapters."""
+    return {name: value for name, value in self.run.base.items() if name == 'decoder'}
+
   def _restore_or_init(self) -> None:
     """Restore the newest checkpoint, or initialize the state where there is none."""
     run, c = self.run, self.run.config
@@ -84,9 +95,9 @@ class Trainer:
     self.evaluation_due = self.alarmed = False  # saved, so that an evaluation that SIGTERM stopped is repeated
     self.kl_coef, self.base_length = c.kl_coef, None
     self.normalizer = shaping.Normalizer(c.reward.normalize)
-    initial = run.initial_params() if run.needs_reference or not self.session.resumed else None
+    initial = run.initial_params() if not run.base and (run.needs_reference or not self.session.resumed) else None
     cast = jax.jit(lambda p: jax.tree.map(lambda a: a.astype(run.model.compute_dtype), p))
-    self.reference_policy = cast(initial) if run.needs_reference else None
+    self.reference_policy = cast(initial) if initial and run.needs_reference else None
     if self.session.resumed:
       abstract = PpoState.join(self.actor.abstract, self.critic.abstract if self.critic else None)
       state, saved = self.session.restore(abstract)
@@ -99,7 +110,9 @@ class Trainer:
       keys = jax.random.split(jax.random.key(run.seed))
       self.actor_state = self.actor.init(keys[0], initial)
       # The critic is initialized as the policy with a value head (official recipe).
-      self.critic_state = self.critic.init(keys[1], {'decoder': initial['decoder']}) if self.critic and initial else None
+      self.critic_state = self.critic.init(keys[1], {'decoder': initial['decoder']} if initial else None) if self.critic else None
+    if run.base and run.needs_reference:  # the same base under adapters of zeros, which change nothing
+      self.reference_policy = lora.join(self.actor.zeros(self.actor_state.params)[0], run.base)
 
   def run_to_end(self) -> TrainedRun:
     """Run all remaining steps, with their evaluations and checkpoints. Return the parameters and the summary."""
@@ -139,7 +152,7 @@ class Trainer:
           self._save()
           clock.lap('save')
         session.stop_if_preempted(self._save, finished=session.is_complete or self.alarmed)
-      return TrainedRun(self.actor_state.params, session.finish(self._save, self._summarize))
+      return TrainedRun(self.actor_params, session.finish(self._save, self._summarize))
 
   def _check_memory(self) -> None:
     """Check that the responses being decoded, the gradients of a micro-batch, which are compiled for it, and saves fit the memory.
@@ -152,19 +165,19 @@ class Trainer:
     if run.config.method != 'sft':
       c = run.config.rollout
       what = f'{run.name}: decoding {self.engine.concurrent} responses of {c.max_prompt} + {c.max_new} tokens at a time'
-      fits.append(memory_lib.check(what, self.engine.memory(self.actor.abstract.params), run.mesh, run.log, self._fewer))
+      fits.append(memory_lib.check(what, self.engine.memory(self.actor.abstract_params), run.mesh, run.log, self._fewer))
     rows, length = micro_batch_rows(run.config, run.mesh), self.row_length
     placed = sharding.batch_sharding(run.mesh)
     shape = lambda kind, dtype: kind._make([jax.ShapeDtypeStruct((rows, length), dtype, sharding=placed)] * len(kind._fields))
     for name, model, targets in (('the policy', self.actor, ActorTargets), ('the critic', self.critic, CriticTargets)):
       if model is None:
         continue
-      params = model.abstract.params
-      sums = jax.eval_shape(model.zeros, params)[1]
+      params, grads = model.abstract_params, model.abstract.params
+      sums = jax.eval_shape(model.zeros, grads)[1]
       accumulate, inputs = cast(Executables, model.accumulate), (shape(PolicyBatch, np.int32), shape(targets, np.float32))
-      memory = accumulate.prepare(params, sums, params, *inputs, np.float32(0))
+      memory = accumulate.prepare(grads, sums, params, *inputs, np.float32(0))
       what = f'{run.name}: a micro-batch of {name} of {rows} x {length} tokens'
-      fits.append(memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(params)))
+      fits.append(memory_lib.check(what, memory, run.mesh, run.log, self._smaller, extra=bytes_of_a_device(grads)))
     state = PpoState.join(self.actor_state, self.critic_state)
     memory_lib.check_save(run.name, state, run.checkpointing.asynchronous, fits, run.log)
 
@@ -226,7 +239,7 @@ class Trainer:
     prompts, ids = [p for p, _ in chosen], [i for _, i in chosen]
     if c.method == 'sft':
       return prompts, _reference_rollouts(prompts, ids, run)
-    return prompts, self.engine.generate(self.actor_state.params, ids, (run.seed, self.step))
+    return prompts, self.engine.generate(self.actor_params, ids, (run.seed, self.step))
 
   def _score(self, prompts: Sequence[Prompt], responses: Sequence[str], rollouts: Rollouts) -> metrics.Scores:
     run, c = self.run, self.run.config
@@ -243,9 +256,11 @@ class Trainer:
     mask_RT, zeros_RT = layout.response_mask(rollouts), np.zeros(rollouts.tokens_RT.shape, np.float32)
     old_RT, entropy_RT = rollouts.logprob_RT, zeros_RT
     if c.recompute_logprobs or c.method == 'sft':
-      old_RT, entropy_RT = forward(self.actor.forward, self.actor_state.params, outputs=2)
+      old_RT, entropy_RT = forward(self.actor.forward, self.actor_params, outputs=2)
     reference_RT = forward(self.actor.forward, self.reference_policy, outputs=2)[0] if self.reference_policy is not None else old_RT
-    value_RT = forward(self.critic.forward, self.critic_state.params, outputs=1)[0] if self.critic else zeros_RT
+    value_RT = zeros_RT
+    if self.critic and self.critic_state:
+      value_RT = forward(self.critic.forward, lora.join(self.critic_state.params, self._critic_base), outputs=1)[0]
     if c.method == 'sft':
       # With an advantage of 1 and a ratio of 1 the policy gradient is that of the log-likelihood.
       return Experience(mask_RT, old_RT, reference_RT, entropy_RT, value_RT, mask_RT, zeros_RT)
@@ -280,23 +295,30 @@ class Trainer:
     out: dict[str, float] = {}
     if self.step >= c.critic_warmup or not self.critic:
       arrays: tuple[np.ndarray, ...] = (experience.old_logprob_RT, experience.reference_logprob_RT, experience.advantage_RT, weight_RT)
-      self.actor_state, sums, norm = self._take_step(self.actor, self.actor_state, batches, arrays, ActorTargets)
+      self.actor_state, sums, norm = self._take_step(self.actor, self.actor_state, self.run.base, batches, arrays, ActorTargets)
       out |= {**sums, 'grad_norm': norm, 'learning_rate': float(self.rates[0][min(number, len(self.rates[0]) - 1)])}
     if self.critic and self.critic_state:
       number = int(self.critic_state.step)
       arrays = (experience.value_RT, experience.return_RT, weight_RT)
-      self.critic_state, sums, norm = self._take_step(self.critic, self.critic_state, batches, arrays, CriticTargets)
+      self.critic_state, sums, norm = self._take_step(self.critic, self.critic_state, self._critic_base, batches, arrays, CriticTargets)
       out |= {**sums, 'critic_grad_norm': norm, 'critic_learning_rate': float(self.rates[1][min(number, len(self.rates[1]) - 1)])}
     return out
 
   def _take_step(
-    self, model: ModelFunctions, state: TrainState, batches: Sequence[Any], arrays: Sequence[np.ndarray], targets: type
+    self,
+    model: ModelFunctions,
+    state: TrainState,
+    base: dict[str, Any],
+    batches: Sequence[Any],
+    arrays: Sequence[np.ndarray],
+    targets: type,
   ) -> tuple[TrainState, dict[str, float], float]:
     """Take one step of an optimizer.
 
     Args:
       model: the actor's or the critic's functions.
       state: donated.
+      base: parameters under its adapters; empty without.
       batches: micro-batches of the update.
       arrays: (R, T), in the order of the fields of `targets`.
       targets: `ActorTargets` or `CriticTargets`.
@@ -305,10 +327,11 @@ class Trainer:
       (state, sums of metrics, norm of the gradients).
     """
     grads, sums = model.zeros(state.params)
+    params = lora.join(state.params, base)
     for batch in batches:
       placed = targets(*(layout.scatter_values(array_RT, batch) for array_RT in arrays))
       batch, placed = sharding.put_global((batch, placed), self.run.mesh)
-      grads, sums = model.accumulate(grads, sums, state.params, batch, placed, np.float32(self.kl_coef))
+      grads, sums = model.accumulate(grads, sums, params, batch, placed, np.float32(self.kl_coef))
     state, norm = model.apply(state, grads)
     sums, norm = jax.device_get((sums, norm))
     return state, {name: float(value) for name, value in sums.items()}, float(norm)
@@ -349,7 +372,7 @@ class Trainer:
     if run.held_out is None or not len(run.held_out):
       return
     with self._saving_if_rewards_fail(), self.session.saving_if_stopped(self._save):
-      result = metrics.evaluate(run, self.actor_state.params)
+      result = metrics.evaluate(run, self.actor_params)
     self.evaluated = {f'evaluation_{name}': value for name, value in result.items()}
     self.metrics.write({'stage': run.name, 'step': self.step, **self.evaluated})
     run.log(f'{run.name}: step {self.step}: held-out prompts: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-from flax import nnx
 
 from polar_jax.checkpoints import checkpointer, space
 from polar_jax.config import ConfigError, ModelConfig, TrainConfig
@@ -199,7 +198,7 @@ def _check_space(context: Context, names: Sequence[str]) -> None:
   for run, (train, head) in runs.items():
     if model is not None and run in names and not checkpointer.exists(context.home(run)):
       saved = space.most_at_once(config.checkpointing, 0, train.steps or 1_000_000, train.evaluate_every)
-      params = nnx.to_pure_dict(nnx.state(heads.abstract_model(model, head), nnx.Param))
+      params = heads.abstract_trained(model, head, train.lora)
       needed += saved * space.size_of((params, jax.eval_shape(make_optimizer(train, 1).init, params)))
   space.check(', '.join(name for name in names if name in runs), context.home(''), config.checkpointing, needed)
 

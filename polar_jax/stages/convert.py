@@ -14,14 +14,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from polar_jax.checkpoints import checkpointer as checkpoint
-from polar_jax.checkpoints import exporter, importer, run_folder, tokenizer_files
+from polar_jax.checkpoints import exporter, importer, peft, run_folder, tokenizer_files
+from polar_jax.checkpoints.adapted import Adapted
 from polar_jax.checkpoints.certificate import Certificate, TextIds, fixed_rows_scores, fixed_texts
 from polar_jax.checkpoints.pretrained import Pretrained, open_pretrained
 from polar_jax.config import ConfigError, TemplateConfig
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.data.vocabulary import VocabularyError
 from polar_jax.model.heads import HEADS
-from polar_jax.runtime import malloc
+from polar_jax.runtime import malloc, paths
 from polar_jax.stages.context import Context
 from polar_jax.types import UserError
 
@@ -46,11 +47,14 @@ def convert(context: Context) -> dict[str, Any]:
   if output.exists():
     raise ConfigError(f'output {output} exists; remove it or name another folder')
   opened = open_pretrained(config.checkpoint)
+  if config.convert.adapter and not isinstance(opened, Adapted):
+    raise ConfigError(f'convert.adapter is set, but {opened.path} holds no adapters; set it to False')
   context.log(f'{opened.path}: {opened.kind}, {opened.head} model of family {opened.model.family}')
   partial = output.with_name(output.name + '.partial')
   _remove(partial)  # left by a run that was killed
   try:
-    certificate = (_import if opened.source else _export)(context, opened, partial)
+    write = _import if opened.source else _export_adapter if config.convert.adapter else _export
+    certificate = write(context, opened, partial)
     for line in certificate.lines():
       context.log(line)
     certificate.check()
@@ -143,6 +147,36 @@ def _export(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certi
   back = written.params(mesh, on_tensor=lambda name, array: after.update({name: importer.checksum(array)}))
   exact = dtype is None or dtypes == {dtype}
   return _certificate(context, opened, written, back, parameters, exact, before, after, scores, texts, skipped)
+
+
+def _export_adapter(context: Context, opened: Pretrained, folder: pathlib.Path) -> Certificate:
+  """Write the adapters of a checkpoint as a folder of PEFT."""
+  assert isinstance(opened, Adapted)
+  dtype, mesh, base = context.config.convert.dtype, context.mesh, opened.base
+  texts, skipped = _texts(context, opened)
+  params = opened.params(mesh)
+  scores, parameters = fixed_rows_scores(params, opened.model, opened.head, mesh, texts), _count(params)
+  del params
+  arrays = peft.tensors(exporter.on_host(opened.trained(mesh)), opened.model, opened.head, opened.lora, dtype)
+  if _is_first():
+    token = opened.template(context.config.template).reward_token_id if opened.head == 'reward' else None
+    base_path = str(paths.absolute(base.path))
+    peft.write(
+      folder, arrays, opened.model, opened.head, opened.lora, base=base_path, base_digest=opened.base_digest, reward_token_id=token
+    )
+  if base.kind != 'hugging_face':
+    context.log(
+      f'convert: PEFT reads a base in the form of Hugging Face: convert {base.path}, and name the new folder in {peft.CONFIG} '
+      '(base_model_name_or_path)'
+    )
+  _wait_for_all('written')
+  written = open_pretrained(folder)
+  assert isinstance(written, Adapted) and written.tensors is not None
+  before = {name: importer.checksum(array) for name, array in arrays.items()}
+  # Weights that are fused in one layer have their products summed in another order.
+  exact = dtype is None and opened.model.family != 'internlm2'
+  back = written.params(mesh)
+  return _certificate(context, opened, written, back, parameters, exact, before, written.tensors.checksums(), scores, texts, skipped)
 
 
 def _texts(context: Context, opened: Pretrained, original: Pretrained | None = None) -> tuple[TextIds, str]:

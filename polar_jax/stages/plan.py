@@ -71,6 +71,7 @@ def as_json(plan: train_step.Plan, change: list[str]) -> dict[str, Any]:
   m, t, roof = plan.memory, plan.traffic, plan.roofline
   return {
     'parameters': plan.parameters,
+    'trained': plan.trained,
     'fits': plan.fits,
     'topology': plan.topology,
     'chips': plan.chips,
@@ -127,7 +128,7 @@ def table(plan: train_step.Plan, change: list[str]) -> list[str]:
   )
   rows = [
     ('slice', f'{plan.topology}: {plan.chips} chips, mesh {mesh or "of one chip"}'),
-    ('parameters', f'{plan.parameters:,}'),
+    ('parameters', f'{plan.parameters:,}' if plan.trained == plan.parameters else f'{plan.parameters:,}, and {plan.trained:,} trained'),
     ('a step', f'{batch}, {plan.accumulation} times' if plan.accumulation > 1 else batch),
     ('parameters and moments', gib(plan.state)),
   ]

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
+from polar_jax.checkpoints.adapted import adapter_start
+from polar_jax.checkpoints.pretrained import open_pretrained
 from polar_jax.config import ConfigError, TrainConfig
 from polar_jax.data import identity, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
@@ -61,11 +63,15 @@ def language_model_run(
   plan, steps = trainer.batch_plan(train, context.mesh), trainer.num_steps(train, len(windows))
   model, home, start = context.model_config(tokenizer, train), context.home(name), context.init(train)
 
+  open_base = lambda: None if start == SCRATCH else open_pretrained(start).first_layers(train.start_layers)
+  base = adapter_start(open_base, model, 'lm', context.mesh, train.lora, tokenizer)
+
   def load_start() -> dict[str, Any]:
     assert isinstance(start, pathlib.PurePath)
     context.log(f'{name}: starts from the parameters in {start}')
-    return pretrained.start_params(start, model, 'lm', context.mesh, tokenizer, train.start_layers)
+    return base.trained if train.lora.rank else pretrained.start_params(start, model, 'lm', context.mesh, tokenizer, train.start_layers)
 
+  settings = _text_settings(context, windows, held_out) | {'seed': seed} | base.settings
   run_folder.keep_tokenizer(tokenizer, home)
   return trainer.Run(
     name=name,
@@ -84,9 +90,8 @@ def language_model_run(
     planned_rows=pipeline.text_rows(plan),
     validation=None if held_out is None else text_validation(held_out, plan, train.evaluate_examples),
     load_start=None if start == SCRATCH else load_start,
-    fingerprint=run_folder.training_settings(
-      NEXT_TOKEN.name, train, model, config.template, tokenizer, config.seed, _text_settings(context, windows, held_out) | {'seed': seed}
-    ),
+    fingerprint=run_folder.training_settings(NEXT_TOKEN.name, train, model, config.template, tokenizer, config.seed, settings),
+    frozen=base.frozen,
     threads=data.read_threads,
     prefetch=data.prefetch,
     log=context.log,

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from polar_jax import api
+from polar_jax.checkpoints.adapted import Adapted
 from polar_jax.checkpoints.checkpointer import FOLDER
 from polar_jax.checkpoints.pretrained import Pretrained
 from polar_jax.checkpoints.run_folder import ASSETS
@@ -92,17 +93,22 @@ def _settings(context: Context, opened: Pretrained, template: Template, source: 
   """Return everything that determines which examples are written, and every bit of their rewards."""
   config, mesh = context.config, context.mesh
   model = opened.compute_like(config.model)
-  parts = [opened.path / FOLDER, opened.path / ASSETS] if opened.kind == 'run' else [opened.path]
   own = {'trained': context.data / 'tokenizer.json', 'file': pathlib.Path(config.tokenizer.path or '')}.get(config.tokenizer.kind)
   return {
     'input': _files(source, target),
-    'checkpoint': [_files(part, target) for part in parts],
+    'checkpoint': [_files(part, target) for part in _parts(opened)],
     'tokenizer': [config.tokenizer.kind, _files(own, target) if own else None],
     'template': dataclasses.asdict(template.config),
     'model': dataclasses.asdict(model),
     'devices': [mesh.devices.flat[0].device_kind, dict(mesh.shape), os.cpu_count()],
     'jax': jax.__version__,
   }
+
+
+def _parts(opened: Pretrained) -> list[pathlib.Path]:
+  """Return the files and folders that a checkpoint consists of; with adapters, also those of their base."""
+  own = [opened.path / FOLDER, opened.path / ASSETS] if opened.kind == 'run' else [opened.path]
+  return own + (_parts(opened.base) if isinstance(opened, Adapted) else [])
 
 
 def _files(path: pathlib.Path, target: pathlib.Path) -> list[tuple[str, int, int]]:

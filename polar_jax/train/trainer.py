@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from polar_jax import sharding
-from polar_jax.config import CheckpointingConfig, ModelConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from polar_jax.config import CheckpointingConfig, LoraConfig, ModelConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from polar_jax.data import pipeline
-from polar_jax.model import flops
+from polar_jax.model import flops, lora
 from polar_jax.runtime import distributed
 from polar_jax.runtime.compiled import executables
 from polar_jax.train import memory as memory_lib
@@ -59,10 +59,11 @@ class Run:
     batches: the batch of every step.
     planned_rows: rows of most batches; another number means one more compilation.
     validation: the batches of one validation pass.
-    load_start: loads the parameters that a new run starts from; a resumed run does not call it. None: start from scratch.
+    load_start: loads the trained parameters that a new run starts from; a resumed run does not call it. None: start from scratch.
     fingerprint: settings that must not change when a run is resumed.
     threads: that read batches.
     prefetch: number of batches prepared ahead.
+    frozen: the parameters under adapters, on the mesh; empty if all are trained.
     facts: further entries of the summary, known before the first step.
     started: `time.perf_counter()` at the start of the stage; seconds since then count as `start` in the goodput.
   """
@@ -87,6 +88,7 @@ class Run:
   threads: int
   prefetch: int
   log: Callable[[str], None]
+  frozen: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -99,7 +101,7 @@ class Run:
 class TrainedRun(NamedTuple):
   """The result of a training run."""
 
-  params: dict[str, Any]  # after the last step, sharded over the mesh
+  params: dict[str, Any]  # after the last step, sharded over the mesh; with adapters, those next to the frozen parameters
   summary: dict[str, Any]  # content of `summary.json`; empty on all processes but the first
 
 
@@ -164,10 +166,16 @@ class _Trainer:
       self.validation_due = run.validation is not None and saved.get('validation_due', False)  # older checkpoints have none
     else:
       self.state = self.functions.init(jax.random.key(run.seed), None if run.load_start is None else run.load_start())
+    self.frozen = (step_lib.Frozen(run.frozen, np.uint32(run.seed)),) if run.frozen else ()
     self.iterator_state = self.iterator.get_state()  # after the last step taken, when the next batch may have been read already
     session.open_logs(config.log_every, self.validation_due)
     self.pending: _PendingStep | None = None
     self.fetched_at = time.perf_counter()
+
+  @property
+  def params(self) -> dict[str, Any]:
+    """All parameters of the model, trained and frozen."""
+    return lora.join(self.state.params, self.run.frozen)
 
   def run_to_end(self) -> TrainedRun:
     """Take all remaining steps."""
@@ -190,7 +198,7 @@ class _Trainer:
           self._save()
           session.clock.lap('save')
         session.stop_if_preempted(self._save, finished=session.is_complete)
-      return TrainedRun(self.state.params, session.finish(self._save, self._summarize))
+      return TrainedRun(self.params, session.finish(self._save, self._summarize))
 
   def _take_step(self) -> None:
     """Start a step on the device, then write the metrics of the step before."""
@@ -204,7 +212,7 @@ class _Trainer:
     if self.one_at_a_time:
       jax.block_until_ready(self.state)
     session.profiler.before(session.steps_taken)
-    self.state, output = self.train_step(self.state, batch)
+    self.state, output = self.train_step(self.state, batch, *self.frozen)
     clock.lap('compile' if is_new_shape else 'step')
     session.advance()
     self.iterator_state = self.iterator.get_state()
@@ -232,11 +240,11 @@ class _Trainer:
     """
     run, first = self.run, len(self.compiled_rows) == 1
     validation = sharding.put_local(next(iter(run.validation)), run.mesh) if first and run.validation is not None else None
-    calls = [('a step', self.train_step, (self.state, batch))]
-    calls += [] if validation is None else [('validation', self.evaluate_step, (self.state.params, validation))]
+    calls = [('a step', self.train_step, (self.state, batch, *self.frozen))]
+    calls += [] if validation is None else [('validation', self.evaluate_step, (self.params, validation))]
     fits = []
     for what, call, arguments in calls:
-      rows, length = arguments[-1].tokens_BT.shape
+      rows, length = arguments[1].tokens_BT.shape
       remedies = functools.partial(memory_lib.remedies, run.model, run.train, rows // sharding.batch_shards(run.mesh))
       memory = call.prepare(*arguments)
       fits.append(memory_lib.check(f'{run.name}: {what} of {rows} x {length} tokens', memory, run.mesh, run.log, remedies))
@@ -246,8 +254,7 @@ class _Trainer:
   def _pending_step(self, host_batch: Any, output: dict[str, Any]) -> _PendingStep:
     """Return the step just started. Each process knows only its share of the batch, so its counts are scaled up."""
     share = self.run.plan.share.of / (self.run.plan.share.high - self.run.plan.share.low)
-    # The backward pass costs twice the forward pass.
-    step_flops = 3.0 * self.count_flops(self.run.model, host_batch) * share
+    step_flops = flops.passes(self.run.train.lora) * self.count_flops(self.run.model, host_batch) * share
     self.flops += step_flops
     return _PendingStep(self.session.step, output, host_batch.tokens_BT.size * share, step_flops, self.flops)
 
@@ -300,7 +307,7 @@ class _Trainer:
     run, session = self.run, self.session
     assert run.validation is not None
     self._write_pending()
-    means = evaluate(self.evaluate_step, self.state.params, run.validation, run.mesh)
+    means = evaluate(self.evaluate_step, self.params, run.validation, run.mesh)
     self.validation, self.validated_step = {f'validation_{name}': value for name, value in means.items()}, session.step
     self.validation_due = False
     record = {'stage': run.name, 'step': session.step, **self.validation}
@@ -334,7 +341,7 @@ class _Trainer:
       'tokens_per_second': float(np.median([r['tokens_per_second'] for r in records])),
       'pad_fraction': float(np.mean([r['pad_fraction'] for r in records])),
       'mfu': float(np.median([r['mfu'] for r in records])),
-      'mfu_rule': flops.MFU_RULE,
+      'mfu_rule': flops.mfu_rule(self.run.train.lora),
       'peak_flops': self.peak_flops,
       'peak_source': self.peak_source,
       **self.validation,
@@ -344,12 +351,13 @@ class _Trainer:
 
 def _functions(run: Run) -> step_lib.StepFunctions:
   """Return the jitted functions of a run. Runs that differ only in data, seed, start, length or learning rate share them."""
-  shared = _compiled(run.objective, run.model, without_schedule(run.train), run.mesh, run.train.gradient_accumulation_steps)
+  train = run.train
+  shared = _compiled(run.objective, run.model, without_schedule(train), run.mesh, train.gradient_accumulation_steps, train.lora)
   return shared._replace(init=step_lib.scheduled_init(shared.init, run.train, run.steps))
 
 
 @functools.lru_cache(maxsize=4)  # small, so that compiled steps of finished runs are freed
 def _compiled(
-  objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, gradient_accumulation_steps: int
+  objective: Objective, model: ModelConfig, optimizer: OptimizerConfig, mesh: Mesh, gradient_accumulation_steps: int, adapters: LoraConfig
 ) -> step_lib.StepFunctions:
-  return step_lib.build(objective, model, make_optimizer(optimizer, 1), mesh, gradient_accumulation_steps)
+  return step_lib.build(objective, model, make_optimizer(optimizer, 1), mesh, gradient_accumulation_steps, adapters)

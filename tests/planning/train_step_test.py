@@ -85,6 +85,21 @@ def test_plan_of_a_compiled_step(tmp_path):
   assert plan['change'] == [] and 'fits' in plan['output'] and 'all-reduce' in plan['output']
 
 
+@pytest.mark.slow  # the same code as above
+@needs_libtpu
+def test_plan_of_adapters(tmp_path):
+  """The base is counted in its own type and without moments, and the step saves the weight gradients."""
+  full = plan_of(tmp_path)
+  plan = plan_of(tmp_path, '--config.pretrain.lora.rank=4', '--config.pretrain.lora.base_dtype=bfloat16')
+  widths = 2 * (256 + 512) + 2 * (256 + 256) + 3 * (256 + 512)
+  assert plan['trained'] == 3 * 4 * widths + 256 and full['trained'] == full['parameters'] == plan['parameters']
+  assert plan['memory']['state'] == pytest.approx((2 * plan['parameters'] + 12 * plan['trained']) / 4, rel=0.08)
+  assert plan['memory']['peak'] < full['memory']['peak']
+  assert plan['flops']['model'] == pytest.approx(2 / 3 * full['flops']['model'])
+  assert plan['flops']['hardware'] < 0.85 * full['flops']['hardware']
+  assert f'and {plan["trained"]:,} trained' in plan['output']
+
+
 @pytest.mark.slow  # the same code as above, and `changes` below
 @needs_libtpu
 def test_plan_of_a_step_that_does_not_fit(tmp_path):
@@ -158,6 +173,7 @@ def planned(**changes) -> Plan:
     chip=chips.CHIPS['v5e'],
     peak_flops=197e12,
     parameters=10**9,
+    trained=10**9,
     rows=32,
     row_length=1_024,
     accumulation=2,

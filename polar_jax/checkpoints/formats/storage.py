@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -273,12 +274,21 @@ class SafetensorsWriter:
     folder: created if needed; it must not contain weights.
     sizes: bytes of each tensor, in the order in which files are filled.
     max_bytes: size limit of the tensors of a file; a larger tensor gets its own file.
+    single: name of the file, if one is enough.
+    metadata: strings to store in the header of each file.
 
   Raises:
     CheckpointFileError: the folder contains weights.
   """
 
-  def __init__(self, folder: str | pathlib.Path, sizes: Mapping[str, int], max_bytes: int):
+  def __init__(
+    self,
+    folder: str | pathlib.Path,
+    sizes: Mapping[str, int],
+    max_bytes: int,
+    single: str = 'model.safetensors',
+    metadata: Mapping[str, str] = types.MappingProxyType({}),
+  ):
     self._folder = pathlib.Path(folder)
     self._folder.mkdir(parents=True, exist_ok=True)
     existing = sorted(p.name for pattern in ('*.safetensors', '*.safetensors.index.json') for p in self._folder.glob(pattern))
@@ -289,7 +299,8 @@ class SafetensorsWriter:
       if groups[-1] and sum(groups[-1].values()) + size > max_bytes:
         groups.append({})
       groups[-1][name] = size
-    self._files = [_PlannedFile(self._folder / _file_name(i, len(groups)), group) for i, group in enumerate(groups)]
+    file = lambda i: self._folder / (_file_name(i, len(groups)) if len(groups) > 1 else single)
+    self._files = [_PlannedFile(file(i), group, metadata) for i, group in enumerate(groups)]
     self._file_of = {name: file for file in self._files for name in file.spans}
 
   def add(self, name: str, array: np.ndarray) -> None:
@@ -318,7 +329,7 @@ class SafetensorsWriter:
 
 
 def _file_name(number: int, count: int) -> str:
-  return f'model-{number + 1:05}-of-{count:05}.safetensors' if count > 1 else 'model.safetensors'
+  return f'model-{number + 1:05}-of-{count:05}.safetensors'
 
 
 # The longest shape as text: numpy has at most 64 dimensions, and the product of those that are not 0 has at most 19 digits.
@@ -328,8 +339,8 @@ _LONGEST_SHAPE = 'x' * 160
 class _PlannedFile:
   """One safetensors file of a writer."""
 
-  def __init__(self, path: pathlib.Path, sizes: Mapping[str, int]):
-    self.path = path
+  def __init__(self, path: pathlib.Path, sizes: Mapping[str, int], metadata: Mapping[str, str]):
+    self.path, self._metadata = path, metadata
     self.header: dict[str, Any] = {}  # entries of the tensors written so far
     self.spans: dict[str, tuple[int, int]] = {}
     end = 0
@@ -348,7 +359,7 @@ class _PlannedFile:
 
   def _header_text(self, tensors: Mapping[str, Any]) -> bytes:
     # transformers rejects a file without this metadata.
-    return json.dumps({'__metadata__': {'format': 'pt'}, **tensors}, separators=(',', ':')).encode()
+    return json.dumps({'__metadata__': {'format': 'pt', **self._metadata}, **tensors}, separators=(',', ':')).encode()
 
   def write(self, name: str, array: np.ndarray) -> None:
     """Write a tensor to its place, and the header after the last one."""
