@@ -93,7 +93,8 @@ def test_plan_of_adapters(tmp_path):
   plan = plan_of(tmp_path, '--config.pretrain.lora.rank=4', '--config.pretrain.lora.base_dtype=bfloat16')
   widths = 2 * (256 + 512) + 2 * (256 + 256) + 3 * (256 + 512)
   assert plan['trained'] == 3 * 4 * widths + 256 and full['trained'] == full['parameters'] == plan['parameters']
-  assert plan['memory']['state'] == pytest.approx((2 * plan['parameters'] + 12 * plan['trained']) / 4, rel=0.08)
+  # Each factor of an adapter has one axis that is divided, weights have two.
+  assert plan['memory']['state'] == pytest.approx(2 * plan['parameters'] / 4 + 12 * plan['trained'] / 2, rel=0.03)
   assert plan['memory']['peak'] < full['memory']['peak']
   assert plan['flops']['model'] == pytest.approx(2 / 3 * full['flops']['model'])
   assert plan['flops']['hardware'] < 0.85 * full['flops']['hardware']
