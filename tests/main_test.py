@@ -77,8 +77,8 @@ def test_config_is_required(command):
     (['--config=good.py', '--config.rft.lam=0.9'], 'unknown setting rft.lam; it is called rft.gae_lambda now'),
     (['--config=good.py', '--config.pretrain.start_from=lm'], "pretrain.start_from is 'lm'; that stage is called 'pretrain_lm' now"),
     (
-      ['--config=good.py', '--config.stage=finetune', '--config.pretrain.steps=5'],
-      'pretrain.steps is set, but stage finetune does not read section pretrain; it reads: finetune, model, ',
+      ['--config=good.py', '--config.stage=finetune', '--config.sweep.workers=5'],
+      'sweep.workers is set, but stage finetune does not read section sweep; it reads: finetune, model, ',
     ),
     (['--config=good.py', '--help', 'nonsense'], '--help nonsense: no such stage, section or option; stages: all, '),
     (['--config=good.py', '--config.stage.x=5'], 'unknown setting stage.x; stage is a setting, not a section'),

@@ -15,7 +15,7 @@ from polar_jax.config.rft import AlarmConfig, RewardConfig, RftConfig, RolloutCo
 from polar_jax.config.root import Config
 from polar_jax.config.serve import ServeConfig
 from polar_jax.config.stages import STAGES, requested_stages
-from polar_jax.config.synthesis import PoolConfig, SynthesizeConfig
+from polar_jax.config.synthesis import OF_FILES, PoolConfig, SynthesizeConfig
 from polar_jax.config.tools import ConvertConfig, EvaluateConfig, FitConfig, PlanConfig, ScoreConfig, SweepConfig
 from polar_jax.config.training import (
   PROJECTIONS,
@@ -35,6 +35,7 @@ __all__ = [
   'ATTENTION_BACKENDS',
   'DTYPES',
   'FAMILIES',
+  'OF_FILES',
   'PROJECTIONS',
   'QUANTIZED',
   'REMAT_POLICIES',

@@ -104,9 +104,9 @@ def split(params: Mapping[str, Any], config: LoraConfig) -> tuple[dict[str, Any]
   return pick(True), pick(False)
 
 
-def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+def join(trained: dict[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
   """Return the parameter tree of which `split` returned the two parts. No array is copied."""
-  return traverse_util.unflatten_dict(traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen))
+  return traverse_util.unflatten_dict(traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)) if frozen else trained
 
 
 def merge(params: Mapping[str, Any], config: LoraConfig, dtype: str | None = None) -> dict[str, Any]:

@@ -60,12 +60,12 @@ BAD_FOLDERS = {
   ),
   'unknown_family': (
     edit_config(model_type='gpt2', architectures=['GPT2LMHeadModel']),
-    r"config.json: model_type is 'gpt2'; supported: internlm2",
+    r"config.json: model_type is 'gpt2'; supported: gemma3_text, internlm2",
   ),
   'two_labels': (edit_config(id2label={'0': 'a', '1': 'b'}), r'config.json: id2label is .*one label'),
   'no_config': (
     lambda source: (source.path / 'config.json').unlink(),
-    r'source: neither a run .* nor a Hugging Face folder \(config.json\); it contains: chat',
+    r'source: neither a run .* nor a folder of Hugging Face \(config.json\) or PEFT \(adapter_config.json\); it contains: chat',
   ),
   'no_json': (lambda source: (source.path / 'config.json').write_text('{"a": '), r'config.json: not JSON'),
   'no_object': (lambda source: (source.path / 'config.json').write_text('[1]'), r'config.json: must contain a JSON object'),

@@ -252,8 +252,9 @@ def test_evaluate_is_greedy_and_reads_the_first_held_out_prompts(monkeypatch):
   calls = []
 
   class Engine:
-    def __init__(self, model, mesh, config, stop_ids):
+    def __init__(self, model, mesh, config, stop_ids, adapters):
       calls.append(config)
+      assert adapters == FakeRun.config.lora
 
     def generate(self, params, prompts, seed):
       calls.append((params, prompts, seed))

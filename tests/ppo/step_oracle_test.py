@@ -332,7 +332,10 @@ def make_trainer(config: RftConfig, prompts, rollouts, mesh) -> Trainer:
   trainer = object.__new__(Trainer)
   trainer.session = types.SimpleNamespace(step=STEP)
   reward = RewardSum({'model': (1.5, Checksum())}, strip_thinking=False)
-  trainer.run = types.SimpleNamespace(config=config, seed=SEED, mesh=mesh, name='rft', tokenizer=Letters(), stop_ids=(STOP,), reward=reward)
+  tokenizer = Letters()
+  trainer.run = types.SimpleNamespace(
+    config=config, seed=SEED, mesh=mesh, name='rft', tokenizer=tokenizer, stop_ids=(STOP,), reward=reward, base={}
+  )
   trainer.rollouts_per_step, trainer.row_length, trainer.tokens = 6, config.row_length, TOKENS
   trainer.kl_coef, trainer.base_length, trainer.normalizer = KL_COEF, None, Normalizer('none')
   trainer.rates = [np.asarray(learning_rate_schedule(o, UPDATES)(jnp.arange(UPDATES))) for o in (config.actor, config.critic)]

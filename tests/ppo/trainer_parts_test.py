@@ -34,7 +34,7 @@ def make_trainer(step: int = 0, config: RftConfig | None = None, **attributes) -
   trainer.reference_policy = trainer.critic = trainer.critic_state = None
   config = config or RftConfig(prompts_per_step=2, num_generations=2, advantage='rloo', recompute_logprobs=False)
   prompts = [(Prompt(f'p{i}', f'r{i}'), [i]) for i in range(7)]
-  trainer.run = types.SimpleNamespace(config=config, seed=5, mesh=None, prompts=prompts, name='rft')
+  trainer.run = types.SimpleNamespace(config=config, seed=5, mesh=None, prompts=prompts, name='rft', base={})
   vars(trainer).update(attributes)
   return trainer
 
@@ -76,8 +76,10 @@ def test_decoding_that_does_not_fit_is_refused_with_a_remedy(monkeypatch, concur
   trainer = make_trainer(engine=make(concurrent), critic=None)
   no_gradients = Memory()
   accumulate = types.SimpleNamespace(prepare=lambda *args: no_gradients)
-  abstract = types.SimpleNamespace(params={'w': np.zeros(2, np.float32)})
-  trainer.actor = types.SimpleNamespace(accumulate=accumulate, abstract=abstract, zeros=lambda params: (None, np.zeros(1)))
+  shapes = {'w': np.zeros(2, np.float32)}
+  abstract = types.SimpleNamespace(params=shapes)
+  zeros = lambda params: (None, np.zeros(1))
+  trainer.actor = types.SimpleNamespace(accumulate=accumulate, abstract=abstract, abstract_params=shapes, zeros=zeros)
   trainer.run = types.SimpleNamespace(
     **vars(trainer.run) | {'mesh': mesh, 'log': lines.append, 'checkpointing': CheckpointingConfig(asynchronous=True)}
   )
@@ -142,7 +144,7 @@ def test_update_shuffles_by_seed_step_and_epoch(monkeypatch):
 def test_one_update_weights_only_its_own_rollouts_and_logs_both_rates(monkeypatch):
   steps = []
 
-  def take_step(model, state, batches, arrays, targets):
+  def take_step(model, state, base, batches, arrays, targets):
     steps.append((model, arrays, targets))
     return state, {f'{model}_loss': 1.0}, 2.0
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from polar_jax.config import ModelConfig, TrainConfig
+from polar_jax.config import LoraConfig, ModelConfig, TrainConfig
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.sharding import Share
 from polar_jax.train import step as step_lib
@@ -32,10 +32,12 @@ def make_trainer(**attributes) -> trainer_lib._Trainer:
   )
   config = TrainConfig(batch_size=6, log_every=2)
   plan = types.SimpleNamespace(share=types.SimpleNamespace(low=1, high=2, of=4))
-  trainer.run = types.SimpleNamespace(name='run', train=config, num_examples=48, plan=plan, log=lines.append, planned_rows=8, model='model')
+  trainer.run = types.SimpleNamespace(
+    name='run', train=config, num_examples=48, plan=plan, log=lines.append, planned_rows=8, model='model', frozen={}
+  )
   trainer.written, trainer.histograms, trainer.shown, trainer.lines = written, histograms, shown, lines
   trainer.learning_rates, trainer.tokens, trainer.flops, trainer.peak_flops = np.arange(10) / 8, 100, 5.0, 50.0
-  trainer.fetched_at, trainer.compiled_rows = 10.0, set()
+  trainer.fetched_at, trainer.compiled_rows, trainer.frozen = 10.0, set(), ()
   vars(trainer).update(attributes)
   return trainer
 
@@ -397,6 +399,7 @@ def started(monkeypatch, session, validation=None, platform='gpu', **changes):
     prefetch=6,
     seed=4,
     load_start=None,
+    frozen={},
     mesh=types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)], object)),
   )
   vars(run).update(changes)
@@ -438,7 +441,7 @@ def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch
 
   def build(*arguments):
     built.append(arguments)
-    return trainer_lib.step_lib.StepFunctions('init', 'train', 'evaluate', 'abstract')
+    return trainer_lib.step_lib.StepFunctions('init', 'train', 'evaluate', 'abstract', 'frozen')
 
   monkeypatch.setattr(trainer_lib.step_lib, 'build', build)
   monkeypatch.setattr(trainer_lib.step_lib, 'scheduled_init', lambda *arguments: arguments)
@@ -450,8 +453,10 @@ def test_runs_that_differ_in_their_schedule_share_compiled_functions(monkeypatch
     found = [trainer_lib._functions(make(config, steps)) for steps, config in enumerate(configs)]
   finally:
     trainer_lib._compiled.cache_clear()
-  assert found == [(('init', config, steps), 'train', 'evaluate', 'abstract') for steps, config in enumerate(configs)]
-  assert built == [(RANKING, ModelConfig(), (trainer_lib.without_schedule(config), 1), 'mesh', 2) for config in (configs[0], configs[2])]
+  assert found == [(('init', config, steps), 'train', 'evaluate', 'abstract', 'frozen') for steps, config in enumerate(configs)]
+  assert built == [
+    (RANKING, ModelConfig(), (trainer_lib.without_schedule(config), 1), 'mesh', 2, LoraConfig()) for config in (configs[0], configs[2])
+  ]
 
 
 class PairRows(NamedTuple):
@@ -475,7 +480,9 @@ def test_sums_are_divided_by_the_count_of_the_whole_batch(accumulation, weights)
   batch = PairRows(jnp.array(weights), jnp.arange(len(weights)), jnp.array(pairs))
   objective = Objective('reward', loss_sums, lambda batch: jnp.sum(batch.w > 0))
   graphdef, state = nnx.split(Model())
-  metrics, rows, grads = step_lib._loss_and_grads(graphdef, objective, nnx.to_pure_dict(state), batch, accumulation)
+  metrics, rows, grads = step_lib._loss_and_grads(
+    lambda params, number: nnx.merge(graphdef, params), objective, nnx.to_pure_dict(state), batch, accumulation
+  )
   mean = sum(weights) / max(sum(w > 0 for w in weights), 1)
   assert {name: float(value) for name, value in metrics.items()} == pytest.approx({'loss': 9 * mean, 'weight': mean})
   assert float(grads['p']) == pytest.approx(6 * mean) and rows['index'].tolist() == list(range(len(weights)))
