@@ -173,7 +173,7 @@ def train_reward_model(
     threads=data.read_threads,
     prefetch=data.prefetch,
     frozen=base.frozen,
-    facts={'examples': _survey(fields['name'], train, segments, held_out, data, log)},
+    facts={'examples': {} if segments is train else _survey(fields['name'], segments, held_out, args, (plan, steps, seed), data, log)},
     started=started,
   )
   run_folder.keep_tokenizer(tokenizer, run.home)
@@ -321,10 +321,31 @@ def _segments(examples: Any, template: Template, data: DataConfig, loss: LossCon
 
 
 def _survey(
-  name: str, given: Any, train: pipeline.TripletSegments, validation: pipeline.TripletSegments | None, data: DataConfig, log: Any
+  name: str,
+  train: pipeline.TripletSegments,
+  validation: pipeline.TripletSegments | None,
+  args: TrainConfig,
+  order: tuple[pipeline.BatchPlan, int, int],
+  data: DataConfig,
+  log: Callable[[str], None],
 ) -> dict[str, Any]:
-  """Log and return what the model does not see of its examples; nothing for given segments: a sweep surveys what its runs share."""
-  return {} if given is train else survey.log_surveys(name, {'training': train, 'validation': validation}, data.read_threads, log)
+  """Log and return what the model does not see of the examples that a run reads. (A sweep surveys what its runs share, once.)
+
+  Args:
+    name: of the run.
+    train: the training examples.
+    validation: held-out ones.
+    args: of the run.
+    order: (batch of a step, steps, seed of the shuffle), which decide what is read.
+    data: how examples are read.
+    log: receives lines.
+  """
+  plan, steps, seed = order
+  read: dict[str, tuple[pipeline.TripletSegments, Sequence[int]]]
+  read = {'training': (train, lengths.examples_of_run(plan, len(train), steps=steps, seed=seed))}
+  if validation is not None:
+    read['validation'] = (validation, range(min(len(validation), args.evaluate_examples)))
+  return survey.log_surveys(name, read, data.read_threads, log)
 
 
 def _survey_prompts(name: str, prompts: tuple[Any, Any], template: Template | None, log: Callable[[str], None]) -> dict[str, Any]:

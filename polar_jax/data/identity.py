@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polar_jax.data.pipeline import examples_at
+from polar_jax.data.examples import examples_at
 from polar_jax.data.special_tokens import read_json, read_special_tokens
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.types import Prompt, RankedList, Triplet

@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from polar_jax.data.examples import example_number
-from polar_jax.data.pipeline import TripletSegments, examples_at
+from polar_jax.data.examples import example_number, examples_at
+from polar_jax.data.pipeline import TripletSegments
 from polar_jax.data.template import Template, join_messages
 from polar_jax.types import Prompt, RankedList, Triplet
 
@@ -96,23 +96,22 @@ def survey(segments: TripletSegments, indices: Sequence[int], threads: int = 1) 
 
 
 def log_surveys(
-  name: str, splits: Mapping[str, TripletSegments | None], threads: int, log: Callable[[str], None]
+  name: str, splits: Mapping[str, tuple[TripletSegments, Sequence[int]]], threads: int, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
   """Log what surveys of the splits of a run find, and return it for the report.
 
   Args:
     name: of the run.
-    splits: segments by the name of their split; None: the run has no such split.
+    splits: by name, the segments of a split and the indices of those that the run reads.
     threads: that read and tokenize.
     log: receives lines.
   """
   out = {}
-  for split, segments in splits.items():
-    if segments is not None:
-      found = survey(segments, range(len(segments)), threads)
-      out[split] = found.asdict()
-      for line in found.lines():
-        log(f'{name}: {split} data: {line}')
+  for split, (segments, indices) in splits.items():
+    found = survey(segments, indices, threads)
+    out[split] = found.asdict()
+    for line in found.lines():
+      log(f'{name}: {split} data: {line}')
   return out
 
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from polar_jax.data.examples import examples_at
 from polar_jax.data.layout import Segment, pair_segment
-from polar_jax.data.pipeline import TripletSegments, examples_at
+from polar_jax.data.pipeline import TripletSegments
 from polar_jax.data.template import Template
 from polar_jax.runtime import json_files
 from polar_jax.runtime.paths import write_atomically

@@ -10,7 +10,7 @@ from polar_jax.evaluate import clusters as clusters_lib
 from polar_jax.report import markdown, surveyed
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
-ARMS = ('pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only')
+ARMS = ('pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only', 'finetuned_at_equal_compute')
 TRAINING = ('pretrain_lm', 'pretrain', 'finetune')
 STAGES = ('synthesize', *TRAINING, 'evaluate')
 TOOLS = ('convert', 'score')
@@ -20,6 +20,7 @@ _ARM_MEANING = {
   'finetuned_only': 'fine-tuning without contrastive pre-training',
   'finetuned_without_reference': 'the same with the reference hidden: a classic reward model',
   'pretrained_only': 'contrastive pre-training without fine-tuning',
+  'finetuned_at_equal_compute': 'fine-tuning alone, on as many tokens as the first arm reads in all',
 }
 _SHARED = {
   'policy': 'the policy of their reference',
@@ -93,6 +94,8 @@ def preferences(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[
         f'`{ARMS[0]}` minus: paired difference in points between `{ARMS[0]}` and the arm of the line, on the same examples; '
         'positive if the arm of the line is less accurate.'
       )
+    seeds = max((len(arm.get('by_seed', [0])) for arm in arms.values()), default=1)
+    out += [f'Means over up to {seeds} seeds of fine-tuning; the intervals are over clusters, not seeds.'] if seeds > 1 else []
     out += clustering({'preferences': next(iter([*arms.values(), *baselines.values()]))})
     out += surveyed.section(finetune.get('examples', {}))
     out += markdown.figure(figures, 'arms', 'Preference accuracy by arm, with 95% intervals')

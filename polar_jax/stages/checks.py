@@ -19,13 +19,13 @@ from polar_jax.data.pipeline import open_segments
 from polar_jax.model import heads
 from polar_jax.ppo.rewards.sources import RuleReward
 from polar_jax.runtime import paths
-from polar_jax.stages import arms
+from polar_jax.stages import arms, evaluate_sets
 from polar_jax.stages import evaluate as evaluate_stage
 from polar_jax.stages import finetune as finetune_stage
 from polar_jax.stages import pretrain as pretrain_stage
 from polar_jax.stages import pretrain_lm as pretrain_lm_stage
 from polar_jax.stages import rft as rft_stage
-from polar_jax.stages.context import RUNS, SCRATCH, Context
+from polar_jax.stages.context import RUNS, SCRATCH, Context, is_run
 from polar_jax.train import trainer
 from polar_jax.train.optimizer import make_optimizer
 from polar_jax.train.validation import PairValidation
@@ -68,6 +68,9 @@ def _check_finetune(context: Context, earlier: Sequence[str]) -> None:
 def _check_evaluate(context: Context, earlier: Sequence[str]) -> None:
   data = context.config.data
   if _in_miniature(context, data.triplets or data.preferences or data.validation, earlier):
+    return
+  if evaluate_sets.is_requested(context.config):
+    evaluate_sets.check(context.config)
     return
   for run, read, setting in (
     (pretrain_stage.RUN, context.triplets, 'triplets'),
@@ -150,7 +153,7 @@ def _check_start(context: Context, reference: str, run: str | None, earlier: Seq
   if reference == SCRATCH or (run is not None and checkpointer.exists(context.home(run))):
     return
   path = context.checkpoint(reference)
-  exists = checkpointer.exists(path) if reference in RUNS else path.exists()
+  exists = checkpointer.exists(path) if is_run(reference) else path.exists()
   if not exists and _EARLIER_STAGE.get(reference) not in earlier:
     raise ConfigError(f'no checkpoint to start from in {path}: run the stage that writes it first, or name another checkpoint')
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,12 @@ from polar_jax.types import Triplet
 # Runs that a stage of the same workdir may start from. Each name is also that of the run's folder.
 RUNS = ('pretrain_lm', 'pretrain', 'finetune', 'finetune_only', 'finetune_no_reference', 'finetune_equal_compute')
 SCRATCH = 'scratch'
+_SEED = re.compile(r'_seed_[1-9]\d*$')
+
+
+def is_run(reference: str) -> bool:
+  """Return whether a setting that names a checkpoint means a run of the workdir: one of `RUNS`, or a further seed of one."""
+  return _SEED.sub('', reference) in RUNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Context:
 
   def checkpoint(self, reference: str) -> pathlib.Path:
     """Resolve a checkpoint that a setting names: a run of this workdir (see `RUNS`) or a path."""
-    return self.home(reference) if reference in RUNS else paths.path_of(reference)
+    return self.home(reference) if is_run(reference) else paths.path_of(reference)
 
   def init(self, train: TrainConfig) -> pathlib.Path | str:
     """Return the checkpoint that `train.start_from` names, or 'scratch'."""
@@ -79,10 +86,10 @@ class Context:
       return self._cached(('tokenizer', config), lambda: load_tokenizer(config, self.data / 'tokenizer.json'))
     path = self.config.checkpoint or start_from
     seen = set[str]()
-    while path in RUNS and path not in seen:  # a run has the tokenizer of what it started from
+    while path and is_run(path) and path not in seen:  # a run has the tokenizer of what it started from
       seen.add(path)
       path = getattr(self.config, 'finetune' if path.startswith('finetune') else path).start_from
-    if path is None or path == SCRATCH or path in RUNS:
+    if path is None or path == SCRATCH or is_run(path):
       raise ConfigError(
         "tokenizer.kind is 'checkpoint', but no checkpoint is named: set checkpoint, or the stage's start_from, to a folder or file"
       )

@@ -9,10 +9,26 @@ import numpy as np
 
 from polar_jax.evaluate import measures, sets, statistics
 from polar_jax.evaluate.clusters import Clusters
-from polar_jax.evaluate.references import View
 from polar_jax.evaluate.sets import EvaluationSet, Rewards
 from polar_jax.stages import evaluate_systems as systems
 from polar_jax.stages.context import Context
+from polar_jax.types import Text
+
+
+class Task(NamedTuple):
+  """What all arms score: a set with its main references.
+
+  Attributes:
+    one: the set.
+    view: name of the references.
+    references: of each item.
+    known: rewards of the first run of the first arm.
+  """
+
+  one: EvaluationSet
+  view: str
+  references: Sequence[Text]
+  known: Rewards
 
 
 class ArmRewards(NamedTuple):
@@ -29,35 +45,25 @@ class ArmRewards(NamedTuple):
   by_set: Mapping[str, Sequence[Rewards]]
 
 
-def score(
-  context: Context,
-  arms: Mapping[str, Sequence[str]],
-  found: Sequence[EvaluationSet],
-  views: Mapping[str, View],
-  known: Mapping[str, Rewards],
-) -> list[ArmRewards]:
+def score(context: Context, arms: Mapping[str, Sequence[str]], tasks: Sequence[Task]) -> list[ArmRewards]:
   """Score all sets with every seed of every arm.
 
   Args:
     context: config, workdir and devices.
     arms: arm -> runs of its seeds.
-    found: the sets.
-    views: set -> the references that candidates are compared with, under their name.
-    known: set -> rewards of the first run of the first arm.
+    tasks: one for each set.
   """
   out = []
   first = next(iter(arms.values()))[0]
   for arm, runs in arms.items():
-    by_set: dict[str, list[Rewards]] = {one.name: [] for one in found}
+    by_set: dict[str, list[Rewards]] = {task.one.name: [] for task in tasks}
     for run in runs:
-      if run == first:
-        of_run = dict(known)
-      else:
+      if run != first:
         context.log(f'evaluate: {arm}: {run}')
-        model = systems.RewardSystem(context, 'checkpoint', context.home(run))
-        of_run = {one.name: model.rewards(one.items, views[one.name].references) for one in found}
-      for name, rewards in of_run.items():
-        by_set[name].append(rewards)
+      model = None if run == first else systems.RewardSystem(context, 'checkpoint', context.home(run))
+      for task in tasks:
+        rewards = task.known if model is None else model.rewards(task.one.items, task.references, task.view != 'none')
+        by_set[task.one.name].append(rewards)
     out.append(ArmRewards(arm, runs, by_set))
   return out
 

@@ -37,7 +37,7 @@ from polar_jax.stages.context import Context
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
 HELD_OUT = 'held_out'  # folder of the rows that the world `files` keeps for evaluation
-OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further views of the references
+OTHER_SCORES = 'scores_{}.jsonl.gz'  # of the further views of the references, and of the runs of the arms
 RECORDED = 'recorded'
 
 
@@ -97,7 +97,7 @@ def run(context: Context) -> dict[str, Any]:
   """
   config = context.config
   arms = {} if config.checkpoint or config.evaluate.scores else arms_lib.trained_arms(context)
-  if not config.output and not arms:
+  if not config.output and not arms and config.synthesize.world != 'files':
     raise ConfigError('output is not set: name a folder for evaluation.json and scores.jsonl.gz with --config.output=DIR')
   folder = paths.path_of(config.output) if config.output else context.workdir / 'evaluation'
   if folder.exists() and not folder.is_dir():
@@ -112,7 +112,7 @@ def run(context: Context) -> dict[str, Any]:
   by_model = systems.model_baselines(context)
   checkpoint = context.home(next(iter(arms.values()))[0]) if arms else config.checkpoint
   scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found, checkpoint)
-  of_arms = evaluate_arms.score(context, arms, found, *_main_views(scored)) if arms else []
+  of_arms = evaluate_arms.score(context, arms, list(map(_task, scored))) if arms else []
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
@@ -127,14 +127,27 @@ def run(context: Context) -> dict[str, Any]:
   tests = sum(len(result['baselines']) + len(result.get('compare', ())) + max(len(of_arms) - 1, 0) for result in results.values())
   content = {'sets': results, 'paired_tests': tests}
   if jax.process_index() == 0:
-    _write(folder, content, scored)
+    _write(folder, content, scored, of_arms)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
   return {'evaluation': content}
 
 
-def _main_views(scored: Sequence[Scored]) -> tuple[dict[str, View], dict[str, Rewards]]:
-  """Return the main references of each set, and its rewards with them."""
-  return {part.one.name: part.views[part.main] for part in scored}, {part.one.name: part.rewards[part.main] for part in scored}
+def check(config: Config) -> None:
+  """Check, before the stages that come before this one run, what can be checked: the settings, the named files, and the benchmarks.
+
+  Raises:
+    ConfigError: a setting cannot be used.
+    UserError: a file, a row or a package is missing, or cannot be used.
+  """
+  _variants(config)
+  read_sets(config)
+  if config.evaluate.embedding:
+    text_baselines.open_encoder(config.evaluate.embedding)
+
+
+def _task(part: Scored) -> evaluate_arms.Task:
+  """Return what every arm is asked: with the main references of a set."""
+  return evaluate_arms.Task(part.one, part.main, part.views[part.main].references, part.rewards[part.main])
 
 
 def read_sets(config: Config, held_out: pathlib.Path | None = None) -> list[EvaluationSet]:
@@ -147,7 +160,10 @@ def read_sets(config: Config, held_out: pathlib.Path | None = None) -> list[Eval
   mode, found = config.data.on_bad_example, list[EvaluationSet]()
   inputs = [paths.path_of(name) for name in _listed(config.input)]
   if config.synthesize.world == 'files' and held_out is not None:
-    inputs += sorted(held_out.glob('*.jsonl.gz'))
+    rows = sorted(held_out.glob('*.jsonl.gz'))
+    if not rows and not inputs and not config.evaluate.benchmarks:
+      raise ConfigError(f'{held_out}: has no held-out rows; run the stage synthesize in this workdir first, or name files with input')
+    inputs += rows
   for path in inputs:
     found += own_files.read(path, path.name.split('.')[0], mode)
   if config.evaluate.benchmarks and not config.evaluate.folder:
@@ -367,16 +383,22 @@ def _accuracy(items: Sequence[Item], rewards: Rewards, resamples: int) -> dict[s
   return statistics.accuracy_interval(measures.correctness(found.margin), sets.clusters(items, found.item), resamples).asdict()
 
 
-def _write(folder: pathlib.Path, content: dict[str, Any], scored: Sequence[Scored]) -> None:
-  """Write the rewards of each view, and then the results."""
+def _write(folder: pathlib.Path, content: dict[str, Any], scored: Sequence[Scored], arms: Sequence[evaluate_arms.ArmRewards]) -> None:
+  """Write the rewards of each view and of each run of the arms, and then the results."""
   folder.mkdir(parents=True, exist_ok=True)
   by_file: dict[str, list[str]] = {}
+
+  def add(file: str, one: EvaluationSet, view: str, rewards: Rewards) -> None:
+    for item, values in zip(one.items, rewards, strict=True):
+      line = {'set': one.name, 'id': item.id, 'category': item.category, 'reference': view, 'rewards': np.asarray(values).tolist()}
+      by_file.setdefault(file, []).append(json.dumps(line, allow_nan=False) + '\n')
+
   for part in scored:
     for name, rewards in part.rewards.items():
-      lines = by_file.setdefault(SCORES if name == part.main else OTHER_SCORES.format(name), [])
-      for item, values in zip(part.one.items, rewards, strict=True):
-        line = {'set': part.one.name, 'id': item.id, 'category': item.category, 'reference': name, 'rewards': np.asarray(values).tolist()}
-        lines.append(json.dumps(line, allow_nan=False) + '\n')
+      add(SCORES if name == part.main else OTHER_SCORES.format(name), part.one, name, rewards)
+    for arm in arms:
+      for run, rewards in zip(arm.runs, arm.by_set[part.one.name], strict=True):
+        add(OTHER_SCORES.format(run), part.one, part.main, rewards)
   for file, written in by_file.items():
     paths.write_atomically(folder / file, gzip.compress(''.join(written).encode('utf-8'), mtime=0))
   paths.write_atomically(folder / RESULT, json_files.dumps(content, indent=2) + '\n')

@@ -161,7 +161,8 @@ def _segments(context: Context, split: str = 'train') -> pipeline.TripletSegment
 def surveys(context: Context) -> dict[str, dict[str, Any]]:
   """Log and return, by split, what of the triplets of all runs cannot be learned from, or is cut off."""
   splits = {'training': _segments(context), 'validation': _segments(context, 'validation')}
-  return survey.log_surveys('sweep', splits, context.config.data.read_threads, context.log)
+  read = {split: (segments, range(len(segments))) for split, segments in splits.items()}
+  return survey.log_surveys('sweep', read, context.config.data.read_threads, context.log)
 
 
 def _steps(cell: Cell, triplet_tokens: float) -> int:

@@ -39,6 +39,8 @@ _FIELDS = {
   PREFERENCE: ('prompt', 'reference', 'chosen', 'rejected'),
 }
 _NAMES = ('policy_a', 'policy_b', 'policy')
+_RANKED = ('reference', 'chosen', 'rejected')
+_RANKED_POLICIES = ('chosen_policy', 'rejected_policy')  # of preferences, where their policies are known
 _Drawn = TypeVar('_Drawn')
 UNSEEN_POLICIES = '_unseen_policies'  # ends the name of the held-out set of triplets with a policy that no training row has
 
@@ -117,7 +119,7 @@ def _names(files: Sequence[pathlib.Path]) -> list[str]:
 
 
 class Splits:
-  """The split of every prompt, and the policies that are held out.
+  """The split of every prompt, the policies that are held out, and counts of what is left out.
 
   Args:
     config: shares of the splits.
@@ -129,6 +131,7 @@ class Splits:
     self._split_of = prompts_lib.split_of(config.validation_share, config.unseen_share)
     self.held_out = _held_out(files, config.held_out_policies, seed)
     self.dropped: set[str] = set()  # keys of training prompts that occur in held-out data
+    self.left_out: collections.Counter[str] = collections.Counter()  # rows that no split has, by reason
 
   def of(self, prompt: str) -> str | None:
     """Return 'train', 'validation' or 'unseen_prompts', which is that of every file; None for a prompt that was dropped."""
@@ -164,14 +167,18 @@ def held_out_rows(files: Files, splits: Splits, limit: int, best_of: int, seed: 
 
   The category of a triplet is its grade and kind of negative. Triplets with a policy that is held out are a set of their own, whose
   categories say which. Answers that are marked right or wrong become rows of best-of-n, at most `best_of` for a prompt: their reference is
-  that of a preference with the same prompt, and prompts without one are left out.
+  that of a preference with the same prompt, and prompts without one are left out. So are rows of which two texts are equal: a reference
+  that is also a candidate gives the answer away.
   """
   out: dict[str, list[dict[str, Any]]] = {}
   for row in files.triplets:
     if splits.of(row.prompt) == UNSEEN:
-      _add_triplet(out, row, splits.held_out)
+      if _has_equal(row, ('a1', 'a2', 'b1')):
+        splits.left_out['held-out triplets with equal texts'] += 1
+      else:
+        _add_triplet(out, row, splits.held_out)
   for row in files.preferences:
-    if splits.of(row.prompt) == UNSEEN:
+    if splits.of(row.prompt) == UNSEEN and not _has_equal(row, _RANKED):
       kept = {name: value for name, value in row.values.items() if name not in ('id', 'wrapper')}
       out.setdefault(row.of, []).append(kept | {'id': str(row.number)})
   out = {name: _draw(rows, limit, name, seed) for name, rows in out.items()}
@@ -181,11 +188,17 @@ def held_out_rows(files: Files, splits: Splits, limit: int, best_of: int, seed: 
     reference = references.get(key(row.prompt))
     if splits.of(row.prompt) == UNSEEN and 'correct' in row.values and reference is not None:
       marked.setdefault((row.of, key(row.prompt)), []).append(row)
+    elif splits.of(row.prompt) == UNSEEN and 'correct' in row.values:
+      splits.left_out['held-out answers without a reference'] += 1
   for (of, name), rows in sorted(_draw(list(marked.items()), limit, 'answers', seed)):
     shared = {'prompt_id': name, 'prompt': rows[0].prompt, 'reference': references[name]}
     for row in _draw(rows, best_of, name, seed):
       out.setdefault(of, []).append(shared | {field: row.values[field] for field in ('policy', 'response', 'correct')})
   return out
+
+
+def _has_equal(row: Row, fields: Sequence[str]) -> bool:
+  return len({row.values[field] for field in fields}) < len(fields)
 
 
 def _add_triplet(out: dict[str, list[dict[str, Any]]], row: Row, held_out: set[str]) -> None:
@@ -263,35 +276,45 @@ def preferences(files: Files, splits: Splits, config: SynthesizeConfig, seed: in
   """Return the ranked examples by split: train, validation and test.
 
   They are the rows of preferences, and of each prompt with answers that are marked and a reference in these rows up to `pairs_per_prompt`
-  pairs of a right answer and a wrong one. The category is the set, and that of the row.
+  pairs of a right answer and a wrong one. The category is the set, and that of the row. Outside of `test`, no answer is by a policy that is
+  held out, as far as rows name policies.
   """
   out: dict[str, list[Triplet]] = {}
-  for of, prompt, texts, category in itertools.chain(_ranked_rows(files), _marked(files, config.pairs_per_prompt, seed)):
-    split = splits.of(prompt)
-    if split is not None:
-      name = 'test' if split == UNSEEN else split
-      out.setdefault(name, []).append(Triplet(prompt, *texts, 'sft', '/'.join([of, category] if category else [of])))
+  for of, prompt, texts, category in itertools.chain(_ranked_rows(files, splits), _marked(files, splits, config.pairs_per_prompt, seed)):
+    name = 'test' if splits.of(prompt) == UNSEEN else str(splits.of(prompt))
+    out.setdefault(name, []).append(Triplet(prompt, *texts, 'sft', '/'.join([of, category] if category else [of])))
   limits = {'train': config.preference_examples}
   return {
     split: _shuffled(rows, split, seed)[: limits.get(split, config.preference_evaluation_examples)] for split, rows in sorted(out.items())
   }
 
 
-def _ranked_rows(files: Files) -> Iterator[tuple[str, str, tuple[str, str, str], str]]:
+def _ranked_rows(files: Files, splits: Splits) -> Iterator[tuple[str, str, tuple[str, str, str], str]]:
   for row in files.preferences:
-    values = row.values
+    values, split = row.values, splits.of(row.prompt)
+    if _has_equal(row, _RANKED):
+      splits.left_out['preferences with equal texts'] += 1
+      continue
+    if split not in (None, UNSEEN) and splits.held_out.intersection(str(values.get(name)) for name in _RANKED_POLICIES):
+      splits.left_out['training preferences of a policy that is held out'] += 1
+      continue
+    if split is None:
+      continue
     yield row.of, row.prompt, (values['reference'], values['chosen'], values['rejected']), str(values.get('category') or '')
 
 
-def _marked(files: Files, most: int, seed: int) -> Iterator[tuple[str, str, tuple[str, str, str], str]]:
+def _marked(files: Files, splits: Splits, most: int, seed: int) -> Iterator[tuple[str, str, tuple[str, str, str], str]]:
   references = {key(row.prompt): row.values['reference'] for row in files.preferences}
   groups: dict[tuple[str, str], list[Row]] = {}
   for row in files.answers:
-    if 'correct' in row.values and key(row.prompt) in references:
+    split = splits.of(row.prompt)
+    may_be_read = split == UNSEEN or (split is not None and row.values['policy'] not in splits.held_out)
+    if 'correct' in row.values and key(row.prompt) in references and may_be_read:
       groups.setdefault((row.of, key(row.prompt)), []).append(row)
   for (of, name), rows in groups.items():
     right, wrong = ([row.values['response'] for row in rows if row.values['correct'] is side] for side in (True, False))
-    pairs = [(a, b) for a in dict.fromkeys(right) for b in dict.fromkeys(wrong) if a.strip() and b.strip() and a != b]
+    pairs = [(a, b) for a in dict.fromkeys(right) for b in dict.fromkeys(wrong) if a.strip() and b.strip()]
+    pairs = [pair for pair in pairs if len({references[name], *pair}) == 3]
     rng = np.random.default_rng([seed, *name.encode()])
     for i in rng.permutation(len(pairs))[:most]:
       yield of, rows[0].prompt, (references[name], *pairs[i]), ''

@@ -54,7 +54,9 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
   if not given:
     raise ConfigError('synthesize.files is not set; name files of triplets, answers or preferences (docs/real.md)')
   settings = {name: getattr(config, name) for name in _SETTINGS} | {'seed': seed, 'format': _FORMAT, 'version': polar_jax.__version__}
-  settings |= {'files': [[str(p), inputs.digest_of(p)] for p in given], 'exclude': [[str(p), inputs.digest_of(p)] for p in exclude]}
+  # A file is known by its content, and by the names that a set is called after, wherever it is.
+  digests = lambda files: [[path.parent.name, path.name, inputs.digest_of(path)] for path in files]
+  settings |= {'files': digests(given), 'exclude': digests(exclude)}
   if (known := _complete(folder, settings)) is not None:
     log(f'synthesize: reusing the complete data in {folder} (same files and settings)')
     return known
@@ -73,6 +75,8 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
   card = _card(rows, splits, made, found)
   paths.write_atomically(folder / CARD, json_files.dumps({'settings': settings, **card, 'section': section}, indent=2) + '\n')
   log(f'synthesize: {", ".join(f"{name} {count:,}" for name, count in counts.items())}; see {folder / CARD}')
+  for reason, count in sorted(splits.left_out.items()):
+    log(f'synthesize: left out: {count:,} {reason}')
   log(f'synthesize: held out: {", ".join(f"{name} {count:,}" for name, count in kept.items())} rows in {folder / HELD_OUT}')
   return section
 
@@ -162,5 +166,6 @@ def _card(rows: Files, splits: Splits, made: Mapping[str, Mapping[str, Sequence[
     'prompts': dict(sorted(by_split.items())),
     'policies': {'all': len(files_lib.policies(rows)), 'held_out': sorted(splits.held_out)},
     'examples': {f'{name}/{split}': files_lib.counts(part) for name, of in made.items() for split, part in of.items()},
+    'left_out': dict(sorted(splits.left_out.items())),
     'contaminated': found,
   }

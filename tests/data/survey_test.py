@@ -120,7 +120,8 @@ def test_the_same_text_is_no_other_kind_even_if_it_is_cut():
 def test_surveys_of_the_splits_of_a_run_are_logged_and_returned():
   segments = lambda triplets: TripletSegments(triplets, Template(SHORT, ByteTokenizer()))
   lines = []
-  out = log_surveys('rm', {'train': segments(TRIPLETS[:2]), 'validation': None, 'test': segments(TRIPLETS[:1])}, 0, lines.append)
+  splits = {'train': (segments(TRIPLETS), range(2)), 'test': (segments(TRIPLETS[:1]), range(1))}  # of the first, what a run reads
+  out = log_surveys('rm', splits, 0, lines.append)
   assert list(out) == ['train', 'test'] and out['train'] == look(TRIPLETS[:2]).asdict() and out['test']['examples'] == 1
   assert lines == ['rm: train data: ' + look(TRIPLETS[:2]).lines()[0]]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from polar_jax.data import tfds, token_store
-from polar_jax.data.pipeline import TripletSegments, examples_at
+from polar_jax.data.examples import examples_at
+from polar_jax.data.pipeline import TripletSegments
 from polar_jax.types import Triplet
 
 

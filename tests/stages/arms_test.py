@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import types
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from polar_jax.data.examples import read_triplets
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.evaluate.sets import EvaluationSet, Item, pair
 from polar_jax.model.language_model import LanguageModel
+from polar_jax.report import sections
 from polar_jax.stages import arms, evaluate_arms
 from polar_jax.stages.context import Context
 
@@ -94,7 +96,10 @@ def test_every_arm_and_seed_is_a_run_and_all_are_in_one_table(workdir):
   results = json.loads((workdir / 'evaluation' / 'evaluation.json').read_text())
   assert set(results['sets']) == {'triplets', 'ranked'}
   of_set = results['sets']['ranked']['arms']
-  assert list(of_set) == ARMS and [len(of_set[arm].get('by_seed', [0])) for arm in ARMS] == [2, 2, 2, 1, 1]
+  # Every run's rewards are kept, and are those that the table was made of.
+  kept = {path.name for path in (workdir / 'evaluation').glob('scores_*')}
+  assert kept == {f'scores_{run}.jsonl.gz' for run in runs}
+  assert list(of_set) == ARMS == list(sections.ARMS) and [len(of_set[arm].get('by_seed', [0])) for arm in ARMS] == [2, 2, 2, 1, 1]
   report = (workdir / 'report.md').read_text()
   assert '### Arms' in report and 'finetuned_at_equal_compute' in report and 'Means over up to 2 seeds' in report
 
@@ -121,6 +126,36 @@ def test_equal_compute_needs_the_end_of_pre_training(folder, tmp_path, capsys):
   assert 'equal_compute: needs the tokens of pre-training in' in capsys.readouterr().err
 
 
+def test_what_evaluation_needs_is_checked_before_the_first_stage(folder, tmp_path, capsys):
+  config = config_of(folder)
+  config.evaluate.__dict__['benchmarks'] = 'rmb'
+  assert runner.run(config, tmp_path / 'run') == 1
+  assert 'evaluate.folder is not set' in capsys.readouterr().err and not (tmp_path / 'run' / 'data').exists()
+  assert runner.run(config_of(folder, stage='evaluate'), tmp_path / 'empty') == 1
+  assert 'has no held-out rows; run the stage synthesize in this workdir first' in capsys.readouterr().err
+
+
+def test_an_arm_reads_no_reference_where_the_main_one_does_not(monkeypatch):
+  asked = []
+
+  class Model:
+    def __init__(self, *arguments):
+      pass
+
+    def rewards(self, items, references, use_reference):
+      asked.append((list(references), use_reference))
+      return [np.zeros(2) for _ in items]
+
+  monkeypatch.setattr(evaluate_arms.systems, 'RewardSystem', Model)
+  one = EvaluationSet('set', [Item('1', 'p', ('a', 'b'), pair(), '', 'r')])
+  context = types.SimpleNamespace(log=lambda line: None, home=str)
+  for view, use in (('none', False), ('true', True)):
+    task = evaluate_arms.Task(one, view, ['x'], [np.ones(2)])
+    found = evaluate_arms.score(context, {'main': ['a'], 'other': ['b']}, [task])
+    assert asked.pop() == (['x'], use) and not asked
+    assert [arm.by_set['set'][0][0].tolist() for arm in found] == [[1.0, 1.0], [0.0, 0.0]]
+
+
 def test_means_over_seeds_and_paired_differences(monkeypatch):
   items = [Item(str(i), f'p{i}', ('good', 'bad'), pair(), 'ab'[i % 2], 'r') for i in range(6)]
   right = lambda flags: [np.array([1.0, 0.0]) if flag == '1' else np.array([0.0, 1.0]) if flag == '0' else np.zeros(2) for flag in flags]
@@ -142,6 +177,8 @@ def test_names_of_the_runs_of_seeds():
 def test_the_tokenizer_of_a_run_is_that_of_what_it_starts_from(folder, tmp_path):
   config = config_of(folder)
   context = Context(config, tmp_path, None, print)
+  assert context.checkpoint('finetune_seed_2') == tmp_path / 'finetune_seed_2' and context.tokenizer('finetune_seed_2')
+  assert context.checkpoint('finetune_seed_0').name == 'finetune_seed_0' != context.checkpoint('finetune_seed_0')
   assert context.tokenizer('finetune').vocab_size == context.tokenizer('pretrain').vocab_size == ByteTokenizer.vocab_size
   config.pretrain.__dict__['start_from'] = 'finetune'  # a circle
   with pytest.raises(ConfigError, match='no checkpoint is named'):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import gzip
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def given(tmp_path_factory):
       runs = [f'{a} answers {i} in run {rng.integers(4)}' for _ in range(2)]
       row = {'prompt': prompt, 'policy_a': a, 'a1': runs[0], 'a2': runs[1], 'policy_b': b, 'b1': f'{b} answers {i}'}
       triplets.append(row | {'grade': 'AB'[i % 2], 'neg': 'random', 'category': 'math'})
-    ranked.append({'prompt': prompt.upper(), 'reference': f'It is {i}', 'chosen': f'So {i}', 'rejected': f'So {i + 1}', 'category': 'easy'})
+    policies = {'chosen_policy': str(rng.choice(ONCE)), 'rejected_policy': str(rng.choice(ONCE))}
+    texts = {'reference': f'It is {i}', 'chosen': f'So {i}', 'rejected': f'So {i + 1}'}
+    ranked.append({'prompt': prompt.upper(), **texts, 'category': 'easy', **policies})
     for policy in ONCE[:4]:
       right = bool(rng.integers(2)) if policy != 'once0' else True
       answers.append({'prompt': prompt, 'policy': policy, 'response': f'{policy}: {i if right else -i - 1}', 'correct': right})
@@ -80,7 +83,7 @@ def test_a_prompt_has_one_split_in_all_files_whatever_its_case_and_punctuation(g
 
 def test_no_training_example_has_a_held_out_prompt_or_policy(given, made):
   workdir, *_ = made
-  _, splits = splits_of(given)
+  rows, splits = splits_of(given)
   assert len(splits.held_out & set(SEVERAL)) == 2 and len(splits.held_out & set(ONCE)) in (3, 4)  # a third, of each file
   for split in ('train', 'validation'):
     triplets = open_triplets(workdir / 'data' / 'triplets', split)
@@ -93,7 +96,12 @@ def test_no_training_example_has_a_held_out_prompt_or_policy(given, made):
       for text, policy in ((t.reference, 'reference_policy'), (t.chosen, 'chosen_policy'), (t.rejected, 'rejected_policy')):
         assert text.replace(':', ' ').split()[0] == t.metadata[policy]
       assert t.reference != t.chosen
-    assert all(splits.of(t.prompt) == split for t in open_triplets(workdir / 'data' / 'preferences', split))
+    ranked = list(open_triplets(workdir / 'data' / 'preferences', split))
+    assert all(splits.of(t.prompt) == split for t in ranked)
+    assert not {text.split(': ')[0] for t in ranked if t.category == 'pool' for text in (t.chosen, t.rejected)} & splits.held_out
+    by_prompt = {row.prompt: row.values for row in rows.preferences}
+    named = {by_prompt[t.prompt][name] for t in ranked if t.category != 'pool' for name in ('chosen_policy', 'rejected_policy')}
+    assert named and not named & splits.held_out
   unseen = open_triplets(workdir / 'data' / 'triplets', 'unseen_policies')
   assert all({t.metadata['reference_policy'], t.metadata['rejected_policy']} <= splits.held_out for t in unseen)
 
@@ -109,7 +117,7 @@ def test_held_out_rows_are_those_of_the_files(given, made):
   rows, splits = splits_of(given)
   sets = held_out_sets(workdir)
   assert set(sets) == {'triplets', 'triplets_unseen_policies', 'ranked', 'pool'} and set(section['held_out']) == set(sets)
-  unseen = [row for row in rows.triplets if splits.of(row.prompt) == 'unseen_prompts']
+  unseen = [row for row in rows.triplets if splits.of(row.prompt) == 'unseen_prompts' and row.values['a1'] != row.values['a2']]
   known = [row for row in unseen if not {row.values['policy_a'], row.values['policy_b']} & splits.held_out]
   assert {item.id for item in sets['triplets'].items} == {str(row.number) for row in known}
   by_id = {str(row.number): row.values for row in unseen}
@@ -135,6 +143,30 @@ def test_marked_answers_are_ranked_by_their_marks(made):
     assert row.chosen.split(': ')[1] == number != row.rejected.split(': ')[1]
 
 
+def test_what_is_left_out_is_counted(tmp_path):
+  prompts = [f'prompt {i}' for i in range(40)]
+  triplets = [
+    {'prompt': p, 'policy_a': a, 'a1': f'{a} 1', 'a2': f'{a} {1 + (i % 4 > 0)}', 'policy_b': 'c', 'b1': 'c'}
+    for i, p in enumerate(prompts)
+    for a in 'ab'
+  ]
+  ranked = [{'prompt': p, 'reference': 'r', 'chosen': 'r' if i % 3 == 0 else 'c', 'rejected': 'd'} for i, p in enumerate(prompts)]
+  answers = [{'prompt': f'other {p}', 'policy': 'a', 'response': 'x', 'correct': True} for p in prompts]
+  paths = [write(tmp_path / f'{name}.jsonl.gz', of) for name, of in (('t', triplets), ('r', ranked), ('a', answers))]
+  config = SynthesizeConfig(world='files', files=','.join(map(str, paths)), unseen_share=0.4, held_out_policies=0.0)
+  lines = []
+  stage.synthesize(config, 0, tmp_path / 'run', lines.append)
+  unseen = lambda p: files_lib.Splits(config, 0, files_lib.read(paths)).of(p) == 'unseen_prompts'
+  assert json.loads((tmp_path / 'run' / 'data' / 'files.json').read_text())['left_out'] == {
+    'held-out answers without a reference': sum(unseen(f'other {p}') for p in prompts),
+    'held-out triplets with equal texts': 2 * sum(unseen(p) for p in prompts[::4]),
+    'preferences with equal texts': 14,
+  }
+  assert 'synthesize: left out: 14 preferences with equal texts' in lines
+  # No reference is a candidate.
+  assert all(item.reference not in item.candidates for one in held_out_sets(tmp_path / 'run').values() for item in one.items)
+
+
 def test_complete_data_are_left_as_they_are_and_damaged_ones_made_again(made):
   workdir, config, section, lines = made
   path = workdir / 'data' / 'held_out' / 'ranked.jsonl.gz'
@@ -144,6 +176,11 @@ def test_complete_data_are_left_as_they_are_and_damaged_ones_made_again(made):
   path.unlink()
   again = stage.synthesize(config, 3, workdir, lines.append)
   assert {**again, 'seconds': 0} == {**section, 'seconds': 0} and path.read_bytes() == content and path.stat().st_mtime_ns > before
+  moved = [write(workdir / 'elsewhere' / given.parent.name / given.name, []) for given in map(pathlib.Path, config.files.split(','))]
+  for old, new in zip(config.files.split(','), moved, strict=True):
+    new.write_bytes(pathlib.Path(old).read_bytes())
+  stage.synthesize(SynthesizeConfig(**{**config.__dict__, 'files': ','.join(map(str, moved))}), 3, workdir, lines.append)
+  assert 'reusing' in lines[-1]  # of files that were moved
   assert stage.synthesize(config, 4, workdir, lines.append)['rows'] != section['rows']  # another seed holds out other policies
 
 
@@ -216,3 +253,5 @@ def test_settings_of_files_belong_to_their_world(tmp_path):
     parse(config)
   with pytest.raises(ConfigError, match=r'synthesize\.files is not set'):
     stage.synthesize(SynthesizeConfig(world='files'), 0, tmp_path, print)
+  with pytest.raises(UserError, match=r'none\.jsonl: no such file'):
+    stage.synthesize(SynthesizeConfig(world='files', files=f'{tmp_path}/none.jsonl'), 0, tmp_path, print)

@@ -297,6 +297,12 @@ def test_examples_of_which_nothing_can_be_learned_are_counted(tmp_path, make_con
   data = dataclasses.replace(make_context(tmp_path).config.data, triplets=str(path), validation=str(path))
   template = TemplateConfig(max_length=300, max_response_length=40)
   context = at_rest(make_context, tmp_path / 'run', log, data=data, template=template)
+  part = pretrain(context)['pretrain']['examples']  # of a run that does not read all of its data
+  of_run = context.config.pretrain
+  assert part['training']['examples'] == of_run.steps * of_run.batch_size < part['validation']['examples'] == 9
+  whole = dataclasses.replace(of_run, steps=2)
+  log.clear()
+  context = at_rest(make_context, tmp_path / 'whole', log, data=data, template=template, pretrain=whole)
   summary = pretrain(context)['pretrain']
   found = summary['examples']
   assert found['training'] == found['validation']
