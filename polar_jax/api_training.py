@@ -342,7 +342,7 @@ def _survey(
   """
   plan, steps, seed = order
   read: dict[str, tuple[pipeline.TripletSegments, Sequence[int]]]
-  read = {'training': (train, lengths.examples_of_run(plan, len(train), steps=steps, seed=seed))}
+  read = {'training': (train, pipeline.examples_of_run(plan, len(train), steps=steps, seed=seed))}
   if validation is not None:
     read['validation'] = (validation, range(min(len(validation), args.evaluate_examples)))
   return survey.log_surveys(name, read, data.read_threads, log)

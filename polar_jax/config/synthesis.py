@@ -8,7 +8,7 @@ from polar_jax.config.base import option
 
 # Options of the world `files`: its own, and those of pools that it reads.
 OF_FILES = ('files', 'held_out_policies', 'best_of')
-SHARED_WITH_FILES = ('pairs_per_prompt', 'validation_share', 'unseen_share', 'exclude', 'exclude_near')
+SHARED_WITH_FILES = ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PoolConfig:
   samples_per_prompt: int = option(2, 'Samples of each policy that answers a prompt.', min=2)
   policies_per_prompt: int = option(4, 'Policies that answer a prompt, drawn by their weights; all if there are fewer.', min=2)
   pairs_per_prompt: int = option(4, 'Most triplets of a prompt; its samples are used several times.', min=1)
+  negatives: int = option(1, 'Rejected answers of a training example, each of another policy; more than 1: ranked lists.', min=1)
   near_share: float = option(
     0.0, 'Share of triplets whose rejected policy is the nearest one there is; the others are drawn.', min=0, max=1
   )

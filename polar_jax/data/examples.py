@@ -254,9 +254,14 @@ def _is_several(value: Any) -> bool:
   return isinstance(value, list) and bool(value) and all(isinstance(item, (str, list)) for item in value)
 
 
-def has_lists(examples: Sequence[Triplet]) -> bool:
-  """Return whether some example is a ranked list. Only files, which are in memory, and examples of a program have them."""
-  return isinstance(examples, (ExampleFile, list, tuple)) and any(isinstance(example, RankedList) for example in examples)
+def max_candidates(examples: Sequence[Triplet]) -> int:
+  """Return the most candidates of an example: more than 2 if some are ranked lists.
+
+  TFDS data sets say how many. Other sequences are in memory if they have lists: files, and examples of a program.
+  """
+  if isinstance(examples, (ExampleFile, list, tuple)):
+    return max((len(example.candidates) for example in examples if isinstance(example, RankedList)), default=2)
+  return getattr(examples, 'max_candidates', 2)
 
 
 def open_triplets(path: str | pathlib.Path, split: str, on_bad_example: str = 'raise') -> Sequence[Triplet]:

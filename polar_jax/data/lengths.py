@@ -14,21 +14,6 @@ _AT_ONCE = 1_024  # examples of one task of a thread
 _NAMED = 5  # examples that a message lists
 
 
-def examples_of_run(plan: pipeline.BatchPlan, size: int, *, steps: int, seed: int | None) -> list[int]:
-  """Return the indices of the examples that `pipeline.pair_batches` reads for the same arguments.
-
-  Args:
-    plan: the batch of a step.
-    size: number of examples of the data set.
-    steps: number of steps of the run.
-    seed: of the shuffle; None: file order.
-  """
-  if steps * plan.size >= size:
-    return list(range(size))
-  order = pipeline.global_order(size, seed)
-  return sorted(order(position)[0] for position in range(steps * plan.size))
-
-
 def check_run(source: pipeline.TripletSegments, plan: pipeline.BatchPlan, data: DataConfig, *, steps: int, seed: int) -> None:
   """Check that the training examples of a run fit `data.row_length`, if it is set.
 
@@ -43,7 +28,7 @@ def check_run(source: pipeline.TripletSegments, plan: pipeline.BatchPlan, data: 
     UserError: as `check`.
   """
   if data.row_length is not None:
-    indices = examples_of_run(plan, len(source), steps=steps, seed=seed)
+    indices = pipeline.examples_of_run(plan, len(source), steps=steps, seed=seed)
     check(source, indices, data.row_length, split='training', threads=data.read_threads)
 
 

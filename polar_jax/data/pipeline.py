@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from polar_jax.data import columns, packing
-from polar_jax.data.examples import examples_at, has_lists
+from polar_jax.data.examples import examples_at, max_candidates
 from polar_jax.data.layout import Segment, list_segment, pair_batch, pair_segment, ranked_batch, text_batch
 from polar_jax.data.packing import PackPlan
 from polar_jax.data.template import Template
@@ -86,7 +86,7 @@ class ListSegments(TripletSegments):
     super().__init__(source, template, columns)
     if 'margin' in self.columns:
       raise UserError('loss.margin is set, but the examples are ranked lists, and a margin is that of a pair; set loss.margin to False')
-    self.max_candidates = max(len(_ranking(source[i])[0]) for i in range(len(source)))
+    self.max_candidates = max_candidates(source)
 
   def __getitem__(self, index: int) -> Segment:
     return self.take([index])[0]
@@ -125,7 +125,7 @@ def open_segments(source: Sequence[Triplet], template: Template, columns: Sequen
   Raises:
     UserError: the columns are not those of lists.
   """
-  return (ListSegments if has_lists(source) else TripletSegments)(source, template, columns)
+  return (ListSegments if max_candidates(source) > 2 else TripletSegments)(source, template, columns)
 
 
 class _Head(Sequence[Triplet]):
@@ -134,6 +134,7 @@ class _Head(Sequence[Triplet]):
   def __init__(self, examples: Sequence[Triplet], size: int):
     self._examples, self._size = examples, size
     self.path, self.numbers = getattr(examples, 'path', None), getattr(examples, 'numbers', None)
+    self.max_candidates = max_candidates(examples)
 
   def __len__(self) -> int:
     return self._size
@@ -201,6 +202,21 @@ def _text_step(step: int, windows: TextWindows, order: Any, plan: BatchPlan, lim
   return text_batch(texts, [-1 if row is None else row[0] for row in local], windows.length)
 
 
+def examples_of_run(plan: BatchPlan, size: int, *, steps: int, seed: int | None) -> list[int]:
+  """Return the indices of the examples that `pair_batches` reads for the same arguments.
+
+  Args:
+    plan: the batch of a step.
+    size: number of examples of the data set.
+    steps: number of steps of the run.
+    seed: of the shuffle; None: file order.
+  """
+  if steps * plan.size >= size:
+    return list(range(size))
+  order = global_order(size, seed)
+  return sorted(order(position)[0] for position in range(steps * plan.size))
+
+
 def text_rows(plan: BatchPlan) -> int:
   """Return the number of rows of a batch of text: one for each window, then padding."""
   return math.ceil(plan.size / plan.multiple) * plan.multiple
@@ -214,7 +230,7 @@ def plan_packing(
   Args:
     source: the segments of the data set.
     plan: the batch of a step.
-    row_length: tokens of a row; None: read and tokenize the whole data set to find its longest triplet, and choose a dense length.
+    row_length: tokens of a row; None: read and tokenize all that the run reads to find its longest example, and choose a dense length.
     steps: number of steps of the run.
     seed: of the shuffle; None: file order.
     once: stop after the first epoch.
@@ -224,7 +240,7 @@ def plan_packing(
   """
   order, limit = global_order(len(source), seed), len(source) if once else None
   sampled = max(min(steps, packing.SAMPLE_STEPS, packing.SAMPLE_TRIPLETS // plan.size), 1)
-  limit_length = row_length or _longest(source)
+  limit_length = row_length or _longest(source, examples_of_run(plan, len(source), steps=steps, seed=seed))
   indices = [[index for index, _ in _indices(step, order, plan.size, limit)] for step in range(sampled)]
   lengths = [[_checked_length(i, t, limit_length) for i, t in zip(step, source.take(step), strict=True)] for step in indices]
   if row_length is None:
@@ -232,9 +248,9 @@ def plan_packing(
   return packing.plan(lengths, row_length, plan.multiple, steps)
 
 
-def _longest(source: TripletSegments) -> int:
-  parts = (range(start, min(start + _READ_TOGETHER, len(source))) for start in range(0, len(source), _READ_TOGETHER))
-  return max(len(segment.tokens) for part in parts for segment in source.take(list(part)))
+def _longest(source: TripletSegments, indices: Sequence[int]) -> int:
+  parts = (indices[start : start + _READ_TOGETHER] for start in range(0, len(indices), _READ_TOGETHER))
+  return max(len(segment.tokens) for part in parts for segment in source.take(part))
 
 
 def pair_batches(

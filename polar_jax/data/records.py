@@ -19,9 +19,11 @@ from polar_jax import types
 TEXTS = ('prompt', 'reference', 'chosen', 'rejected')
 LABELS = ('wrapper', 'category')
 IDS = tuple(f'{name}_ids' for name in TEXTS)  # optional: empty on disk where absent
+RANKED = 'ranked_list'  # in the metadata of a ranked list: `others`, its candidates between the best and the worst one, and `ranks` of all
 
 Fields = tuple[Sequence[bytes], Sequence[np.ndarray]]  # texts, labels and metadata as UTF-8; then one int32 array for each of IDS, or none
 
+_RANKED_KEY = json.dumps(RANKED).encode()
 _IDS_SET = frozenset(IDS)
 _BYTES, _INT64 = b'\x0a', b'\x1a'  # tags of the two kinds of lists in a tf.train.Feature
 _KEPT = 1 << 13  # bytes: headers of longer fields are made anew, so that what is kept stays below 12 MB
@@ -36,7 +38,7 @@ def fields_of(triplet: types.Triplet) -> Fields:
   Raises:
     ValueError: a field is not plain text, or the metadata is not JSON or has ids that are not lists of int32.
   """
-  metadata = triplet.metadata
+  metadata = _metadata(triplet)
   plain = _IDS_SET.isdisjoint(metadata)
   try:
     texts = (
@@ -51,6 +53,29 @@ def fields_of(triplet: types.Triplet) -> Fields:
   except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(_reason(triplet, error)) from error
   return texts, () if plain else [_int32(metadata, name) for name in IDS]
+
+
+def _metadata(triplet: types.Triplet) -> Mapping[str, Any]:
+  """Return the metadata as they are stored.
+
+  Raises:
+    ValueError: a ranked list has candidates that are not texts, or a triplet has metadata of a ranked list.
+  """
+  if RANKED in triplet.metadata:
+    raise ValueError(f'metadata {RANKED} is a name of this format; rename the field')
+  if not isinstance(triplet, types.RankedList):
+    return triplet.metadata
+  others = [*triplet.candidates[1:-1]]
+  if not all(isinstance(text, str) for text in others):
+    raise ValueError('candidates must be texts in a TFDS data set; join messages first')
+  return {**triplet.metadata, RANKED: {'others': others, 'ranks': [int(rank) for rank in triplet.ranks]}}
+
+
+def candidates_of(fields: Fields) -> int:
+  """Return how many candidates an example has, by what is stored of it."""
+  metadata = fields[0][-1]
+  ranked = json.loads(metadata).get(RANKED) if _RANKED_KEY in metadata else None
+  return len(ranked['ranks']) if ranked else 2
 
 
 def record_of(fields: Fields) -> bytes:
@@ -76,10 +101,11 @@ class Fingerprint:
 
   Attributes:
     rows: how many triplets it is of.
+    max_candidates: most candidates of one of them: more than two if some are ranked lists.
   """
 
   def __init__(self) -> None:
-    self._digest, self.rows = hashlib.sha256(), 0
+    self._digest, self.rows, self.max_candidates = hashlib.sha256(), 0, 2
 
   def update(self, triplet: types.Triplet) -> None:
     """Add a triplet.
@@ -104,6 +130,7 @@ class Fingerprint:
     # fmt: on
     self._digest.update(b''.join(parts))
     self.rows += 1
+    self.max_candidates = max(self.max_candidates, candidates_of(fields))
 
   def hexdigest(self) -> str:
     """Return the SHA-256 of the triplets so far."""

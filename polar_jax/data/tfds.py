@@ -27,6 +27,7 @@ CHECKSUMS = 'checksums.json'  # in the folder of a data set: size and SHA-256 of
 _FILE_FORMAT = 'array_record'
 _SHARD_BYTES = 256 << 20  # of records before they are compressed
 _INCOMPLETE = 'incomplete.'  # start of the name of a folder that is being written
+_LISTS = 'ranked_lists'  # in the metadata of a data set: most candidates of an example of each split that has ranked lists
 _SPLIT = re.compile(r'[\w-]+')
 _REMEDY = 'copy or write the data set again'
 # Each record is a group of its own, which is read without its neighbors: training reads in random order, and array_record logs an error
@@ -41,10 +42,11 @@ class TripletSequence(Sequence[types.Triplet]):
 
   Attributes:
     shards: the files of the split, in order.
+    max_candidates: most candidates of an example: more than two if some are ranked lists.
   """
 
-  def __init__(self, source: Any, shards: Sequence[pathlib.Path] = ()):
-    self._source, self.shards = source, tuple(shards)
+  def __init__(self, source: Any, shards: Sequence[pathlib.Path] = (), max_candidates: int = 2):
+    self._source, self.shards, self.max_candidates = source, tuple(shards), max_candidates
 
   def __len__(self) -> int:
     return len(self._source)
@@ -117,7 +119,9 @@ def write(folder: pathlib.Path, name: str, splits: Mapping[str, Iterable[Row]], 
   try:
     template = tfds.core.ShardedFileTemplate(data_dir=incomplete, dataset_name=name, filetype_suffix=_FILE_FORMAT)
     written = {split: _write_split(template.replace(split=split), split, triplets) for split, triplets in splits.items()}
-    _write_info(template, {split: part.info for split, part in written.items()}, description, metadata)
+    lists = {split: count for split, part in written.items() if (count := part.fingerprint.max_candidates) > 2}
+    infos = {split: part.info for split, part in written.items()}
+    _write_info(template, infos, description, {**metadata, _LISTS: lists} if lists else metadata)
     files = {file: values for part in written.values() for file, values in part.files.items()}
     paths.write_atomically(incomplete / CHECKSUMS, json.dumps({'files': files}, indent=1, sort_keys=True) + '\n')
     os.rename(incomplete, target)
@@ -304,8 +308,9 @@ def _check_sizes(folder: pathlib.Path) -> dict[str, tuple[int, str]]:
 
 def _open(folder: pathlib.Path) -> dict[str, TripletSequence]:
   builder = tfds.builder_from_directory(str(folder))
+  lists = (builder.info.metadata or {}).get(_LISTS, {})
   return {
-    split: TripletSequence(builder.as_data_source(split), [pathlib.Path(file) for file in info.filepaths])
+    split: TripletSequence(builder.as_data_source(split), [pathlib.Path(file) for file in info.filepaths], lists.get(split, 2))
     for split, info in builder.info.splits.items()
   }
 
@@ -321,4 +326,8 @@ def fingerprint(triplets: Iterable[types.Triplet]) -> str:
 def _from_example(example: Mapping[str, Any]) -> types.Triplet:
   texts = {name: example[name].decode() for name in (*records.TEXTS, *records.LABELS)}
   ids = {name: np.asarray(example[name], np.int32) for name in records.IDS if len(example[name])}
-  return types.Triplet(**texts, metadata={**json.loads(example['metadata']), **ids})
+  metadata = json.loads(example['metadata'])
+  if (ranked := metadata.pop(records.RANKED, None)) is None:
+    return types.Triplet(**texts, metadata={**metadata, **ids})
+  candidates = (texts['chosen'], *ranked['others'], texts['rejected'])
+  return types.RankedList(**texts, metadata={**metadata, **ids}, candidates=candidates, ranks=tuple(ranked['ranks']))

@@ -18,7 +18,7 @@ from polar_jax import api
 from polar_jax.checkpoints import checkpointer, settings
 from polar_jax.config import ConfigError
 from polar_jax.data import identity, pipeline, survey, token_store
-from polar_jax.data.examples import has_lists
+from polar_jax.data.examples import max_candidates
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.model import flops
 from polar_jax.runtime import json_files
@@ -153,7 +153,7 @@ def _tokenizer(context: Context) -> Tokenizer:
 
 
 def _segments(context: Context, split: str = 'train') -> pipeline.TripletSegments:
-  if has_lists(context.triplets(split)):
+  if max_candidates(context.triplets(split)) > 2:
     raise ConfigError('a sweep pre-trains on triplets, but data.triplets has ranked lists; name a data set of triplets')
   return pipeline.TripletSegments(context.triplets(split), context.template(_tokenizer(context)))
 

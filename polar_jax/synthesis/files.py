@@ -227,7 +227,7 @@ def triplets(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) 
   The splits are those of a pool: train, validation, unseen_prompts and unseen_policies. Their category is the set.
   """
   facts = {name: pairing.PolicyFacts(1.0, held_out=name in splits.held_out) for name in policies(files)}
-  pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, 0.0, seed))
+  pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, 0.0, seed, config.negatives))
   out: dict[str, list[Triplet]] = {}
   for (of, name), (prompt, samples) in _answers(files).items():
     split = splits.of(prompt)
@@ -236,7 +236,7 @@ def triplets(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) 
     candidates = [pairing.Candidate(policy, i, text) for policy, texts in samples.items() for i, text in enumerate(texts)]
     made = pairer.pair(PoolPrompt(f'{of}/{name}', prompt, INSTRUCTION, of, 0, split), candidates)
     for of_split, triples in made.triples.items():
-      out.setdefault(of_split, []).extend(_triplet(prompt, of, triple) for triple in triples)
+      out.setdefault(of_split, []).extend(pairing.example(prompt, triple, 'sft', of) for triple in triples)
   return {split: _shuffled(rows, split, seed)[: _limit(config, split)] for split, rows in out.items()}
 
 
@@ -264,12 +264,6 @@ def _answers(files: Files) -> dict[tuple[str, str], tuple[str, dict[str, list[st
       if text.strip() and text not in (texts := samples.setdefault(policy, [])):
         texts.append(text)
   return out
-
-
-def _triplet(prompt: str, of: str, triple: pairing.Triple) -> Triplet:
-  reference, chosen, rejected = triple
-  metadata = {'reference_policy': reference.policy, 'chosen_policy': chosen.policy, 'rejected_policy': rejected.policy}
-  return Triplet(prompt, reference.text, chosen.text, rejected.text, 'sft', of, metadata)
 
 
 def preferences(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) -> dict[str, list[Triplet]]:

@@ -1,5 +1,7 @@
 """Triplets of the samples of one prompt: two samples of one policy are reference and chosen, a sample of another policy is rejected.
 
+A triplet for training may have several rejected samples, each of another policy; it is then a ranked list.
+
 What is drawn depends on nothing but the seed, the prompt's id, the facts of the policies and the samples of this prompt: not on their
 order, nor on other prompts.
 
@@ -20,10 +22,11 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from polar_jax.data.records import Fields
+from polar_jax.data.records import Fields, fields_of
 from polar_jax.synthesis.samples import INSTRUCTION, PREFIX, PoolPrompt
+from polar_jax.types import RankedList, Triplet
 
 PROMPT_SPLITS = ('train', 'validation', 'unseen_prompts')
 UNSEEN_POLICIES = 'unseen_policies'
@@ -42,7 +45,7 @@ class Candidate(NamedTuple):
   text: str
 
 
-Triple = tuple[Candidate, Candidate, Candidate]  # reference, chosen, rejected
+Triple = tuple[Candidate, ...]  # reference, chosen, and the rejected ones, of which there is at least one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +79,18 @@ class PairingRules:
       either direction, if there are any, else among its family, else among all. There, the nearest in size, then in date, is taken with
       probability 1/2, else the next with probability 1/2, and so on. Otherwise it is drawn by weight.
     seed: of all draws.
+    negatives: rejected samples of a triplet of the split 'train', each of another policy and drawn by weight after the first; fewer
+      where there are not as many policies. Other splits have one.
   """
 
   pairs_per_prompt: int
   near_share: float = 0.0
   seed: int = 0
+  negatives: int = 1
 
   def __post_init__(self) -> None:
-    if self.pairs_per_prompt < 1 or not 0 <= self.near_share <= 1:
-      raise ValueError(f'pairs_per_prompt must be positive and near_share in [0, 1], not {self.pairs_per_prompt} and {self.near_share}')
+    if min(self.pairs_per_prompt, self.negatives) < 1 or not 0 <= self.near_share <= 1:
+      raise ValueError(f'pairs_per_prompt and negatives must be positive and near_share in [0, 1], in {self}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +151,8 @@ class Pairer:
       if len(texts) > len(set(texts)):
         counts['equal'] += sum(count * (count - 1) // 2 for count in collections.Counter(texts).values())
       digest = hashlib.blake2b(f'{self.rules.seed}\0{split}\0{prompt.id}'.encode('utf-8', 'surrogatepass'), digest_size=8).digest()
-      drawn = _Draw(self, samples, random.Random(int.from_bytes(digest, 'big'))).triples()
+      negatives = self.rules.negatives if split == 'train' else 1
+      drawn = _Draw(self, samples, negatives, random.Random(int.from_bytes(digest, 'big'))).triples()
       if drawn:
         triples[split] = drawn
       elif split != UNSEEN_POLICIES or self._several_held_out:
@@ -188,7 +195,11 @@ class Pairer:
     """
     text, identifier, wrapper = prompt.text.encode(), json.dumps(prompt.id), WRAPPERS[prompt.kind].encode()
     out: list[Fields] = []
-    for (policy, first, reference), (_, second, chosen), (other, third, rejected) in triples:
+    for triple in triples:
+      if len(triple) > 3:
+        out.append(fields_of(self._ranked_list(prompt, triple)))
+        continue
+      (policy, first, reference), (_, second, chosen), (other, third, rejected) = triple
       name = self._names[policy]
       metadata = (
         f'{{"chosen_policy": {name}, "chosen_sample": {second}, "difficulty": "{self.difficulty(policy, other)}", '
@@ -198,6 +209,15 @@ class Pairer:
       texts = (text, reference.encode(), chosen.encode(), rejected.encode(), wrapper, self._categories[policy], metadata.encode())
       out.append((texts, ()))
     return out
+
+  def _ranked_list(self, prompt: PoolPrompt, triple: Triple) -> RankedList:
+    reference, chosen, *rejected = triple
+    metadata = {'prompt_id': prompt.id, 'reference_sample': reference.sample, 'chosen_sample': chosen.sample}
+    metadata |= {'rejected_samples': [candidate.sample for candidate in rejected]}
+    metadata |= {'difficulty': self.difficulty(reference.policy, rejected[0].policy)}
+    made = example(prompt.text, triple, WRAPPERS[prompt.kind], self._categories[reference.policy].decode())
+    assert isinstance(made, RankedList)
+    return dataclasses.replace(made, metadata=metadata | dict(made.metadata))
 
   def _difficulty(self, a: str, b: str) -> str:
     """Return what two policies have in common: one of DIFFICULTIES."""
@@ -219,17 +239,30 @@ class Pairer:
     return [[name for name in others if self.difficulty(policy, name) == difficulty] for difficulty in DIFFICULTIES]
 
 
+def example(prompt: str, triple: Triple, wrapper: str, category: str) -> Triplet:
+  """Return the example of a triple, with the names of its policies as metadata: a RankedList if several samples are rejected."""
+  reference, chosen, *rejected = triple
+  texts = (prompt, reference.text, chosen.text, rejected[-1].text, wrapper, category)
+  policies: dict[str, Any] = {'reference_policy': reference.policy, 'chosen_policy': chosen.policy}
+  if len(rejected) == 1:
+    return Triplet(*texts, policies | {'rejected_policy': rejected[0].policy})
+  candidates = (chosen.text, *(candidate.text for candidate in rejected))
+  policies['rejected_policies'] = [candidate.policy for candidate in rejected]
+  return RankedList(*texts, policies, candidates, (0,) + (1,) * len(rejected))
+
+
 class _Draw:
   """Draws the triplets of one prompt and split.
 
   Args:
     pairer: facts and rules.
     samples: by policy, in a fixed order.
+    negatives: rejected samples of a triplet.
     rng: only its `random` is used, whose numbers are the same in every version of Python.
   """
 
-  def __init__(self, pairer: Pairer, samples: Mapping[str, list[Candidate]], rng: random.Random):
-    self._pairer, self._random = pairer, rng.random
+  def __init__(self, pairer: Pairer, samples: Mapping[str, list[Candidate]], negatives: int, rng: random.Random):
+    self._pairer, self._negatives, self._random = pairer, negatives, rng.random
     self._names, self._samples = list(samples), list(samples.values())
     self._weights = [pairer.facts[name].weight for name in self._names]
     self._sums = list(itertools.accumulate(self._weights))
@@ -269,8 +302,21 @@ class _Draw:
       for j in self._near(i) if near else self._any(i):
         rejected = rejected_of(j, reference.text, chosen.text)
         if rejected is not None:
-          return reference, chosen, rejected
+          return reference, chosen, rejected, *self._more(i, j, (reference.text, chosen.text, rejected.text))
     return None
+
+  def _more(self, i: int, j: int, texts: tuple[str, str, str]) -> list[Candidate]:
+    """Draw the rejected samples after the first one: of policies other than i and j, no two of one policy, with texts that differ."""
+    out: list[Candidate] = []
+    known = {*texts}
+    for k in self._by_weight([k for k in range(len(self._names)) if k not in (i, j)]) if self._negatives > 1 else ():
+      if len(out) == self._negatives - 1:
+        break
+      candidate = self._samples[k][int(self._random() * len(self._samples[k]))]
+      if candidate.text not in known:
+        known.add(candidate.text)
+        out.append(candidate)
+    return out
 
   def _rejected(self, j: int, reference: str, chosen: str) -> Candidate | None:
     """Draw a sample of policy j that makes a new triple; None if there is none."""

@@ -151,7 +151,8 @@ class Tally:
     self.scripts[script_of(prompt)] += count
     self.difficulty.update(difficulties)
     self.lengths['prompt'].add(len(prompt), count)
-    for role, samples in zip(ROLES, zip(*triples, strict=True), strict=True):
+    references, chosen = [triple[0] for triple in triples], [triple[1] for triple in triples]
+    for role, samples in zip(ROLES, (references, chosen, [sample for triple in triples for sample in triple[2:]]), strict=True):
       self.roles[role].update([sample.policy for sample in samples])
       self.lengths[role].add_all([len(sample.text) for sample in samples])
 

@@ -43,7 +43,7 @@ class _Source:
     self._policy_of = {member: spec.name for spec in specs for member in spec.settings.get(inputs.MEMBERS, [spec.name])}
     self._merged = {spec.name for spec in specs if spec.settings.get('merge')}
     facts = {spec.name: pairing.PolicyFacts(spec.weight, spec.family, spec.size, spec.date, spec.held_out, spec.near_to) for spec in specs}
-    self._pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, config.near_share, seed))
+    self._pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, config.near_share, seed, config.negatives))
     self.tally = Tally()
     self.kept: dict[str, Lengths] = {spec.name: Lengths() for spec in specs}
     self.dropped: collections.Counter[str] = collections.Counter()  # by policy: samples of which the clean-up left nothing
@@ -61,7 +61,7 @@ class _Source:
         if new:
           self.tally.dropped.update({reason: made.counts[reason] for reason in _LEFT_OUT if made.counts[reason]})
         if triples := made.triples.get(split):
-          self.tally.update(split, prompt.text, triples, [self._pairer.difficulty(a.policy, b.policy) for a, _, b in triples])
+          self.tally.update(split, prompt.text, triples, [self._pairer.difficulty(a.policy, b.policy) for a, _, b, *_ in triples])
           yield from self._pairer.fields(prompt, triples)
 
   def _candidates(self, low: int, split: str, count: bool) -> dict[int, list[pairing.Candidate]]:

@@ -69,7 +69,17 @@ def test_examples_of_a_run_are_those_of_its_batches(size, steps):
   pack = pipeline.plan_packing(source, plan, None, steps=steps, seed=3)
   batches = pipeline.pair_batches(source, plan, pack, steps=steps, seed=3)
   read = {int(i) for step in range(steps) for i in batches[step].index_BP.ravel() if i >= 0}
-  assert lengths.examples_of_run(plan, size, steps=steps, seed=3) == sorted(read)
+  assert pipeline.examples_of_run(plan, size, steps=steps, seed=3) == sorted(read)
+
+
+def test_a_row_is_chosen_for_what_a_run_reads_and_nothing_else_is_tokenized():
+  examples, plan = triplets(40), pipeline.BatchPlan(4)
+  read = set(pipeline.examples_of_run(plan, len(examples), steps=3, seed=1))
+  examples = [example if i in read else Triplet('p', 'r', 'c' * 900, 'd') for i, example in enumerate(examples)]
+  source, taken = pipeline.TripletSegments(examples, Template(TemplateConfig(), ByteTokenizer())), set()
+  take = source.take
+  source.take = lambda indices: (taken.update(indices), take(indices))[1]
+  assert pipeline.plan_packing(source, plan, None, steps=3, seed=1).row_length < 900 and taken == read
 
 
 def test_the_first_five_are_named_and_all_of_a_run_are_checked(tmp_path):

@@ -17,7 +17,11 @@ from array_record.python import array_record_data_source
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from polar_jax import types
-from polar_jax.data import records, tfds
+from polar_jax.config import TemplateConfig
+from polar_jax.data import pipeline, records, tfds
+from polar_jax.data.examples import max_candidates
+from polar_jax.data.template import Template
+from polar_jax.data.tokenizer import ByteTokenizer
 
 ODD = [
   '',
@@ -445,3 +449,46 @@ def test_without_checksums_a_data_set_is_read_but_not_verified(small):
   assert len(tfds.open_triplets(folder)['train']) == 2
   with pytest.raises(types.UserError, match=r'checksums\.json: .*No such file'):
     tfds.verify(folder)
+
+
+def ranked(number):
+  candidates = tuple(f'{number}: {name}' for name in ('best', '\u00e9', 'c', 'worst')[: 3 + number % 2] + ('x',) * (number % 3))
+  ranks = (0,) + (1,) * (len(candidates) - 1) if number % 2 else tuple(range(len(candidates)))
+  texts = (candidates[0], candidates[-1])
+  return types.RankedList('p', 'r', *texts, 'pretrain', 'math', {'weight': 2.0}, candidates, ranks)
+
+
+def test_ranked_lists_are_read_as_they_were_written_and_their_split_says_so(tmp_path):
+  mixed = [ranked(0), types.Triplet('p', 'r', 'a', 'b'), *map(ranked, range(1, 6))]
+  plain = [types.Triplet('p', 'r', 'a', 'b', metadata={'text': '"ranked_list"'})]
+  written = tfds.write(tmp_path, 'lists', {'train': mixed, 'validation': plain}, 'Lists.', {'seed': 1})
+  found = tfds.open_triplets(written.folder)
+  assert [*found['train']] == mixed and [*found['validation']] == plain
+  assert max_candidates(found['train']) == max(len(e.candidates) for e in mixed if isinstance(e, types.RankedList))
+  assert max_candidates(found['validation']) == 2
+  assert written.fingerprints['train'] == tfds.fingerprint(mixed) != tfds.fingerprint([*mixed[:-1], ranked(7)])
+
+
+def test_training_reads_lists_of_a_tfds_data_set_as_those_of_a_program(tmp_path):
+  mixed = [ranked(0), types.Triplet('p', 'r', 'a', 'b'), *map(ranked, range(1, 6))]
+  source = tfds.open_triplets(tfds.write_triplets(tmp_path, 'lists', {'train': mixed}, 'Lists.', {}))['train']
+  template = Template(TemplateConfig(), ByteTokenizer())
+  ours, theirs = pipeline.open_segments(source, template), pipeline.open_segments(mixed, template)
+  assert type(ours) is type(theirs) is pipeline.ListSegments and ours.max_candidates == theirs.max_candidates
+  assert ours.head(3).max_candidates == ours.max_candidates
+  assert [ours[i].tokens.tolist() for i in range(len(mixed))] == [theirs[i].tokens.tolist() for i in range(len(mixed))]
+
+
+@pytest.mark.parametrize(
+  ('example', 'message'),
+  [
+    (types.Triplet('p', 'r', 'a', 'b', metadata={'ranked_list': 1}), 'metadata ranked_list is a name of this format; rename the field'),
+    (
+      types.RankedList('p', 'r', 'a', 'c', candidates=('a', [{'role': 'user', 'content': 'b'}], 'c'), ranks=(0, 1, 2)),
+      'candidates must be texts in a TFDS data set; join messages first',
+    ),
+  ],
+)
+def test_lists_that_cannot_be_stored(tmp_path, example, message):
+  with pytest.raises(ValueError, match=f'train example 0: {message}'):
+    tfds.write_triplets(tmp_path, 'lists', {'train': [example]}, 'Lists.', {})

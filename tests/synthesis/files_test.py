@@ -15,7 +15,7 @@ from polar_jax.data.examples import open_triplets
 from polar_jax.evaluate import own_files
 from polar_jax.synthesis import files as files_lib
 from polar_jax.synthesis import split as stage
-from polar_jax.types import UserError
+from polar_jax.types import RankedList, Triplet, UserError
 
 SEVERAL, ONCE = [f'several{i}' for i in range(6)], [f'once{i}' for i in range(10)]
 PROMPTS = [f'Write a word problem number {i} about trains, and solve it' for i in range(120)]
@@ -255,3 +255,20 @@ def test_settings_of_files_belong_to_their_world(tmp_path):
     stage.synthesize(SynthesizeConfig(world='files'), 0, tmp_path, print)
   with pytest.raises(UserError, match=r'none\.jsonl: no such file'):
     stage.synthesize(SynthesizeConfig(world='files', files=f'{tmp_path}/none.jsonl'), 0, tmp_path, print)
+
+
+def test_negatives_make_ranked_lists_for_training_and_triplets_elsewhere(given, tmp_path):
+  config = SynthesizeConfig(**{**CONFIG.__dict__, 'files': ','.join(map(str, given)), 'negatives': 3})
+  stage.synthesize(config, 3, tmp_path, lambda line: None)
+  held_out = set(json.loads((tmp_path / 'data' / 'files.json').read_text())['policies']['held_out'])
+  train = list(open_triplets(tmp_path / 'data' / 'triplets', 'train'))
+  lists = [example for example in train if isinstance(example, RankedList)]
+  assert len(lists) > 100 and max(len(example.candidates) for example in lists) == 4
+  for example in lists:
+    policies = [example.metadata['chosen_policy'], *example.metadata['rejected_policies']]
+    texts = [example.reference, *example.candidates]
+    assert len(set(policies)) == len(policies) == len(example.ranks) and not held_out & set(policies)
+    assert len(set(texts)) == len(texts) and list(example.ranks) == [0] + [1] * (len(policies) - 1)
+    assert [text.split(' answers')[0].split(':')[0] for text in texts] == [policies[0], *policies]
+  for split in ('validation', 'unseen_prompts'):
+    assert {type(example) for example in open_triplets(tmp_path / 'data' / 'triplets', split)} == {Triplet}

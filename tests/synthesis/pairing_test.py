@@ -265,3 +265,40 @@ def test_what_cannot_be_used_is_refused():
   for bad in ((0, 0.0), (1, 1.1), (1, -0.1)):
     with pytest.raises(ValueError, match='must be positive'):
       PairingRules(*bad)
+
+
+def test_several_rejected_samples_make_a_ranked_list_of_as_many_policies():
+  facts = MAKE | {'e': PolicyFacts(1.0, held_out=True)}
+  pairer = pairing.Pairer(facts, PairingRules(4, seed=1, negatives=3))
+  asked = prompt()
+  triples = pairer.pair(asked, samples()).triples['train']
+  assert len(triples) == 4
+  for (reference, chosen, *rejected), fields in zip(triples, pairer.fields(asked, triples), strict=True):
+    others = [sample.policy for sample in rejected]
+    assert len(others) == len(set(others)) == 3 and not {reference.policy, 'e'} & set(others)
+    texts, metadata = [part.decode() for part in fields[0][:-1]], json.loads(fields[0][-1])
+    assert texts == [asked.text, reference.text, chosen.text, rejected[-1].text, 'pretrain', reference.policy]
+    assert metadata['ranked_list'] == {'others': [sample.text for sample in rejected[:-1]], 'ranks': [0, 1, 1, 1]}
+    assert metadata['rejected_policies'] == others and records.candidates_of(fields) == 4
+
+
+def test_the_first_rejected_sample_does_not_depend_on_how_many_there_are():
+  one, several = (pairing.Pairer(MAKE, PairingRules(1, seed=5, negatives=n)) for n in (1, 4))
+  for i in range(20):
+    asked = prompt(name=f'p{i}')
+    (alone,), (first,) = (pairer.pair(asked, samples()).triples['train'] for pairer in (one, several))
+    assert alone == first[:3] and len(first) == 6
+
+
+def test_there_are_fewer_rejected_samples_where_there_are_not_as_many_policies_or_texts():
+  pairer = pairing.Pairer(MAKE, PairingRules(2, seed=0, negatives=9))
+  assert {len(triple) for triple in pairer.pair(prompt(), samples('abc')).triples['train']} == {4}
+  twins = [*samples('ab'), Candidate('c', 0, 'b0'), Candidate('c', 1, 'b0')]
+  texts = [[sample.text for sample in triple[1:]] for triple in pairer.pair(prompt(), twins).triples['train']]
+  assert all(len(set(row)) == len(row) for row in texts)
+
+
+@pytest.mark.parametrize('split', ['validation', 'unseen_prompts'])
+def test_splits_for_evaluation_have_triplets_whatever_the_number_of_rejected_samples(split):
+  pairer = pairing.Pairer(MAKE, PairingRules(4, seed=1, negatives=3))
+  assert {len(triple) for triple in pairer.pair(prompt(split), samples()).triples[split]} == {3}
