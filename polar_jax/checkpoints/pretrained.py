@@ -27,7 +27,7 @@ from polar_jax.model import heads
 from polar_jax.runtime import paths
 
 # Fields that determine how a model is computed. They come from the config, not from the checkpoint.
-_COMPUTE = ('compute_dtype', 'remat', 'scan_unroll', 'attention', 'init_std', 'v_head_init')
+_COMPUTE = ('compute_dtype', 'remat', 'scan_unroll', 'attention', 'init_std', 'v_head_init', 'frozen_layers')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from polar_jax.config.base import option
 
 FAMILIES = ('gemma3_text', 'internlm2', 'internlm3', 'llama', 'mistral', 'qwen2', 'qwen3', 'smollm3')
 ROPE_SCALINGS = ('none', 'linear', 'dynamic', 'llama3', 'yarn')
-REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch')
+REMAT_POLICIES = ('none', 'full', 'dots', 'dots_no_batch', 'offload')
 ACTIVATIONS = ('silu', 'gelu_tanh')
 ATTENTION_BACKENDS = ('auto', 'reference', 'chunked', 'tpu', 'gpu')
 DTYPES = ('float32', 'bfloat16')
@@ -86,8 +86,12 @@ class ModelConfig:
   )
   remat: str = option(
     'none',
-    'What the backward pass recomputes in each layer: nothing, everything (full), or all but matrix multiplications (dots).',
+    'What the backward pass recomputes in each layer: nothing, everything (full; offload: its input is kept in host memory), or all but '
+    'matrix multiplications (dots).',
     choices=REMAT_POLICIES,
+  )
+  frozen_layers: int = option(
+    0, 'Layers, the first ones, that training leaves as they are, and the embedding with them; 0: all are trained.', min=0
   )
   scan_unroll: int = option(1, 'Layers per iteration of the scan over layers; small models on a CPU run fastest with all of them.', min=1)
   attention: str = option('auto', 'Attention backend. auto: chosen by the default device.', choices=ATTENTION_BACKENDS)

@@ -7,7 +7,7 @@ import dataclasses
 from polar_jax.config.base import option
 
 # Options of the world `files`: its own, and those of pools that it reads.
-OF_FILES = ('files', 'held_out_policies', 'best_of')
+OF_FILES = ('files', 'triplet_words', 'held_out_policies', 'best_of')
 SHARED_WITH_FILES = ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near')
 
 
@@ -83,6 +83,9 @@ class SynthesizeConfig(PoolConfig):
   files: str | None = option(
     None,
     'World files: files of triplets with their policies, of answers, and of preferences, separated by commas (docs/real.md). None: none.',
+  )
+  triplet_words: int | None = option(
+    None, 'World files: words of an answer that triplets for training keep, its first ones. None: whole answers.', min=1
   )
   held_out_policies: float = option(0.2, 'World files: share of the policies of each file that no training example has.', min=0, max=0.9)
   best_of: int = option(8, 'World files: most answers to a prompt in held-out rows of best-of-n.', min=2)

@@ -34,6 +34,7 @@ class OptimizerConfig:
   moments: str = option(
     'float32', 'Type of the stored moments of adamw; int8: 8 bits, with a scale per block.', choices=('float32', 'bfloat16', 'int8')
   )
+  offload: bool = option(False, 'Keep the moments in host memory; they are on the device only while they are updated.')
   learning_rate: float = option(1e-3, 'Peak learning rate.', exclusive_min=0)
   warmup_ratio: float = option(0.03, 'Share of all updates over which the rate grows linearly from 0.', min=0, max=1)
   final_lr_ratio: float = option(

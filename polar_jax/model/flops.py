@@ -1,8 +1,8 @@
 """Model FLOPs, counted from a config and from the contents of a batch.
 
 The rule (`mfu_rule`): a multiply-add is 2 FLOPs; every weight matrix counts for the tokens that it has to be applied to, attention for
-the query-key pairs inside the intervals and windows, and a training step for three times the forward pass (with adapters, twice). Padding,
-rematerialization, the embedding lookup, norms and the optimizer are not counted.
+the query-key pairs inside the intervals and windows, and a training step for three times the forward pass (with adapters, twice; frozen
+layers, once). Padding, rematerialization, the embedding lookup, norms and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,34 @@ def passes(adapters: LoraConfig) -> float:
   return 3.0 if adapters.rank is None else 2.0
 
 
-def mfu_rule(adapters: LoraConfig) -> str:
+def mfu_rule(adapters: LoraConfig, frozen_layers: int = 0) -> str:
   """Return the rule by which FLOPs are counted, for people to read."""
   of_adapters = '' if adapters.rank is None else 'adapters, '
+  of_frozen = f' (the first {frozen_layers} layers: 1 x)' if frozen_layers else ''
   return (
-    f'{passes(adapters):g} x forward matmul FLOPs of real tokens and seen query-key pairs; {of_adapters}padding, recomputation and '
-    'optimizer excluded'
+    f'{passes(adapters):g} x{of_frozen} forward matmul FLOPs of real tokens and seen query-key pairs; {of_adapters}padding, recomputation '
+    'and optimizer excluded'
   )
+
+
+def training_flops(forward: Callable[[ModelConfig, Any], float], c: ModelConfig, batch: Any, adapters: LoraConfig) -> float:
+  """Count the FLOPs of a training step.
+
+  Args:
+    forward: `reward_model_flops` or `language_model_flops`.
+    c: the model.
+    batch: of that kind (host arrays).
+    adapters: of the run.
+  """
+  return passes(adapters) * forward(c, batch) - (passes(adapters) - 1) * _frozen_flops(c, batch)
+
+
+def _frozen_flops(c: ModelConfig, batch: Any) -> float:
+  """Count the forward FLOPs of the frozen layers, none of which is the last one, for any batch."""
+  span_BT = sum(end_BT - start_BT for start_BT, end_BT in batch.intervals)
+  weights = float((span_BT > 0).sum()) * c.frozen_layers * sum(_layer_weights(c))
+  pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span_BT, window).sum())[: c.frozen_layers])
+  return 2.0 * weights + 4.0 * c.num_heads * c.head_dim * pairs
 
 
 class Parameters(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from polar_jax.config import QUANTIZED, LoraConfig, ModelConfig
 from polar_jax.model import attention
@@ -23,12 +24,16 @@ from polar_jax.model.lora import Adapters
 from polar_jax.model.quantized import QuantizedWeight
 from polar_jax.sharding import constrain
 
+_LAYER_INPUT = 'layer_input'
 _REMAT = {
   'full': None,  # keep only the layer's input
   'dots': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
   ),
   'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src='device', offload_dst='pinned_host'
+  ),
 }
 
 
@@ -179,6 +184,11 @@ class Decoder(nnx.Module):
     scanned = self.layers, inputs.kind_L
     if index_BQ is not None:
       scanned = jax.tree.map(lambda p: p[:-1], scanned)
+    if c.frozen_layers:  # no derivative passes through them, so that a training step costs their forward pass alone
+      frozen = jax.tree.map(lambda p: jax.lax.stop_gradient(p[: c.frozen_layers]), scanned)
+      scanned = jax.tree.map(lambda p: p[c.frozen_layers :], scanned)
+      run = lambda x, layer: (layer[0](x, inputs.of(layer[1])), None)
+      x_BTD, _ = jax.lax.scan(run, jax.lax.stop_gradient(x_BTD), frozen, unroll=c.scan_unroll)
     x_BTD, _ = jax.lax.scan(lambda x, layer: (body(x, *layer), None), x_BTD, scanned, unroll=c.scan_unroll)
     if index_BQ is not None:
       last = jax.tree.map(lambda p: p[-1], self.layers)
@@ -252,7 +262,11 @@ def _norm_init(config: ModelConfig) -> int | None:
 
 
 def _remat(layer: Callable, policy: str) -> Callable:
-  return layer if policy == 'none' else jax.checkpoint(layer, policy=_REMAT[policy])
+  if policy == 'none':
+    return layer
+  if policy == 'offload':  # with its input by name, nothing else is kept
+    return jax.checkpoint(lambda x, *more: layer(checkpoint_name(x, _LAYER_INPUT), *more), policy=_REMAT[policy])
+  return jax.checkpoint(layer, policy=_REMAT[policy])
 
 
 def num_parameters(model: nnx.Module) -> int:

@@ -191,7 +191,7 @@ def _ranking_shape(config: Config, settings: TrainConfig, model: ModelConfig, me
     batch,
     float(tokens * settings.batch_size),
     seen,
-    flops.passes(settings.lora) * flops.reward_model_flops(model, one) * settings.batch_size,
+    flops.training_flops(flops.reward_model_flops, model, one, settings.lora) * settings.batch_size,
   )
 
 
@@ -210,7 +210,7 @@ def _text_shape(config: Config, settings: TrainConfig, model: ModelConfig, mesh:
   batch = TextBatch(text, text, text, text, text, array((rows, length), jnp.float32), array((rows,), jnp.int32))
   one = text_batch([np.zeros(length + 1, np.int32)], [0], length)
   seen = length * (length + 1) / 2 * settings.batch_size
-  model_flops = flops.passes(settings.lora) * flops.language_model_flops(model, one) * settings.batch_size
+  model_flops = flops.training_flops(flops.language_model_flops, model, one, settings.lora) * settings.batch_size
   return batch, float(length * settings.batch_size), seen, model_flops
 
 

@@ -220,7 +220,7 @@ def _build(
     mesh: of the run.
     adapters: of the model.
   """
-  tx = make_optimizer(optimizer, 1)
+  tx = step_lib.keep_frozen(make_optimizer(optimizer, 1), model, adapters)
   abstract_model = heads.abstract_model(model, head, adapters)
   graphdef, _ = nnx.split(abstract_model)
 

@@ -60,9 +60,10 @@ def compile_call(lowered: jax.stages.Lowered, argument: int) -> tuple[Memory, ja
 
 
 def bytes_of_a_device(tree: Any) -> int:
-  """Return the bytes of a tree on one device. Arrays without a sharding, such as those of numpy, count in full."""
+  """Return the bytes of a tree in the memory of one device, not of its host. Arrays without a sharding, as of numpy, count in full."""
   local = lambda a: a.shape if getattr(a, 'sharding', None) is None else a.sharding.shard_shape(a.shape)
-  return sum(math.prod(local(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+  on_host = lambda a: 'host' in (getattr(getattr(a, 'sharding', None), 'memory_kind', None) or '')
+  return sum(math.prod(local(a)) * a.dtype.itemsize for a in jax.tree.leaves(tree) if not on_host(a))
 
 
 class Executables:

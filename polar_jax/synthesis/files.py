@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -233,11 +234,19 @@ def triplets(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) 
     split = splits.of(prompt)
     if split is None:
       continue
+    if split == 'train' and config.triplet_words is not None:
+      samples = {policy: _beginnings(texts, config.triplet_words) for policy, texts in samples.items()}
     candidates = [pairing.Candidate(policy, i, text) for policy, texts in samples.items() for i, text in enumerate(texts)]
     made = pairer.pair(PoolPrompt(f'{of}/{name}', prompt, INSTRUCTION, of, 0, split), candidates)
     for of_split, triples in made.triples.items():
       out.setdefault(of_split, []).extend(pairing.example(prompt, triple, 'sft', of) for triple in triples)
   return {split: _shuffled(rows, split, seed)[: _limit(config, split)] for split, rows in out.items()}
+
+
+def _beginnings(texts: Sequence[str], words: int) -> list[str]:
+  """Return the different beginnings of texts, of so many words at most."""
+  pattern = re.compile(rf'\s*(?:\S+\s+){{0,{words - 1}}}\S+')
+  return list(dict.fromkeys(found[0] for text in texts if (found := pattern.match(text))))
 
 
 def _limit(config: SynthesizeConfig, split: str) -> int:

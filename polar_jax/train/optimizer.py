@@ -68,12 +68,26 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     ConfigError: a choice is unknown, or two options contradict each other.
   """
   config.check_optimizer()
-  return optax.chain(
+  optimizer = optax.chain(
     optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
     _direction(config),
     optax.add_decayed_weights(config.weight_decay, _decayed),
     _scale_by_schedule(config, steps),
   )
+  return offloaded(optimizer) if config.offload else optimizer
+
+
+class Offloaded(optax.GradientTransformation):
+  """An optimizer whose state is in host memory between its updates."""
+
+
+def offloaded(optimizer: optax.GradientTransformation) -> Offloaded:
+  """Return an optimizer that takes its state from host memory; the caller's output shardings put it back (`step.state_layout`)."""
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    return optimizer.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
+
+  return Offloaded(optimizer.init, update)
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:

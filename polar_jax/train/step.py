@@ -12,10 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polar_jax import sharding
-from polar_jax.config import LoraConfig, ModelConfig, OptimizerConfig
+from polar_jax.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig
 from polar_jax.model import heads, lora
 from polar_jax.train.objectives import Objective
-from polar_jax.train.optimizer import with_schedule
+from polar_jax.train.optimizer import Offloaded, with_schedule
 
 
 class TrainState(NamedTuple):
@@ -97,6 +97,38 @@ def _loss_and_grads(model_of: Callable[[Any, Any], Any], objective: Objective, p
   return metrics, rows, grads
 
 
+def keep_frozen(tx: optax.GradientTransformation, model: ModelConfig, adapters: LoraConfig) -> optax.GradientTransformation:
+  """Return an optimizer that leaves the embedding and the first `frozen_layers` layers as they are.
+
+  Args:
+    tx: the optimizer.
+    model: the model, in which no derivative passes through the frozen layers. But a tied head has a gradient of the embedding, and weight
+      decay needs no gradient.
+    adapters: of the model.
+
+  Raises:
+    ConfigError: no layer would be trained, or there are adapters, which freeze all of them.
+  """
+  n = model.frozen_layers
+  if not n:
+    return tx
+  if n >= model.num_layers:
+    raise ConfigError(f'model.frozen_layers is {n}, and the model has {model.num_layers} layers; leave at least one')
+  if adapters.rank is not None:
+    raise ConfigError('model.frozen_layers is set, but adapters freeze every layer already; set lora.rank to None, or frozen_layers to 0')
+
+  def without(tree: Any) -> Any:
+    decoder = tree['decoder']
+    layers = jax.tree.map(lambda x: x.at[:n].set(0), decoder['layers'])
+    return tree | {'decoder': decoder | {'embedding': jnp.zeros_like(decoder['embedding']), 'layers': layers}}
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    updates, state = tx.update(without(grads), state, params)
+    return without(updates), state
+
+  return type(tx)(tx.init, update)
+
+
 def build(
   objective: Objective,
   model_config: ModelConfig,
@@ -115,6 +147,7 @@ def build(
     accumulation: micro-batches of a step.
     lora_config: adapters.
   """
+  tx = keep_frozen(tx, model_config, lora_config)
   abstract_model = heads.abstract_model(model_config, objective.head, lora_config)
   graphdef, _ = nnx.split(abstract_model)
 
@@ -170,7 +203,7 @@ def state_layout(
   """Return the state of `init` as ShapeDtypeStructs with shardings, and the shardings alone.
 
   Moments are sharded like parameters. What an optimizer keeps in other shapes, such as the scales of 8-bit moments or the rows and columns
-  of Adafactor, is small, and every device holds all of it.
+  of Adafactor, is small, and every device holds all of it. Those of an `Offloaded` optimizer are in host memory.
 
   Args:
     abstract_model: the model, with shapes in place of arrays.
@@ -187,7 +220,8 @@ def state_layout(
   def layout(leaf: Any, param_sharding: NamedSharding, param: Any) -> Any:
     if isinstance(leaf, optax.MaskedNode):  # a parameter that another transformation updates
       return leaf
-    return param_sharding if leaf.shape == param.shape else replicated
+    placed = param_sharding if leaf.shape == param.shape else replicated
+    return placed.with_memory_kind('pinned_host') if isinstance(tx, Offloaded) else placed
 
   opt_shardings = optax.tree_map_params(
     tx,

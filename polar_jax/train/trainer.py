@@ -254,7 +254,7 @@ class _Trainer:
   def _pending_step(self, host_batch: Any, output: dict[str, Any]) -> _PendingStep:
     """Return the step just started. Each process knows only its share of the batch, so its counts are scaled up."""
     share = self.run.plan.share.of / (self.run.plan.share.high - self.run.plan.share.low)
-    step_flops = flops.passes(self.run.train.lora) * self.count_flops(self.run.model, host_batch) * share
+    step_flops = flops.training_flops(self.count_flops, self.run.model, host_batch, self.run.train.lora) * share
     self.flops += step_flops
     return _PendingStep(self.session.step, output, host_batch.tokens_BT.size * share, step_flops, self.flops)
 
@@ -341,7 +341,7 @@ class _Trainer:
       'tokens_per_second': float(np.median([r['tokens_per_second'] for r in records])),
       'pad_fraction': float(np.mean([r['pad_fraction'] for r in records])),
       'mfu': float(np.median([r['mfu'] for r in records])),
-      'mfu_rule': flops.mfu_rule(self.run.train.lora),
+      'mfu_rule': flops.mfu_rule(self.run.train.lora, self.run.model.frozen_layers),
       'peak_flops': self.peak_flops,
       'peak_source': self.peak_source,
       **self.validation,

@@ -213,6 +213,7 @@ def plain_loss_and_gradients():
 
 REMAT = [
   ('full', 1),
+  ('offload', 1),
   ('none', 2),
   *(pytest.param(*case, marks=pytest.mark.slow) for case in (('dots', 1), ('dots_no_batch', 1), ('none', 3), ('full', 8))),
 ]
@@ -245,8 +246,15 @@ def _equations(jaxpr):
 
 @pytest.mark.long
 def test_remat_recomputes_according_to_its_policy():
-  counts = {name: _matmuls(name) for name in ('none', 'dots', 'dots_no_batch', 'full')}
-  assert counts['none'] == counts['dots'] < counts['dots_no_batch'] < counts['full']
+  counts = {name: _matmuls(name) for name in ('none', 'dots', 'dots_no_batch', 'full', 'offload')}
+  assert counts['none'] == counts['dots'] < counts['dots_no_batch'] < counts['full'] == counts['offload']
+
+
+def test_offloading_keeps_the_inputs_of_layers_in_host_memory_and_nothing_else():
+  loss, params = _reward_loss(dataclasses.replace(CONFIG, remat='offload'))
+  moved = [e for e in _equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) if e.primitive.name == 'device_put']
+  shapes = {tuple(e.invars[0].aval.shape) for e in moved}
+  assert len(moved) >= 2 and shapes == {(*_reward_batch().tokens_BT.shape, CONFIG.d_model)}, moved
 
 
 @pytest.mark.long

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import pathlib
+import re
 import types
 
 import jax
+import nbformat
 import numpy as np
 import pytest
 from flax import nnx
+from nbclient import NotebookClient
 
 import polar_jax
 from polar_jax import api, runner, sharding
@@ -183,3 +187,23 @@ def test_the_tokenizer_of_a_run_is_that_of_what_it_starts_from(folder, tmp_path)
   config.pretrain.__dict__['start_from'] = 'finetune'  # a circle
   with pytest.raises(ConfigError, match='no checkpoint is named'):
     Context(config, tmp_path, None, print).tokenizer('finetune')
+
+
+@pytest.mark.long
+def test_the_notebook_shows_a_workdir_and_no_text_of_its_rows(workdir, monkeypatch):
+  monkeypatch.setenv('REAL_WORKDIR', str(workdir))
+  monkeypatch.setenv('XLA_FLAGS', '')
+  notebooks = pathlib.Path(__file__).parents[2] / 'notebooks'
+  notebook = nbformat.read(notebooks / 'real.ipynb', as_version=4)
+  for cell in notebook.cells:
+    cell.pop('outputs', None)
+  NotebookClient(notebook, timeout=120, kernel_name='python3', resources={'metadata': {'path': str(notebooks)}}).execute()
+  outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
+  assert len([output for output in outputs if 'image/png' in output.get('data', {})]) == 2
+  printed = ''.join(output['text'] for output in outputs if output['output_type'] == 'stream')
+  results = json.loads((workdir / 'evaluation' / 'evaluation.json').read_text())['sets']
+  for name, one in results.items():
+    assert f'{name:36} {one["accuracy"]:.3f} [{one["low"]:.3f}, {one["high"]:.3f}]' in printed
+  assert re.search(r'^ +-?\d+\.\d+  (ranked|triplets)/\d+ ', printed, re.MULTILINE)
+  with gzip.open(workdir / 'data' / 'held_out' / 'ranked.jsonl.gz', 'rt') as file:
+    assert not any(f'prompt: {json.loads(line)["prompt"]}' in printed for line in file)

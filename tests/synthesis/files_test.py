@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -272,3 +273,22 @@ def test_negatives_make_ranked_lists_for_training_and_triplets_elsewhere(given, 
     assert [text.split(' answers')[0].split(':')[0] for text in texts] == [policies[0], *policies]
   for split in ('validation', 'unseen_prompts'):
     assert {type(example) for example in open_triplets(tmp_path / 'data' / 'triplets', split)} == {Triplet}
+
+
+def test_answers_are_cut_to_their_first_words_before_triplets_for_training_are_drawn(tmp_path):
+  rows = [
+    {'prompt': f'prompt {i}', 'policy': policy, 'response': f'{policy} {run} of  run {i} and {run} words that are cut off'}
+    for i in range(60)
+    for policy, run in (('a', 1), ('a', 2), ('b', 1), ('b', 1), ('c', 3), ('c', 4))
+  ]
+  config = dataclasses.replace(CONFIG, triplet_words=4, held_out_policies=0.0)
+  files = files_lib.read([write(tmp_path / 'answers.jsonl.gz', rows)])
+  made = files_lib.triplets(files, files_lib.Splits(config, 3, files), config, 3)
+  texts = {split: {text for e in examples for text in (e.reference, e.chosen, e.rejected)} for split, examples in made.items()}
+  assert texts['train'] == {f'{name} of  run' for name in ('a 1', 'a 2', 'b 1', 'c 3', 'c 4')}
+  assert not any(e.reference.startswith('b') for e in made['train'])  # its answers are one answer
+  assert all(text.endswith('cut off') for text in texts['validation'])
+
+
+def test_beginnings_keep_white_space_and_drop_what_has_no_word():
+  assert files_lib._beginnings([' a  b\n\nc d', ' a  b\n\nc', '  ', 'x'], 3) == [' a  b\n\nc', 'x']
