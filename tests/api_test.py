@@ -321,6 +321,7 @@ def test_read_examples(tmp_path):
     polar_jax.read_examples(tmp_path, 'test')
 
 
+@pytest.mark.long
 def test_no_library_warning_reaches_the_user(trained, tmp_path):
   script = (
     'import sys, polar_jax\n'

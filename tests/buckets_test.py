@@ -82,6 +82,7 @@ def test_a_run_in_a_bucket_equals_one_on_disk(world):
   assert kept == (world.folder / 'whole/pretrain/metrics.jsonl').read_bytes()
 
 
+@pytest.mark.long
 def test_another_machine_continues_where_a_lost_one_stopped(world):
   process = world.start('lost', *IN_BUCKET, 'checkpointing.folder=gs://our/moved')
   deadline = time.monotonic() + 300
@@ -208,6 +209,7 @@ for settings in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_unsupported_uses_of_a_bucket_are_refused(world):
   world.bucket.put('our/tfds/dataset_info.json', b'{}')
   line = [sys.executable, '-c', RUN_EACH, json.dumps([settings for settings, _ in UNSUPPORTED])]

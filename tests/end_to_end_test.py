@@ -102,6 +102,7 @@ def test_readable_report_and_figures(workdir):
   assert str(workdir) not in text and str(workdir) not in (workdir / 'report.json').read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('stages', ['synthesize,pretrain,sweep,fit', pytest.param('all', marks=pytest.mark.slow)])
 def test_a_second_run_repeats_no_work(workdir, stages, capsys):
   before = {p: p.read_bytes() for p in workdir.glob('**/metrics.jsonl')}

@@ -25,6 +25,7 @@ def text_of(notebook) -> str:
   return '\n'.join(output['text'] for output in outputs if output['output_type'] == 'stream')
 
 
+@pytest.mark.long
 def test_scaling_laws(tmp_path):
   notebook = nbformat.read(FOLDER / 'scaling_laws.ipynb', as_version=4)
   shown = text_of(notebook)
@@ -44,6 +45,7 @@ def test_scaling_laws(tmp_path):
 FEW_STEPS = (('steps=300,', 'steps=6,'), ('steps=25,', 'steps=2,'))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('learns', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_quickstart(learns):
   notebook = nbformat.read(FOLDER / 'quickstart.ipynb', as_version=4)

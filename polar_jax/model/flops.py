@@ -54,6 +54,8 @@ def training_flops(forward: Callable[[ModelConfig, Any], float], c: ModelConfig,
 
 def _frozen_flops(c: ModelConfig, batch: Any) -> float:
   """Count the forward FLOPs of the frozen layers, none of which is the last one, for any batch."""
+  if not c.frozen_layers:
+    return 0.0
   span_BT = sum(end_BT - start_BT for start_BT, end_BT in batch.intervals)
   weights = float((span_BT > 0).sum()) * c.frozen_layers * sum(_layer_weights(c))
   pairs = sum(_pairs_by_layer(c, lambda window: np.minimum(span_BT, window).sum())[: c.frozen_layers])

@@ -132,9 +132,11 @@ def _arms(sets: Mapping[str, Any]) -> list[str]:
     body.append([_name(name), *cells])
   seeds = {len(entry.get('by_seed', [0])) for found in sets.values() for entry in found.get('arms', {}).values()}
   over = f' Means over up to {max(seeds)} seeds of fine-tuning; the intervals are over clusters, not seeds.' if max(seeds) > 1 else ''
+  fewer = any(entry['n'] < found['n'] for found in sets.values() for entry in found.get('arms', {}).values())
+  part = ' Arms were compared on a random part of each set (`evaluate.arm_items`).' if fewer else ''
   return [
     '### Arms',
-    f'Accuracy in %, and after the semicolon the paired difference of `{names[0]}` from the arm, in points.{over}',
+    f'Accuracy in %, and after the semicolon the paired difference of `{names[0]}` from the arm, in points.{over}{part}',
     markdown.table(head, body),
   ]
 

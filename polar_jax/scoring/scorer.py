@@ -6,6 +6,7 @@ The last bits of a reward depend on what else is in its batch; `polar_jax.scorin
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class Scorer:
     self._ladder = ladder
     shards = sharding.batch_shards(mesh)
     self._rows = sharding.round_up(rows, shards)
-    self._forward = jit_rewards(group_rewards, model, mesh)
+    self._forward = _jit_group_rewards(model, mesh)
 
   @property
   def template(self) -> Template:
@@ -174,6 +175,12 @@ def jit_rewards(
     out_shardings=NamedSharding(mesh, PartitionSpec()),
     compiler_options=compiler_options,
   )
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_group_rewards(model: ModelConfig, mesh: Mesh) -> Any:
+  """Return the jitted rewards of groups: models of one shape, such as the arms of a comparison, share their programs."""
+  return jit_rewards(group_rewards, model, mesh)
 
 
 def ladder_length(length: int) -> int:

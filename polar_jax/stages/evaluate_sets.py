@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -112,7 +113,8 @@ def run(context: Context) -> dict[str, Any]:
   by_model = systems.model_baselines(context)
   checkpoint = context.home(next(iter(arms.values()))[0]) if arms else config.checkpoint
   scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found, checkpoint)
-  of_arms = evaluate_arms.score(context, arms, list(map(_task, scored))) if arms else []
+  tasks = {part.one.name: _task(part, config.evaluate.arm_items) for part in scored} if arms else {}
+  of_arms = evaluate_arms.score(context, arms, list(tasks.values())) if arms else []
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
@@ -120,14 +122,14 @@ def run(context: Context) -> dict[str, Any]:
     if others:
       result['compare'] = _compare(context, part, others)
     if of_arms:
-      result['arms'] = evaluate_arms.measure(context, part.one, of_arms)
+      result['arms'] = evaluate_arms.measure(context, tasks[part.one.name].one, of_arms)
     if leaked is not None:
       result['contamination'] = _without(context, part, leaked[part.one.name])
     results[part.one.name] = result
   tests = sum(len(result['baselines']) + len(result.get('compare', ())) + max(len(of_arms) - 1, 0) for result in results.values())
   content = {'sets': results, 'paired_tests': tests}
   if jax.process_index() == 0:
-    _write(folder, content, scored, of_arms)
+    _write(folder, content, scored, [tasks[name].one for name in tasks], of_arms)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
   return {'evaluation': content}
 
@@ -145,9 +147,14 @@ def check(config: Config) -> None:
     text_baselines.open_encoder(config.evaluate.embedding)
 
 
-def _task(part: Scored) -> evaluate_arms.Task:
-  """Return what every arm is asked: with the main references of a set."""
-  return evaluate_arms.Task(part.one, part.main, part.views[part.main].references, part.rewards[part.main])
+def _task(part: Scored, limit: int | None) -> evaluate_arms.Task:
+  """Return what every arm is asked: at most `limit` items of a set, with the main references."""
+  items, references, rewards = part.one.items, part.views[part.main].references, part.rewards[part.main]
+  kept = list(range(len(items)))
+  if limit is not None and limit < len(items):
+    kept = sorted(np.random.default_rng(list(part.one.name.encode())).choice(len(items), limit, replace=False).tolist())
+  one = dataclasses.replace(part.one, items=[items[i] for i in kept])
+  return evaluate_arms.Task(one, part.main, [references[i] for i in kept], [rewards[i] for i in kept])
 
 
 def read_sets(config: Config, held_out: pathlib.Path | None = None) -> list[EvaluationSet]:
@@ -383,8 +390,14 @@ def _accuracy(items: Sequence[Item], rewards: Rewards, resamples: int) -> dict[s
   return statistics.accuracy_interval(measures.correctness(found.margin), sets.clusters(items, found.item), resamples).asdict()
 
 
-def _write(folder: pathlib.Path, content: dict[str, Any], scored: Sequence[Scored], arms: Sequence[evaluate_arms.ArmRewards]) -> None:
-  """Write the rewards of each view and of each run of the arms, and then the results."""
+def _write(
+  folder: pathlib.Path,
+  content: dict[str, Any],
+  scored: Sequence[Scored],
+  of_arms: Sequence[EvaluationSet],
+  arms: Sequence[evaluate_arms.ArmRewards],
+) -> None:
+  """Write the rewards of each view, those of each run of the arms on their items, and then the results."""
   folder.mkdir(parents=True, exist_ok=True)
   by_file: dict[str, list[str]] = {}
 
@@ -396,9 +409,10 @@ def _write(folder: pathlib.Path, content: dict[str, Any], scored: Sequence[Score
   for part in scored:
     for name, rewards in part.rewards.items():
       add(SCORES if name == part.main else OTHER_SCORES.format(name), part.one, name, rewards)
+  for one, part in zip(of_arms, scored, strict=bool(of_arms)):
     for arm in arms:
-      for run, rewards in zip(arm.runs, arm.by_set[part.one.name], strict=True):
-        add(OTHER_SCORES.format(run), part.one, part.main, rewards)
+      for run, rewards in zip(arm.runs, arm.by_set[one.name], strict=True):
+        add(OTHER_SCORES.format(run), one, part.main, rewards)
   for file, written in by_file.items():
     paths.write_atomically(folder / file, gzip.compress(''.join(written).encode('utf-8'), mtime=0))
   paths.write_atomically(folder / RESULT, json_files.dumps(content, indent=2) + '\n')

@@ -155,6 +155,7 @@ def empty_settings(step):
   next(path for path in (step / 'config').rglob('*') if path.is_file() and path.read_bytes()).write_bytes(b'')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'tear', [truncate, empty_settings, lambda step: shutil.rmtree(step / 'state'), lambda step: shutil.rmtree(step / 'data')]
 )

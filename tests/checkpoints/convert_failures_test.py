@@ -96,6 +96,7 @@ def test_a_bit_changed_by_an_export_is_detected(small, tmp_path, monkeypatch):
   )
 
 
+@pytest.mark.long
 @pytest.mark.needs('torch')
 @pytest.mark.parametrize('setting', [{'rope_theta': 501.0}, {'norm_eps': 0.02}])
 def test_a_lost_setting_is_detected(small, tmp_path, monkeypatch, setting):

@@ -309,6 +309,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.needs('torch')) if n == 'torch' else n for n in FORMATS])
 @pytest.mark.filterwarnings('ignore')
 def test_damaged_checkpoints_are_read_or_refused_in_one_line(tmp_path, name):

@@ -57,6 +57,7 @@ def abstract_on(mesh, model=MODEL, head='reward'):
   return sharding.abstract_params(abstract_model(model, head), mesh)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('sizes', 'stored', 'wanted'),
   [

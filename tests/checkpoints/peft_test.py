@@ -105,6 +105,7 @@ def test_tensors_are_the_updates_of_the_linear_layers(case):
   assert data['modules_to_save'] == (None if head == 'lm' else [head_name])
 
 
+@pytest.mark.long
 def test_a_folder_opens_as_the_merged_model(case, mesh):
   head, model, config, trained, frozen, folder = case
   opened = open_pretrained(folder)
@@ -211,6 +212,7 @@ def _convert(mesh, source, output, log=None, **options):
   return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('case', ['llama reward', 'internlm2 reward'], indirect=True)
 def test_convert_writes_an_adapter_and_merges_it(case, mesh, tmp_path):
   """Run -> folder of PEFT -> whole weights. The folder of PEFT knows its base by more than its path."""

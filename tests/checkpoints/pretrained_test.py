@@ -117,6 +117,7 @@ def in_float32(params):
   return jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('save', 'head', 'model'),
   [(save_run, 'reward', MODEL), (save_run, 'lm', LLAMA), (save_hugging_face, 'reward', MODEL), (save_hugging_face, 'value', LLAMA)],

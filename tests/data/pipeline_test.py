@@ -168,12 +168,13 @@ def test_without_a_row_length_every_triplet_of_the_data_fits(together, monkeypat
   triplets = [*_tokens(60).source, Triplet('p', '', 'a' * 300, 'b')]
   tokens = pipeline.TripletSegments(triplets, Digits())
   assert 60 not in [pipeline.global_order(61, 0)(p)[0] for p in range(8)]  # the long one is not in the sample
-  pack = pipeline.plan_packing(tokens, pipeline.BatchPlan(8), None, steps=1, seed=0)
-  assert pack.row_length == 384
-  shorter = pipeline.plan_packing(_tokens(60), pipeline.BatchPlan(8), None, steps=1, seed=0)
-  assert shorter.row_length == 128
+  monkeypatch.setattr(pipeline.packing, 'SAMPLE_STEPS', 1)
+  rows = lambda source, steps: pipeline.plan_packing(source, pipeline.BatchPlan(8), None, steps=steps, seed=0).row_length
+  assert rows(tokens, 8) == 384
+  assert rows(tokens, 1) == rows(_tokens(60), 8) == 128  # a run of one step does not read the long one
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('threads', [0, 2])
 @pytest.mark.parametrize(('kind', 'rows'), [('pairs', None), ('pairs', 2), ('text', None)])
 def test_an_iterator_resumes_exactly(threads, kind, rows):

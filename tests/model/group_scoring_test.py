@@ -71,6 +71,7 @@ def score():
   return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('rows', [[[0], [1], [2], [3]], [[2, 0], [3, 1]], [[3, 2, 1], [0], []]], ids=['alone', 'packed', 'with padding'])
 def test_shared_prefixes_change_nothing(score, rows):
   batch, total = _packed(rows)

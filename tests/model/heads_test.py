@@ -17,6 +17,7 @@ def test_every_head_has_its_objective():
     heads.head_of('classify')
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('head', 'shape'), [('lm', (2, 5, 13)), ('reward', (2, 5)), ('value', (2, 5))])
 def test_heads_are_called_alike(head, shape):
   """A call of (tokens, positions, intervals) gives an output per token; with an index, one per picked token."""

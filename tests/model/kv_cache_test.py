@@ -108,6 +108,7 @@ def prompts():
   return np.random.default_rng(2).integers(1, 29, (4, 11)).astype(np.int32)
 
 
+@pytest.mark.long
 def test_decoding_after_prompts_of_any_length(model, prompts):
   """Logits equal those of the full forward pass for rows of any length, with tokens in the buffer or in the cache."""
   texts = [prompts[b, :n].tolist() for b, n in enumerate(LENGTHS - 1)]
@@ -148,6 +149,7 @@ def test_more_than_one_block_of_keys(platform, window):
     np.testing.assert_allclose(got[b, head], weights @ join(values, buffer.v_LBKMH) / weights.sum(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_greedy_decoding_takes_the_most_likely_token_of_the_full_forward_pass(model, prompts):
   texts = [prompts[b, :n].tolist() for b, n in enumerate(LENGTHS)]
   for text, answer in zip(texts, model.greedy(texts), strict=True):

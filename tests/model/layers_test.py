@@ -22,6 +22,7 @@ def _plain_geglu(gate, up):
   return gate * up / (1 + jnp.exp(-np.sqrt(8 / np.pi) * (gate + 0.044715 * gate**3)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('function', 'plain', 'inputs'),
   [

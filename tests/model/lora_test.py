@@ -76,6 +76,7 @@ def test_new_adapters_change_no_bit():
   np.testing.assert_array_equal(_rewards(params), plain)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('targets', [LORA.targets, ('wv', 'w_down')])
 def test_merged_weights_compute_the_same(targets):
   config = dataclasses.replace(LORA, targets=targets, rank_stabilized=len(targets) == 2)

@@ -62,6 +62,7 @@ def test_products_and_gradients_are_those_of_the_expanded_weight(kind, inputs):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['int8', 'nf4'])
 def test_a_model_on_a_quantized_base_equals_the_merged_one(kind):
   config = LoraConfig(rank=2, base_dtype=kind)

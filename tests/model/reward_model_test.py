@@ -87,6 +87,7 @@ def _assert_same(one, other, atol=3e-6):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), one[2], other[2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('flip', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['chosen first', 'rejected first'])
 def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
   cases = [case[::-1] if flip else case for case in CASES]
@@ -99,6 +100,7 @@ def test_a_shared_prefix_row_equals_two_separate_rows(model, flip):
   assert shared[1][identical, 0] == shared[1][identical, 1]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name', ['ordinary', *(pytest.param(n, marks=pytest.mark.slow) for n in ('empty chosen', 'nothing shared but BOS'))]
 )
@@ -143,6 +145,7 @@ def _wide(cases, packed):
   return pair_batch([pair_segment(*case) for case in cases], range(len(cases)), packed, PACKED_LENGTH, 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_packed_rows_equal_rows_of_one_triplet(model, seed):
   cases, packed = _random_cases(seed)
@@ -205,6 +208,7 @@ def test_a_zero_head_starts_at_ln_2_and_leaves_the_backbone_alone():
   assert np.abs(gradients['v_head']).max() > 1e-3
 
 
+@pytest.mark.long
 def test_rewards_are_float32_and_read_before_nothing_else(model):
   """A reward is v_head applied to the decoder's normed hidden state at the reward token."""
   graphdef, params = model

@@ -50,6 +50,7 @@ def logits() -> np.ndarray:
   return np.random.default_rng(1).normal(0, 2, VOCABULARY).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('temperature', 'top_p', 'top_k', 'barred'),
   [

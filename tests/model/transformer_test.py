@@ -91,6 +91,7 @@ def _oracle(c, params, tokens, positions, start, end):
   return hidden
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'changes',
   [
@@ -219,6 +220,7 @@ REMAT = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('remat', 'unroll'), REMAT)
 def test_remat_and_unrolling_change_nothing(plain_loss_and_gradients, remat, unroll):
   loss, params = _reward_loss(dataclasses.replace(CONFIG, remat=remat, scan_unroll=unroll))

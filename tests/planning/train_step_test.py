@@ -59,6 +59,7 @@ def plan_of(folder: pathlib.Path, *settings: str) -> dict:
   return json.loads((folder / 'run' / 'plan.json').read_text()) | {'output': done.stdout}
 
 
+@pytest.mark.long
 @needs_libtpu
 def test_plan_of_a_compiled_step(tmp_path):
   plan = plan_of(tmp_path)

@@ -64,6 +64,7 @@ def values(rollouts):
   }
 
 
+@pytest.mark.long
 def test_actor_forward_equals_single_sequences(rollouts, one):
   mesh, actor, _ = one
   params = actor.init(jax.random.key(0), None).params
@@ -160,6 +161,7 @@ def oracle_sums(params, rollouts, values, which):
   return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('which', ['actor', 'critic'])
 def test_update_equals_loops_over_single_sequences(which, rollouts, values, one):
   mesh, actor, critic = one
@@ -171,6 +173,7 @@ def test_update_equals_loops_over_single_sequences(which, rollouts, values, one)
     np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('which', ['actor', pytest.param('critic', marks=pytest.mark.slow)])
 def test_update_does_not_depend_on_packing_or_devices(which, rollouts, values, one):
   build, (kind, names) = (learner.build_actor, ACTOR) if which == 'actor' else (learner.build_critic, CRITIC)

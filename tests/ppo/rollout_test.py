@@ -72,6 +72,7 @@ def expected(params, prompts):
   return [greedy(params, prompt) for prompt in prompts]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('slots', [1, 3, 16])
 def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expected, slots):
   engine = RolloutEngine(MODEL, mesh_of(), dataclasses.replace(CONFIG, max_concurrent=slots), [STOP])
@@ -82,6 +83,7 @@ def test_greedy_is_the_likeliest_token_of_the_full_forward(params, prompts, expe
   assert not got.tokens_RT[np.arange(9)[None] >= got.length_R[:, None]].any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('unroll', [1, 2])
 def test_devices_do_not_matter(params, prompts, expected, unroll):
   mesh = mesh_of(8, data=2, fsdp=2, tensor=2)
@@ -142,6 +144,7 @@ def test_the_seed_determines_the_responses_and_the_slots_do_not(params, prompts)
   assert len({tuple(a) for a in responses(same)}) > 3  # responses to one prompt differ
 
 
+@pytest.mark.long
 def test_limits_stop_tokens_and_min_new(params, prompts, expected):
   engine = RolloutEngine(MODEL, mesh_of(), CONFIG, [STOP])
   limits = [2, 9, 1, 4, 3, 9, 5]

@@ -213,6 +213,7 @@ class Interrupted(Exception):
   pass
 
 
+@pytest.mark.long
 def test_a_run_stopped_within_a_step_resumes_bit_for_bit(world, finished, monkeypatch):
   """In one process, at points where a step is half done; for real kills see test_killed_by_a_signal."""
   for number, where in enumerate(('_score', '_one_update')):
@@ -288,6 +289,7 @@ def get_config():
   assert_same(made.workdir / 'rft', world / 'whole' / 'rft')
 
 
+@pytest.mark.long
 def test_sigterm_saves_in_the_middle_of_a_run(world, finished, monkeypatch):
   made, update = context(world, 'terminated'), StepProgress.update
 

@@ -288,6 +288,7 @@ distributed.start(DistributedConfig(*eval(sys.argv[1]), timeout=2))
 """
 
 
+@pytest.mark.long
 def test_every_process_that_waits_in_vain_says_so():
   """Process 0, and any process that JAX's own detection found: alone, JAX aborts them from C++."""
   with socket.socket() as free:

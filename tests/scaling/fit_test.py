@@ -64,6 +64,7 @@ def test_one_outlier_has_little_influence():
   assert abs(fit.fit_power_law(x, loss).alpha - ALPHA) < 0.25 * abs(plain - ALPHA)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('n', 'outliers'), [(5, False), (12, True)])
 def test_interval_covers_the_exponent_in_95_of_100_trials(n, outliers):
   covered, widths = 0, []
@@ -181,6 +182,7 @@ def coverage_of_predictions(n: int, trials: int, seed: int) -> float:
   return covered / trials
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('n', [5, 8, 12])
 def test_prediction_interval_covers_one_more_run_in_95_of_100_trials(n):
   """The robust fits of all trials are one call; their intervals of the exponent, which would take minutes, are left out."""

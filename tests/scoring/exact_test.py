@@ -90,6 +90,7 @@ def test_one_compilation_for_each_row_length(make_exact):
   assert scorer._forward._cache_size() == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('head_dim', [4, 8, 80])
 def test_rewards_equal_those_of_packed_groups(make_exact, template, head_dim):
   exact_scorer = make_exact(head_dim=head_dim)

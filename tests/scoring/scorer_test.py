@@ -10,6 +10,7 @@ from polar_jax.config import MeshConfig, ModelConfig, TemplateConfig, TokenizerC
 from polar_jax.data.template import Template
 from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.model.heads import abstract_model
+from polar_jax.scoring import scorer as scorer_lib
 from polar_jax.scoring.scorer import Scorer
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING
@@ -55,6 +56,7 @@ def alone(make_scorer, groups):
   return [[float(scorer.score([Group(g.prompt, g.reference, [c])])[0][0]) for c in g.candidates] for g in groups]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('devices', 'shape'),
   [
@@ -75,10 +77,20 @@ def test_each_candidate_gets_the_reward_it_gets_alone(make_scorer, groups, alone
 
 
 def test_calls_of_any_size_share_one_compilation(make_scorer, groups):
+  scorer_lib._jit_group_rewards.cache_clear()
   scorer = make_scorer(rows=2, row_length=128)
   for some in (groups, groups[:1], groups[3:5]):
     scorer.score(some)
   assert scorer._forward._cache_size() == 1
+
+
+def test_models_of_one_shape_share_their_programs(make_scorer, groups):
+  one, other = make_scorer(rows=2, row_length=128), make_scorer(rows=2, row_length=128)
+  other.params = jax.tree.map(lambda x: 2 * x, one.params)
+  assert one._forward is other._forward
+  first, second = (np.concatenate(scorer.score(groups)) for scorer in (one, other))
+  assert np.abs(first - second).max() > 1e-3
+  np.testing.assert_array_equal(np.concatenate(one.score(groups)), first)
 
 
 def test_pairs_are_groups_of_two(make_scorer):
@@ -108,14 +120,18 @@ def test_bad_groups_are_named(make_scorer):
     make_scorer().score([Group('p', 'r', ['a'], wrapper='other')])
 
 
+@pytest.mark.long
 def test_ladder_gives_the_same_rewards_in_few_shapes(make_scorer, groups):
-  fixed, ladder = make_scorer(row_length=128), make_scorer(ladder=True)
+  fixed = make_scorer(row_length=128)
+  scorer_lib._jit_group_rewards.cache_clear()
+  ladder = make_scorer(ladder=True)
   for few in (groups[:1], groups[:2], groups):
     for a, b in zip(fixed.score(few), ladder.score(few), strict=True):
       np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
   assert ladder._forward._cache_size() <= 3  # one, two and more rows of one length
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('shape', [{}, {'rows': 2, 'row_length': 128, 'candidates': 3}, {'ladder': True}])
 def test_equal_sequences_tie_wherever_they_are(make_scorer, shape):
   """The last bits of a reward depend on its place in a batch, which must not decide between equal candidates."""

@@ -61,6 +61,7 @@ def test_a_client_waits_for_a_server_that_starts(serve, model):
     assert client.score('p', 'r', ['a']) == expected(model, [('p', 'r', 'a')])
 
 
+@pytest.mark.long
 def test_a_restart_costs_a_pause(serve, model):
   with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(1) as pool:
     with serve() as first:

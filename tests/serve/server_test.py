@@ -63,6 +63,7 @@ def test_truncation_is_reported(exact_server, model):
   assert reply['rewards'] == expected(model, body).tolist()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('kind', ['exact', 'packed'])
 def test_a_crowd_gets_its_own_answers(request, model, kind):
   client = request.getfixturevalue(f'{kind}_server').client
@@ -81,6 +82,7 @@ def test_a_crowd_gets_its_own_answers(request, model, kind):
       np.testing.assert_allclose(reply.body['rewards'], wanted, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('exact', [True, False])
 def test_nothing_is_compiled_after_the_warm_up_and_a_restart_changes_nothing(serve, model, exact):
   bodies = [

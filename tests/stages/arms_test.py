@@ -124,6 +124,27 @@ def test_accuracies_of_the_arms_are_those_of_their_models(workdir):
     assert found[arm].get('by_seed', shares) == pytest.approx(shares)
 
 
+def rewards_of(path):
+  with gzip.open(path, 'rt') as file:
+    return {(line['set'], line['id']): line['rewards'] for line in map(json.loads, file)}
+
+
+@pytest.mark.long
+def test_arms_may_score_fewer_items_than_the_first_one(folder, workdir, tmp_path):
+  config = config_of(folder, stage='evaluate', output=str(tmp_path / 'few'))
+  config.evaluate.__dict__['arm_items'] = 5
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    assert runner.run(config, workdir) == 0
+  few, whole = (json.loads((at / 'evaluation.json').read_text())['sets'] for at in (tmp_path / 'few', workdir / 'evaluation'))
+  for name, one in few.items():
+    assert one['accuracy'] == whole[name]['accuracy'] and one['n'] > 5
+    assert {arm['n'] for arm in one['arms'].values()} == {5}
+  some, every = (rewards_of(at / 'scores_finetune_only.jsonl.gz') for at in (tmp_path / 'few', workdir / 'evaluation'))
+  assert 'a random part of each set' in (workdir / 'report.md').read_text()
+  assert len(some) == 5 * len(few) and all(np.allclose(every[key], rewards, atol=1e-5) for key, rewards in some.items())
+
+
 @pytest.mark.long
 def test_equal_compute_needs_the_end_of_pre_training(folder, tmp_path, capsys):
   assert runner.run(config_of(folder, stage='synthesize,finetune', ablations=False), tmp_path / 'run') == 1

@@ -128,6 +128,7 @@ def test_a_model_on_own_files(tmp_path, world):
   assert '## Evaluation' in text and '| pairs |' in text and 'shuffled' in text and str(world) not in text
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('root')
 def test_results_can_be_computed_again_and_compared(tmp_path, world):
   files = ','.join(str(world / name) for name in FILES)
@@ -158,6 +159,7 @@ def test_results_can_be_computed_again_and_compared(tmp_path, world):
     assert {k: v for k, v in found.items() if k not in of_run} == {k: v for k, v in sets[name].items() if k not in of_run}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures('root')
 def test_right_and_wrong_answers_as_references_and_second_systems(tmp_path, world):
   rows = [

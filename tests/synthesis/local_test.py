@@ -50,6 +50,7 @@ def test_a_checkpoint_answers_every_request_the_same_way_again(checkpoint):
   assert sampler.sample(other)[:4] != answers[:4]
 
 
+@pytest.mark.long
 def test_variants_of_a_checkpoint(checkpoint):
   requests = requests_of('ab', 'cd', 'ef', samples=1)
   whole, first, rounded = (

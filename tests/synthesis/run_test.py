@@ -96,6 +96,7 @@ def test_triplets_of_a_server(tmp_path):
   assert 'p5' in text and 'The data are complete.' in text and len(list((tmp_path / 'run' / 'data' / 'figures').iterdir())) == 2
 
 
+@pytest.mark.long
 def test_the_same_command_gives_the_same_triplets_without_new_requests(tmp_path):
   with Server(act=send(answer)) as server:
     config = write_pool(tmp_path, server.url)
@@ -124,6 +125,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.long
 def test_servers_that_fail_are_named_and_cost_the_others_nothing(tmp_path):
   lines, usual = [], send(answer)
   with Server(act=lambda handler, body: FAULTS.get(body['model'], (usual,))[0](handler, body)) as server:
@@ -251,6 +253,7 @@ def test_the_same_samples_give_the_same_triplets_in_every_version(tmp_path):
   }
 
 
+@pytest.mark.long
 def test_what_is_complete_is_not_written_again(tmp_path, monkeypatch):
   lines, config, folder = [], mixed_pool(tmp_path), tmp_path / 'run'
   kept = lambda: (path for path in (folder / 'data').rglob('*') if path.is_file() and path.suffix != '.sqlite')
@@ -380,6 +383,7 @@ def test_without_datasketch_the_remedy_works(tmp_path, monkeypatch):
   assert read(tmp_path / 'other')[0]['rows'] == {'train': 20}
 
 
+@pytest.mark.long
 def test_prompts_are_left_out_and_listed(tmp_path):
   pytest.importorskip('datasketch')
   long = 'Anna buys {} apples at the market on a sunny day and gives three of them to her friend Ben who eats one. How many are left?'

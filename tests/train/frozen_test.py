@@ -54,6 +54,7 @@ def train(objective, batch, model, mesh_config=None, steps=3):
 CASES = [(RANKING, ranking_batch, MODEL), (NEXT_TOKEN, windows, dataclasses.replace(MODEL, tie_embeddings=True))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('objective', 'make_batch', 'model'), CASES, ids=['ranking', 'next_token_tied'])
 @pytest.mark.parametrize('n', [1, pytest.param(3, marks=pytest.mark.long)])
 def test_frozen_layers_stay_as_they_are_and_the_others_have_the_gradients_of_full_training(objective, make_batch, model, n):
@@ -76,6 +77,7 @@ def test_frozen_layers_on_a_mesh():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, many)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('objective', 'make_batch', 'model'), CASES, ids=['ranking', 'next_token_tied'])
 def test_flops_are_those_of_the_compiled_step(objective, make_batch, model):
   """Wide layers, so that little but matrix products counts."""
@@ -107,6 +109,7 @@ def run(folder, **changes):
   )
 
 
+@pytest.mark.long
 def test_a_run_with_frozen_layers_resumes_to_the_bit_and_refuses_another_number(tmp_path, monkeypatch):
   whole = run(tmp_path / 'whole', frozen_layers=1)
   put, calls = trainer.sharding.put_local, []

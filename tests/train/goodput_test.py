@@ -39,6 +39,7 @@ def test_steps_that_will_be_taken_again_are_lost(tmp_path):
   assert again.lost == 2**4 + 2**5
 
 
+@pytest.mark.long
 def test_a_run_reports_its_seconds_by_part_and_a_resumed_one_adds(tmp_path, make_context):
   every = CheckpointingConfig(every_steps=3)
   pretrain(make_context(tmp_path, checkpointing=every))

@@ -165,6 +165,7 @@ def trained(base, mesh):
   return train(base, base.parent / 'run', mesh)
 
 
+@pytest.mark.long
 def test_a_run_opens_as_base_and_adapters(trained, base, mesh):
   loaded, start = polar_jax.load(trained.folder, mesh=mesh), polar_jax.load(base, mesh=mesh)
   before, after, opened = (m.score_pairs(EXAMPLES) for m in (start, trained.model, loaded))

@@ -64,6 +64,7 @@ def _train(folder, **kind):
   return result, [record['loss'] for record in result.metrics if 'loss' in record]
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_with_its_moments_in_host_memory(tmp_path, monkeypatch):
   whole, losses = _train(tmp_path / 'device')
   put, calls = trainer.sharding.put_local, []

@@ -86,6 +86,7 @@ def test_one_positive_among_equal_negatives_is_the_cross_entropy_of_a_softmax():
   np.testing.assert_allclose(loss, -jax.nn.log_softmax(rewards[0, 0])[0], rtol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'options', [*BOTH, LossConfig('focal'), LossConfig(center_rewards_coefficient=0.1, penalty='log_barrier', label_smoothing=0.1)]
 )

@@ -94,6 +94,7 @@ def test_starts_from_the_decoder_of_a_language_model(make_folder, tmp_path, make
   assert 0.01 < start['v_head'].std() < 0.04  # a new head, of init_std
 
 
+@pytest.mark.long
 def test_starts_from_the_first_layers(make_folder, tmp_path, make_context):
   """In a run, whose shape comes from the checkpoint, and on a mesh, where each parameter keeps its sharding."""
   folder, params = make_folder('lm', num_layers=3)

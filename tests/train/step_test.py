@@ -124,6 +124,7 @@ def test_norms_are_those_of_gradients_and_new_parameters(single):
   np.testing.assert_allclose(out['scalars']['parameter_norm'], norm(params), rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   'name', [pytest.param(n, marks=pytest.mark.slow) if n in ('8x1', '1x8', '4x2', 'context 4') else n for n in MESHES]
 )
@@ -163,6 +164,7 @@ def _assert_layout(x, expected):
   assert x.sharding.is_equivalent_to(expected, x.ndim), (x.shape, x.sharding, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('accumulation', 'mesh'), [pytest.param(2, None, marks=pytest.mark.slow), (4, None), (2, MeshConfig(data=2, fsdp=2, tensor=2))]
 )
@@ -195,6 +197,7 @@ def test_next_token_objective_is_trained_by_the_same_step():
   assert 3 < whole[2][0]['scalars']['loss'] < 6  # about ln 40
 
 
+@pytest.mark.long
 def test_training_learns_one_batch():
   batch = _batch()
   mesh = _mesh(None)

@@ -33,7 +33,7 @@ def make_trainer(**attributes) -> trainer_lib._Trainer:
   config = TrainConfig(batch_size=6, log_every=2)
   plan = types.SimpleNamespace(share=types.SimpleNamespace(low=1, high=2, of=4))
   trainer.run = types.SimpleNamespace(
-    name='run', train=config, num_examples=48, plan=plan, log=lines.append, planned_rows=8, model='model', frozen={}
+    name='run', train=config, num_examples=48, plan=plan, log=lines.append, planned_rows=8, model=ModelConfig(), frozen={}
   )
   trainer.written, trainer.histograms, trainer.shown, trainer.lines = written, histograms, shown, lines
   trainer.learning_rates, trainer.tokens, trainer.flops, trainer.peak_flops = np.arange(10) / 8, 100, 5.0, 50.0

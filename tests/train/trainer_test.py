@@ -403,6 +403,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(tmp_path, make_context,
   }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('step', [4, 12])
 def test_sigterm_in_a_validation_is_answered_before_it_ends(tmp_path, make_context, finished, monkeypatch, step):
   passes = []

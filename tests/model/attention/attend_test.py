@@ -47,6 +47,7 @@ def test_few_queries_do_not_start_a_kernel(make_case):
 HEADS = MeshConfig(data=1, fsdp=2, tensor=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   ('heads', 'kv_heads', 'queries', 'mesh'),
   [

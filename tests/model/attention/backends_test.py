@@ -23,6 +23,7 @@ def attend(request):
   return BACKENDS[request.param]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(('dim', 'heads', 'kv_heads'), [(64, 6, 2), (64, 3, 3), (128, 4, 1)])
 def test_matches_the_oracle(attend, dim, heads, kv_heads, make_case, assert_matches_oracle):
   assert_matches_oracle(attend, make_case(dim + heads, heads=heads, kv_heads=kv_heads, dim=dim))
@@ -37,6 +38,7 @@ def test_bfloat16(attend, dim, make_case, assert_matches_oracle):
   assert_matches_oracle(attend, make_case(5, dim=dim, dtype=jnp.bfloat16), atol=3e-2)
 
 
+@pytest.mark.long
 def test_empty_intervals_give_zeros_and_no_gradient(attend, make_case):
   q, k, v, start, _, out_gradient, lse_gradient = make_case(1, dim=64)
   nowhere = np.full_like(start, 4)

@@ -143,6 +143,7 @@ def _interpreted():
     yield
 
 
+@pytest.mark.long
 @needs_tokamax
 @needs_cpu
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -169,6 +170,7 @@ def _on(capability: float):
     yield
 
 
+@pytest.mark.long
 @needs_tokamax
 @pytest.mark.parametrize(
   ('capability', 'dtype', 'dim', 'kernels'),

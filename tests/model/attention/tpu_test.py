@@ -39,6 +39,7 @@ def _with_nan(case, arrays, tokens):
   return tuple(np.where(at if a.ndim == 3 else at[..., None], np.nan, a) if i in arrays else a for i, a in enumerate(case))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('blocks', [tpu.Blocks(16, 8), tpu.Blocks(8, 32), tpu.Blocks(128, 128)])
 def test_windows_over_several_blocks(blocks, make_case, assert_matches_oracle):
   case = make_case(11, queries=35, keys=60, heads=4, kv_heads=2, dim=64)
@@ -53,6 +54,7 @@ def test_one_query_a_row(keys, make_case, assert_matches_oracle):
   assert_matches_oracle(attend, tuple(a[:, :1] if i in (0, 3, 4, 5, 6) else a for i, a in enumerate(case)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('dim', [32, 80, 160])
 def test_head_dimensions_are_padded(dim, make_case, assert_matches_oracle):
   assert_matches_oracle(attend, make_case(13, dim=dim))
@@ -143,6 +145,7 @@ def test_unsupported_shapes_and_dtypes_are_refused(make_case):
     attend(q, k, v, start, end, interpret=False)
 
 
+@pytest.mark.long
 @pytest.mark.needs('libtpu')
 @pytest.mark.parametrize(
   'others',
