@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from polar_jax.report import evaluation, html, markdown, plots, policies, sections, surveyed
+from polar_jax.report import evaluation, findings, html, markdown, plots, policies, sections, surveyed
 from polar_jax.report import rft as rft_report
 from polar_jax.report import scaling as scaling_report
 from polar_jax.runtime import json_files, paths
@@ -217,6 +217,8 @@ def _draw(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
   if arms:
     drawn['arms'] = plots.arm_bars(arms, finetune.get('baselines', {}))
   drawn |= evaluation.draw(results.get('evaluation', {}))
+  if found := findings.find(results):
+    drawn[findings.FIGURE] = findings.figure(found)
   return plots.save_all(drawn, workdir)
 
 
@@ -227,6 +229,7 @@ def _markdown(results: Mapping[str, Any], figures: Mapping[str, str], tuning: li
   )
   parts = [
     '# polar_jax run report',
+    *findings.section(findings.find(results), figures),
     *([sections.overview(results)] if studied else []),
     *sections.policies(results, figures),
     *sections.preferences(results, figures),

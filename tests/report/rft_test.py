@@ -114,7 +114,7 @@ def test_study_has_tables_figures_and_samples_of_every_seed(tmp_path):
   names = [text.index(f'| {name} |') for name in ('start', 'PPO', 'best of 8', 'supervised', 'target')]
   assert names == sorted(names)
   assert '| score | 0.075 → 0.975 | 0.075 → 0.975 |' in text  # first and last two of twenty steps
-  assert re.findall(r'!\[[^]]*\]\(([^)]*)\)', text) == ['figures/rft_comparison.png', 'figures/rft.png']
+  assert re.findall(r'!\[[^]]*\]\(([^)]*)\)', text) == ['figures/findings.png', 'figures/rft_comparison.png', 'figures/rft.png']
   for name in ('rft', 'rft_comparison'):
     assert (tmp_path / 'figures' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
   assert not (tmp_path / 'figures' / 'loss.png').exists()
