@@ -33,7 +33,8 @@ class Finding(NamedTuple):
 
 def find(results: Mapping[str, Any]) -> list[Finding]:
   """Return what report.json answers: whether pre-training helps, whether PPO moves the policy, and whether loss follows compute."""
-  found = (_pretraining(results.get('finetune', {})), _ppo(results.get('rft', {})), _compute(results.get('scaling', {})))
+  pretraining = _pretraining(results.get('finetune', {})) or _pretraining_by_set(results.get('evaluation', {}).get('sets', {}))
+  found = (pretraining, _ppo(results.get('rft', {})), _compute(results.get('scaling', {})))
   return [finding for finding in found if finding is not None]
 
 
@@ -71,6 +72,30 @@ def _pretraining(finetune: Mapping[str, Any]) -> Finding | None:
       axes.bar(label, accuracy, color=_COLORS[i == 0], width=0.6, yerr=[[accuracy - low], [high - accuracy]], capsize=3)
     axes.axhline(50, color='black', linestyle=':', linewidth=1)
     axes.set(ylim=(0, 100), ylabel='accuracy, %', title='pre-training')
+
+  return Finding(text, draw)
+
+
+def _pretraining_by_set(sets: Mapping[str, Any]) -> Finding | None:
+  margins = {name: found['arms'][_WITHOUT]['main_minus'] for name, found in sets.items() if _WITHOUT in found.get('arms', {})}
+  if not margins:
+    return None
+  n, better, worse = len(margins), [k for k, m in margins.items() if m['low'] > 0], [k for k, m in margins.items() if m['high'] < 0]
+  shown = {name: f'`{markdown.escape(name)}` {100 * margin["difference"]:+.1f}' for name, margin in margins.items()}
+  listed = lambda names: f'{len(names)} ({", ".join(shown[name] for name in names)})' if names else '0'
+  text = (
+    f'**Does pre-training help?** With equal fine-tuning data, of {n} held-out sets the model with pre-training is better on '
+    f'{listed(better)} and worse on {listed(worse)}, in points with an interval that is clear of 0; the other {n - len(better) - len(worse)} leave it open.'
+  )
+
+  def draw(axes: Axes) -> None:
+    for i, margin in enumerate(margins.values()):
+      difference, low, high = (100 * margin[key] for key in ('difference', 'low', 'high'))
+      bars = [[difference - low], [high - difference]]
+      axes.errorbar([difference], [i], xerr=bars, fmt='o', markersize=3, capsize=2, color=_COLORS[bool(margin['low'] > 0)])
+    axes.axvline(0, color='black', linestyle=':', linewidth=1)
+    axes.set(yticks=range(n), xlabel='points', title='with minus without pre-training')
+    axes.set_yticklabels(list(margins), fontsize=6)
 
   return Finding(text, draw)
 

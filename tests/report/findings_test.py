@@ -16,6 +16,11 @@ def finetune(low, high):
   return {'arms': arms, 'margin_over_arms': {'finetuned_only': {'difference': (low + high) / 2, 'low': low, 'high': high}}}
 
 
+def by_set(**margins):
+  arms = {name: {'finetuned_only': {'main_minus': {'difference': sum(m) / 2, 'low': m[0], 'high': m[1]}}} for name, m in margins.items()}
+  return {'evaluation': {'sets': {name: {'arms': found} for name, found in arms.items()}}}
+
+
 HELD_OUT = {'predicted': 0.3, 'low': 0.29, 'high': 0.31, 'loss': 0.3}
 
 
@@ -30,6 +35,9 @@ def law(**changes):
     ({'finetune': finetune(0.05, 0.15)}, '+10.0 points [+5.0, +15.0].'),
     ({'finetune': finetune(-0.05, 0.15)}, ': not shown, the interval of the difference has 0.'),
     ({'finetune': finetune(-0.15, -0.05)}, ': no, it does harm.'),
+    (by_set(a=(0.1, 0.2), b=(-0.1, 0.2)), 'of 2 held-out sets the model with pre-training is better on 1 (`a` +15.0) and worse on 0, in'),
+    (by_set(a=(-0.2, -0.1), b=(-0.1, 0.2), c=(-0.1, 0)), 'better on 0 and worse on 1 (`a` -15.0), in points with an interval'),
+    (by_set(a=(-0.2, -0.1), b=(-0.1, 0.2), c=(-0.1, 0)), 'the other 2 leave it open.'),
     ({'rft': {'relative_nll_before': [3.0, 2.0], 'relative_nll_after': [1.0, 1.5]}}, 'policy?** Yes. The NLL'),
     ({'rft': {'relative_nll_before': [3.0, 2.0], 'relative_nll_after': [1.0, 1.5]}}, '-1.25 nats per token (in 2 seeds -2 to -0.5).'),
     ({'rft': {'relative_nll_before': [3.0, 2.0], 'relative_nll_after': [1.0, 2.5]}}, 'policy?** In 1 of 2 seeds. '),
@@ -50,6 +58,12 @@ def test_answers(results, expected):
 )
 def test_no_answer_without_its_numbers(results):
   assert findings.find(results) == [] == findings.section([], {})
+
+
+@pytest.mark.parametrize('results', [by_set(a=(0.1, 0.2), b=(-0.1, 0.2)), {'finetune': finetune(0.05, 0.15)}])
+def test_a_panel_for_each(results):
+  found = findings.find(results)
+  assert len(findings.figure(found).axes) == len(found) == 1
 
 
 def test_they_are_in_the_first_ten_lines_with_one_figure(tmp_path):
