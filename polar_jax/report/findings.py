@@ -85,7 +85,8 @@ def _pretraining_by_set(sets: Mapping[str, Any]) -> Finding | None:
   listed = lambda names: f'{len(names)} ({", ".join(shown[name] for name in names)})' if names else '0'
   text = (
     f'**Does pre-training help?** With equal fine-tuning data, of {n} held-out sets the model with pre-training is better on '
-    f'{listed(better)} and worse on {listed(worse)}, in points with an interval that is clear of 0; the other {n - len(better) - len(worse)} leave it open.'
+    f'{listed(better)} and worse on {listed(worse)}, in points with an interval that is clear of 0; '
+    f'the other {n - len(better) - len(worse)} leave it open.'
   )
 
   def draw(axes: Axes) -> None:
