@@ -14,16 +14,20 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 from fuzzing import changed_value
 
-from polar_jax.checkpoints import checkpointer, families, importer, tokenizer_files
+from polar_jax import sharding
+from polar_jax.checkpoints import checkpointer, families, importer, peft, tokenizer_files
 from polar_jax.checkpoints.pretrained import open_pretrained
-from polar_jax.config import ModelConfig
+from polar_jax.config import LoraConfig, MeshConfig, ModelConfig
 from polar_jax.data.spelling import byte_symbols
 from polar_jax.data.tokenizer import SPECIAL_TOKENS, ByteTokenizer, sentencepiece_proto, stop_ids
+from polar_jax.model import heads, lora
 from polar_jax.types import UserError
 
 ROUNDS = int(os.environ.get('POLAR_FUZZ', '120'))
@@ -141,6 +145,16 @@ def llama2c(folder: pathlib.Path) -> pathlib.Path:
   tokens = [b'<unk>', b'\n<s>\n', b'\n</s>\n', *(b'<0x%02X>' % b for b in range(256)), b'a', b'b', b'ab', b' ']
   (folder / 'tokenizer.bin').write_bytes(struct.pack('<i', 7) + b''.join(struct.pack('<fi', 0.5, len(t)) + t for t in tokens))
   return folder / 'm.bin'
+
+
+def adapters(folder: pathlib.Path) -> pathlib.Path:
+  """A folder of PEFT whose base is next to it."""
+  base, config = hugging_face(folder.parent / 'base'), LoraConfig(rank=2, targets=('wq', 'w_down'))
+  rng, shapes = np.random.default_rng(0), nnx.to_pure_dict(nnx.state(heads.abstract_model(MODEL, 'lm', config), nnx.Param))
+  trained, _ = lora.split(jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes), config)
+  arrays = peft.tensors(trained, MODEL, 'lm', config, None)
+  peft.write(folder, arrays, MODEL, 'lm', config, base=str(base), base_digest=None, reward_token_id=None)
+  return folder
 
 
 def gguf_text(text: str) -> bytes:
@@ -275,6 +289,8 @@ def read_all(path: pathlib.Path) -> None:
   if opened.source is not None:
     for name in importer.check(opened.source, opened.stored()):
       opened.source.read(name)
+  if opened.kind == 'peft':
+    opened.params(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def outcomes(path: pathlib.Path, rounds: int, harm: Callable[[pathlib.Path, np.random.Generator], None], files: list[str]) -> Iterator[str]:
@@ -303,6 +319,7 @@ FORMATS = {
   'hugging_face': (hugging_face, damage, ROUNDS * 4),
   'sentencepiece': (with_sentencepiece, damage, ROUNDS),
   'torch': (with_torch, damage, ROUNDS),
+  'peft': (adapters, damage, ROUNDS),
   'llama2c': (llama2c, damage, ROUNDS),
   'gguf': (gguf, damage, ROUNDS * 3),
   'gguf_fields': (gguf, damage_fields, ROUNDS * 3),

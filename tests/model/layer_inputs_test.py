@@ -90,6 +90,25 @@ def test_packed_and_shared_equal_alone_with_a_window():
   np.testing.assert_allclose(run(group_rewards, _group())[0, :6], alone[[0, 1, -4, -3, -2, -1]], atol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize('attention', ['reference', 'chunked'])
+def test_gradients_of_packed_pairs_with_a_window_are_those_of_each_sequence_alone(attention):
+  graphdef, params = nnx.split(RewardModel(CONFIG, rngs=nnx.Rngs(3)))
+  weights = np.random.default_rng(0).normal(size=2 * len(PAIRS))
+  sequences = [s for pair in PAIRS for s in pair]
+
+  def alone(params):
+    rewards = sequence_rewards(nnx.merge(graphdef, params), layout.sequence_batch(sequences, 32, len(sequences)))
+    return (rewards * weights).sum()
+
+  packed, pairs = nnx.split(RewardModel(dataclasses.replace(CONFIG, attention=attention), rngs=nnx.Rngs(3)))[0], _pairs()
+  weights_BPC = np.where(pairs.pair_mask_BP[..., None] > 0, weights.reshape(-1, 2)[pairs.index_BP], 0)
+  together = lambda params: (pair_rewards(nnx.merge(packed, params), pairs) * weights_BPC).sum()
+  expected, found = (jax.device_get(jax.jit(jax.grad(loss))(params)) for loss in (alone, together))
+  assert max(np.abs(g).max() for g in jax.tree.leaves(expected)) > 0.1
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
 def test_kinds_of_layers():
   kinds = lambda **fields: layer_kinds(ModelConfig(num_layers=7, **fields))
   assert set(kinds()) == {LayerKind(False, True)}

@@ -128,3 +128,14 @@ def test_a_stopped_run_continues_bit_for_bit(tuned, base, mesh):
 def test_a_policy_in_memory_is_no_base(base, mesh, tmp_path):
   with pytest.raises(ConfigError, match='a base in memory'):
     tune(polar_jax.load(base, mesh=mesh), tmp_path / 'run', mesh)
+
+
+@pytest.mark.parametrize('base_dtype', ['bfloat16', 'int8', 'nf4'])
+def test_a_base_of_fewer_bits(base, mesh, tmp_path, base_dtype):
+  """The policy that samples is the one that is trained, starts as its reference, and opens as it ended."""
+  result = tune(base, tmp_path / 'run', mesh, steps=2, lora=dataclasses.replace(LORA, base_dtype=base_dtype))
+  records = [record for record in result.metrics if 'kl' in record]
+  assert records[0]['kl'] == 0 and records[-1]['kl'] > 1e-5
+  assert all(record['rollout_mismatch'] < 1e-3 for record in records), [record['rollout_mismatch'] for record in records]
+  opened = polar_jax.load(tmp_path / 'run', mesh=mesh)
+  jax.tree.map(np.testing.assert_array_equal, opened.params, result.model.params)

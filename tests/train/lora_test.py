@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import shutil
 
 import jax
@@ -10,16 +12,29 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from reward_server import running
 from training_runs import checkpoints
 
 import polar_jax
 from polar_jax import sharding
 from polar_jax.checkpoints import checkpointer
 from polar_jax.checkpoints.pretrained import open_pretrained
-from polar_jax.config import CheckpointingConfig, ConfigError, DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig
+from polar_jax.config import (
+  CheckpointingConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  LoraConfig,
+  MeshConfig,
+  ModelConfig,
+  TokenizerConfig,
+  TrainConfig,
+)
 from polar_jax.data.layout import pair_batch, pair_segment
 from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model import heads, lora
+from polar_jax.stages import evaluate, score
+from polar_jax.stages.context import Context
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING
 from polar_jax.train.optimizer import make_optimizer
@@ -240,6 +255,30 @@ def test_adapters_on_adapters_and_on_a_language_model_in_bfloat16(trained, base,
   np.testing.assert_array_equal(opened.score_pairs(EXAMPLES), third.model.score_pairs(EXAMPLES))
   layers = opened.params['decoder']['layers']
   assert (layers['wq'].dtype, layers['wo'].dtype) == (np.float32, jax.numpy.bfloat16) and len(layers['wq']) == 1
+
+
+@pytest.mark.long
+def test_every_stage_that_reads_a_reward_model_reads_a_run_with_adapters(trained, base, mesh, tmp_path):
+  """Evaluation, the score stage and the server give the rewards of the merged model."""
+  path = tmp_path / 'pairs.jsonl'
+  path.write_text(''.join(json.dumps(e) + '\n' for e in EXAMPLES[:6]))
+  expected = trained.model.score_pairs(EXAMPLES[:6])
+  assert np.abs(expected - polar_jax.load(base, mesh=mesh).score_pairs(EXAMPLES[:6])).max() > 1e-3
+  config = Config(
+    checkpoint=str(trained.folder), input=str(path), output=str(tmp_path / 'out'), tokenizer=TokenizerConfig(kind='checkpoint')
+  )
+  evaluate.evaluate(Context(config, tmp_path, mesh, lambda line: None))
+  with gzip.open(tmp_path / 'out' / 'scores.jsonl.gz', 'rt') as file:
+    np.testing.assert_allclose([json.loads(line)['rewards'] for line in file], expected, atol=1e-5)
+  rows = [{name: e[name] for name in ('prompt', 'reference')} | {'output': e['chosen']} for e in EXAMPLES[:6]]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  score.score(Context(dataclasses.replace(config, output=str(tmp_path / 'scored.jsonl')), tmp_path, mesh, lambda line: None))
+  found = [json.loads(line)['reward'] for line in (tmp_path / 'scored.jsonl').read_text().splitlines()]
+  np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
+  with running(polar_jax.load(trained.folder, mesh=mesh)) as server:
+    one = EXAMPLES[0]
+    body = {'prompt': one['prompt'], 'reference': one['reference'], 'outputs': [one['chosen'], one['rejected']]}
+    np.testing.assert_allclose(server.client.post('/score', body).body['rewards'], expected[0], atol=1e-5)
 
 
 @pytest.mark.long
