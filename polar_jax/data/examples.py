@@ -3,7 +3,8 @@
 They are triplets and prompts. A triplet is {prompt, reference, chosen, rejected}, each a string or a list of messages, with an optional
 wrapper and category; a ranked list has `ranked` in place of chosen and rejected, or lists of texts in these. A prompt of reinforcement
 fine-tuning is {prompt, reference} with an optional answer and category, or an example of the official format (docs/rft.md). Other
-fields are kept as metadata. Examples are checked when the file is opened, and kept in memory.
+fields are kept as metadata. Examples are checked when the file is opened, and kept in memory, but for those of large .jsonl files
+(`line_index.LARGE`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
 from polar_jax.data import readers
+from polar_jax.data.line_index import LineIndex, is_large
 from polar_jax.data.readers import SUFFIXES, DataError
 from polar_jax.data.template import TemplateError, check_wrapper, join_messages
 from polar_jax.runtime import failures, json_files
@@ -57,16 +59,34 @@ class ExampleFile(Sequence[_Checked], Generic[_Checked]):
     path: the file, or for a TFDS split the folder and the split, as `folder:split`.
     skipped: (number from 1, reason) of each example left out.
     numbers: number from 1 of each example; for a jsonl file the line.
+    max_candidates: most candidates of an example: more than two if some are ranked lists.
+    content_files: the file, if its bytes identify the examples, because they are too many to be read again for that; else nothing.
   """
 
-  def __init__(self, path: pathlib.Path, examples: Iterable[tuple[int, _Checked]], skipped: list[tuple[int, str]]):
-    """Read `examples`, numbered from 1, to their end; meanwhile `skipped` may receive those left out."""
+  def __init__(
+    self,
+    path: pathlib.Path,
+    examples: Iterable[tuple[int, _Checked]],
+    skipped: list[tuple[int, str]],
+    index: LineIndex[_Checked] | None = None,
+  ):
+    """Read `examples`, numbered from 1, to their end; meanwhile `skipped` may receive those left out.
+
+    With an index, whose lines the examples are read from, they are not held in memory.
+    """
     self.path, self.skipped = path, skipped
-    self.numbers = array.array('q')
-    self._examples: list[_Checked] = []
+    self.numbers, self.max_candidates = array.array('q'), 2
+    self.content_files = () if index is None else (path,)
+    held: list[_Checked] = []
     for number, example in examples:
       self.numbers.append(number)
-      self._examples.append(example)
+      if isinstance(example, RankedList):
+        self.max_candidates = max(self.max_candidates, len(example.candidates))
+      if index is None:
+        held.append(example)
+      else:
+        index.keep()
+    self._examples: Sequence[_Checked] = held if index is None else index
 
   def __len__(self) -> int:
     return len(self._examples)
@@ -76,7 +96,7 @@ class ExampleFile(Sequence[_Checked], Generic[_Checked]):
   @overload
   def __getitem__(self, index: slice) -> list[_Checked]: ...
   def __getitem__(self, index: int | slice) -> _Checked | list[_Checked]:
-    return self._examples[index]
+    return self._examples[index]  # type: ignore[return-value]  # a slice of an index is a list, too
 
 
 class BadField(Exception):
@@ -102,7 +122,11 @@ def read_triplets(path: str | pathlib.Path, on_bad_example: str = 'raise') -> Ex
   """
   path = path_of(path)
   skipped: list[tuple[int, str]] = []
-  return ExampleFile(path, checked_examples(path, _triplet, on_bad_example, skipped), skipped)
+  if not is_large(path):
+    return ExampleFile(path, checked_examples(path, _triplet, on_bad_example, skipped), skipped)
+  _check_mode(on_bad_example)
+  index = LineIndex(path, _triplet)
+  return ExampleFile(path, _checked(path, index.lines(), _triplet, on_bad_example, skipped), skipped, index)
 
 
 def checked_examples(
@@ -257,9 +281,9 @@ def _is_several(value: Any) -> bool:
 def max_candidates(examples: Sequence[Triplet]) -> int:
   """Return the most candidates of an example: more than 2 if some are ranked lists.
 
-  TFDS data sets say how many. Other sequences are in memory if they have lists: files, and examples of a program.
+  TFDS data sets and files know how many. Other sequences that have lists are those of a program, in memory.
   """
-  if isinstance(examples, (ExampleFile, list, tuple)):
+  if isinstance(examples, (list, tuple)):
     return max((len(example.candidates) for example in examples if isinstance(example, RankedList)), default=2)
   return getattr(examples, 'max_candidates', 2)
 

@@ -73,7 +73,7 @@ def files_digest(files: Iterable[pathlib.Path]) -> str:
 
 
 def _digest(examples: Sequence[Any], sampled: Callable[[Any], tuple], further: Callable[[Any], tuple]) -> str:
-  """Return `count:sample:content`. A data set with an attribute `shards` is identified by the bytes of these files.
+  """Return `count:sample:content`. A data set with an attribute `shards` or `content_files` is identified by the bytes of these files.
 
   Args:
     examples: triplets or prompts.
@@ -86,7 +86,7 @@ def _digest(examples: Sequence[Any], sampled: Callable[[Any], tuple], further: C
   sample = [sampled(examples[i]) for i in sorted({0, size // 3, size // 2, size - 1})]
   # The rule of earlier versions, to the bit.
   start = f'{size}:{_short(repr(sample))}'
-  shards = getattr(examples, 'shards', None)
+  shards = getattr(examples, 'shards', None) or getattr(examples, 'content_files', None)
   if shards:
     return f'{start}:{files_digest(shards)}'
   digest = hashlib.sha256()

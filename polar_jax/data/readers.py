@@ -75,15 +75,26 @@ def saved_splits(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   """Yield (line number, line in bytes) of every line that is not blank."""
-  number = 0
+  for number, _, line in lines_of(path):
+    yield number, line
+
+
+def lines_of(path: pathlib.Path) -> Iterator[tuple[int, int, bytes]]:
+  """Yield (line number, place of its first byte, line in bytes) of every line of a .jsonl or .jsonl.gz file that is not blank.
+
+  Raises:
+    DataError: the file cannot be read, or is of another kind.
+  """
+  number = end = 0
   try:
     with path.open('rb') as file, gzip.open(file) if path.suffix == '.gz' else contextlib.nullcontext(file) as lines:
       for number, line in enumerate(lines, 1):
+        end += len(line)
         if number == 1:
           _check_kind(path, line)
           line = line.removeprefix(b'\xef\xbb\xbf')  # byte order mark, which some editors write
         if line.strip():
-          yield number, line
+          yield number, end - len(line), line
   except (EOFError, zlib.error, gzip.BadGzipFile) as error:
     raise DataError(f'{path}: gzip file is truncated or damaged after line {number} ({error}); download or write it again') from error
   except OSError as error:
