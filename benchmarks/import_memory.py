@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import timing
+from memory import resident
 
 from polar_jax.checkpoints import config_json, families
 from polar_jax.checkpoints.formats import storage
@@ -59,12 +60,6 @@ def as_torch_files(folder: pathlib.Path, target: pathlib.Path) -> bool:
   for i, file in enumerate(files, 1):
     torch.save(load_file(file), target / f'pytorch_model-{i:05}-of-{len(files):05}.bin')
   return True
-
-
-def resident() -> dict[str, int]:
-  """Return the resident memory of this process and its peak (VmRSS, VmHWM), in bytes."""
-  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-  return {name: int(line.split()[1]) * 1024 for line in lines for name in ('VmHWM', 'VmRSS') if line.startswith(name)}
 
 
 def measure(folder: str, dtype: str | None) -> None:
