@@ -185,6 +185,8 @@ def test_a_value_for_a_section_is_refused():
     ({'tokenizer__kind': 'file'}, ['tokenizer.path', 'tokenizer.json']),
     ({'synthesize__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
     ({'synthesize__policies': 50, 'synthesize__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
+    ({'synthesize__negatives': 3, 'stage': 'synthesize,sweep'}, ['synthesize.negatives is 3', 'set it to 1, or leave out the stage sweep']),
+    ({'model__frozen_layers': 2, 'finetune__lora__rank': 4}, ['model.frozen_layers is set', 'finetune.lora']),
     ({'synthesize__pool': 'x.json'}, ['synthesize.pool is set', "synthesize.world is 'ngram'; set it to 'pool'"]),
     ({'synthesize__near_duplicates': 0.5}, ['synthesize.near_duplicates is set', "synthesize.world is 'ngram'; set it to 'pool'"]),
     ({'finetune__loss__name': 'focal', 'finetune__loss__label_smoothing': 0.1}, ['finetune.loss.label_smoothing', "'focal'"]),

@@ -16,8 +16,8 @@ from polar_jax.config.base import ConfigError, OptionInfo, info
 from polar_jax.config.renamed import RENAMED_VALUES, current_name
 from polar_jax.config.rft import RftConfig
 from polar_jax.config.root import Config
-from polar_jax.config.stages import check_stage
-from polar_jax.config.synthesis import OF_FILES, SHARED_WITH_FILES, PoolConfig, SynthesizeConfig
+from polar_jax.config.stages import check_stage, requested_stages
+from polar_jax.config.synthesis import OF_FILES, READ_OF_POOLS, PoolConfig, SynthesizeConfig
 from polar_jax.config.training import LossConfig, check_adapters
 
 
@@ -162,7 +162,7 @@ def _check_tuple(name: str, value: Any, hint: Any, allowed: OptionInfo) -> tuple
 def _check_world(s: SynthesizeConfig) -> None:
   """Check that no setting of `synthesize` is about another world."""
   of_pools = [f.name for f in dataclasses.fields(PoolConfig) if s.world != 'pool' and getattr(s, f.name) not in (None, f.default)]
-  of_pools = [name for name in of_pools if not (s.world == 'files' and name in SHARED_WITH_FILES)]
+  of_pools = [name for name in of_pools if name not in READ_OF_POOLS.get(s.world, ())]
   if of_pools:
     raise ConfigError(
       f"synthesize.{of_pools[0]} is set, but synthesize.world is {s.world!r}; set it to 'pool', as in configs/synthesize.py (docs/pools.md)"
@@ -216,6 +216,12 @@ def _check_together(c: Config) -> None:
     optimizer.check_optimizer(name)
   for stage in ('pretrain_lm', 'pretrain', 'finetune', 'rft'):
     check_adapters(f'{stage}.lora', getattr(c, stage).lora)
+    if m.frozen_layers and getattr(c, stage).lora.rank is not None:
+      raise ConfigError(f'model.frozen_layers is set, but the adapters of {stage}.lora freeze every layer already; set one of them')
+  if s.negatives > 1 and {'synthesize', 'sweep'} <= {*requested_stages(c)} and c.data.triplets is None:
+    raise ConfigError(
+      f'synthesize.negatives is {s.negatives}, but a sweep pre-trains on triplets; set it to 1, or leave out the stage sweep'
+    )
   _check_rft(c.rft)
 
 

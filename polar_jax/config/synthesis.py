@@ -6,9 +6,12 @@ import dataclasses
 
 from polar_jax.config.base import option
 
-# Options of the world `files`: its own, and those of pools that it reads.
+# Options of the world `files`, and those of pools that other worlds read.
 OF_FILES = ('files', 'triplet_words', 'held_out_policies', 'best_of')
-SHARED_WITH_FILES = ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near')
+READ_OF_POOLS = {
+  'files': ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near'),
+  'ngram': ('negatives',),
+}
 
 
 @dataclasses.dataclass(frozen=True)

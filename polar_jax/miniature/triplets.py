@@ -1,5 +1,7 @@
 """Pre-training examples (eq. 7 of the paper): one prefix, two policies; the first gives reference and chosen, the second rejected.
 
+With several negatives, each of a further policy, an example for training is a ranked list.
+
 Example i of a split is a function of (seed, split, i): its random draws are row i of tables of uniforms, whatever the number of workers
 and of examples.
 """
@@ -98,7 +100,60 @@ def make_triplets(world: World, split: str, count: int) -> list[types.Triplet]:
   policies = members[np.stack([first, first, second], axis=1)]
   prefixes = world.prefixes[split].draw(uniforms[:, :3])
   categories = [world.pool[p].params.corpus for p in policies[:, 0]]
-  return assemble(world, prefixes, policies, ('triplets', split), 'pretrain', categories, [{}] * count)
+  made = assemble(world, prefixes, policies, ('triplets', split), 'pretrain', categories, [{}] * count)
+  more = world.config.negatives - 1
+  if split != 'train' or not more:
+    return made
+  if more > len(members) - 2:
+    raise types.UserError(f'synthesize.negatives is {more + 1}, but only {len(members) - 1} policies can be rejected; lower it')
+  draws = example_uniforms(world.seed, 'negatives', split, count, more)
+  others = members[(first[:, None] + 1 + _other_places((second - first - 1) % len(members), draws, len(members) - 1)) % len(members)]
+  return _ranked_lists(world, made, prefixes, others, split)
+
+
+def _other_places(taken: np.ndarray, uniforms: np.ndarray, n: int) -> np.ndarray:
+  """Draw places in [0, n) that differ from each other and from one that is taken.
+
+  Args:
+    taken: int (R,), the place that is taken in each row.
+    uniforms: (R, K) in [0, 1).
+    n: number of places, at least K + 1.
+
+  Returns:
+    int (R, K).
+  """
+  excluded = taken[:, None]
+  for k in range(uniforms.shape[1]):
+    place = pick(uniforms[:, k], n - excluded.shape[1])
+    for column in np.sort(excluded, axis=1).T:  # ascending, so that each shift counts the places before it
+      place = place + (place >= column)
+    excluded = np.concatenate([excluded, place[:, None]], axis=1)
+  return excluded[:, 1:]
+
+
+def _ranked_lists(
+  world: World, made: Sequence[types.Triplet], prefixes: Sequence[np.ndarray], others: np.ndarray, split: str
+) -> list[types.Triplet]:
+  """Add rejected samples of further policies to triplets.
+
+  Args:
+    world: pool, seed and settings.
+    made: R triplets.
+    prefixes: R int arrays.
+    others: int (R, K), indices of the policies.
+    split: of the triplets.
+  """
+  rng = np.random.default_rng([world.seed, _STREAM_TOKENS, *map(ord, 'negatives'), SPLITS.index(split)])
+  ids, lengths = sample_clean(world, prefixes, others, rng.random((*others.shape, world.config.max_tokens)))
+  out: list[types.Triplet] = []
+  for i, triplet in enumerate(made):
+    further = [''.join(world.pieces[ids[i, k, : lengths[i, k]]]) for k in range(others.shape[1])]
+    metadata = {name: value for name, value in triplet.metadata.items() if name != 'rejected_ids'}
+    metadata['rejected_policies'] = [metadata.pop('rejected_policy'), *(world.pool[p].name for p in others[i])]
+    candidates = (triplet.chosen, triplet.rejected, *further)
+    texts = (triplet.prompt, triplet.reference, candidates[0], candidates[-1], triplet.wrapper, triplet.category)
+    out.append(types.RankedList(*texts, metadata, candidates, (0,) + (1,) * (len(candidates) - 1)))
+  return out
 
 
 def example_uniforms(seed: int, kind: str, split: str, count: int, columns: int) -> np.ndarray:

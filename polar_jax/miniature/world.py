@@ -54,6 +54,7 @@ def config_fingerprint(config: config_lib.SynthesizeConfig, seed: int, corpora: 
   """Return SHA-256 over everything the examples depend on: the miniature's settings but `workers`, seed, and the text of this Python."""
   unread = {'workers', *config_lib.OF_FILES, *(f.name for f in dataclasses.fields(config_lib.PoolConfig))}
   settings = {_FIRST_NAMES.get(k, k): v for k, v in dataclasses.asdict(config).items() if k not in unread}
+  settings |= {} if config.negatives == 1 else {'negatives': config.negatives}  # what earlier versions did not have
   digest = hashlib.sha256(json.dumps([_FORMAT, settings, seed], sort_keys=True).encode())
   for corpus in corpora:
     for document in corpus.documents:

@@ -57,6 +57,33 @@ def test_make_triplets_example_is_a_function_of_seed_split_and_index(world):
   assert digest != triplet_dataset.fingerprint(triplets.make_triplets(other, 'validation', 5))
 
 
+def test_several_negatives_are_of_different_policies_and_change_nothing_else(world):
+  more = dataclasses.replace(world, config=dataclasses.replace(world.config, negatives=5))
+  plain, lists = (triplets.make_triplets(w, 'train', 60) for w in (world, more))
+  for one, many in zip(plain, lists, strict=True):
+    assert many.candidates[:2] == (one.chosen, one.rejected) and many.ranks == (0, 1, 1, 1, 1, 1)
+    assert (many.prompt, many.reference, many.category) == (one.prompt, one.reference, one.category)
+    names = [many.metadata['chosen_policy'], *many.metadata['rejected_policies']]
+    assert names[1] == one.metadata['rejected_policy'] and len(set(names)) == len(names) == 6
+    assert not {p.name for p in world.pool if p.params.held_out} & set(names)
+  assert triplet_dataset.fingerprint(lists[:9]) == triplet_dataset.fingerprint(triplets.make_triplets(more, 'train', 9))
+  assert [e.rejected for e in triplets.make_triplets(more, 'validation', 9)] == [
+    e.rejected for e in triplets.make_triplets(world, 'validation', 9)
+  ]
+  with pytest.raises(UserError, match=r'synthesize\.negatives is 11, but only 10 policies can be rejected; lower it'):
+    triplets.make_triplets(dataclasses.replace(world, config=dataclasses.replace(world.config, negatives=11)), 'train', 3)
+
+
+def test_further_places_are_uniform_over_those_that_are_left():
+  rng, n = np.random.default_rng(0), 5
+  taken = rng.integers(0, n, 60_000)
+  places = triplets._other_places(taken, rng.random((len(taken), 3)), n)
+  rows = np.concatenate([taken[:, None], places], axis=1)
+  assert rows.min() == 0 and rows.max() == n - 1 and all(len(set(row)) == 4 for row in rows[:500].tolist())
+  counts = np.bincount(np.ravel_multi_index(tuple(rows.T), (n,) * 4), minlength=n**4)
+  assert (counts > 0).sum() == 5 * 4 * 3 * 2 and np.abs(counts[counts > 0] / 500 - 1).max() < 0.25
+
+
 def test_make_triplets_reference_and_chosen_are_independent_samples(world):
   examples = triplets.make_triplets(world, 'train', 60)
   assert np.mean([e.reference == e.chosen for e in examples]) < 0.1
@@ -130,6 +157,12 @@ def test_config_fingerprint_is_that_of_earlier_versions():
   digest = hashlib.sha256(json.dumps([1, settings, 7], sort_keys=True).encode())
   digest.update(hashlib.sha256(b'text').digest())
   assert world_lib.config_fingerprint(config_lib.SynthesizeConfig(), 7, [corpora.Corpus('a', ('text',))]) == digest.hexdigest()
+
+
+def test_negatives_count_in_the_fingerprint_where_there_are_several():
+  config = config_lib.SynthesizeConfig()
+  found = [world_lib.config_fingerprint(dataclasses.replace(config, negatives=n), 0, []) for n in (1, 2, 3)]
+  assert found[0] == world_lib.config_fingerprint(config, 0, []) and len(set(found)) == 3
 
 
 def test_load_pool_without_data(tmp_path):
