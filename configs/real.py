@@ -39,7 +39,7 @@ def get_config():
   config.pretrain.loss.name = 'plackett_luce'
   config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 32, 'steps': 8})
   config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 64
-  config.evaluate.arm_items = 24
+  config.evaluate.arm_items = 16
   config.ablations, config.equal_compute, config.seeds = True, True, 3
   return config
 
