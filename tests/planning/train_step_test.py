@@ -114,6 +114,13 @@ def test_plan_of_a_step_that_does_not_fit(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(('slice_name', 'chips'), [('v5e:1x1', 1), ('v6e:1x2', 2), ('v5p:1x1x1', 1), ('v6e:2x2', 4), ('v5p:2x2x1', 4)])
+def test_slices_of_a_host_or_less(slice_name, chips):
+  _, _, devices = topology.open_slice(slice_name)
+  assert len(devices) == chips
+
+
+@needs_libtpu
 def test_open_slice_refuses_unknown_slices():
   for name in ('v2:2x2', 'v5p', 'v5p:banana', 'v5p:3x5x7'):
     with pytest.raises(ConfigError, match=name):
