@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import pytest
 
 from polar_jax.checkpoints.checkpointer import FOLDER, load_params
 from polar_jax.stages.context import Context
@@ -18,6 +21,22 @@ STEPS, BATCH, EXAMPLES = 12, 8, 40  # of the contexts of make_context
 def checkpoints(folder: pathlib.Path) -> list[int]:
   """Return the steps of the checkpoints in the folder of a run."""
   return sorted(int(path.name) for path in (folder / FOLDER).iterdir())
+
+
+@contextlib.contextmanager
+def killed_at(batch: int) -> Iterator[None]:
+  """End the training run of the block as Ctrl-C does, when it puts a batch on the devices, counted from 1, that of validation too."""
+  put, calls = loop.sharding.put_local, []
+
+  def kill(*arguments: Any) -> Any:
+    calls.append(1)
+    if len(calls) == batch:
+      raise KeyboardInterrupt
+    return put(*arguments)
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop.sharding, 'put_local', kill)
+    yield
 
 
 def parameters(folder: pathlib.Path, like: Context) -> dict[str, Any]:

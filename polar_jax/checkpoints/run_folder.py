@@ -21,9 +21,15 @@ ASSETS = 'assets'  # folder next to the checkpoints: tokenizer files and, for im
 
 # Settings that change how a run is computed, logged or reported, but not its results: they may change when a run is resumed.
 _MODEL_COMPUTE = ('attention', 'remat', 'scan_unroll')
-_TRAIN_REPORTING = ('log_every', 'evaluate_every', 'evaluate_examples')
+_TRAIN_FREE = ('log_every', 'evaluate_every', 'evaluate_examples', 'offload')
 _RFT_FREE = ('log_every', 'evaluate_every', 'evaluate_prompts', 'alarms')
-_RFT_COMPUTE = ('rft.micro_batch_rows', 'rft.reward.rows_per_batch', 'rft.rollout.max_concurrent')
+_RFT_COMPUTE = (
+  'rft.micro_batch_rows',
+  'rft.reward.rows_per_batch',
+  'rft.rollout.max_concurrent',
+  'rft.actor.offload',
+  'rft.critic.offload',
+)
 
 
 def training_settings(
@@ -47,7 +53,7 @@ def training_settings(
     data: digests that identify the training and validation data.
   """
   options = traverse_util.flatten_dict(dataclasses.asdict(train), sep='.')
-  settings = {k: v for k, v in options.items() if k not in _TRAIN_REPORTING and not k.startswith('lora.')}
+  settings = {k: v for k, v in options.items() if k not in _TRAIN_FREE and not k.startswith('lora.')}
   adapters = {} if train.lora.rank is None else _dotted('lora', train.lora)
   return {**_common(objective, model, tokenizer, seed), **_dotted('template', template), **settings, **adapters, **data}
 

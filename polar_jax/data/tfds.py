@@ -63,7 +63,7 @@ class TripletSequence(Sequence[types.Triplet]):
   def _read(self, read: Callable[[], Iterable[Mapping[str, Any]]], which: str) -> list[types.Triplet]:
     """Return the triplets of the stored examples that `read` returns; `which` names them."""
     try:
-      return [_from_example(example) for example in read()]
+      return [_from_example(example, self.max_candidates > 2) for example in read()]
     except Exception as error:  # array_record, protobuf and TFDS each raise their own
       where = f'{self.shards[0].parent}: ' if self.shards else ''
       raise types.UserError(f'{where}{which} cannot be read ({json_files.shorten(error)}); copy or write the data set again') from error
@@ -323,11 +323,11 @@ def fingerprint(triplets: Iterable[types.Triplet]) -> str:
   return digest.hexdigest()
 
 
-def _from_example(example: Mapping[str, Any]) -> types.Triplet:
+def _from_example(example: Mapping[str, Any], may_be_ranked: bool) -> types.Triplet:
   texts = {name: example[name].decode() for name in (*records.TEXTS, *records.LABELS)}
   ids = {name: np.asarray(example[name], np.int32) for name in records.IDS if len(example[name])}
   metadata = json.loads(example['metadata'])
-  if (ranked := metadata.pop(records.RANKED, None)) is None:
+  if not may_be_ranked or (ranked := metadata.pop(records.RANKED, None)) is None:
     return types.Triplet(**texts, metadata={**metadata, **ids})
   candidates = (texts['chosen'], *ranked['others'], texts['rejected'])
   return types.RankedList(**texts, metadata={**metadata, **ids}, candidates=candidates, ranks=tuple(ranked['ranks']))

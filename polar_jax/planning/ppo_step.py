@@ -139,7 +139,7 @@ class _CallBuilder:
 
   def __init__(self, config: Config, reward: ModelConfig, mesh: Mesh):
     self._c, self._model, self._mesh = config.rft, config.model, mesh
-    compute = {name: getattr(config.model, name) for name in ('compute_dtype', 'attention', 'remat', 'scan_unroll')}
+    compute = {name: getattr(config.model, name) for name in ('compute_dtype', 'attention', 'remat', 'scan_unroll', 'frozen_layers')}
     self._reward_model = ModelConfig(**{**vars(reward), **compute})
     c = self._c
     self._actor = build_actor(config.model, c, _UPDATES, mesh)

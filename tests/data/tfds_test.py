@@ -492,3 +492,13 @@ def test_training_reads_lists_of_a_tfds_data_set_as_those_of_a_program(tmp_path)
 def test_lists_that_cannot_be_stored(tmp_path, example, message):
   with pytest.raises(ValueError, match=f'train example 0: {message}'):
     tfds.write_triplets(tmp_path, 'lists', {'train': [example]}, 'Lists.', {})
+
+
+def test_metadata_of_that_name_in_a_data_set_without_lists_are_what_they_are(tmp_path, monkeypatch):
+  """An earlier version may have written them."""
+  given = types.Triplet('p', 'r', 'a', 'b', metadata={'ranked_list': [1, 2]})
+  with monkeypatch.context() as patch:
+    patch.setattr(records, '_metadata', lambda triplet: triplet.metadata)
+    patch.setattr(records, 'candidates_of', lambda fields: 2)
+    folder = tfds.write_triplets(tmp_path, 'old', {'train': [given]}, 'Old.', {})
+  assert list(tfds.open_triplets(folder)['train']) == [given]

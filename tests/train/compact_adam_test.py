@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training_runs import killed_at
 
 from polar_jax import api_training, sharding
 from polar_jax.checkpoints.checkpointer import Checkpointer
 from polar_jax.config import CheckpointingConfig, ConfigError, MeshConfig, ModelConfig, TrainConfig
 from polar_jax.planning.train_step import bytes_of_a_device
-from polar_jax.train import compact_adam, trainer
+from polar_jax.train import compact_adam
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import RANKING
 from polar_jax.train.optimizer import make_optimizer
@@ -241,21 +242,12 @@ def _train(folder, **kind):
 
 
 @pytest.mark.long
-def test_a_killed_run_with_eight_bits_resumes_to_the_bit_and_ends_like_one_in_float32(tmp_path, monkeypatch):
+def test_a_killed_run_with_eight_bits_resumes_to_the_bit_and_ends_like_one_in_float32(tmp_path):
   whole, losses = _train(tmp_path / 'whole', moments='int8')
   _, exact = _train(tmp_path / 'exact')
   assert exact[-1] < 0.5 * exact[0] and losses[0] == exact[0]
   np.testing.assert_allclose(losses, exact, atol=0.02)
-  put, calls = trainer.sharding.put_local, []
-
-  def kill(batch, mesh):
-    calls.append(1)
-    if len(calls) == 6:
-      raise KeyboardInterrupt
-    return put(batch, mesh)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(trainer.sharding, 'put_local', kill)
+  with killed_at(6):
     _train(tmp_path / 'killed', moments='int8')
   with pytest.raises(ConfigError, match=r"moments was 'int8', is 'float32'"):
     _train(tmp_path / 'killed')

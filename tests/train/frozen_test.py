@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from training_runs import killed_at
 
 from polar_jax import api_training, sharding
 from polar_jax.config import CheckpointingConfig, ConfigError, LoraConfig, MeshConfig, ModelConfig, TrainConfig
 from polar_jax.data.layout import pair_batch, pair_segment, text_batch
 from polar_jax.model import flops
 from polar_jax.train import step as step_lib
-from polar_jax.train import trainer
 from polar_jax.train.objectives import NEXT_TOKEN, RANKING
 from polar_jax.train.optimizer import make_optimizer
 
@@ -110,18 +110,9 @@ def run(folder, **changes):
 
 
 @pytest.mark.long
-def test_a_run_with_frozen_layers_resumes_to_the_bit_and_refuses_another_number(tmp_path, monkeypatch):
+def test_a_run_with_frozen_layers_resumes_to_the_bit_and_refuses_another_number(tmp_path):
   whole = run(tmp_path / 'whole', frozen_layers=1)
-  put, calls = trainer.sharding.put_local, []
-
-  def kill(batch, mesh):
-    calls.append(1)
-    if len(calls) == 4:
-      raise KeyboardInterrupt
-    return put(batch, mesh)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(trainer.sharding, 'put_local', kill)
+  with killed_at(4):
     run(tmp_path / 'killed', frozen_layers=1)
   with pytest.raises(ConfigError, match=r'model\.frozen_layers was 1, is 0'):
     run(tmp_path / 'killed')

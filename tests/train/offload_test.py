@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from training_runs import killed_at
 
+import polar_jax
 from polar_jax import api_training, sharding
-from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, TrainConfig
+from polar_jax.config import CheckpointingConfig, MeshConfig, ModelConfig, OptimizerConfig, RftConfig, RolloutConfig, TrainConfig
 from polar_jax.runtime.compiled import bytes_of_a_device
 from polar_jax.train import step as step_lib
-from polar_jax.train import trainer
 from polar_jax.train.objectives import ranking
 from polar_jax.train.optimizer import make_optimizer
 
@@ -56,7 +59,7 @@ def _train(folder, **kind):
     init='scratch',
     output_dir=folder,
     args=TrainConfig(steps=6, batch_size=8, learning_rate=2e-2, warmup_ratio=0.0, **kind),
-    model=ModelConfig(num_layers=2, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8, remat=kind.pop('remat', 'none')),
+    model=ModelConfig(num_layers=2, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8),
     tokenizer='byte',
     mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
     settings=api_training.RunSettings(log=lambda line: None, checkpointing=CheckpointingConfig(every_steps=2)),
@@ -65,19 +68,29 @@ def _train(folder, **kind):
 
 
 @pytest.mark.long
-def test_a_killed_run_resumes_with_its_moments_in_host_memory(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_its_moments_in_host_memory(tmp_path):
   whole, losses = _train(tmp_path / 'device')
-  put, calls = trainer.sharding.put_local, []
-
-  def kill(batch, mesh):
-    calls.append(1)
-    if len(calls) == 5:
-      raise KeyboardInterrupt
-    return put(batch, mesh)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(trainer.sharding, 'put_local', kill)
+  with killed_at(5):
     _train(tmp_path / 'host', offload=True)
-  resumed, again = _train(tmp_path / 'host', offload=True)
-  assert again == losses
-  jax.tree.map(np.testing.assert_array_equal, resumed.model.params, whole.model.params)
+  shutil.copytree(tmp_path / 'host', tmp_path / 'moved')
+  for folder, offload in (('host', True), ('moved', False)):  # where moments are changes no result
+    resumed, again = _train(tmp_path / folder, offload=offload)
+    assert again == losses
+    jax.tree.map(np.testing.assert_array_equal, resumed.model.params, whole.model.params)
+
+
+@pytest.mark.long
+def test_policy_and_critic_with_moments_in_host_memory(tmp_path):
+  base = polar_jax.LanguageModel.init(MODEL, 'byte', mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:1]), seed=1)
+  found = []
+  for offload in (False, True):
+    optimizer = OptimizerConfig(learning_rate=3e-2, warmup_ratio=0.0, offload=offload)
+    rollout = RolloutConfig(max_prompt=8, max_new=6, max_concurrent=8)
+    args = RftConfig(steps=2, prompts_per_step=8, micro_batch_rows=8, actor=optimizer, critic=optimizer, rollout=rollout)
+    reward = lambda prompts, completions, **columns: [float(len(text)) for text in completions]
+    folder = tmp_path / str(offload)
+    settings = polar_jax.RunSettings(log=lambda line: None)
+    run = polar_jax.train_policy(base, [{'prompt': f'p{i}'} for i in range(8)], reward, output_dir=folder, args=args, settings=settings)
+    found.append((run.model.params, [record['critic_grad_norm'] for record in run.metrics if 'critic_grad_norm' in record]))
+  assert found[0][1] == found[1][1] and len(found[0][1]) == 2
+  jax.tree.map(np.testing.assert_array_equal, found[0][0], found[1][0])

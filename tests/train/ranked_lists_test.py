@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from training_runs import killed_at
 
 from polar_jax import api_training, sharding
 from polar_jax.config import CheckpointingConfig, LossConfig, MeshConfig, ModelConfig, TemplateConfig, TrainConfig
@@ -21,7 +22,7 @@ from polar_jax.data.tokenizer import ByteTokenizer
 from polar_jax.model import flops
 from polar_jax.model.heads import abstract_model
 from polar_jax.model.reward_model import sequence_rewards
-from polar_jax.train import losses, trainer
+from polar_jax.train import losses
 from polar_jax.train import step as step_lib
 from polar_jax.train.objectives import ranking
 from polar_jax.types import RankedList, Triplet, UserError
@@ -219,7 +220,7 @@ def test_lists_have_no_margins(template):
 
 
 @pytest.mark.long
-def test_a_killed_run_on_lists_resumes_to_the_bit(tmp_path, monkeypatch):
+def test_a_killed_run_on_lists_resumes_to_the_bit(tmp_path):
   args = TrainConfig(steps=6, batch_size=4, learning_rate=3e-3, loss=LossConfig('plackett_luce', weights=True, mean='official'))
   model = ModelConfig(num_layers=1, d_model=16, d_ff=16, num_heads=1, num_kv_heads=1, head_dim=8)
   run = lambda folder, loss=args.loss, examples=None: api_training.train_reward_model(
@@ -236,16 +237,7 @@ def test_a_killed_run_on_lists_resumes_to_the_bit(tmp_path, monkeypatch):
   whole = run('whole')
   records = [record for record in whole.metrics if 'loss' in record]
   assert len(records) == 6 and 'validation_accuracy' in whole.summary
-  put, calls = trainer.sharding.put_local, []
-
-  def kill(batch, mesh):
-    calls.append(1)
-    if len(calls) == 6:  # one is the batch of validation, which is compiled before the first step
-      raise KeyboardInterrupt
-    return put(batch, mesh)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(trainer.sharding, 'put_local', kill)
+  with killed_at(6):  # one is the batch of validation, which is compiled before the first step
     run('killed')
   resumed = run('killed')
   assert [r['loss'] for r in resumed.metrics if 'loss' in r] == [r['loss'] for r in records]
