@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from polar_jax.evaluate import sets as evaluation_sets
+from polar_jax.stages import evaluate_arms
 from polar_jax.stages import evaluate_sets as stage
 
 
@@ -55,7 +56,7 @@ def test_items_without_prompts_in_the_training_files_are_measured_apart():
 def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
   made = lambda name: evaluation_sets.EvaluationSet(name, [evaluation_sets.Item('1', 'p', ('a', 'b'), evaluation_sets.pair())])
   part = lambda name, *views: stage.Scored(made(name), {view: [np.array([1.0, 2.0])] for view in views}, {})
-  stage._write(tmp_path / 'out', {'sets': {'a': {'n': 1}}}, [part('a', 'empty', 'twin'), part('b', 'twin', 'empty')], [])
+  stage._write(tmp_path / 'out', {'sets': {'a': {'n': 1}}}, [part('a', 'empty', 'twin'), part('b', 'twin', 'empty')], [], [])
   read = lambda file: [json.loads(line)['set'] for line in gzip.decompress((tmp_path / 'out' / file).read_bytes()).decode().splitlines()]
   assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == [
     'evaluation.json', 'scores.jsonl.gz', 'scores_empty.jsonl.gz', 'scores_twin.jsonl.gz',
@@ -64,7 +65,19 @@ def test_each_variant_of_the_references_has_a_file_of_rewards(tmp_path):
   assert (tmp_path / 'out/evaluation.json').read_text() == '{\n  "sets": {\n    "a": {\n      "n": 1\n    }\n  }\n}\n'
   assert (tmp_path / 'out/scores.jsonl.gz').read_bytes()[4:8] == bytes(4)  # no time, so that equal rewards are equal files
   with pytest.raises(ValueError, match='JSON'):
-    stage._write(tmp_path, {}, [part('a', 'empty')._replace(rewards={'empty': [np.array([np.nan, 0.0])]})], [])
+    stage._write(tmp_path, {}, [part('a', 'empty')._replace(rewards={'empty': [np.array([np.nan, 0.0])]})], [], [])
+
+
+def test_the_rewards_of_every_run_of_the_arms_are_written(tmp_path):
+  items = [evaluation_sets.Item(str(i), 'p', ('a', 'b'), evaluation_sets.pair(), category='c') for i in range(2)]
+  one = evaluation_sets.EvaluationSet('own', items)
+  part = stage.Scored(one, {'empty': [np.array([0.0, 0.0])] * 2}, {})
+  of_runs = [[np.array([1.0, 2.0])], [np.array([3.0, 4.0])]]
+  arm = evaluate_arms.ArmRewards('finetuned', ['finetune', 'finetune_seed_1'], {'own': of_runs})
+  stage._write(tmp_path, {}, [part], [evaluation_sets.EvaluationSet('own', items[1:])], [arm])  # of the items the arms score
+  for run, rewards in (('finetune', [1.0, 2.0]), ('finetune_seed_1', [3.0, 4.0])):
+    (line,) = [json.loads(line) for line in gzip.decompress((tmp_path / f'scores_{run}.jsonl.gz').read_bytes()).decode().splitlines()]
+    assert line == {'set': 'own', 'id': '1', 'category': 'c', 'reference': 'empty', 'rewards': rewards}
 
 
 @pytest.mark.parametrize(('count', 'ending'), [(5, ''), (6, '; ...')])
