@@ -28,7 +28,7 @@ import timing
 from attention import draw_rows
 
 from polar_jax import sharding
-from polar_jax.config import REMAT_POLICIES, MeshConfig, ModelConfig
+from polar_jax.config import REMAT_POLICIES, LoraConfig, MeshConfig, ModelConfig
 from polar_jax.model import attention, flops
 from polar_jax.model.presets import PRESETS
 from polar_jax.train import step
@@ -95,7 +95,7 @@ def main() -> None:
   tokens = int((batch.end_BT > batch.start_BT).sum())
   print(f'{devices} x {device.device_kind}; {args.preset}, {args.dtype}, attention {attention.choose("auto")}')
   print(f'{args.rows} rows of {args.row_length:,} tokens with {args.triplets} triplets each: {tokens:,} tokens per step')
-  print(f'peak {peak / 1e12:,.3g} TFLOP/s: {source}\nrule: {flops.MFU_RULE}')
+  print(f'peak {peak / 1e12:,.3g} TFLOP/s: {source}\nrule: {flops.mfu_rule(LoraConfig())}')
   rows, by_policy = [], {}
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):

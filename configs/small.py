@@ -12,7 +12,6 @@ def get_config():
   config = miniature('mini_small', train_examples=200_000, preference_examples=8_000)
   config.synthesize.policies = 384
   config.synthesize.unseen_policies = 64
-  config.pretrain_lm.steps = 1_200
   config.pretrain.learning_rate = 1.5e-3
   config.pretrain.evaluate_every = 1_250
   config.checkpointing.every_steps = 1_250

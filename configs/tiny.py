@@ -14,7 +14,6 @@ from polar_jax.recipes import miniature
 
 def get_config():
   config = miniature('mini_tiny', train_examples=80_000, preference_examples=6_000)
-  config.pretrain_lm.steps = 700
   config.pretrain.evaluate_every = 625
   config.checkpointing.every_steps = 500
   return config

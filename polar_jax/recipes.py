@@ -93,16 +93,22 @@ def reinforcement(preset: str, *, policy: str, prompts: str, tensor: int, rows: 
 
 
 def miniature(preset: str, *, train_examples: int, preference_examples: int) -> ml_collections.ConfigDict:
-  """Return the miniature: every stage in one workdir, and the two ablations of fine-tuning."""
+  """Return the miniature: every stage in one workdir, and the two ablations of fine-tuning. docs/miniature.md explains its world."""
   config = default_config()
   config.stage = 'all'
   config.ablations = True
   config.synthesize.train_examples = train_examples
   config.synthesize.preference_examples = preference_examples
+  # Policies differ in the words they prefer and in nothing else, which trajectories of this length show well.
+  config.synthesize.update({'max_order': 1, 'min_window': 0.02, 'max_tokens': 64})
+  # The language model also reads documents by such policies, as a real one has read text by many authors.
+  config.synthesize.documents = 40_000
   config.model.update(PRESETS[preset])
-  config.data.row_length = 640  # 32 triplets of about 92 tokens fit five rows
+  config.data.row_length = 480
   config.pretrain_lm.batch_size = 16
-  config.pretrain_lm.learning_rate = 1e-2
+  config.pretrain_lm.sequence_length = 256
+  config.pretrain_lm.learning_rate = 5e-3
+  config.pretrain_lm.steps = 1_200  # no text twice
   config.pretrain.batch_size = 32
   config.pretrain.learning_rate = 2e-3
   config.finetune.batch_size = 32

@@ -114,6 +114,7 @@ class Prompt:
   answer: str = ''  # what a rule compares with, if not the reference itself
   category: str = ''  # `ability` in the official files
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  other_reference: Text = ''  # by another policy, for the control of PPO; empty: the control uses another prompt's reference
 
 
 class Rollouts(NamedTuple):

@@ -90,7 +90,7 @@ class AlarmConfig:
   min_entropy: float | None = option(None, 'Entropy of the policy, in nats per token.', min=0)
   max_truncated: float | None = option(None, 'Share of responses that are cut at max_new.', min=0, max=1)
   max_empty: float | None = option(None, 'Share of responses without text.', min=0, max=1)
-  min_shuffled_gap: float | None = option(None, "Raw score minus the score under another prompt's reference.")
+  min_shuffled_gap: float | None = option(None, 'Raw score minus the score under another reference.')
   max_overlap: float | None = option(None, 'Share of the words of a response that occur in its reference.', min=0, max=1)
 
 
@@ -134,7 +134,7 @@ class RftConfig:
   )
   entropy_coef: float = option(0.0, 'Coefficient of the entropy bonus.', min=0)
   critic_warmup: int = option(0, 'First steps, in which only the critic learns.', min=0)
-  shuffled_every: int = option(1, "Steps between scorings of the responses under other prompts' references.", min=1)
+  shuffled_every: int = option(1, 'Steps between scorings of the responses under other references, of other prompts or policies.', min=1)
   evaluate_every: int | None = option(None, 'Steps between measurements on held-out prompts. None: before and after.', min=1)
   evaluate_prompts: int = option(256, 'Held-out prompts per measurement.', min=1)
   log_every: int = option(1, 'Steps between progress lines; metrics.jsonl has every step.', min=1)

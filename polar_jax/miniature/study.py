@@ -23,7 +23,7 @@ from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ConfigError, ModelConfig, RftConfig
 from polar_jax.data import identity, layout, pipeline, text
 from polar_jax.data.tokenizer import Tokenizer
-from polar_jax.miniature import cleanup, ngram, pool, vocabulary, world
+from polar_jax.miniature import ngram, pool, triplets, vocabulary, world
 from polar_jax.ppo import experience, metrics
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.ppo.prompts import PolicyPrompts
@@ -42,7 +42,7 @@ _CONCURRENT_SEEDS = 2
 BEST_OF = 8  # responses that best-of-n chooses from
 # Streams of random numbers, distinct from those of the synthesize stage and of PPO's steps.
 _STREAM_REFERENCES, _STREAM_EVALUATION = 30, 1_000_000_000
-METRICS = ('reward', 'target_nll', 'relative_nll', 'kl', 'length', 'distinct_2')
+METRICS = ('reward', 'reward_other', 'target_nll', 'relative_nll', 'kl', 'length', 'distinct_2')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def rft(context: Context) -> dict[str, Any]:
   by_seed = _all_seeds(study)
   comparison = {name: {m: [seed[name][m] for seed in by_seed] for m in METRICS if m in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
-  for metric in ('reward', 'target_nll', 'relative_nll', 'length', 'distinct_2'):
+  for metric in ('reward', 'reward_other', 'target_nll', 'relative_nll', 'length', 'distinct_2'):
     out |= {f'{metric}_before': comparison['start'][metric], f'{metric}_after': comparison['ppo'][metric]}
   return {'rft': out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}}
 
@@ -159,16 +159,22 @@ def _train_start(study: Study, seed: int, name: str) -> pathlib.Path:
 
 
 def _prompts(study: Study, split: str, seed: int, max_prompts: int | None = None) -> PolicyPrompts:
-  """Return the first `max_prompts` prefixes of a split, with references sampled from the target and cleaned up like all trajectories."""
+  """Return the first `max_prompts` prefixes of a split, each with references by the target and by another policy.
+
+  Both are sampled from the whole stream of a policy and cleaned up like all trajectories.
+  """
   s = study.context.config.synthesize
   texts = [t.prompt for t in itertools.islice(study.context.triplets(split), max_prompts)]
-  ids = study.tokenizer.encode_batch([str(text) for text in texts])
-  uniforms = np.random.default_rng([seed, _STREAM_REFERENCES, *map(ord, split)]).random((len(ids), s.max_tokens))
-  prefixes = [np.asarray(i, np.int32) for i in ids]
-  sampled, lengths, ended = study.target.sample_ids(prefixes, uniforms, s.temperature, min(s.top_p, study.target.params.top_p), s.top_k)
-  lengths = cleanup.clean(sampled, lengths, ended, cleanup.boundaries(study.pieces))
-  references = [''.join(study.pieces[row[:n]]) for row, n in zip(sampled, lengths, strict=True)]
-  prompts = [Prompt(text, reference) for text, reference in zip(texts, references, strict=True) if reference]
+  prefixes = [np.asarray(i, np.int32) for i in study.tokenizer.encode_batch([str(text) for text in texts])]
+  rng = np.random.default_rng([seed, _STREAM_REFERENCES, *map(ord, split)])
+  family = lambda policy: policy.params.twin_of or policy.name
+  others = [i for i, p in enumerate(study.policies) if family(p) != family(study.target) and not p.params.held_out]
+  target = [p.name for p in study.policies].index(study.target.name)
+  policies = np.stack([np.full(len(texts), target), rng.choice(others, len(texts))], axis=1)
+  everything = triplets.World(study.policies, {}, study.pieces, s, seed)
+  sampled, lengths = triplets.sample_clean(everything, prefixes, policies, rng.random((*policies.shape, s.max_tokens)))
+  references = [[''.join(study.pieces[row[:n]]) for row, n in zip(*two, strict=True)] for two in zip(sampled, lengths, strict=True)]
+  prompts = [Prompt(text, own, other_reference=other) for text, (own, other) in zip(texts, references, strict=True) if own and other]
   # No BOS: the stream of documents that the language model was trained on has none.
   return PolicyPrompts(prompts, study.tokenizer, None, study.config.rollout.max_prompt, bos=False, log=study.context.log)
 
@@ -249,12 +255,14 @@ class _Evaluator:
     in_order = [response for of_policy in responses.values() for response in of_policy]
     logprob_PR = pool.pool_logprobs(study.policies, prefixes, in_order, study.context.config.synthesize.workers)
     target = [p.name for p in study.policies].index(study.target.name)
+    others = [dataclasses.replace(p, reference=p.other_reference) for p in self._prompts]
     measured = {}
     for name, logprob_Pr in zip(responses, np.split(logprob_PR, len(responses), axis=1), strict=True):
       tokens = sum(map(len, responses[name]))
       nll_P = -logprob_Pr.sum(axis=1) / tokens
       measured[name] = {
         'reward': float(self._reward(self._prompts, texts[name]).mean()),
+        'reward_other': float(self._reward(others, texts[name]).mean()),
         'target_nll': float(nll_P[target]),
         'relative_nll': float(nll_P[target] - nll_P.mean()),
         'length': tokens / len(self._prompts),

@@ -1,7 +1,7 @@
 """Metrics of a PPO step and of an evaluation: the text of responses, their rewards and their properties.
 
 Several of them show reward hacking, which a reward alone does not. A reward model that uses its reference must score a response lower
-under the reference of another prompt (`shuffled_references`). A reward that rises because responses grow shows in its regression on
+under another reference (`other_references`). A reward that rises because responses grow shows in its regression on
 length. A policy that collapses shows in the share of distinct n-grams (and in the entropy) before its responses lose all content.
 """
 
@@ -37,7 +37,7 @@ class Scores(NamedTuple):
   Attributes:
     raw_R: the weighted sum of the sources, before shaping.
     shaped_R: what PPO maximizes.
-    shuffled_R: the weighted sum under the references of other prompts; None if it was not measured, or there is only one prompt.
+    shuffled_R: the weighted sum under other references; None if it was not measured, or there is only one prompt.
     metrics: means, for the log.
   """
 
@@ -65,7 +65,7 @@ def score(
   rollouts: Rollouts,
   shuffle: tuple[int, ...] | None,
 ) -> Scores:
-  """Score the responses of a step and, as a control, the same responses under other prompts' references.
+  """Score the responses of a step and, as a control, the same responses under other references.
 
   Args:
     reward: the sources and their weights.
@@ -84,7 +84,7 @@ def score(
     reference_R = reward.total(reward.components(prompts, references))
   shuffled_R = None
   if shuffle is not None:
-    others = shuffled_references(prompts, shuffle)
+    others = other_references(prompts, shuffle)
     shuffled_R = None if others is None else reward.total(reward.components(others, responses))
   group_R = np.repeat(np.arange(len(prompts) // config.num_generations), config.num_generations)
   shaped_R, metrics = shaping.shape(
@@ -209,6 +209,21 @@ def explained_variance(return_RT: np.ndarray, value_RT: np.ndarray, mask_RT: np.
   return float(1 - np.var(returns - values) / np.var(returns))
 
 
+def other_references(prompts: Sequence[Prompt], seed: Seed) -> list[Prompt] | None:
+  """Give each prompt the reference by another policy that it has, or else, if one has none, that of another prompt of the batch.
+
+  Args:
+    prompts: the prompt of each rollout, or each prompt once.
+    seed: of the shuffle.
+
+  Returns:
+    One prompt per entry; None if references would be shuffled and there are fewer than two distinct prompts.
+  """
+  if all(prompt.other_reference for prompt in prompts):
+    return [dataclasses.replace(prompt, reference=prompt.other_reference) for prompt in prompts]
+  return shuffled_references(prompts, seed)
+
+
 def shuffled_references(prompts: Sequence[Prompt], seed: Seed) -> list[Prompt] | None:
   """Give each prompt the reference and the rule's answer of another prompt of the batch.
 
@@ -265,7 +280,7 @@ def sample_records(
     prompts: of each response, with the reference that it was scored against.
     responses: texts.
     scores: raw scores.
-    shuffled: scores under the references of other prompts; None: not measured, and left out of the records.
+    shuffled: scores under other references; None: not measured, and left out of the records.
     lengths: of the responses in tokens.
     seed: the same seed gives the same records.
     max_records: of the step.

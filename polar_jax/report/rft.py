@@ -84,7 +84,7 @@ def section(
     *rft_study.before_and_after(results),
     *rft_study.comparison(results, figures),
     *rft_runs.runs(results),
-    *rft_runs.signs_of_hacking(runs or {}, figures, one_writer='target' in results),
+    *rft_runs.signs_of_hacking(runs or {}, figures, of_other='policy' if 'target' in results else 'prompt'),
     *_samples(samples),
   ]
   return ['## Reinforcement fine-tuning', *parts] if parts else []

@@ -35,8 +35,8 @@ class Panel(NamedTuple):
 
 _PANELS = (
   Panel('reward that PPO optimizes', '', {'reward': 'reward'}),
-  Panel('score', '', {'raw': 'own reference', 'shuffled': 'shuffled', 'length_free': 'length-free'}, unscaled='length_free'),
-  Panel('score: own minus shuffled', '', {'shuffled_gap': 'gap'}, zero=True),
+  Panel('score', '', {'raw': 'own reference', 'shuffled': 'other reference', 'length_free': 'length-free'}, unscaled='length_free'),
+  Panel('score: own minus other', '', {'shuffled_gap': 'gap'}, zero=True),
   Panel('rule', 'share correct', {'rule': 'rule'}),
   Panel('KL to the initial policy', 'nats per token', {'kl': 'KL'}, zero=True),
   Panel('entropy', 'nats per token', {'entropy': 'entropy'}),

@@ -12,7 +12,7 @@ from polar_jax.report.plots import Records
 
 _SIGNS = {
   'raw': 'score',
-  'shuffled': 'score under shuffled references',
+  'shuffled': 'score under other references',
   'shuffled_gap': 'the difference',
   'length_free': 'score at the length of the first step',
   'overlap': 'overlap with the reference',
@@ -51,16 +51,19 @@ def runs(results: Mapping[str, Any]) -> list[str]:
   return [*out, markdown.bullets(lines)] if lines else out
 
 
-def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str], *, one_writer: bool) -> list[str]:
+def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str], *, of_other: str) -> list[str]:
   """Return the paragraphs on how each run began and ended, and on signs of reward hacking.
 
   Args:
     records: name of a run -> records of its metrics.jsonl.
     figures: name -> link of the figures that were drawn.
-    one_writer: whether one policy wrote all references, so that shuffled references are as good as the own.
+    of_other: whose reference the other one is, 'prompt' or 'policy'.
   """
-  shuffled = '' if one_writer else 'the score under shuffled references should stay below; '
-  out = markdown.figure(figures, 'rft', f'The runs step by step; {shuffled}dots are greedy responses to held-out prompts')
+  out = markdown.figure(
+    figures,
+    'rft',
+    'The runs step by step; the score under other references should stay below; dots are greedy responses to held-out prompts',
+  )
   ends = {name: {key: both for key in _SIGNS if (both := _ends(steps, key))} for name, steps in records.items()}
   ends = {name: values for name, values in ends.items() if values}
   if ends:
@@ -71,7 +74,7 @@ def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str],
       markdown.table(['', *map(markdown.escape, ends)], body),
     ]
     ends = {markdown.escape(name): values for name, values in ends.items()}
-    lines = _gap_lines(ends, one_writer) + _gain_lines(ends, one_writer) + _length_lines(ends) + _empty_lines(ends)
+    lines = _gap_lines(ends, of_other) + _gain_lines(ends, of_other) + _length_lines(ends) + _empty_lines(ends)
     out += [markdown.bullets(lines)] if lines else []
   return ['### Signs of reward hacking', *out] if out else []
 
@@ -116,32 +119,27 @@ def _alarms(name: str, run: Mapping[str, Any]) -> list[str]:
   return [f'{name}: ALARM, {alarm}' for alarm in run['alarms']] or [f'{name}: none of the configured alarms was raised.']
 
 
-def _gap_lines(ends: Ends, one_writer: bool) -> list[str]:
-  """Return sentences on whether responses score higher with their own reference than with another prompt's."""
+def _gap_lines(ends: Ends, of_other: str) -> list[str]:
+  """Return sentences on whether responses score higher with their own reference than with another one."""
   gaps = {name: values['shuffled_gap'][1] for name, values in ends.items() if 'shuffled_gap' in values}
-  if gaps and one_writer:
-    return [
-      f'Score with own minus score with shuffled references at the end: {markdown.spread([*gaps.values()], "+")}. One policy wrote all '
-      'references here and the reward model compares policies, so the reference of another prompt describes the same policy: no gap is '
-      'expected, and its absence does not indicate reward hacking.'
-    ]
   blind = [name for name, gap in gaps.items() if gap <= 0]
   if blind:
-    return [f'At the end, responses do NOT score higher with their own reference than with that of another prompt: {", ".join(blind)}.']
+    return [f'At the end, responses do NOT score higher with their own reference than with that of another {of_other}: {", ".join(blind)}.']
   if not gaps:
     return []
   gap = f'{min(gaps.values()):.3g}' if len(gaps) == 1 else f'{min(gaps.values()):.3g} to {max(gaps.values()):.3g}'
-  return [f'At the end, responses score {gap} higher with their own reference than with that of another prompt.']
+  return [f'At the end, responses score {gap} higher with their own reference than with that of another {of_other}.']
 
 
-def _gain_lines(ends: Ends, one_writer: bool) -> list[str]:
+def _gain_lines(ends: Ends, of_other: str) -> list[str]:
   """Return sentences on how much of the rise in score does not depend on the reference."""
   names = [name for name, values in ends.items() if {'raw', 'shuffled'} <= values.keys()]
   if not names or (gain := _gain(ends, 'raw', names)) <= 0:
     return []
   mean, shuffled = '' if len(names) == 1 else 'on average ', _gain(ends, 'shuffled', names)
-  hacked = ': most of the rise does not come from the reference, a sign of reward hacking' if shuffled > gain / 2 and not one_writer else ''
-  return [f'The score rose {mean}by {gain:.3g}; under the references of other prompts, by {shuffled:.3g}{hacked}.']
+  hacked = ': most of the rise does not come from the reference, a sign of reward hacking' if shuffled > gain / 2 else ''
+  others = {'prompt': 'prompts', 'policy': 'policies'}[of_other]
+  return [f'The score rose {mean}by {gain:.3g}; under the references of other {others}, by {shuffled:.3g}{hacked}.']
 
 
 def _length_lines(ends: Ends) -> list[str]:

@@ -12,6 +12,7 @@ from polar_jax.report import markdown
 _POLICIES = ('start', 'ppo', 'best_of_n', 'sft', 'target')
 _METRICS = {
   'reward': 'reward',
+  'reward_other': "reward under other policies' references",
   'target_nll': 'NLL under the target, nats per token',
   'relative_nll': 'the same minus the pool mean',
   'kl': 'KL to the initial policy, nats per token',
@@ -24,6 +25,7 @@ _WANTED = (
   ('target_nll', 'The NLL under the target', ' nats per token', -1),
   ('relative_nll', 'The NLL relative to the pool mean', ' nats per token', -1),
 )
+_FOR_AN_INTERVAL = 3  # seeds
 _LESS_VARIED = 0.9  # a smaller share of the distinct bigrams before training is worth a sentence
 
 Values = Mapping[str, list[float]]  # metric -> one number per seed
@@ -103,7 +105,7 @@ def moved(what: str, unit: str, changes: Sequence[float], wanted: int) -> str:
     wanted: 1 if the metric should rise, -1 if it should fall.
   """
   verb, plain = ('rose', 'rise') if wanted > 0 else ('fell', 'fall')
-  good, n, mean = sum(wanted * change > 0 for change in changes), len(changes), f'{np.mean(changes):+.3g}{unit}'
+  good, n, mean = sum(wanted * change > 0 for change in changes), len(changes), f'{_mean(changes)}{unit}'
   by_seed = f'by seed {min(changes):+.3g} to {max(changes):+.3g}, mean {mean}'
   if n == 1:
     return f'{what} {verb} in the one run ({mean}); nothing is known of other seeds.' if good else f'{what} did NOT {plain} ({mean}).'
@@ -120,7 +122,7 @@ def below(what: str, other: str, differences: Sequence[float]) -> str:
     other: the other policy.
     differences: PPO minus the other policy, one number per seed.
   """
-  good, n, mean = sum(d < 0 for d in differences), len(differences), f'{np.mean(differences):+.3g}'
+  good, n, mean = sum(d < 0 for d in differences), len(differences), _mean(differences)
   by_seed = f'difference {mean}' if n == 1 else f'difference by seed {min(differences):+.3g} to {max(differences):+.3g}, mean {mean}'
   if n == 1:
     return f'{what} is {"" if good else "NOT "}below that of `{other}` in the one run ({by_seed}).'
@@ -129,6 +131,17 @@ def below(what: str, other: str, differences: Sequence[float]) -> str:
   if good:
     return f'{what} is below that of `{other}` for only {good} of {n} seeds ({by_seed}).'
   return f'{what} is NOT below that of `{other}` for any of {n} seeds ({by_seed}).'
+
+
+def _mean(values: Sequence[float]) -> str:
+  """Return the mean over seeds, of three or more with its 95% interval by Student's t."""
+  mean, n = float(np.mean(values)), len(values)
+  if n < _FOR_AN_INTERVAL:
+    return f'{mean:+.3g}'
+  from scipy import special  # not at the top: a report without a study needs no scipy
+
+  reach = float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
+  return f'{mean:+.3g} [{mean - reach:+.3g}, {mean + reach:+.3g}]'
 
 
 def _warnings(before: Values, after: Values, changes: Values) -> list[str]:

@@ -20,7 +20,7 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
   """
   if not results:
     return []
-  from polar_jax.scaling.analysis import FEW_SIZES  # scipy takes longer to import than a report without laws to write
+  from polar_jax.scaling.analysis import FEW_SIZES, compare_forms  # scipy takes longer to import than a report without laws to write
 
   head = ['scaling law of the loss', 'X', 'alpha', '95% interval', 'beta', 'R2', 'runs']
   body = [
@@ -44,6 +44,9 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
       'resample the validation examples that each loss is a mean over.'
     )
   out += [sentence for name in _LAWS if (sentence := _held_out(results.get(name, {}), name))]
+  if forms := results.get('forms'):
+    sentence = compare_forms(forms)
+    out.append(f'{sentence[0].upper()}{sentence[1:]}.')
   if results.get('sizes', FEW_SIZES) < FEW_SIZES:
     out.append(f'**{results["sizes"]} sizes prove nothing**: this demonstrates the machinery and is not a scaling law.')
   return out

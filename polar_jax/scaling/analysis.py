@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,6 +12,8 @@ from polar_jax.scaling import fit, laws
 from polar_jax.scaling.fit import FitError, PowerFit
 from polar_jax.scaling.results import Results
 
+_FOR_A_FLOOR = 4  # sizes that determine a law with a floor
+_FORMS = {'power': 'pure law', 'floored': 'law with a floor', 'joint': 'joint law of parameters and tokens'}
 FEW_SIZES = 5  # with fewer sizes a fit demonstrates the method, not a law
 
 
@@ -22,8 +25,8 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
     seed: of the bootstrap.
 
   Returns:
-    Always `N` and `C`: {alpha, beta, r2, low, high, n, noise, held_out, ...}. With enough runs also `floored`, `joint`,
-    `learning_rate` and `batch`; `left_out` has the reason for each one that is missing.
+    Always `N` and `C`: {alpha, beta, r2, low, high, n, noise, held_out, ...}. With enough runs also `floored`, `joint`, `forms`
+    (how well each form predicts further sizes), `learning_rate` and `batch`; `left_out` has the reason for each one that is missing.
 
   Raises:
     FitError: the runs do not determine L(N) and L(C).
@@ -37,6 +40,8 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
     'rows': len(rows),
     'sizes': len(longest),
   }
+  if forms := _forms(rows):
+    out['forms'] = forms
   best, left_out = rows.best(), {}
   optional = {
     'floored': lambda: {'N': dataclasses.asdict(fit.fit_floored(longest.parameters, longest.loss))},
@@ -77,10 +82,54 @@ def describe(analysis: dict[str, Any]) -> list[str]:
         f'[{held_out["low"]:.4f}, {held_out["high"]:.4f}] for it; measured {held_out["loss"]:.4f}, '
         f'{"within" if held_out["within"] else "NOT within"} the interval'
       )
+  if forms := analysis.get('forms'):
+    lines.append(f'fit: {compare_forms(forms)}')
   if analysis['sizes'] < FEW_SIZES:
     lines.append(f'fit: {analysis["sizes"]} sizes prove nothing: this demonstrates the method, not a law')
   lines += [f'fit: skipped {_TITLES[name]}: {reason}' for name, reason in analysis['left_out'].items()]
   return lines
+
+
+def compare_forms(forms: dict[str, Any]) -> str:
+  """Return a sentence on `forms` of `analyze`."""
+  errors = ', '.join(f'{_FORMS[name]} {100 * form["error"]:.1f}%' for name, form in forms.items())
+  n = next(iter(forms.values()))['n']
+  which = 'the largest size' if n == 1 else f'each of the {n} largest sizes'
+  return f'{which}, predicted from all that are smaller: mean error of the loss {errors}'
+
+
+def _forms(rows: Results) -> dict[str, Any]:
+  """Return how well each form of the law predicts a size from the smaller ones, which is not a question of how well it fits.
+
+  Returns:
+    Form -> {error: mean of |log(predicted / measured)|, n, predicted: one for each size, measured}, for sizes that have at least four
+    smaller ones. Forms that some of the fits do not determine are left out.
+  """
+  longest = rows.longest()
+  found: dict[str, list[float]] = {name: [] for name in _FORMS}
+  targets = range(_FOR_A_FLOOR, len(longest))
+  for k in targets:
+    smaller = rows.rows(np.flatnonzero(rows.parameters < longest.parameters[k]))
+    for name, predicted in found.items():
+      with contextlib.suppress(FitError):
+        predicted.append(_predict(name, smaller, float(longest.parameters[k]), float(longest.tokens[k])))
+  measured = longest.loss[_FOR_A_FLOOR:]
+  return {
+    name: {'error': float(np.abs(np.log(values / measured)).mean()), 'n': len(values), 'predicted': values, 'measured': measured.tolist()}
+    for name, values in found.items()
+    if values and len(values) == len(targets)
+  }
+
+
+def _predict(form: str, rows: Results, parameters: float, tokens: float) -> float:
+  longest, best = rows.longest(), rows.best()
+  match form:
+    case 'power':
+      return fit.fit_power_law(longest.parameters, longest.loss).predict(parameters)[0]
+    case 'floored':
+      return float(fit.fit_floored(longest.parameters, longest.loss)(parameters))
+    case _:
+      return float(fit.fit_joint(best.parameters, best.tokens, best.loss)(parameters, tokens))
 
 
 def _power_law(rows: Results, x: np.ndarray, seed: int, name: str) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class FlooredFit:
   r2: float
   n: int
 
+  def __call__(self, x: np.ndarray | float) -> np.ndarray:
+    """Return the loss at `x`."""
+    return self.irreducible + self.beta * np.power(x, self.alpha)
+
 
 @dataclasses.dataclass(frozen=True)
 class JointFit:

@@ -191,6 +191,9 @@ class _Trainer:
           every = self.run.train.evaluate_every
           due = session.is_complete or (every is not None and session.step % every == 0)
           self.validation_due = due and self.run.validation is not None
+          if self.validation_due or session.is_complete or session.is_save_due:
+            jax.block_until_ready(self.state)  # what follows waits for the step as well, and should not be charged with its time
+            session.clock.lap('step')
           if self.validation_due:
             self._validate()
         session.clock.lap('evaluate')

@@ -137,6 +137,15 @@ def test_shuffled_references_need_two_prompts():
   assert metrics.shuffled_references([], 0) is None
 
 
+def test_references_by_other_policies_are_used_where_every_prompt_has_one():
+  prompts = [Prompt(f'p{i}', f'own {i}', answer=f'{i}', other_reference=f'other {i}') for i in (0, 0, 1)]
+  assert [p.reference for p in metrics.other_references(prompts, 0)] == ['other 0', 'other 0', 'other 1']
+  assert [p.answer for p in metrics.other_references(prompts, 0)] == ['0', '0', '1']  # the rule's answer is the prompt's
+  assert metrics.other_references(prompts[:1], 0)[0].reference == 'other 0'  # one prompt is enough
+  partly = [*prompts, Prompt('p2', 'own 2', answer='2')]
+  assert metrics.other_references(partly, 5) == metrics.shuffled_references(partly, 5)
+
+
 def test_shuffled_references_may_be_messages():
   messages = [[{'role': 'assistant', 'content': f'r{i}'}] for i in range(2)]
   got = metrics.shuffled_references([Prompt([{'role': 'user', 'content': f'p{i}'}], messages[i]) for i in range(2)], 0)

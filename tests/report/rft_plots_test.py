@@ -37,12 +37,12 @@ def test_metrics_of_one_run_differ_in_color_and_are_named():
   own, shuffled = (line for line in ax.lines if line.get_alpha() is None)
   assert points(own)[-1] == [4, 4] and points(shuffled)[-1] == [4, -4]
   legend = dict(zip((t.get_text() for t in ax.get_legend().get_texts()), ax.get_legend().get_lines(), strict=True))
-  assert legend['own reference'].get_color() == own.get_color() != shuffled.get_color() == legend['shuffled'].get_color()
+  assert legend['own reference'].get_color() == own.get_color() != shuffled.get_color() == legend['other reference'].get_color()
   assert legend['own reference'].get_linestyle() == own.get_linestyle() != shuffled.get_linestyle()
 
 
 def test_the_gap_keeps_its_sign_and_zero_is_marked():
-  ax = panel(rft_plots.dashboard({'rft': run(0.0, shuffled_gap=-0.5)}), 'score: own minus shuffled')
+  ax = panel(rft_plots.dashboard({'rft': run(0.0, shuffled_gap=-0.5)}), 'score: own minus other')
   curve, zero = ax.lines[0], ax.lines[-1]
   assert points(curve) == [[s, -0.5 * s] for s in range(1, 5)] and set(zero.get_ydata()) == {0}
 

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from polar_jax.report import markdown, plots, report, rft_plots, rft_study
 from polar_jax.report import rft as rft_report
@@ -146,9 +147,9 @@ def test_a_fall_under_the_whole_pool_is_stated(tmp_path, undrawn):
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
-    ([0.2, 0.1, 0.3], 'X did NOT fall for any of 3 seeds (by seed +0.1 to +0.3, mean +0.2).'),
+    ([0.2, 0.1, 0.3], 'X did NOT fall for any of 3 seeds (by seed +0.1 to +0.3, mean +0.2 [-0.0484, +0.448]).'),
     ([0.0, 0.0], 'X did NOT fall for any of 2 seeds (by seed +0 to +0, mean +0).'),
-    ([-0.2, 0.1, -0.3], 'X fell for only 2 of 3 seeds (by seed -0.3 to +0.1, mean -0.133).'),
+    ([-0.2, 0.1, -0.3], 'X fell for only 2 of 3 seeds (by seed -0.3 to +0.1, mean -0.133 [-0.65, +0.384]).'),
     ([-0.2], 'X fell in the one run (-0.2); nothing is known of other seeds.'),
     ([0.2], 'X did NOT fall (+0.2).'),
   ],
@@ -196,15 +197,21 @@ def test_collapse_is_stated(tmp_path, undrawn):
   assert '- rft: at the end, 80% of the responses are EMPTY.' in text
 
 
-def test_a_missing_gap_is_no_accusation_if_one_policy_wrote_all_references(tmp_path, undrawn):
+def test_means_of_three_seeds_and_more_have_an_interval():
+  values = [-0.5, -0.1, -0.9, -0.4]
+  half = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+  assert f'mean -0.475 [{half[0]:+.3g}, {half[1]:+.3g}]).' in rft_study.below('It', 'sft', values)
+  assert f'mean -0.475 [{half[0]:+.3g}, {half[1]:+.3g}] nats).' in rft_study.moved('It', ' nats', values, -1)
+  assert rft_study.below('It', 'sft', values[:2]).endswith('mean -0.3).')
+
+
+def test_the_other_references_of_the_study_are_those_of_other_policies(tmp_path, undrawn):
   for seed in range(2):
     write(tmp_path / 'rft' / f'seed_{seed}', metric_records(20, gap=-0.1))
-  accused = written(tmp_path, {'rft': study()})
-  assert 'do NOT score higher with their own reference' in accused and 'a sign of reward hacking' in accused
-  known = written(tmp_path, {'rft': {**study(), 'target': {'name': 'p7', 'order': 4}}})
-  assert 'NOT score higher' not in known and 'a sign of reward hacking' not in known
-  assert 'Score with own minus score with shuffled references at the end: -0.100 [-0.100, -0.100]. One policy wrote' in known
-  assert 'The score rose on average by 0.9; under the references of other prompts, by 0.9.' in known  # the numbers stay
+  target = {'target': {'name': 'p7', 'order': 4}}
+  text = written(tmp_path, {'rft': {**study(), **target}})
+  assert 'do NOT score higher with their own reference than with that of another policy: seed 0, seed 1.' in text
+  assert 'The score rose on average by 0.9; under the references of other policies, by 0.9: most of the rise does not come from' in text
 
 
 def test_a_reward_above_that_of_the_target_is_stated(tmp_path, undrawn):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scaling_runs import SIZES, sweep
@@ -23,6 +25,24 @@ def test_the_largest_size_is_predicted_from_the_others():
   assert analyze(rows)['N']['held_out']['within']
   rows.loss[rows.parameters == SIZES[-1]] *= 1.1
   assert not analyze(rows)['N']['held_out']['within']
+
+
+def test_forms_are_compared_by_what_they_predict_of_further_sizes():
+  rows = sweep()
+  rows = dataclasses.replace(rows, loss=0.2 + 40 * rows.parameters**-0.3)  # a floor and nothing else
+  found = analyze(rows)
+  longest, forms = rows.longest(), found['forms']
+  assert len(longest) == 5 and forms['power']['n'] == forms['floored']['n'] == 1
+  slope, intercept = np.polyfit(np.log(longest.parameters[:4]), np.log(longest.loss[:4]), 1)
+  power = np.exp(intercept) * longest.parameters[4] ** slope
+  assert forms['power']['predicted'] == [pytest.approx(power, rel=1e-2)]
+  assert forms['power']['error'] == pytest.approx(abs(np.log(forms['power']['predicted'][0] / longest.loss[4])))
+  assert forms['floored']['predicted'] == [pytest.approx(longest.loss[4], rel=1e-3)]
+  assert forms['floored']['error'] < 1e-3 < forms['power']['error']
+  (line,) = [line for line in analysis.describe(found) if 'predicted from all that are smaller' in line]
+  assert line.startswith('fit: the largest size, predicted') and 'law with a floor 0.' in line
+  few = rows.rows(np.flatnonzero(rows.parameters < longest.parameters[4]))
+  assert 'forms' not in analyze(few)
 
 
 def test_describe_warns_of_few_sizes():
@@ -125,6 +145,7 @@ def test_learning_rates_have_a_quartic_and_batches_a_parabola(monkeypatch):
   monkeypatch.setattr(analysis, '_tuned', tuned)
   monkeypatch.setattr(analysis, '_power_law', lambda *_: {})
   monkeypatch.setattr(analysis, '_held_out', lambda *_: None)
+  monkeypatch.setattr(analysis, '_forms', lambda *_: {})
   for name in ('fit_floored', 'fit_joint'):
     monkeypatch.setattr(analysis.fit, name, lambda *_: tuned(None, 'law', 0))
   left_out = analyze(sweep())['left_out']
