@@ -133,15 +133,15 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.num_generations = 2
   r.mini_batch_size = 64
   r.recompute_logprobs = False  # in float32, those noted while sampling are the same
-  r.micro_batch_rows = 7  # a mini-batch needs six or seven
-  r.row_length = 384
+  r.micro_batch_rows = 8  # a mini-batch needs eight
+  r.row_length = 640
   r.shuffled_every = 10
   r.log_every = 10
   r.evaluate_prompts = 128
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
   r.critic.update({'learning_rate': 3e-3, 'b2': 0.95, 'weight_decay': 0.0})
   # Policies of the pool never end early. Without min_new PPO finds that the reward model prefers empty responses to other policies' text.
-  r.rollout.update({'max_prompt': 16, 'max_new': 32, 'min_new': 28, 'max_concurrent': 128})
+  r.rollout.update({'max_prompt': 16, 'max_new': 64, 'min_new': 56, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from polar_jax import runner, sharding
-from polar_jax.config import parse
+from polar_jax.config import MeshConfig, parse
+from polar_jax.miniature import pool, study
 from polar_jax.recipes import miniature
+from polar_jax.stages.context import Context
 
 SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 
@@ -19,6 +21,7 @@ SPLITS = ('validation', 'unseen_prompts', 'unseen_policies')
 def small_config(**changes):
   config = miniature('mini_tiny', train_examples=300, preference_examples=64)
   config.synthesize.update({'policies': 24, 'unseen_policies': 6, 'evaluation_examples': 40, 'preference_evaluation_examples': 40})
+  config.synthesize.update({'documents': 60, 'document_tokens': 64})
   config.model.update({'num_layers': 1, 'd_model': 16, 'd_ff': 16, 'num_heads': 1, 'head_dim': 16})
   config.pretrain_lm.steps = config.pretrain.steps = config.finetune.steps = 3
   config.pretrain_lm.batch_size = config.pretrain.batch_size = config.finetune.batch_size = 8
@@ -58,7 +61,7 @@ def test_report_is_the_interface(workdir):
   assert all(is_interval(report['evaluate']['by_split'][s]) and report['evaluate']['by_split'][s]['n'] == 40 for s in SPLITS)
   assert {'length', 'overlap_1', 'random', 'bayes'} <= set(report['evaluate']['baselines'])
   assert all(is_interval(splits[s]) for splits in report['evaluate']['baselines'].values() for s in SPLITS)
-  assert all(report['evaluate']['baselines']['bayes'][s]['accuracy'] > 0.85 for s in SPLITS)
+  assert all(report['evaluate']['baselines']['bayes'][s]['accuracy'] > 0.75 for s in SPLITS)
   arms = report['finetune']['arms']
   assert set(arms) == {'pretrained_finetuned', 'finetuned_only', 'finetuned_without_reference', 'pretrained_only'}
   assert all(map(is_interval, arms.values())) and all(map(is_interval, report['finetune']['by_category'].values()))
@@ -85,6 +88,21 @@ def test_tuning_towards_a_policy_is_reported(workdir):
     assert of['target']['relative_nll'] < 0 and of['best_of_n']['reward'] >= of['start']['reward']
     assert rft['comparison']['start']['kl'][seed] == pytest.approx(0, abs=1e-5)
     assert all(abs(rft['comparison'][name]['kl'][seed]) > 1e-5 for name in ('ppo', 'sft'))  # an estimate, which may be negative
+
+
+def test_the_control_of_ppo_has_references_by_other_policies(workdir):
+  opened = study._open(Context(small_config(), workdir, sharding.make_mesh(MeshConfig()), lambda _: None))
+  prompts = [prompt for prompt, _ in study._prompts(opened, 'validation', 0)]
+  assert len(prompts) > 30 and all(p.reference and p.other_reference for p in prompts)
+  prefixes, own, other = (
+    [np.asarray(ids, np.int32) for ids in opened.tokenizer.encode_batch([str(getattr(p, name)) for p in prompts])]
+    for name in ('prompt', 'reference', 'other_reference')
+  )
+  per_token = [pool.pool_logprobs([opened.target], prefixes, texts)[0] / [len(ids) for ids in texts] for texts in (own, other)]
+  assert np.mean(per_token[0] > per_token[1]) > 0.9  # the target would not have written the others
+  report = json.loads((workdir / 'report.json').read_text())['rft']['comparison']
+  assert all(np.isfinite(values['reward_other']).all() and values['reward_other'] != values['reward'] for values in report.values())
+  assert any('shuffled' in json.loads(line) for line in (workdir / 'rft/seed_0/metrics.jsonl').read_text().splitlines())
 
 
 def test_a_law_of_few_runs_is_reported_with_a_warning(workdir):

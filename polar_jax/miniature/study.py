@@ -4,7 +4,8 @@ A small language model learns one corpus. It is then tuned towards a policy of t
 samples of that target, the reward is the miniature's reward model, and neither ever sees a likelihood. PPO is compared with best-of-n
 from the same start and with supervised fine-tuning on the same references by the same trainer. All are measured on prompts that no
 stage has seen: by the negative log-likelihood of the responses under the target's smoothed, untruncated distribution, in nats per
-token, and by its difference from the mean over the pool, since repetitive text is likely under every policy.
+token, and by its difference from the mean over the pool, since repetitive text is likely under every policy. Responses that the target
+finds likely need not be what it writes, so their token frequencies are compared with those of its own responses as well.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _CONCURRENT_SEEDS = 2
 BEST_OF = 8  # responses that best-of-n chooses from
 # Streams of random numbers, distinct from those of the synthesize stage and of PPO's steps.
 _STREAM_REFERENCES, _STREAM_EVALUATION = 30, 1_000_000_000
-METRICS = ('reward', 'reward_other', 'target_nll', 'relative_nll', 'kl', 'length', 'distinct_2')
+METRICS = ('reward', 'reward_other', 'target_nll', 'relative_nll', 'divergence', 'kl', 'length', 'distinct_2')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def rft(context: Context) -> dict[str, Any]:
   by_seed = _all_seeds(study)
   comparison = {name: {m: [seed[name][m] for seed in by_seed] for m in METRICS if m in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
-  for metric in ('reward', 'reward_other', 'target_nll', 'relative_nll', 'length', 'distinct_2'):
+  for metric in ('reward', 'reward_other', 'target_nll', 'relative_nll', 'divergence', 'length', 'distinct_2'):
     out |= {f'{metric}_before': comparison['start'][metric], f'{metric}_after': comparison['ppo'][metric]}
   return {'rft': out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}}
 
@@ -215,6 +216,19 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
   return run
 
 
+def token_counts(rows: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+  """Return how often each token occurs in some token ids: int (vocab_size,)."""
+  return np.bincount(np.concatenate(rows), minlength=vocab_size)
+
+
+def divergence(count_V: np.ndarray, other_V: np.ndarray) -> float:
+  """Return the Jensen-Shannon divergence of two distributions that are given as counts, in nats: from 0 (equal) to log 2 (disjoint)."""
+  p, q = count_V / count_V.sum(), other_V / other_V.sum()
+  middle = (p + q) / 2
+  kl = lambda x: float(np.sum(x[x > 0] * np.log(x[x > 0] / middle[x > 0])))
+  return (kl(p) + kl(q)) / 2
+
+
 def _load(folder: pathlib.Path, study: Study) -> dict[str, Any]:
   """Return the float32 parameters of a language model."""
   return pretrained.open_pretrained(folder).params(study.context.mesh, 'float32', head='lm')
@@ -256,7 +270,7 @@ class _Evaluator:
     logprob_PR = pool.pool_logprobs(study.policies, prefixes, in_order, study.context.config.synthesize.workers)
     target = [p.name for p in study.policies].index(study.target.name)
     others = [dataclasses.replace(p, reference=p.other_reference) for p in self._prompts]
-    measured = {}
+    measured, counts = {}, {name: token_counts(rows, len(study.pieces)) for name, rows in responses.items()}
     for name, logprob_Pr in zip(responses, np.split(logprob_PR, len(responses), axis=1), strict=True):
       tokens = sum(map(len, responses[name]))
       nll_P = -logprob_Pr.sum(axis=1) / tokens
@@ -269,6 +283,8 @@ class _Evaluator:
         'distinct_2': metrics.distinct(texts[name], 2),
       }
       # Best-of-n responses are not samples of the policy that recorded their log-probabilities, so those give no KL.
+      if name != 'target':
+        measured[name]['divergence'] = divergence(counts[name], counts['target'])
       if name in policies and name != 'best_of_n':
         measured[name]['kl'] = self._kl(policies[name])
     return measured

@@ -15,6 +15,7 @@ _METRICS = {
   'reward_other': "reward under other policies' references",
   'target_nll': 'NLL under the target, nats per token',
   'relative_nll': 'the same minus the pool mean',
+  'divergence': "divergence of token frequencies from the target's, nats",
   'kl': 'KL to the initial policy, nats per token',
   'length': 'length, tokens',
   'distinct_2': 'distinct bigrams, share',
@@ -24,6 +25,7 @@ _WANTED = (
   ('reward', 'The reward', '', 1),
   ('target_nll', 'The NLL under the target', ' nats per token', -1),
   ('relative_nll', 'The NLL relative to the pool mean', ' nats per token', -1),
+  ('divergence', "The divergence of token frequencies from the target's", ' nats', -1),
 )
 _FOR_AN_INTERVAL = 3  # seeds
 _LESS_VARIED = 0.9  # a smaller share of the distinct bigrams before training is worth a sentence
@@ -79,6 +81,9 @@ def comparison(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
       if differences := _differences(ppo, policies.get(other, {}).get(key, [])):
         lines.append(below(what, name_of(other, results), differences))
     lines += _share_of_the_way(policies, key)
+  of_ppo, of_sft = (policies.get(name, {}).get('divergence', []) for name in ('ppo', 'sft'))
+  if of_ppo and (differences := _differences(of_ppo, of_sft)):
+    lines.append(below("The divergence of PPO's token frequencies from the target's", name_of('sft', results), differences))
   lines += _beyond_the_target(policies)
   return [*out, markdown.bullets(lines)] if lines else out
 
@@ -174,12 +179,16 @@ def _share_of_the_way(policies: Mapping[str, Values], key: str) -> list[str]:
 
 
 def _beyond_the_target(policies: Mapping[str, Values]) -> list[str]:
-  ppo, target = (policies.get(name, {}).get('reward', []) for name in ('ppo', 'target'))
-  beyond = sum(p > t for p, t in zip(ppo, target, strict=True)) if len(ppo) == len(target) else 0
-  if not beyond:
-    return []
-  which = 'in the one run' if len(ppo) == 1 else f'for {beyond} of {len(ppo)} seeds'
-  return [f'The reward of PPO is above that of samples of the target itself {which}; the excess does not mean closer to the target.']
+  out = []
+  for key, sign, sentence in (
+    ('reward', 1, 'The reward of PPO is above that of samples of the target itself {}; the excess does not mean closer to the target.'),
+    ('target_nll', -1, 'PPO is likelier under the target than its own samples are {}: it keeps to what the target writes most often.'),
+  ):
+    ppo, target = (policies.get(name, {}).get(key, []) for name in ('ppo', 'target'))
+    beyond = sum(sign * p > sign * t for p, t in zip(ppo, target, strict=True)) if len(ppo) == len(target) else 0
+    if beyond:
+      out.append(sentence.format('in the one run' if len(ppo) == 1 else f'for {beyond} of {len(ppo)} seeds'))
+  return out
 
 
 def _numbers(values: Mapping[str, Any], key: str) -> list[float]:

@@ -197,6 +197,14 @@ def test_collapse_is_stated(tmp_path, undrawn):
   assert '- rft: at the end, 80% of the responses are EMPTY.' in text
 
 
+def test_policies_that_go_past_the_target_and_their_divergence_are_stated(tmp_path, undrawn):
+  values = study()['comparison']
+  past = {**values, 'ppo': {**PPO, 'target_nll': [0.1, 99.0], 'divergence': [0.3, 0.2]}, 'sft': {**values['sft'], 'divergence': [0.1, 0.1]}}
+  text = written(tmp_path, {'rft': {**study(), 'comparison': past}})
+  assert '- PPO is likelier under the target than its own samples are for 1 of 2 seeds: it keeps to' in text
+  assert "The divergence of PPO's token frequencies from the target's is NOT below that of `supervised` for any of 2 seeds" in text
+
+
 def test_means_of_three_seeds_and_more_have_an_interval():
   values = [-0.5, -0.1, -0.9, -0.4]
   half = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
