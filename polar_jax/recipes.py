@@ -128,7 +128,7 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r = config.rft
   config.study.seeds = 3
   config.study.start_steps = 60
-  r.steps = 30
+  r.steps = 20
   r.prompts_per_step = 64
   r.num_generations = 2
   r.mini_batch_size = 64

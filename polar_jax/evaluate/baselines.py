@@ -141,6 +141,33 @@ def bayes_correct(
   return statistics.pair_correct(bayes_scores(logp_reference, logp_chosen, prior), bayes_scores(logp_reference, logp_rejected, prior))
 
 
+def bayes_loss(
+  logp_reference: np.ndarray, logp_chosen: np.ndarray, logp_rejected: np.ndarray, prior: np.ndarray | None = None
+) -> np.ndarray:
+  """Return the Bradley-Terry loss of the Bayes-optimal discriminator, (examples,) in nats: the floor of any scaling law of these examples.
+
+  Arguments and errors are those of `bayes_correct`.
+  """
+  reference, chosen, rejected = (_log_likelihoods(x, 'text') for x in (logp_reference, logp_chosen, logp_rejected))
+  p = _checked_prior(prior, len(reference))
+  with np.errstate(divide='ignore'):
+    log_p, log_w = np.log(p)[:, None], np.log(p / (1 - p))[:, None]
+
+  def log_joint(same: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the likelihood that `same` shares the policy of the reference and `other` has another one."""
+    return _logsumexp(log_w + reference + same + _of_the_others(log_p + other))
+
+  return np.logaddexp(0.0, log_joint(rejected, chosen) - log_joint(chosen, rejected))
+
+
+def _of_the_others(x: np.ndarray) -> np.ndarray:
+  """Return for each row the log of the sum of exp of all other rows, without a difference of nearly equal numbers."""
+  nothing = np.full((1, x.shape[1]), -np.inf)
+  before = np.concatenate([nothing, np.logaddexp.accumulate(x[:-1], axis=0)])
+  after = np.concatenate([np.logaddexp.accumulate(x[:0:-1], axis=0)[::-1], nothing])
+  return np.logaddexp(before, after)
+
+
 def _plain(text: Text, example: int, name: str) -> str:
   if isinstance(text, str):
     return text

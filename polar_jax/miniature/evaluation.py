@@ -23,7 +23,9 @@ def evaluate(context: Context) -> dict[str, Any]:
   results: dict[str, Any] = {}
   if stage.trained(context, PRETRAIN):
     splits = {split: context.triplets(split) for split in SPLITS}
-    results['evaluate'] = stage.evaluate_triplets(context, splits, BayesOptimal(context))
+    optimal = BayesOptimal(context)
+    results['evaluate'] = stage.evaluate_triplets(context, splits, optimal) | {'bayes_loss': optimal.loss}
+    context.log(f'evaluate: loss of the Bayes-optimal discriminator: {", ".join(f"{k} {v:.4f}" for k, v in optimal.loss.items())} nats')
   if stage.trained(context, FINETUNE):
     results['finetune'] = stage.evaluate_preferences(context, context.preferences('unseen_policies'))
   if not results:
@@ -32,9 +34,14 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 
 class BayesOptimal:
-  """The Bayes-optimal discriminator of the workdir's pool."""
+  """The Bayes-optimal discriminator of the workdir's pool.
+
+  Attributes:
+    loss: its mean loss by split, in nats, of the splits that it was called for.
+  """
 
   def __init__(self, context: Context):
+    self.loss: dict[str, float] = {}
     self._workers, self._pool = context.config.synthesize.workers, world.load_pool(context.workdir)
 
   def __call__(self, examples: Sequence[Triplet], split: str) -> dict[str, np.ndarray]:
@@ -45,4 +52,5 @@ class BayesOptimal:
       pool.pool_logprobs(drawn, prefixes, [example.metadata[f'{name}_ids'] for example in examples], self._workers)
       for name in ('reference', 'chosen', 'rejected')
     ]
+    self.loss[split] = float(baselines.bayes_loss(*logp).mean())
     return {'bayes': baselines.bayes_correct(*logp)}

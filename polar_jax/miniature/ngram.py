@@ -168,6 +168,8 @@ class NgramPolicy:
     if effective < MIN_TEMPERATURE:
       raise ValueError(f'policy {self.name} at temperature {effective:.3g}: below {MIN_TEMPERATURE} single-precision sampling underflows')
     sampler = _Sampler(self, self._fit(), 1 / effective, top_p, top_k)
+    if self.params.order == 1:
+      return sampler.draw_all(uniforms)
     ids = np.full((count, width), vocabulary.PAD_ID, np.int32)
     lengths, ended = np.full(count, width), np.zeros(count, bool)
     active = np.arange(count)
@@ -220,10 +222,24 @@ class _Sampler:
     self.dense[:, vocabulary.EOS_ID] = self.end_column
     self.dense_distributions = _Distributions(self.dense, self.top_p, self.top_k)
 
+  def draw_all(self, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw whole continuations of a policy of order 1, whose tokens do not depend on each other. Returns as `sample_ids` does."""
+    count, width = uniforms.shape
+    ids = np.zeros((count, width), np.int32)
+    parts = [(0, min(cleanup.MIN_TOKENS, width)), (min(cleanup.MIN_TOKENS, width), width)]
+    for low, high in parts:
+      if low == cleanup.MIN_TOKENS:
+        self.allow_end()
+      flat = uniforms[:, low:high].ravel()
+      ids[:, low:high] = self.dense_distributions.draw(np.zeros(len(flat), np.int64), flat).reshape(count, high - low)
+    stop = ids == vocabulary.EOS_ID
+    ended = stop.any(axis=1)
+    lengths = np.where(ended, stop.argmax(axis=1), width)
+    ids[np.arange(width) >= lengths[:, None]] = vocabulary.PAD_ID
+    return ids, lengths, ended
+
   def draw(self, contexts: list[np.ndarray], uniforms: np.ndarray) -> np.ndarray:
-    """Draw the next tokens, int64 (R,), after contexts [k - 2] of order k, int64 (R,) each."""
-    if self.order == 1:
-      return self.dense_distributions.draw(np.zeros(len(uniforms), np.int64), uniforms)
+    """Draw the next tokens, int64 (R,), after contexts [k - 2] of order k, int64 (R,) each; of a policy of order 2 or higher."""
     state, offset = contexts[0].copy(), len(self.dense)
     for k in range(3, self.order + 1):  # the longest context with a successor in the window determines the distribution
       first, context = self.tables.first_seen[k], contexts[k - 2]
@@ -267,6 +283,7 @@ class _Distributions:
     self.probs, self.top_p = probs, top_p
     self.groups = probs.reshape(len(probs), -1, _GROUP)
     self.running = np.cumsum(self.groups.sum(axis=2), axis=1)
+    self._inside: np.ndarray | None = None  # of a single distribution: which tokens are in its nucleus
 
   def draw(self, index: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Draw tokens int64 (R,), one from each distribution in `index` (R,), with uniforms (R,) in [0, 1)."""
@@ -280,14 +297,28 @@ class _Distributions:
     return tokens
 
   def _invert(self, index: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    running = self.running[index]
-    target = uniforms * running[:, -1]
-    group = np.minimum(np.count_nonzero(running <= target[:, None], axis=1), running.shape[1] - 1)
-    before = np.where(group > 0, running[np.arange(len(index)), group - 1], 0)
+    if len(self.running) == 1:
+      running = self.running[0]
+      target = uniforms * running[-1]
+      group = np.minimum(np.searchsorted(running.astype(target.dtype), target, side='right'), len(running) - 1)
+      before = np.where(group > 0, running[group - 1], 0)
+    else:
+      running = self.running[index]
+      target = uniforms * running[:, -1]
+      group = np.minimum(np.count_nonzero(running <= target[:, None], axis=1), running.shape[1] - 1)
+      before = np.where(group > 0, running[np.arange(len(index)), group - 1], 0)
     inside = np.cumsum(self.groups[index, group], axis=1)
     return group * _GROUP + np.minimum(np.count_nonzero(inside <= (target - before)[:, None], axis=1), _GROUP - 1)
 
   def _in_nucleus(self, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    if len(self.probs) > 1:
+      return self._are_inside(index, tokens)
+    if self._inside is None:
+      vocab_size = self.probs.shape[1]
+      self._inside = self._are_inside(np.zeros(vocab_size, np.int64), np.arange(vocab_size))
+    return self._inside[tokens]
+
+  def _are_inside(self, index: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Return whether each token is in the nucleus: more likely tokens have a total probability below top_p.
 
     A token of probability 0, which rounding may draw, is not.

@@ -191,6 +191,8 @@ def limitations(results: Mapping[str, Any]) -> list[str]:
     lines.append(
       'The Bayes-optimal discriminator knows the exact likelihood of every text under every policy of the pool, which no learner does.'
     )
+  if losses := evaluate.get('bayes_loss'):
+    lines.append(f'Its loss is {", ".join(f"{value:.4f} ({split})" for split, value in losses.items())} nats: no model can be below.')
   lines.append(
     'Examples made by the synthesize stage come from small n-gram policies: such numbers check the method and say nothing about '
     'large language models.'

@@ -117,6 +117,7 @@ def test_bayes_agrees_with_the_posterior_over_all_pairs_of_policies(uniform):
   got = baselines.bayes_correct(*logp, prior=prior)
   posterior = [posterior_oracle(*logp[:, :, i], p) for i in range(examples)]
   np.testing.assert_array_equal(got, [slow_correct(x, 0.5) for x in posterior])
+  np.testing.assert_allclose(baselines.bayes_loss(*logp, prior=prior), -np.log(posterior), rtol=1e-9)
 
 
 def test_bayes_is_optimal_where_the_joint_likelihood_alone_is_not():

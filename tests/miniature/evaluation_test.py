@@ -23,7 +23,8 @@ def test_the_ceiling_knows_only_the_policies_of_its_split(monkeypatch, split, kn
 
   monkeypatch.setattr(pool, 'pool_logprobs', logprobs)
   ceiling = object.__new__(BayesOptimal)
-  ceiling._pool, ceiling._workers = policies, 3
+  ceiling._pool, ceiling._workers, ceiling.loss = policies, 3, {}
   ids = {'prompt_ids': [1], 'reference_ids': [2], 'chosen_ids': [3], 'rejected_ids': [4]}
   assert ceiling([Triplet('p', 'r', 'c', 'd', metadata=ids)], split)['bayes'].shape == (1,)
+  assert ceiling.loss == {split: pytest.approx(np.log(2))}  # it cannot tell them apart
   assert calls == [(known, [[1]], [[i]], 3) for i in (2, 3, 4)]

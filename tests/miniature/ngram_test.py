@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from polar_jax.miniature import ngram, ngram_index, pool, vocabulary
+from polar_jax.miniature import cleanup, ngram, ngram_index, pool, vocabulary
 
 VOCAB = 24
 
@@ -102,6 +102,29 @@ def test_sample_ids_end_documents_but_not_early(index):
   lengths = np.array([len(t) for t in drawn])
   assert lengths.min() >= 4 and lengths.max() == 30 and (lengths < 30).mean() > 0.3
   assert all(t.dtype == np.int32 and t.min() >= vocabulary.NUM_SPECIAL for t in drawn)
+
+
+@pytest.mark.parametrize('options', [{'top_p': 1.0, 'top_k': None}, {'top_p': 0.7, 'top_k': None}, {'top_p': 0.8, 'top_k': 5}])
+def test_a_policy_without_contexts_draws_all_tokens_at_once_as_it_would_one_by_one(index, options):
+  p, rng = make(index, 1), np.random.default_rng(3)
+  uniforms = rng.random((300, 40))
+  ids, lengths, ended = p.sample_ids([index.stream[5:9]] * 300, uniforms, 1.3, **options)
+  sampler = ngram._Sampler(p, p._fit(), 1 / (1.3 * p.params.temperature), options['top_p'], options['top_k'])
+  several = lambda: ngram._Distributions(np.repeat(sampler.dense, 2, axis=0), options['top_p'], options['top_k'])  # the general path
+  oracle, expected = several(), np.zeros((300, 40), np.int64)
+  for t in range(40):
+    if t == cleanup.MIN_TOKENS:
+      sampler.allow_end()
+      oracle = several()
+    expected[:, t] = oracle.draw(np.ones(300, np.int64), uniforms[:, t])
+  for row in range(300):
+    stops = np.flatnonzero(expected[row] == vocabulary.EOS_ID)
+    length = stops[0] if len(stops) else 40
+    assert (lengths[row], ended[row]) == (length, bool(len(stops)))
+    assert ids[row].tolist() == [*expected[row, :length], *[vocabulary.PAD_ID] * (40 - length)]
+  assert options['top_p'] < 1 or 0 < ended.mean() < 1
+  short = p.sample_ids([index.stream[5:9]] * 300, uniforms[:, :2], 1.3, **options)  # shorter than any document may be
+  np.testing.assert_array_equal(short[0], expected[:, :2])
 
 
 def test_sample_ids_is_independent_of_other_prefixes(index):
