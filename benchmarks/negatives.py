@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import timing
 
+_CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'tiny.py'
 _BATCH = 32  # triplets of a step
 
 
 def run_stage(folder: pathlib.Path, **options: Any) -> None:
   """Run a stage of the tiny config in a workdir."""
   given = [f'--config.{name}={value}' for name, value in options.items()]
-  command = [sys.executable, '-m', 'polar_jax.main', '--config=configs/tiny.py', f'--workdir={folder}', *given]
+  command = [sys.executable, '-m', 'polar_jax.main', f'--config={_CONFIG}', f'--workdir={folder}', *given]
   subprocess.run(command, check=True, capture_output=True)
 
 

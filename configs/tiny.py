@@ -11,8 +11,8 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_tiny', train_examples=24_000, preference_examples=4_000)
-  config.pretrain_lm.steps = 700
-  config.pretrain.evaluate_every = 375
+  config = miniature('mini_tiny', train_examples=32_000, preference_examples=4_000)
+  config.pretrain_lm.steps = 800
+  config.pretrain.evaluate_every = 500
   config.checkpointing.every_steps = 500
   return config

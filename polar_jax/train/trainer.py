@@ -188,12 +188,7 @@ class _Trainer:
       while not session.is_complete:
         with session.saving_if_stopped(self._save):
           self._take_step()
-          every = self.run.train.evaluate_every
-          due = session.is_complete or (every is not None and session.step % every == 0)
-          self.validation_due = due and self.run.validation is not None
-          if self.validation_due or session.is_complete or session.is_save_due:
-            jax.block_until_ready(self.state)  # what follows waits for the step as well, and should not be charged with its time
-            session.clock.lap('step')
+          self.validation_due = self._is_validation_due()
           if self.validation_due:
             self._validate()
         session.clock.lap('evaluate')
@@ -202,6 +197,11 @@ class _Trainer:
           session.clock.lap('save')
         session.stop_if_preempted(self._save, finished=session.is_complete)
       return TrainedRun(self.params, session.finish(self._save, self._summarize))
+
+  def _is_validation_due(self) -> bool:
+    every, session = self.run.train.evaluate_every, self.session
+    due = session.is_complete or (every is not None and session.step % every == 0)
+    return due and self.run.validation is not None
 
   def _take_step(self) -> None:
     """Start a step on the device, then write the metrics of the step before."""
@@ -222,6 +222,8 @@ class _Trainer:
     self._write_pending()
     self.pending = self._pending_step(host_batch, output)
     session.profiler.after(session.steps_taken, output)
+    if self._is_validation_due() or session.is_complete or session.is_save_due:
+      jax.block_until_ready(self.state)  # what follows waits for the step as well, and should not be charged with its time
     clock.lap('step')
 
   def _note_shape(self, rows: int) -> bool:
