@@ -118,7 +118,7 @@ def miniature(preset: str, *, train_examples: int, preference_examples: int) -> 
   _tune_towards_a_policy(config)
   # Shows a sweep and its fits in a few minutes; a law needs the sizes and tokens of configs/sweep.py.
   config.sweep.update(
-    {'sizes': ('12x1', '16x2', '32x2'), 'tokens': (450_000,), 'learning_rates': (2e-3,), 'width_exponent': 0.5, 'workers': 2}
+    {'sizes': ('8x1', '12x1', '16x2'), 'tokens': (450_000,), 'learning_rates': (2e-3,), 'width_exponent': 0.5, 'workers': 2}
   )
   return config
 
