@@ -85,7 +85,7 @@ PROFILES: dict[str, tuple[Benchmark, ...]] = {
   ),
   'toy': (
     Benchmark('packing', minutes=3),
-    Benchmark('mfu', '--preset=mini_tiny --row_length=128 --rows=1 --rounds=1 --peak=1e11', 3),
+    Benchmark('mfu', '--preset=mini_tiny --row_length=128 --rounds=1 --peak=1e11', 3),
     Benchmark('decode', '--preset=mini_tiny --slots 2 --length=4 --rounds=1 --array=0.01', 3),
   ),
 }
