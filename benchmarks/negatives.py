@@ -29,7 +29,9 @@ def run_stage(folder: pathlib.Path, **options: Any) -> None:
   """Run a stage of the tiny config in a workdir."""
   given = [f'--config.{name}={value}' for name, value in options.items()]
   command = [sys.executable, '-m', 'polar_jax.main', f'--config={_CONFIG}', f'--workdir={folder}', *given]
-  subprocess.run(command, check=True, capture_output=True)
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  if done.returncode:
+    raise SystemExit(f'{" ".join(command)}\nended with status {done.returncode}: {done.stderr.strip()[-500:]}')
 
 
 def synthesize(folder: pathlib.Path, negatives: int, examples: int) -> None:
@@ -66,7 +68,7 @@ def train(folder: pathlib.Path, base: pathlib.Path, negatives: int, seed: int, o
     'start_from': (base / 'pretrain_lm').resolve(),
     'steps': round(options.tokens / (_BATCH * per_triplet)),
     'batch_size': round(_BATCH * per_triplet / per_list),
-    'evaluate_every': None,
+    'evaluate_every': 10**6,  # only at the end
     'evaluate_examples': 2_000,
     'loss.name': options.loss,
   }
