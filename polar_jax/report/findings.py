@@ -116,6 +116,7 @@ def _ppo(rft: Mapping[str, Any]) -> Finding | None:
     answer = 'yes' if moved == n else 'no' if not moved else f'in {moved} of {n} seeds'
     seeds = f'in {n} seeds {change.min():+.3g} to {change.max():+.3g}' if n > 1 else 'in the one run'
     text = f'**Does PPO move the policy?** {answer[0].upper()}{answer[1:]}. {what}: {change.mean():+.3g}{unit} ({seeds}).'
+    text += _nearness(rft)
 
     def draw(axes: Axes, before: np.ndarray = before, after: np.ndarray = after, key: str = key, sign: int = sign) -> None:
       for first, last in zip(before, after, strict=True):
@@ -124,6 +125,16 @@ def _ppo(rft: Mapping[str, Any]) -> Finding | None:
 
     return Finding(text, draw)
   return None
+
+
+def _nearness(rft: Mapping[str, Any]) -> str:
+  """Return a sentence on how near the token frequencies are to the target's, which a lower NLL does not say; '' if not measured."""
+  measured = {name: np.ravel(rft.get('comparison', {}).get(name, {}).get('divergence', ())) for name in ('start', 'ppo', 'sft')}
+  if not all(values.size for values in measured.values()):
+    return ''
+  start, ppo, sft = (float(values.mean()) for values in measured.values())
+  nearer = ('' if ppo < start else 'NOT ') + 'nearer to the target than the start, and ' + ('' if ppo < sft else 'NOT ')
+  return f' It ends {nearer}nearer than supervised tuning: divergence of token frequencies {ppo:.3f}, {start:.3f} and {sft:.3f}.'
 
 
 def _compute(scaling: Mapping[str, Any]) -> Finding | None:

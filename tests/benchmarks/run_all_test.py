@@ -116,4 +116,4 @@ def test_wheels_that_are_missing_are_an_error_that_says_how_to_get_them(tmp_path
   (tmp_path / 'wheels').mkdir()
   environment = {**os.environ, 'OUT': str(tmp_path), 'PYTHON': sys.executable}
   done = subprocess.run([BENCHMARKS / 'accelerator.sh', tmp_path / 'wheels'], env=environment, capture_output=True, text=True, check=False)
-  assert done.returncode == 1 and "pip download --dest WHEELS '.[cuda]'" in done.stderr.splitlines()[-1]
+  assert done.returncode == 1 and "pip wheel --wheel-dir WHEELS '.[cuda]'" in done.stderr.splitlines()[-1]

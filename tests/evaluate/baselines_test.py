@@ -155,10 +155,13 @@ def test_impossible_texts_decide_or_are_rejected():
   inf = np.inf
   reference, chosen, rejected = np.array([[-1.0], [-inf]]), np.array([[-3.0], [-9.0]]), np.array([[-inf], [-0.1]])
   assert baselines.bayes_correct(reference, chosen, rejected).tolist() == [1.0]
-  with pytest.raises(ValueError, match=r'example 0: no policy .* the reference'):
-    baselines.bayes_correct(np.full((2, 1), -inf), chosen, rejected)
-  with pytest.raises(ValueError, match=r'example 0: no policy .* the candidate'):
-    baselines.bayes_correct(reference, chosen, np.full((2, 1), -inf))
+  assert baselines.bayes_loss(reference, chosen, rejected).tolist() == [0.0]
+  assert baselines.bayes_loss(reference, rejected, rejected).tolist() == [pytest.approx(np.log(2))]  # neither can be by its policy
+  for function in (baselines.bayes_correct, baselines.bayes_loss):
+    with pytest.raises(ValueError, match=r'example 0: no policy .* the reference'):
+      function(np.full((2, 1), -inf), chosen, rejected)
+    with pytest.raises(ValueError, match=r'example 0: no policy .* the candidate'):
+      function(reference, chosen, np.full((2, 1), -inf))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,21 @@ def test_no_answer_without_its_numbers(results):
   assert findings.find(results) == [] == findings.section([], {})
 
 
+@pytest.mark.parametrize(
+  ('ppo', 'expected'),
+  [
+    (0.3, 'It ends NOT nearer to the target than the start, and NOT nearer than supervised tuning: divergence of token frequencies 0.300'),
+    (0.1, 'It ends nearer to the target than the start, and NOT nearer than supervised tuning'),
+    (0.02, 'It ends nearer to the target than the start, and nearer than supervised tuning: divergence of token frequencies 0.020, 0.200'),
+  ],
+)
+def test_a_policy_that_moves_may_not_end_nearer_to_the_target(ppo, expected):
+  comparison = {'start': {'divergence': [0.1, 0.3]}, 'ppo': {'divergence': [ppo, ppo]}, 'sft': {'divergence': [0.05, 0.03]}}
+  moved = {'relative_nll_before': [1.0, 1.0], 'relative_nll_after': [0.5, 0.2]}
+  assert expected in findings.find({'rft': {**moved, 'comparison': comparison}})[0].text
+  assert 'ends' not in findings.find({'rft': {**moved, 'comparison': {'ppo': {}}}})[0].text
+
+
 @pytest.mark.parametrize('results', [by_set(a=(0.1, 0.2), b=(-0.1, 0.2)), {'finetune': finetune(0.05, 0.15)}])
 def test_a_panel_for_each(results):
   found = findings.find(results)
