@@ -161,7 +161,8 @@ def main(_: Sequence[str]) -> int:
   if config.stage == 'plan':
     environment.prepare()
   logging.set_verbosity(logging.ERROR)  # TFDS and Orbax log every file they touch
-  if malloc.runs_on_cpu():
+  on_cpu = malloc.runs_on_cpu()
+  if on_cpu:
     malloc.keep_freed_memory()
   # JAX is imported from here on, and its backend started in `run`; bad settings have been reported before.
   from polar_jax import runner
@@ -169,6 +170,8 @@ def main(_: Sequence[str]) -> int:
 
   if config.compile_cache:
     runner.keep_compiled(config.compile_cache)
+  if on_cpu and config.mesh.cpu_devices and config.stage != 'plan':
+    runner.divide_cpu(config.mesh.cpu_devices)
 
   try:
     cluster = distributed.start(config.distributed)

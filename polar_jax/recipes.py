@@ -114,6 +114,7 @@ def miniature(preset: str, *, train_examples: int, preference_examples: int) -> 
   config.synthesize.update({'max_order': 1, 'min_window': 0.02, 'max_tokens': 64})
   # The language model also reads documents by such policies, as a real one has read text by many authors.
   config.synthesize.documents = 40_000
+  config.mesh.update({'data': -1, 'fsdp': 1, 'cpu_devices': 2})  # no operation of such models is long enough for two threads
   config.model.update(PRESETS[preset])
   config.data.row_length = 480
   config.pretrain_lm.batch_size = 16

@@ -124,6 +124,12 @@ def keep_compiled(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+def divide_cpu(devices: int) -> None:
+  """Divide the cores of this host into devices, unless the environment does already. Call it before JAX starts its backend."""
+  if jax.config.jax_num_cpu_devices == -1 and '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', devices)
+
+
 def _say(message: str) -> None:
   if jax.process_index() == 0:
     print(message, flush=True)

@@ -150,6 +150,18 @@ def test_mesh_that_does_not_fit_is_one_line(command):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+  ('environment', 'devices'),
+  [({}, 2), ({'JAX_NUM_CPU_DEVICES': '3'}, 3), ({'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}, 4)],
+  ids=['option', 'variable', 'flag'],
+)
+def test_a_cpu_is_divided_into_devices_as_the_option_says_unless_the_environment_does(command, environment, devices):
+  settings = ['--config.stage=pretrain', '--config.mesh.cpu_devices=2', '--config.mesh.data=-1', '--config.mesh.fsdp=1']
+  result = command('--config=good.py', *settings, **{'XLA_FLAGS': fast_compilation.FLAGS, **environment})
+  assert f'devices: {devices} x cpu (cpu), 1 process(es); mesh data={devices} fsdp=1 tensor=1 context=1' in result.stdout
+
+
+@pytest.mark.long
 def test_workdir_is_named_after_the_config(command, tmp_path):
   result = command('--config=good.py', '--config.stage=pretrain')
   assert result.stdout.startswith('polar_jax: stage pretrain, workdir runs/good\n')

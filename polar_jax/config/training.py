@@ -197,6 +197,12 @@ class MeshConfig:
   fsdp: int = option(-1, 'Divides batches, and parameters with their optimizer state.', min=-1)
   tensor: int = option(1, 'Divides heads, feed-forward width and vocabulary.', min=-1)
   context: int = option(1, 'Divides the tokens of a row.', min=-1)
+  cpu_devices: int | None = option(
+    None,
+    'On CPUs: number of devices that the cores of this host are divided into. Each computes rows of its own, which is faster for small '
+    'models, whose operations are too short for several threads. None: what JAX_NUM_CPU_DEVICES or XLA_FLAGS sets, or one.',
+    min=1,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
