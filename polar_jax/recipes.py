@@ -152,6 +152,9 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.evaluate_prompts = 128
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
   r.critic.update({'learning_rate': 3e-3, 'b2': 0.95, 'weight_decay': 0.0})
+  # At about this coefficient the target itself is the optimum: what its samples gain in reward over the start's, 5.8, divided by the KL
+  # divergence of supervised tuning over a response, 1.2 nats for each of some 64 tokens. With 0.03, PPO repeats a few likely tokens.
+  r.kl_in, r.kl_coef = 'reward', 0.07
   # Policies of the pool never end early. Without min_new PPO finds that the reward model prefers empty responses to other policies' text.
   r.rollout.update({'max_prompt': 16, 'max_new': 64, 'min_new': 56, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})

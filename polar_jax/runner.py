@@ -126,7 +126,7 @@ def keep_compiled(folder: str) -> None:
 
 def divide_cpu(devices: int) -> None:
   """Divide the cores of this host into devices, unless the environment does already. Call it before JAX starts its backend."""
-  if jax.config.jax_num_cpu_devices == -1 and '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+  if 'JAX_NUM_CPU_DEVICES' not in os.environ and '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', devices)
 
 

@@ -77,7 +77,7 @@ def draw(
   top_k: int | None = None,
   barred_BV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draw a token (B,) and return it with its log-probability (B,) under the distribution at `temperature`, before top-k and top-p.
+  """Draw a token (B,) and return it with its log-probability (B,) at `temperature`, given that it is not barred, before top-k and top-p.
 
   Args:
     logits_BV: logits of the next token.
@@ -85,21 +85,20 @@ def draw(
     temperature: 0 picks the most likely token, the first of equals, and returns its log-probability at temperature 1.
     top_p: see `kept`.
     top_k: see `kept`.
-    barred_BV: tokens that must not be drawn; top-k and top-p choose among the others, of which there must be at least one.
+    barred_BV: tokens of probability 0. There must be at least one other.
   """
   scaled_BV = logits_BV / temperature if temperature > 0 else logits_BV
+  if barred_BV is not None:
+    scaled_BV = jnp.where(barred_BV, -jnp.inf, scaled_BV)
   peak_B1 = jnp.max(scaled_BV, axis=1, keepdims=True)
   weight_BV = jnp.exp(scaled_BV - peak_B1)
   log_total_B = jnp.log(jnp.sum(weight_BV, axis=1)) + peak_B1[:, 0]
-  allowed_BV = scaled_BV if barred_BV is None else jnp.where(barred_BV, -jnp.inf, scaled_BV)
   if temperature > 0:
-    if barred_BV is not None:  # renormalized, because the heaviest remaining token may be much lighter
-      weight_BV = jnp.exp(allowed_BV - jnp.max(allowed_BV, axis=1, keepdims=True))
     if top_p < 1 or top_k is not None:
       weight_BV = jnp.where(kept(weight_BV, top_p, top_k), weight_BV, 0.0)
     token_B = _race(weight_BV, noise_BM)
   else:
-    token_B = jnp.argmax(allowed_BV, axis=1)
+    token_B = jnp.argmax(scaled_BV, axis=1)
   chosen_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=1)[:, 0]
   return token_B.astype(jnp.int32), chosen_B - log_total_B
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,29 +73,41 @@ class ModelFunctions(NamedTuple):
   abstract_params: dict[str, Any]
 
 
-def actor_forward(model: LanguageModel, batch: PolicyBatch, temperature: float, shared: bool) -> tuple[jax.Array, jax.Array]:
+def actor_forward(
+  model: LanguageModel, batch: PolicyBatch, temperature: float, shared: bool, early_stops: tuple[int, Sequence[int]] = (1, ())
+) -> tuple[jax.Array, jax.Array]:
   """Return the (log-probability of each target, entropy) of the policy, both (B, T), float32.
+
+  They are those of the distribution that tokens are sampled from, but for top-k and top-p. If stop tokens kept their probability where
+  none is sampled, a policy could lower its KL divergence by raising it.
 
   Args:
     model: the policy.
     batch: a micro-batch.
     temperature: that of sampling; 0 counts as 1.
     shared: whether responses may share a prompt.
+    early_stops: (`min_new`, stop tokens); these have probability 0 before a response has `min_new` tokens.
   """
   hidden_BTD = model.decoder(batch.tokens_BT, batch.positions_BT, intervals(batch, shared))
   scale = 1.0 / temperature if temperature else 1.0
+  min_new, stop_ids = early_stops
 
-  def piece(hidden_BtD, target_Bt):
-    return losses.logprob_and_entropy(scale * model.logits(hidden_BtD), target_Bt)
+  def piece(hidden_BtD, target_Bt, index_Bt):
+    logits_BtV = scale * model.logits(hidden_BtD)
+    if min_new > 1:
+      is_stop_V = jnp.isin(jnp.arange(logits_BtV.shape[-1]), jnp.asarray(stop_ids, jnp.int32))
+      logits_BtV = jnp.where((index_Bt + 1 < min_new)[..., None] & is_stop_V[None, None], -jnp.inf, logits_BtV)
+    return losses.logprob_and_entropy(logits_BtV, target_Bt)
 
   rows, length = batch.target_BT.shape
   vocabulary = model.decoder.config.vocab_size or 1
   pieces = next(n for n in range(1, length + 1) if length % n == 0 and (rows * (length // n) * vocabulary <= _LOGITS or n == length))
   if pieces == 1:
-    return piece(hidden_BTD, batch.target_BT)
+    return piece(hidden_BTD, batch.target_BT, batch.target_index_BT)
   cut = lambda x: x.reshape(rows, pieces, length // pieces, *x.shape[2:]).swapaxes(0, 1)
   # Recomputed in the backward pass, which would otherwise keep the logits of all pieces.
-  results = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), (cut(hidden_BTD), cut(batch.target_BT)))
+  inputs = (cut(hidden_BTD), cut(batch.target_BT), cut(batch.target_index_BT))
+  results = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), inputs)
   logprob_BT, entropy_BT = (x.swapaxes(0, 1).reshape(rows, length) for x in results)
   return logprob_BT, entropy_BT
 
@@ -110,17 +122,22 @@ def intervals(batch: PolicyBatch, shared: bool) -> list[tuple[Any, Any]]:
   return batch.intervals if shared else batch.intervals[:1]
 
 
-def actor_loss(config: RftConfig, model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array):
+def actor_loss(
+  config: RftConfig, stop_ids: Sequence[int], model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array
+):
   """Return the (loss, sums of metrics) of a micro-batch: clipped policy gradient minus entropy bonus, plus KL where `kl_in` is 'loss'.
 
   Args:
     config: of the run.
+    stop_ids: tokens that end a response.
     model: the policy.
     batch: a micro-batch.
     targets: at each token of the batch.
     kl_coef: weight of the KL to the reference policy.
   """
-  logprob_BT, entropy_BT = actor_forward(model, batch, config.rollout.temperature, config.num_generations > 1)
+  logprob_BT, entropy_BT = actor_forward(
+    model, batch, config.rollout.temperature, config.num_generations > 1, (config.rollout.min_new, stop_ids)
+  )
   t = targets
   total = lambda x_BT: jnp.sum(jnp.where(t.weight_BT > 0, x_BT, 0.0) * t.weight_BT)
   high = config.clip if config.clip_high is None else config.clip_high
@@ -157,7 +174,7 @@ def critic_loss(config: RftConfig, model: ValueModel, batch: PolicyBatch, target
   return loss, {'value_loss': loss, 'value_clip_fraction': total(clipped_BT)}
 
 
-def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> ModelFunctions:
+def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh, stop_ids: Sequence[int] = ()) -> ModelFunctions:
   """Build the functions of the policy.
 
   Args:
@@ -165,27 +182,35 @@ def build_actor(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh)
     config: of the run.
     updates: of the whole run; the schedule of the learning rate spans them.
     mesh: of the run.
+    stop_ids: tokens that end a response, and are not sampled before it has `rollout.min_new` tokens.
   """
-  shared = _build_actor(model, _shared(config), mesh)
+  fixed = _shared(config)
+  shared = _build_actor(model, fixed, mesh, tuple(stop_ids) if fixed.rollout.min_new > 1 else ())
   return shared._replace(init=step_lib.scheduled_init(shared.init, config.actor, updates))
 
 
 def build_critic(model: ModelConfig, config: RftConfig, updates: int, mesh: Mesh) -> ModelFunctions:
   """Build the functions of the critic, a model of its own with a value at every token. Arguments as for `build_actor`."""
-  shared = _build_critic(model, _shared(config), mesh)
+  fixed = _shared(config)
+  shared = _build_critic(model, dataclasses.replace(fixed, rollout=dataclasses.replace(fixed.rollout, min_new=1)), mesh)
   return shared._replace(init=step_lib.scheduled_init(shared.init, config.critic, updates))
 
 
 def _shared(config: RftConfig) -> RftConfig:
   """Fix the settings that the functions do not depend on, so that PPO and supervised tuning share one compilation."""
-  actor, critic = without_schedule(config.actor), without_schedule(config.critic)
-  return dataclasses.replace(config, method='ppo', track_kl=True, actor=actor, critic=critic)
+  actor, critic, rollout = without_schedule(config.actor), without_schedule(config.critic), config.rollout
+  if config.method == 'sft':  # references are not sampled: they may end early
+    rollout = dataclasses.replace(rollout, min_new=1)
+  return dataclasses.replace(config, method='ppo', track_kl=True, actor=actor, critic=critic, rollout=rollout)
 
 
 @functools.cache
-def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh) -> ModelFunctions:
-  forward = functools.partial(actor_forward, temperature=config.rollout.temperature, shared=config.num_generations > 1)
-  loss = functools.partial(actor_loss, config)
+def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> ModelFunctions:
+  early_stops = (config.rollout.min_new, stop_ids)
+  forward = functools.partial(
+    actor_forward, temperature=config.rollout.temperature, shared=config.num_generations > 1, early_stops=early_stops
+  )
+  loss = functools.partial(actor_loss, config, stop_ids)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
   return _build(model, 'lm', forward, loss, names, config.actor, mesh, config.lora)
 

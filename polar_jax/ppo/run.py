@@ -75,7 +75,7 @@ class Run:
 
   def actor(self) -> ModelFunctions:
     """Return the policy's jitted functions."""
-    return build_actor(self.model, self.config, self.updates, self.mesh)
+    return build_actor(self.model, self.config, self.updates, self.mesh, self.stop_ids)
 
   def critic(self) -> ModelFunctions | None:
     """Return the critic's jitted functions; None for methods without one."""

@@ -11,9 +11,11 @@ import pytest
 from flax import nnx
 
 from polar_jax import sharding
-from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig
+from polar_jax.config import MeshConfig, ModelConfig, RftConfig, RolloutConfig
+from polar_jax.data import layout
 from polar_jax.model.generation import STEPS
 from polar_jax.model.language_model import LanguageModel
+from polar_jax.ppo import experience, learner
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.types import UserError
 
@@ -129,6 +131,28 @@ def test_log_probabilities_are_those_before_truncation(params, prompts):
     assert not got.logprob_RT[r, len(response) :].any()
     for row, token in zip(logits, response, strict=True):
       assert (row > row[token]).sum() < 6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('method', ['ppo', 'sft'])
+@pytest.mark.parametrize('min_new', [1, 6])
+def test_log_probabilities_are_those_of_the_update_and_sum_to_one(params, prompts, min_new, method):
+  """Most tokens end a response here, so that it matters whether they keep their probability where they are not sampled."""
+  config = RftConfig(method=method, rollout=dataclasses.replace(CONFIG, temperature=0.8, min_new=min_new))
+  stops, mesh = list(range(1, 20)), mesh_of()
+  got = RolloutEngine(MODEL, mesh, config.rollout, stops).generate(params, prompts, (1,))
+  actor = learner.build_actor(MODEL, config, 1, mesh, stops)
+  batches = layout.policy_batches(got, range(len(prompts)), WIDTH, 2)
+  again_RT, entropy_RT = experience.run_forward(actor.forward, params, batches, mesh, got, 2)
+  for r, response in enumerate(responses(got)):
+    logits = logits_after(params, prompts[r] + response)[len(prompts[r]) - 1 : -1] / 0.8
+    if method == 'ppo':
+      np.testing.assert_allclose(got.logprob_RT[r], again_RT[r], atol=2e-5)
+      logits[: min_new - 1, stops] = -np.inf
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(again_RT[r, : len(response)], logprobs[np.arange(len(response)), response], atol=2e-5)
+    entropy = -(np.exp(logprobs) * np.where(np.isfinite(logprobs), logprobs, 0)).sum(-1)
+    np.testing.assert_allclose(entropy_RT[r, : len(response)], entropy, atol=2e-5)
 
 
 @pytest.mark.long
