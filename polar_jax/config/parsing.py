@@ -199,7 +199,7 @@ def _check_together(c: Config) -> None:
   if s.unseen_policies > s.policies - 2:
     raise ConfigError(f'synthesize.unseen_policies ({s.unseen_policies}) must leave two of synthesize.policies ({s.policies}) to train on')
   _check_world(s)
-  sizes = dataclasses.astuple(c.mesh)
+  sizes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context)
   if 0 in sizes or sizes.count(-1) > 1:
     raise ConfigError(f'mesh {sizes} (data, fsdp, tensor, context): sizes must be positive, and at most one may be -1')
   if c.pretrain_lm.loss != LossConfig():

@@ -199,8 +199,8 @@ class MeshConfig:
   context: int = option(1, 'Divides the tokens of a row.', min=-1)
   cpu_devices: int | None = option(
     None,
-    'On CPUs: number of devices that the cores of this host are divided into. Each computes rows of its own, which is faster for small '
-    'models, whose operations are too short for several threads. None: what JAX_NUM_CPU_DEVICES or XLA_FLAGS sets, or one.',
+    "Devices that this host's CPU is divided into, with rows of their own, which speeds up small models. "
+    'None: what JAX_NUM_CPU_DEVICES or XLA_FLAGS sets, or one.',
     min=1,
   )
 
