@@ -147,7 +147,7 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   r.recompute_logprobs = False  # in float32, those noted while sampling are the same
   r.micro_batch_rows = 8  # a mini-batch needs eight
   r.row_length = 640
-  r.shuffled_every = 10
+  r.shuffled_every = 4
   r.log_every = 10
   r.evaluate_prompts = 128
   r.actor.update({'learning_rate': 2e-3, 'warmup_ratio': 0.1, 'b2': 0.95, 'weight_decay': 0.0})
@@ -158,6 +158,7 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   # Policies of the pool never end early. Without min_new PPO finds that the reward model prefers empty responses to other policies' text.
   r.rollout.update({'max_prompt': 16, 'max_new': 64, 'min_new': 56, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})
+  r.alarms.update({'max_shuffled_rise': 0.5, 'window': 2})
 
 
 def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:

@@ -91,6 +91,7 @@ class AlarmConfig:
   max_truncated: float | None = option(None, 'Share of responses that are cut at max_new.', min=0, max=1)
   max_empty: float | None = option(None, 'Share of responses without text.', min=0, max=1)
   min_shuffled_gap: float | None = option(None, 'Raw score minus the score under another reference.')
+  max_shuffled_rise: float | None = option(None, 'Rise of the score under other references since the first step.', min=0)
   max_overlap: float | None = option(None, 'Share of the words of a response that occur in its reference.', min=0, max=1)
 
 

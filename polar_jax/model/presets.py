@@ -243,14 +243,14 @@ MINI_TINY = {
 }
 
 MINI_SMALL = {
-  'num_layers': 3,
-  'd_model': 128,
-  'd_ff': 256,
-  'num_heads': 4,
-  'num_kv_heads': 2,
+  'num_layers': 2,
+  'd_model': 96,
+  'd_ff': 288,
+  'num_heads': 3,
+  'num_kv_heads': 1,
   'head_dim': 32,
-  'init_std': 0.09,
-  'scan_unroll': 3,
+  'init_std': 0.1,
+  'scan_unroll': 2,
 }
 
 PRESETS = {

@@ -58,6 +58,13 @@ _ALARMS = (
     'read samples.jsonl, use another rft.reward.checkpoint or a larger rft.reward.rule_weight, or keep an earlier checkpoint',
   ),
   _Alarm(
+    'max_shuffled_rise',
+    'shuffled_rise',
+    'score',
+    'the policy finds what the reward model likes under any reference',
+    "set rft.kl_in='reward' or raise rft.kl_coef (docs/rft.md has a rule for its size), or keep an earlier checkpoint",
+  ),
+  _Alarm(
     'max_overlap',
     'overlap',
     "of a response's words occur in its reference",

@@ -224,6 +224,9 @@ class Trainer:
       'step_seconds': clock.elapsed,
       'tokens_per_second': float(rollouts.length_R.sum()) / clock.elapsed,
     }
+    if 'shuffled' in record:
+      first = next((r['shuffled'] for r in self.history if 'shuffled' in r), record['shuffled'])
+      record['shuffled_rise'] = record['shuffled'] - first
     if c.kl_target is not None and c.kl_in != 'none':
       self.kl_coef = advantages.next_kl_coef(self.kl_coef, record['kl'], c.kl_target, c.kl_horizon, len(responses))
     if c.method == 'sft':

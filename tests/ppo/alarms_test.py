@@ -24,6 +24,7 @@ def steps(key, values, first=1):
     ('max_truncated', 'truncated', 0.5, 0.0, 1.0),
     ('max_empty', 'empty', 0.1, 0.05, 0.8),
     ('min_shuffled_gap', 'shuffled_gap', 0.0, 1.0, -1.0),
+    ('max_shuffled_rise', 'shuffled_rise', 0.5, 0.1, 1.2),
     ('max_overlap', 'overlap', 0.5, 0.2, 0.9),
   ],
 )

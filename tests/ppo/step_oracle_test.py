@@ -31,6 +31,7 @@ _SIZES = {'num_layers': 1, 'd_model': 8, 'd_ff': 12, 'num_heads': 2, 'num_kv_hea
 MODEL = ModelConfig(vocab_size=13, init_std=0.4, v_head_init='normal', compute_dtype='float32', attention='reference', **_SIZES)
 STOP, MAX_NEW, UPDATES, SEED, TOKENS = 12, 5, 10, 5, 100
 KL_COEF = 0.2
+FIRST_SHUFFLED = 0.25
 ACTOR = OptimizerConfig(learning_rate=0.03, warmup_ratio=0.2, final_lr_ratio=0.1, b2=0.9, eps=1e-2, weight_decay=0.1, clip_norm=0.5)
 CRITIC = OptimizerConfig(learning_rate=0.05, warmup_ratio=0.1, final_lr_ratio=1.0, b1=0.8, eps=1e-2, weight_decay=0.2, clip_norm=None)
 COMMON = {
@@ -218,7 +219,7 @@ def expected_rewards(config: RftConfig, prompts, rollouts, record):
   record |= {'reward_clipped': np.mean(clipped != raw), 'missing_eos_penalty': missing.mean(), 'length_penalty': overlong.mean()}
   if STEP % config.shuffled_every == 0:  # there are two prompts, which exchange their references
     other = Checksum().score([prompts[(r + 3) % 6] for r in range(6)], texts) * 1.5
-    record |= {'shuffled': other.mean(), 'shuffled_gap': raw.mean() - other.mean()}
+    record |= {'shuffled': other.mean(), 'shuffled_gap': raw.mean() - other.mean(), 'shuffled_rise': other.mean() - FIRST_SHUFFLED}
   words = [text.split() for text in texts]
   shares = [
     sum(min(w.count(x), p.reference.split().count(x)) for x in set(w)) / max(len(w), 1) for w, p in zip(words, prompts, strict=True)
@@ -336,6 +337,7 @@ def make_trainer(config: RftConfig, prompts, rollouts, mesh) -> Trainer:
   trainer.run = types.SimpleNamespace(
     config=config, seed=SEED, mesh=mesh, name='rft', tokenizer=tokenizer, stop_ids=(STOP,), reward=reward, base={}
   )
+  trainer.history = [{'step': 1}, {'step': 2, 'shuffled': FIRST_SHUFFLED}, {'step': 3, 'shuffled': 9.0}]
   trainer.rollouts_per_step, trainer.row_length, trainer.tokens = 6, config.row_length, TOKENS
   trainer.kl_coef, trainer.base_length, trainer.normalizer = KL_COEF, None, Normalizer('none')
   trainer.rates = [np.asarray(learning_rate_schedule(o, UPDATES)(jnp.arange(UPDATES))) for o in (config.actor, config.critic)]

@@ -182,6 +182,8 @@ def test_a_run_logs_every_step_and_evaluates_held_out_prompts(finished):
     assert record['kl_coef'] == coef
     coef = next_kl_coef(coef, record['kl'], target=0.01, horizon=10_000, responses=8)
   assert coef != make_config(made.workdir).rft.kl_coef
+  shuffled = [r for r in records if 'shuffled' in r]
+  assert [r['shuffled_rise'] for r in shuffled] == [r['shuffled'] - shuffled[0]['shuffled'] for r in shuffled] and len(shuffled) > 2
   assert summary['steps'] == STEPS and summary['responses'] == 8 * STEPS and {'evaluation_before', 'evaluation_after'} <= set(summary)
   samples = [json.loads(line) for line in (made.workdir / 'rft' / loop.SAMPLES).read_text().splitlines()]
   assert {s['step'] for s in samples} == set(range(1, STEPS + 1))
