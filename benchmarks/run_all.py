@@ -68,6 +68,7 @@ PROFILES: dict[str, tuple[Benchmark, ...]] = {
     Benchmark('decode', '--slots 32 128', 4),
     Benchmark('decode', '--preset=smollm2_135m --slots 8 32 --length=64 --rounds=3', 6, 'decode_135m'),
     Benchmark('ppo_step', minutes=4),
+    Benchmark('scoring', minutes=3),
     Benchmark('serve_load', '--seconds=4', 5),
     Benchmark('checkpointing', minutes=5),
     Benchmark('synthesis', '--memory_rows=0', 4),
@@ -86,6 +87,7 @@ PROFILES: dict[str, tuple[Benchmark, ...]] = {
   'toy': (
     Benchmark('packing', minutes=3),
     Benchmark('mfu', '--preset=mini_tiny --row_length=128 --rounds=1 --peak=1e11', 3),
+    Benchmark('scoring', '--preset=mini_tiny --groups=2 --group=3 --rounds=1', 3),
     Benchmark('decode', '--preset=mini_tiny --slots 2 --length=4 --rounds=1 --array=0.01', 3),
   ),
 }
