@@ -69,10 +69,10 @@ PROFILES: dict[str, tuple[Benchmark, ...]] = {
     Benchmark('decode', '--preset=smollm2_135m --slots 8 32 --length=64 --rounds=3', 6, 'decode_135m'),
     Benchmark('ppo_step', minutes=4),
     Benchmark('scoring', minutes=3),
-    Benchmark('serve_load', '--seconds=4', 5),
+    Benchmark('serve_load', '--seconds=4', 4),
     Benchmark('checkpointing', minutes=5),
     Benchmark('synthesis', '--memory_rows=0', 4),
-    Benchmark('large_inputs', '--examples=200_000', 4),
+    Benchmark('large_inputs', '--examples=200_000', 3),
     Benchmark('intervals', '--trials=100', 3),
   ),
   # In order of importance, because the time may end. Attention says first whether the kernels are right on this device.
