@@ -123,17 +123,17 @@ def intervals(batch: PolicyBatch, shared: bool) -> list[tuple[Any, Any]]:
 
 
 def actor_loss(
-  config: RftConfig, stop_ids: Sequence[int], model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array
+  config: RftConfig, model: LanguageModel, batch: PolicyBatch, targets: ActorTargets, kl_coef: jax.Array, stop_ids: Sequence[int] = ()
 ):
   """Return the (loss, sums of metrics) of a micro-batch: clipped policy gradient minus entropy bonus, plus KL where `kl_in` is 'loss'.
 
   Args:
     config: of the run.
-    stop_ids: tokens that end a response.
     model: the policy.
     batch: a micro-batch.
     targets: at each token of the batch.
     kl_coef: weight of the KL to the reference policy.
+    stop_ids: tokens that end a response.
   """
   logprob_BT, entropy_BT = actor_forward(
     model, batch, config.rollout.temperature, config.num_generations > 1, (config.rollout.min_new, stop_ids)
@@ -210,7 +210,7 @@ def _build_actor(model: ModelConfig, config: RftConfig, mesh: Mesh, stop_ids: tu
   forward = functools.partial(
     actor_forward, temperature=config.rollout.temperature, shared=config.num_generations > 1, early_stops=early_stops
   )
-  loss = functools.partial(actor_loss, config, stop_ids)
+  loss = functools.partial(actor_loss, config, stop_ids=stop_ids)
   names = ('policy_loss', 'entropy', 'clip_fraction', 'approx_kl')
   return _build(model, 'lm', forward, loss, names, config.actor, mesh, config.lora)
 

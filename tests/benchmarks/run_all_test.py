@@ -106,7 +106,9 @@ def test_the_accelerator_script_runs_at_toy_sizes(tmp_path):
   done = subprocess.run([BENCHMARKS / 'accelerator.sh'], env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-2000:]
   content = json.loads((tmp_path / 'accelerator.json').read_text())
-  assert {name: entry['missing'] for name, entry in content['benchmarks'].items()} == dict.fromkeys(('packing', 'mfu', 'scoring', 'decode'), '')
+  assert {name: entry['missing'] for name, entry in content['benchmarks'].items()} == dict.fromkeys(
+    ('packing', 'mfu', 'scoring', 'decode'), ''
+  )
   assert 'remat' in content['benchmarks']['mfu']['result'] and content['benchmarks']['decode']['table']
   assert 'cpu' in content['machines'][0]['devices'] and 'jax' in content['machines'][0]['packages']
   assert '## decode' in (tmp_path / 'accelerator.md').read_text()
