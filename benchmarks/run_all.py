@@ -68,7 +68,7 @@ PROFILES: dict[str, tuple[Benchmark, ...]] = {
     Benchmark('decode', '--slots 32 128', 4),
     Benchmark('decode', '--preset=smollm2_135m --slots 8 32 --length=64 --rounds=3', 6, 'decode_135m'),
     Benchmark('ppo_step', minutes=4),
-    Benchmark('scoring', minutes=3),
+    Benchmark('scoring', '--groups=2 --rounds=3', 3),
     Benchmark('serve_load', '--seconds=4', 4),
     Benchmark('checkpointing', minutes=5),
     Benchmark('synthesis', '--memory_rows=0', 4),

@@ -88,7 +88,7 @@ def main() -> None:
   parser.add_argument('--preset', choices=PRESETS, help='shape of the model; default: one of 26M parameters')
   parser.add_argument('--rows', help='a .jsonl.gz of rows with prompt and response')
   parser.add_argument('--tokenizer', help='tokenizer.json, for --rows')
-  parser.add_argument('--groups', type=int, default=12)
+  parser.add_argument('--groups', type=int, default=3)
   parser.add_argument('--group', type=int, default=8, help='candidates of a group')
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
