@@ -158,7 +158,7 @@ def _tune_towards_a_policy(config: ml_collections.ConfigDict) -> None:
   # Policies of the pool never end early. Without min_new PPO finds that the reward model prefers empty responses to other policies' text.
   r.rollout.update({'max_prompt': 16, 'max_new': 64, 'min_new': 56, 'max_concurrent': 128})
   r.reward.update({'checkpoint': 'pretrain', 'wrapper': 'pretrain'})
-  r.alarms.update({'max_shuffled_rise': 0.5, 'window': 2})
+  r.alarms.update({'max_shuffled_rise': 0.25, 'window': 2})
 
 
 def word_problems(preset: str, *, checkpoint: str) -> ml_collections.ConfigDict:
