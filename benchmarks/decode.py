@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 from flax import nnx
+from shapes import LLAMA_26M
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig
@@ -32,7 +33,6 @@ from polar_jax.model.language_model import LanguageModel
 from polar_jax.model.presets import PRESETS
 from polar_jax.ppo.rollout import RolloutEngine
 
-_LLAMA_26M = {'vocab_size': 8_192, 'num_layers': 8, 'd_model': 512, 'd_ff': 1_248, 'num_heads': 8, 'num_kv_heads': 4, 'head_dim': 64}
 _LONGEST_PROMPT = 128
 
 
@@ -79,7 +79,7 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--array', type=float, default=0.5 if runs_on_cpu() else 4.0, help='GiB of the array that measures the bandwidth')
   args = parser.parse_args()
-  shape = PRESETS[args.preset] if args.preset else _LLAMA_26M
+  shape = PRESETS[args.preset] if args.preset else LLAMA_26M
   base = ModelConfig(**{'vocab_size': 32_768, **shape})
   base = dataclasses.replace(base, scan_unroll=base.num_layers if runs_on_cpu() else base.scan_unroll)
   abstract = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(base, rngs=nnx.Rngs(0)), nnx.Param)))

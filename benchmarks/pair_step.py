@@ -31,6 +31,7 @@ import optax
 import timing
 import torch_peers
 from flax import nnx
+from shapes import LLAMA_26M
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig
@@ -42,9 +43,7 @@ from polar_jax.train.objectives import RANKING, Objective
 from polar_jax.types import GroupBatch, PairBatch
 
 PIECE = 256  # tokens of a prompt, a reference and a candidate; a sequence is prompt, reference, prompt, candidate
-MODEL = ModelConfig(
-  vocab_size=8_192, num_layers=8, d_model=512, d_ff=1_248, num_heads=8, num_kv_heads=4, head_dim=64, v_head_init='normal', scan_unroll=8
-)
+MODEL = ModelConfig(**LLAMA_26M, v_head_init='normal', scan_unroll=8)
 CANDIDATES = 8
 
 

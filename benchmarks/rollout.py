@@ -39,6 +39,7 @@ import torch
 import torch_llama
 import transformers
 from flax import nnx
+from shapes import LLAMA_26M
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, RolloutConfig, TokenizerConfig
@@ -46,9 +47,7 @@ from polar_jax.data.tokenizer import load_tokenizer
 from polar_jax.model.language_model import LanguageModel
 from polar_jax.ppo.rollout import RolloutEngine
 
-MODEL = ModelConfig(
-  vocab_size=8_192, num_layers=8, d_model=512, d_ff=1_248, num_heads=8, num_kv_heads=4, head_dim=64, rope_theta=1e4, scan_unroll=8
-)
+MODEL = ModelConfig(**LLAMA_26M, rope_theta=1e4, scan_unroll=8)
 LONGEST_PROMPT, LONGEST = 128, 512
 
 

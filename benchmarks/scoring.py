@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import timing
 from flax import nnx
+from shapes import LLAMA_26M
 
 from polar_jax import sharding
 from polar_jax.config import MeshConfig, ModelConfig, TokenizerConfig
@@ -39,7 +40,6 @@ from polar_jax.scoring.exact import ExactScorer
 from polar_jax.scoring.scorer import Scorer, ladder_length
 from polar_jax.types import Group
 
-_LLAMA_26M = {'num_layers': 8, 'd_model': 512, 'd_ff': 1_248, 'num_heads': 8, 'num_kv_heads': 4, 'head_dim': 64}
 _LONGEST = 512  # tokens of a text
 
 Lengths = tuple[int, int, list[int]]  # of a prompt, its reference and its candidates
@@ -95,7 +95,7 @@ def main() -> None:
   if args.rows and not args.tokenizer:
     parser.error('--rows needs --tokenizer, which turns texts into tokens')
   lengths = of_rows(args.rows, args.tokenizer, args.groups, args.group) if args.rows else drawn(args.groups, args.group)
-  config = ModelConfig(**({'vocab_size': 8_192, 'v_head_init': 'normal'} | (PRESETS[args.preset] if args.preset else _LLAMA_26M)))
+  config = ModelConfig(**{'vocab_size': 8_192, 'v_head_init': 'normal', **(PRESETS[args.preset] if args.preset else LLAMA_26M)})
   groups = sequences_of(lengths, config.known_vocab_size)
   sequences = [sequence for group in groups for sequence in group]
   mesh = sharding.make_mesh(MeshConfig())

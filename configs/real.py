@@ -27,27 +27,31 @@ def get_config():
       'pairs_per_prompt': 16,
       'negatives': 7,
       'triplet_words': 36,
+      'correctness_pairs': 8,
       'validation_share': 0.05,
       'unseen_share': 0.2,
-      'evaluation_examples': 120,
+      'evaluation_examples': 64,
     }
   )
   config.tokenizer.kind = 'checkpoint'
   config.template.update({'separator': '<file_sep>', 'reward_token': '<|endoftext|>', 'max_length': 1_024, 'max_response_length': 160})
-  config.model.scan_unroll = 4
+  # Twelve of thirty layers: with eight, nothing was learned from as many preferences. The lower half of them stays as it is.
+  config.model.update({'scan_unroll': 2, 'frozen_layers': 6})
   config.pretrain.update(
     {
       'start_from': smollm2_135m() or 'checkpoints/smollm2_135m_instruct',
-      'start_layers': 4,
-      'learning_rate': 3e-4,
-      'batch_size': 16,
-      'steps': 100,
+      'start_layers': 12,
+      'learning_rate': 1e-3,
+      'batch_size': 8,
+      'steps': 56,
     }
   )
   config.pretrain.loss.name = 'plackett_luce'
-  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 32, 'steps': 8})
-  config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 64
-  config.evaluate.arm_items = 16
+  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 24})
+  config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 32
+  config.evaluate.arm_items = 24
+  if config.synthesize.files:  # sets of other files have other names
+    config.evaluate.arm_sets = 'preferences_gsm8k,truthfulqa,triplets_alpacaeval,triplets_gsm8k'
   config.ablations, config.equal_compute, config.seeds = True, True, 3
   return config
 

@@ -7,7 +7,7 @@ import dataclasses
 from polar_jax.config.base import option
 
 # Options of the world `files`, and those of pools that other worlds read.
-OF_FILES = ('files', 'triplet_words', 'held_out_policies', 'best_of')
+OF_FILES = ('files', 'triplet_words', 'correctness_pairs', 'held_out_policies', 'best_of')
 READ_OF_POOLS = {
   'files': ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near'),
   'ngram': ('negatives',),
@@ -89,6 +89,9 @@ class SynthesizeConfig(PoolConfig):
   )
   triplet_words: int | None = option(
     None, 'World files: words of an answer that triplets for training keep, its first ones. None: whole answers.', min=1
+  )
+  correctness_pairs: int = option(
+    4, 'World files: most preferences of a right over a wrong answer that the marked answers to a prompt give. 0: none.', min=0
   )
   held_out_policies: float = option(0.2, 'World files: share of the policies of each file that no training example has.', min=0, max=0.9)
   best_of: int = option(8, 'World files: most answers to a prompt in held-out rows of best-of-n.', min=2)

@@ -31,8 +31,12 @@ class EvaluateConfig:
     'Second systems for paired tests, separated by commas: reward models, or recorded rewards such as scores.jsonl.gz of another run. '
     'None: no second system.',
   )
+  items: int | None = option(None, 'Most items of each set that are scored, drawn at random. None: all.', min=2)
   arm_items: int | None = option(
     None, 'Most items of each set that all arms of a workdir score, drawn at random; the first arm scores every item. None: all.', min=2
+  )
+  arm_sets: str | None = option(
+    None, 'Sets that all arms of a workdir score, separated by commas; the first arm scores every set. None: all.'
   )
   training: str | None = option(
     None, 'Training files, separated by commas, in which the prompts are looked for (contamination). None: they are not looked for.'

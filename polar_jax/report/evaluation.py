@@ -37,7 +37,11 @@ def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[s
     *(part for name, caption in _CAPTIONS.items() for part in markdown.figure(figures, name, caption)),
   ]
   out += [f'On {_name(name)}, {sections.verdict("the model", found["margin_over_best_baseline"])}' for name, found in sets.items()]
-  out += [s for name, found in sets.items() for s in (*_compared(name, found), *_leaked(name, found), *_truncated(name, found))]
+  out += [
+    s
+    for name, found in sets.items()
+    for s in (*_compared(name, found), *_leaked(name, found), *_truncated(name, found), *_drawn(name, found))
+  ]
   if (tests := evaluation.get('paired_tests', 0)) > 1:
     out.append(f'There are {tests} paired tests in all, baselines among them, so that a small p-value somewhere is to be expected.')
   parts = (_official, _paper, _references, _styles, _categories)
@@ -167,6 +171,12 @@ def _truncated(name: str, found: Mapping[str, Any]) -> list[str]:
     for kind in ('responses', 'prompts')
     if cut.get(kind)
   ]
+
+
+def _drawn(name: str, found: Mapping[str, Any]) -> list[str]:
+  if 'drawn_from' not in found:
+    return []
+  return [f'{_name(name)} is a random part of its set: {found["items"]:,} of {found["drawn_from"]:,} items (`evaluate.items`).']
 
 
 def _styles(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from polar_jax.config import Config, ConfigError
+from polar_jax.data import readers
 from polar_jax.evaluate import (
   baselines,
   benchmarks,
@@ -35,6 +36,7 @@ from polar_jax.stages import arms as arms_lib
 from polar_jax.stages import evaluate_arms
 from polar_jax.stages import evaluate_systems as systems
 from polar_jax.stages.context import Context
+from polar_jax.synthesis import split
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
 HELD_OUT = 'held_out'  # folder of the rows that the world `files` keeps for evaluation
@@ -73,7 +75,7 @@ def is_requested(config: Config) -> bool:
     return True
   given = {'output': config.output} | {
     f'evaluate.{name}': getattr(config.evaluate, name)
-    for name in ('folder', 'scores', 'compare', 'training', 'near_duplicates', 'reference_file', 'embedding', 'language_model')
+    for name in ('folder', 'scores', 'compare', 'training', 'near_duplicates', 'reference_file', 'embedding', 'language_model', 'items')
   }
   useless = next((name for name, value in given.items() if value), None)
   if useless:
@@ -103,9 +105,11 @@ def run(context: Context) -> dict[str, Any]:
   folder = paths.path_of(config.output) if config.output else context.workdir / 'evaluation'
   if folder.exists() and not folder.is_dir():
     raise ConfigError(f'output {folder}: is a file; name a folder')
-  found = read_sets(config, context.data / HELD_OUT)
+  whole = {one.name: one for one in read_sets(config, context.data / HELD_OUT)}
+  found = [_part(one, _drawn(one, config.evaluate.items)) for one in whole.values()]
+  _check_parts(config, [one.name for one in found])
   for one in found:
-    _announce(context, one)
+    _announce(context, one, len(whole[one.name].items))
   repeated = _duplicates(context, found)
   # What cannot be used is found before anything is scored.
   others = systems.others(context, _listed(config.evaluate.compare), found)
@@ -113,23 +117,28 @@ def run(context: Context) -> dict[str, Any]:
   by_model = systems.model_baselines(context)
   checkpoint = context.home(next(iter(arms.values()))[0]) if arms else config.checkpoint
   scored = _recorded(context, found) if config.evaluate.scores else _scored(context, found, checkpoint)
-  tasks = {part.one.name: _task(part, config.evaluate.arm_items) for part in scored} if arms else {}
+  compared = [part for part in scored if config.evaluate.arm_sets is None or part.one.name in _listed(config.evaluate.arm_sets)]
+  tasks = {part.one.name: _task(part, config.evaluate.arm_items) for part in compared} if arms else {}
   of_arms = evaluate_arms.score(context, arms, list(tasks.values())) if arms else []
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
+    if len(part.one.items) < len(whole[part.one.name].items) and config.evaluate.items:
+      result['drawn_from'] = len(whole[part.one.name].items)
     result['duplicates'] = {'items': len(repeated[part.one.name]), 'of': repeated[part.one.name]}
     if others:
       result['compare'] = _compare(context, part, others)
-    if of_arms:
+    if part.one.name in tasks:
       result['arms'] = evaluate_arms.measure(context, tasks[part.one.name].one, of_arms)
     if leaked is not None:
       result['contamination'] = _without(context, part, leaked[part.one.name])
     results[part.one.name] = result
-  tests = sum(len(result['baselines']) + len(result.get('compare', ())) + max(len(of_arms) - 1, 0) for result in results.values())
+  tests = sum(
+    len(result['baselines']) + len(result.get('compare', ())) + max(len(result.get('arms', ())) - 1, 0) for result in results.values()
+  )
   content = {'sets': results, 'paired_tests': tests}
   if jax.process_index() == 0:
-    _write(folder, content, scored, [tasks[name].one for name in tasks], of_arms)
+    _write(folder, content, scored, list(tasks.values()), of_arms)
   context.log(f'evaluate: {len(results)} sets in {folder / RESULT}, rewards in {folder / SCORES}')
   return {'evaluation': content}
 
@@ -142,19 +151,39 @@ def check(config: Config) -> None:
     UserError: a file, a row or a package is missing, or cannot be used.
   """
   _variants(config)
-  read_sets(config)
+  found = [one.name for one in read_sets(config)]
+  _check_parts(config, found + (split.set_names(config.synthesize) if config.synthesize.world == 'files' else []))
   if config.evaluate.embedding:
     text_baselines.open_encoder(config.evaluate.embedding)
 
 
+def _check_parts(config: Config, names: Sequence[str]) -> None:
+  """Check the settings that draw items and choose sets, given the names of all sets."""
+  recorded_files = [name for name in _listed(config.evaluate.compare) if name.endswith(readers.SUFFIXES)]
+  if config.evaluate.items and (config.evaluate.scores or recorded_files):
+    of = config.evaluate.scores or recorded_files[0]
+    raise ConfigError(f'evaluate.items is set, but {of} has recorded rewards, which need no drawing; drop evaluate.items')
+  unknown = [name for name in _listed(config.evaluate.arm_sets) if name not in names]
+  if unknown:
+    raise ConfigError(f'evaluate.arm_sets: there is no set {unknown[0]!r}; name some of: {", ".join(names)}')
+
+
 def _task(part: Scored, limit: int | None) -> evaluate_arms.Task:
   """Return what every arm is asked: at most `limit` items of a set, with the main references."""
-  items, references, rewards = part.one.items, part.views[part.main].references, part.rewards[part.main]
-  kept = list(range(len(items)))
-  if limit is not None and limit < len(items):
-    kept = sorted(np.random.default_rng(list(part.one.name.encode())).choice(len(items), limit, replace=False).tolist())
-  one = dataclasses.replace(part.one, items=[items[i] for i in kept])
-  return evaluate_arms.Task(one, part.main, [references[i] for i in kept], [rewards[i] for i in kept])
+  kept, references, rewards = _drawn(part.one, limit), part.views[part.main].references, part.rewards[part.main]
+  return evaluate_arms.Task(_part(part.one, kept), part.main, [references[i] for i in kept], [rewards[i] for i in kept])
+
+
+def _drawn(one: EvaluationSet, limit: int | None) -> list[int]:
+  """Return the positions of at most `limit` items of a set, drawn at random by its name, in their order."""
+  count = len(one.items)
+  if limit is None or limit >= count:
+    return list(range(count))
+  return sorted(np.random.default_rng(list(one.name.encode())).choice(count, limit, replace=False).tolist())
+
+
+def _part(one: EvaluationSet, kept: Sequence[int]) -> EvaluationSet:
+  return dataclasses.replace(one, items=[one.items[i] for i in kept])
 
 
 def read_sets(config: Config, held_out: pathlib.Path | None = None) -> list[EvaluationSet]:
@@ -195,8 +224,9 @@ def _listed(text: str | None) -> list[str]:
   return list(dict.fromkeys(part.strip() for part in (text or '').split(',') if part.strip()))
 
 
-def _announce(context: Context, one: EvaluationSet) -> None:
-  context.log(f'{one.name}: {len(one.items):,} items' + (f'; missing: {", ".join(one.missing)}' if one.missing else ''))
+def _announce(context: Context, one: EvaluationSet, whole: int) -> None:
+  drawn = f' of {whole:,}, drawn at random (evaluate.items)' if len(one.items) < whole else ''
+  context.log(f'{one.name}: {len(one.items):,} items{drawn}' + (f'; missing: {", ".join(one.missing)}' if one.missing else ''))
   if one.skipped:
     named = '; '.join(f'{where}: {reason}' for where, reason in one.skipped[:5])
     context.log(f'{one.name}: left out {len(one.skipped)} bad rows ({named}{"; ..." if len(one.skipped) > 5 else ""})')
@@ -394,7 +424,7 @@ def _write(
   folder: pathlib.Path,
   content: dict[str, Any],
   scored: Sequence[Scored],
-  of_arms: Sequence[EvaluationSet],
+  tasks: Sequence[evaluate_arms.Task],
   arms: Sequence[evaluate_arms.ArmRewards],
 ) -> None:
   """Write the rewards of each view, those of each run of the arms on their items, and then the results."""
@@ -409,10 +439,10 @@ def _write(
   for part in scored:
     for name, rewards in part.rewards.items():
       add(SCORES if name == part.main else OTHER_SCORES.format(name), part.one, name, rewards)
-  for one, part in zip(of_arms, scored, strict=bool(of_arms)):
+  for task in tasks:
     for arm in arms:
-      for run, rewards in zip(arm.runs, arm.by_set[one.name], strict=True):
-        add(OTHER_SCORES.format(run), one, part.main, rewards)
+      for run, rewards in zip(arm.runs, arm.by_set[task.one.name], strict=True):
+        add(OTHER_SCORES.format(run), task.one, task.view, rewards)
   for file, written in by_file.items():
     paths.write_atomically(folder / file, gzip.compress(''.join(written).encode('utf-8'), mtime=0))
   paths.write_atomically(folder / RESULT, json_files.dumps(content, indent=2) + '\n')

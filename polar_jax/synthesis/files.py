@@ -79,7 +79,7 @@ def read(files: Sequence[pathlib.Path]) -> Files:
     UserError: a file cannot be read, or a row cannot be used.
   """
   rows: dict[str, list[Row]] = {TRIPLET: [], ANSWER: [], PREFERENCE: []}
-  for path, name in zip(files, _names(files), strict=True):
+  for path, name in zip(files, set_names(files), strict=True):
     for number, raw in readers.reader_of(path)(path):
       values = prompts_lib.parse_row(path, number, raw)
       kind = next((kind for kind, fields in _FIELDS.items() if all(field in values for field in fields)), None)
@@ -106,7 +106,7 @@ def _checked(path: pathlib.Path, number: int, values: dict[str, Any], fields: Se
   return values['prompt'], values
 
 
-def _names(files: Sequence[pathlib.Path]) -> list[str]:
+def set_names(files: Sequence[pathlib.Path]) -> list[str]:
   """Return the name of the set of each file: its own, or with that of its folder where several files have the same.
 
   Raises:
@@ -278,12 +278,12 @@ def _answers(files: Files) -> dict[tuple[str, str], tuple[str, dict[str, list[st
 def preferences(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) -> dict[str, list[Triplet]]:
   """Return the ranked examples by split: train, validation and test.
 
-  They are the rows of preferences, and of each prompt with answers that are marked and a reference in these rows up to `pairs_per_prompt`
+  They are the rows of preferences, and of each prompt with answers that are marked and a reference in these rows up to `correctness_pairs`
   pairs of a right answer and a wrong one. The category is the set, and that of the row. Outside of `test`, no answer is by a policy that is
   held out, as far as rows name policies.
   """
   out: dict[str, list[Triplet]] = {}
-  for of, prompt, texts, category in itertools.chain(_ranked_rows(files, splits), _marked(files, splits, config.pairs_per_prompt, seed)):
+  for of, prompt, texts, category in itertools.chain(_ranked_rows(files, splits), _marked(files, splits, config.correctness_pairs, seed)):
     name = 'test' if splits.of(prompt) == UNSEEN else str(splits.of(prompt))
     out.setdefault(name, []).append(Triplet(prompt, *texts, 'sft', '/'.join([of, category] if category else [of])))
   limits = {'train': config.preference_examples}

@@ -27,7 +27,7 @@ from polar_jax.types import Triplet, UserError
 CARD, HELD_OUT = 'files.json', 'held_out'  # the folder is read by stage evaluate
 _FORMAT = 1  # to be raised when the same files and settings give other data
 _SIZES = ('train_examples', 'evaluation_examples', 'preference_examples', 'preference_evaluation_examples')
-_DRAWING = ('pairs_per_prompt', 'negatives', 'triplet_words', 'best_of')
+_DRAWING = ('pairs_per_prompt', 'negatives', 'triplet_words', 'correctness_pairs', 'best_of')
 _SETTINGS = (*_DRAWING, 'validation_share', 'unseen_share', 'held_out_policies', 'exclude_near', *_SIZES)
 _TRIPLETS = 'Triplets of answers of language models: reference and chosen are of one policy, rejected is of another.'
 _PREFERENCES = 'Ranked answers of language models, with a reference.'
@@ -80,6 +80,16 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
     log(f'synthesize: left out: {count:,} {reason}')
   log(f'synthesize: held out: {", ".join(f"{name} {count:,}" for name, count in kept.items())} rows in {folder / HELD_OUT}')
   return section
+
+
+def set_names(config: SynthesizeConfig) -> list[str]:
+  """Return the names that the held-out sets of the files may have; a set without a held-out row is not written.
+
+  Raises:
+    ConfigError: two sets would have the same name.
+  """
+  names = files_lib.set_names(_paths(config.files))
+  return names + [name + files_lib.UNSEEN_POLICIES for name in names]
 
 
 def _paths(text: str | None) -> list[pathlib.Path]:

@@ -146,6 +146,21 @@ def test_arms_may_score_fewer_items_than_the_first_one(folder, workdir, tmp_path
 
 
 @pytest.mark.long
+def test_arms_may_score_some_of_the_sets(folder, workdir, tmp_path):
+  config = config_of(folder, stage='evaluate', output=str(tmp_path / 'some'))
+  config.evaluate.__dict__['arm_sets'] = 'ranked'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    assert runner.run(config, workdir) == 0
+  some, whole = (json.loads((at / 'evaluation.json').read_text()) for at in (tmp_path / 'some', workdir / 'evaluation'))
+  assert some['sets']['ranked'] == whole['sets']['ranked'] and 'arms' not in some['sets']['triplets']
+  assert whole['paired_tests'] - some['paired_tests'] == len(ARMS) - 1
+  assert {of for of, _ in rewards_of(tmp_path / 'some' / 'scores_finetune_only.jsonl.gz')} == {'ranked'}
+  assert {of for of, _ in rewards_of(tmp_path / 'some' / 'scores.jsonl.gz')} == {'ranked', 'triplets'}
+  assert '### Arms' in (workdir / 'report.md').read_text()
+
+
+@pytest.mark.long
 def test_equal_compute_needs_the_end_of_pre_training(folder, tmp_path, capsys):
   assert runner.run(config_of(folder, stage='synthesize,finetune', ablations=False), tmp_path / 'run') == 1
   assert 'equal_compute: needs the tokens of pre-training in' in capsys.readouterr().err
@@ -156,6 +171,11 @@ def test_what_evaluation_needs_is_checked_before_the_first_stage(folder, tmp_pat
   config.evaluate.__dict__['benchmarks'] = 'rmb'
   assert runner.run(config, tmp_path / 'run') == 1
   assert 'evaluate.folder is not set' in capsys.readouterr().err and not (tmp_path / 'run' / 'data').exists()
+  config = config_of(folder)
+  config.evaluate.__dict__['arm_sets'] = 'ranked,other'
+  assert runner.run(config, tmp_path / 'run') == 1
+  message = "evaluate.arm_sets: there is no set 'other'; name some of: triplets, ranked, triplets_unseen_policies, ranked_unseen_policies"
+  assert message in capsys.readouterr().err and not (tmp_path / 'run' / 'data').exists()
   assert runner.run(config_of(folder, stage='evaluate'), tmp_path / 'empty') == 1
   assert 'has no held-out rows; run the stage synthesize in this workdir first' in capsys.readouterr().err
 

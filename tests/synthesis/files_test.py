@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import gzip
+import itertools
 import json
 import pathlib
 
@@ -142,6 +143,16 @@ def test_marked_answers_are_ranked_by_their_marks(made):
   for row in rows:
     number = row.reference.removeprefix('It is ')
     assert row.chosen.split(': ')[1] == number != row.rejected.split(': ')[1]
+
+
+def test_marked_answers_give_as_many_preferences_as_are_asked_for(given):
+  files = files_lib.read(given)
+  for most in (0, 2):
+    config = dataclasses.replace(CONFIG, correctness_pairs=most)
+    found = files_lib.preferences(files, files_lib.Splits(config, 0, files), config, 0)
+    by_prompt = collections.Counter(t.prompt for t in itertools.chain(*found.values()) if t.category == 'pool')
+    assert max(by_prompt.values(), default=0) == most
+    assert any(t.category != 'pool' for t in found['train'])
 
 
 def test_what_is_left_out_is_counted(tmp_path):
