@@ -30,7 +30,7 @@ def get_config():
       'correctness_pairs': 8,
       'validation_share': 0.05,
       'unseen_share': 0.2,
-      'evaluation_examples': 64,
+      'evaluation_examples': 48,
     }
   )
   config.tokenizer.kind = 'checkpoint'
@@ -49,7 +49,7 @@ def get_config():
   config.pretrain.loss.name = 'plackett_luce'
   config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 24})
   config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 32
-  config.evaluate.arm_items = 24
+  config.evaluate.arm_items = 16
   if config.synthesize.files:  # sets of other files have other names
     config.evaluate.arm_sets = 'preferences_gsm8k,truthfulqa,triplets_alpacaeval,triplets_gsm8k'
   config.ablations, config.equal_compute, config.seeds = True, True, 3

@@ -132,7 +132,7 @@ def test_a_model_on_own_files(tmp_path, world):
 def test_a_part_of_a_set_is_drawn_by_its_name(tmp_path, world, capsys):
   settings = {'checkpoint': str(world / 'reward'), 'input': ','.join(str(world / name) for name in FILES)}
   some, every = [run(tmp_path / str(items), world, **settings, **{'evaluate.items': items}) for items in (3, 8)]
-  assert 'pairs: 3 items of 8, drawn at random (evaluate.items)' in capsys.readouterr().err
+  assert 'pairs: 3 items of 8, drawn at random (evaluate.items)' in capsys.readouterr().out
   assert [found['items'] for found in some[1].values()] == [3, 2] and [found['items'] for found in every[1].values()] == [8, 2]
   assert [found.get('drawn_from') for found in (*some[1].values(), *every[1].values())] == [8, None, None, None]
   of_all = {(line['set'], line['id']): line['rewards'] for line in every[2]}
