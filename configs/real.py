@@ -47,7 +47,7 @@ def get_config():
     }
   )
   config.pretrain.loss.name = 'plackett_luce'
-  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 24})
+  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 20})
   config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 32
   config.evaluate.arm_items = 16
   if config.synthesize.files:  # sets of other files have other names

@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from polar_jax.config import ConfigError
 from polar_jax.data import examples, readers
 from polar_jax.data.examples import BadExampleError, BadField, parse_example
 from polar_jax.data.template import join_messages
@@ -31,10 +32,27 @@ _KNOWN = {'id', 'prompt', 'reference', 'chosen', 'rejected', 'candidates', 'rank
 _KNOWN |= {'response', 'prompt_id', 'answer', 'answers'}
 
 
+# In the world `files`, ends the name of the held-out set of triplets with a policy that no training row has.
+UNSEEN_POLICIES = '_unseen_policies'
+
+
 class _Answer(NamedTuple):
   """A row of one answer: the item without its comparisons, whose candidates are this answer alone."""
 
   item: Item
+
+
+def set_names(files: Sequence[pathlib.Path]) -> list[str]:
+  """Return the name of the set of each file: its own, or with that of its folder where several files have the same.
+
+  Raises:
+    ConfigError: two sets have the same name even so.
+  """
+  stems = [path.name.split('.')[0] for path in files]
+  names = [stem if stems.count(stem) == 1 else f'{path.parent.name}_{stem}' for path, stem in zip(files, stems, strict=True)]
+  if twice := next((name for name in names if names.count(name) > 1), None):
+    raise ConfigError(f'synthesize.files: two files would be the set {twice!r}; rename one')
+  return names
 
 
 def read(path: pathlib.Path, name: str, on_bad_example: str = 'raise') -> list[EvaluationSet]:

@@ -36,7 +36,6 @@ from polar_jax.stages import arms as arms_lib
 from polar_jax.stages import evaluate_arms
 from polar_jax.stages import evaluate_systems as systems
 from polar_jax.stages.context import Context
-from polar_jax.synthesis import split
 
 RESULT, SCORES = 'evaluation.json', 'scores.jsonl.gz'
 HELD_OUT = 'held_out'  # folder of the rows that the world `files` keeps for evaluation
@@ -152,7 +151,10 @@ def check(config: Config) -> None:
   """
   _variants(config)
   found = [one.name for one in read_sets(config)]
-  _check_parts(config, found + (split.set_names(config.synthesize) if config.synthesize.world == 'files' else []))
+  if config.synthesize.world == 'files':  # these sets are not written yet
+    of_files = own_files.set_names([paths.path_of(name) for name in _listed(config.synthesize.files)])
+    found += of_files + [name + own_files.UNSEEN_POLICIES for name in of_files]
+  _check_parts(config, found)
   if config.evaluate.embedding:
     text_baselines.open_encoder(config.evaluate.embedding)
 

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from polar_jax.config import ConfigError, SynthesizeConfig
+from polar_jax.config import SynthesizeConfig
 from polar_jax.data import readers
+from polar_jax.evaluate import own_files
 from polar_jax.evaluate.words import words_of
 from polar_jax.synthesis import pairing
 from polar_jax.synthesis import prompts as prompts_lib
@@ -43,7 +44,6 @@ _NAMES = ('policy_a', 'policy_b', 'policy')
 _RANKED = ('reference', 'chosen', 'rejected')
 _RANKED_POLICIES = ('chosen_policy', 'rejected_policy')  # of preferences, where their policies are known
 _Drawn = TypeVar('_Drawn')
-UNSEEN_POLICIES = '_unseen_policies'  # ends the name of the held-out set of triplets with a policy that no training row has
 
 
 class Row(NamedTuple):
@@ -79,7 +79,7 @@ def read(files: Sequence[pathlib.Path]) -> Files:
     UserError: a file cannot be read, or a row cannot be used.
   """
   rows: dict[str, list[Row]] = {TRIPLET: [], ANSWER: [], PREFERENCE: []}
-  for path, name in zip(files, set_names(files), strict=True):
+  for path, name in zip(files, own_files.set_names(files), strict=True):
     for number, raw in readers.reader_of(path)(path):
       values = prompts_lib.parse_row(path, number, raw)
       kind = next((kind for kind, fields in _FIELDS.items() if all(field in values for field in fields)), None)
@@ -104,19 +104,6 @@ def _checked(path: pathlib.Path, number: int, values: dict[str, Any], fields: Se
   if not values['prompt'].strip():
     raise UserError(f'{path}, row {number}: field prompt is empty; remove the row')
   return values['prompt'], values
-
-
-def set_names(files: Sequence[pathlib.Path]) -> list[str]:
-  """Return the name of the set of each file: its own, or with that of its folder where several files have the same.
-
-  Raises:
-    ConfigError: two sets have the same name even so.
-  """
-  stems = [path.name.split('.')[0] for path in files]
-  names = [stem if stems.count(stem) == 1 else f'{path.parent.name}_{stem}' for path, stem in zip(files, stems, strict=True)]
-  if twice := next((name for name in names if names.count(name) > 1), None):
-    raise ConfigError(f'synthesize.files: two files would be the set {twice!r}; rename one')
-  return names
 
 
 class Splits:
@@ -211,7 +198,9 @@ def _add_triplet(out: dict[str, list[dict[str, Any]]], row: Row, held_out: set[s
     category = {'policy_a': 'reference', 'policy_b': 'rejected'}[new[0]] if len(new) == 1 else 'both'
   texts = {'prompt': row.prompt, 'reference': values['a1'], 'chosen': values['a2'], 'rejected': values['b1']}
   policies = {'policy_a': values['policy_a'], 'policy_b': values['policy_b']}
-  out.setdefault(row.of + (UNSEEN_POLICIES if new else ''), []).append({'id': str(row.number), **texts, 'category': category, **policies})
+  out.setdefault(row.of + (own_files.UNSEEN_POLICIES if new else ''), []).append(
+    {'id': str(row.number), **texts, 'category': category, **policies}
+  )
 
 
 def _draw(rows: list[_Drawn], limit: int, name: str, seed: int) -> list[_Drawn]:

@@ -82,16 +82,6 @@ def synthesize(config: SynthesizeConfig, seed: int, workdir: pathlib.Path, log: 
   return section
 
 
-def set_names(config: SynthesizeConfig) -> list[str]:
-  """Return the names that the held-out sets of the files may have; a set without a held-out row is not written.
-
-  Raises:
-    ConfigError: two sets would have the same name.
-  """
-  names = files_lib.set_names(_paths(config.files))
-  return names + [name + files_lib.UNSEEN_POLICIES for name in names]
-
-
 def _paths(text: str | None) -> list[pathlib.Path]:
   return [pathlib.Path(paths.path_of(name.strip())) for name in (text or '').split(',') if name.strip()]
 

@@ -74,7 +74,8 @@ def test_the_rewards_of_every_run_of_the_arms_are_written(tmp_path):
   part = stage.Scored(one, {'empty': [np.array([0.0, 0.0])] * 2}, {})
   of_runs = [[np.array([1.0, 2.0])], [np.array([3.0, 4.0])]]
   arm = evaluate_arms.ArmRewards('finetuned', ['finetune', 'finetune_seed_1'], {'own': of_runs})
-  stage._write(tmp_path, {}, [part], [evaluation_sets.EvaluationSet('own', items[1:])], [arm])  # of the items the arms score
+  task = evaluate_arms.Task(evaluation_sets.EvaluationSet('own', items[1:]), 'empty', [''], [])  # some of the items
+  stage._write(tmp_path, {}, [part], [task], [arm])
   for run, rewards in (('finetune', [1.0, 2.0]), ('finetune_seed_1', [3.0, 4.0])):
     (line,) = [json.loads(line) for line in gzip.decompress((tmp_path / f'scores_{run}.jsonl.gz').read_bytes()).decode().splitlines()]
     assert line == {'set': 'own', 'id': '1', 'category': 'c', 'reference': 'empty', 'rewards': rewards}
@@ -87,7 +88,7 @@ def test_up_to_five_rows_and_items_are_named(tmp_path, count, ending):
   context = types.SimpleNamespace(log=lines.append, config=types.SimpleNamespace(evaluate=settings))
   items = [evaluation_sets.Item(str(i), 'asked', ('a', 'b'), evaluation_sets.pair()) for i in range(count + 1)]
   one = evaluation_sets.EvaluationSet('own', items, skipped=tuple((f'row {i}', 'bad') for i in range(count)))
-  stage._announce(context, one)
+  stage._announce(context, one, count + 1)
   assert lines.pop() == f'own: left out {count} bad rows ({"; ".join(f"row {i}: bad" for i in range(5))}{ending})'
   assert len(stage._duplicates(context, [one])['own']) == count
   assert lines.pop().endswith(f' of an earlier one ({"; ".join(f"{i} is own, 0" for i in range(1, 6))})')
@@ -99,7 +100,7 @@ def test_up_to_five_rows_and_items_are_named(tmp_path, count, ending):
 def test_nothing_is_told_of_what_does_not_occur():
   lines, one = [], evaluation_sets.EvaluationSet('own', [evaluation_sets.Item('1', 'p', ('a', 'b'), evaluation_sets.pair())])
   context = types.SimpleNamespace(log=lines.append)
-  stage._announce(context, one)
+  stage._announce(context, one, 1)
   assert stage._duplicates(context, [one]) == {'own': {}} and lines == ['own: 1 items']
 
 
