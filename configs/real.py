@@ -48,7 +48,7 @@ def get_config():
   )
   config.pretrain.loss.name = 'plackett_luce'
   config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 20})
-  config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 120, 32
+  config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 48, 32
   config.evaluate.arm_items = 16
   if config.synthesize.files:  # sets of other files have other names
     config.evaluate.arm_sets = 'preferences_gsm8k,truthfulqa,triplets_alpacaeval,triplets_gsm8k'
