@@ -37,6 +37,7 @@ def get_config():
   config.template.update({'separator': '<file_sep>', 'reward_token': '<|endoftext|>', 'max_length': 1_024, 'max_response_length': 160})
   # Twelve of thirty layers: with eight, nothing was learned from as many preferences. The lower half of them stays as it is.
   config.model.update({'scan_unroll': 2, 'frozen_layers': 6})
+  config.data.compilation_steps = 2  # of ten seconds each
   config.pretrain.update(
     {
       'start_from': smollm2_135m() or 'checkpoints/smollm2_135m_instruct',
@@ -47,7 +48,9 @@ def get_config():
     }
   )
   config.pretrain.loss.name = 'plackett_luce'
-  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 1e-3, 'batch_size': 8, 'steps': 20})
+  # A reward head that is new needs a higher rate to leave chance within so few steps than one that is pre-trained.
+  config.finetune.update({'start_from': 'pretrain', 'learning_rate': 2e-4, 'batch_size': 8, 'steps': 20})
+  config.ablation_learning_rate = 1e-3
   config.pretrain.evaluate_examples, config.finetune.evaluate_examples = 48, 32
   config.evaluate.arm_items = 16
   if config.synthesize.files:  # sets of other files have other names

@@ -130,7 +130,7 @@ def train_reward_model(
     tokenizer: a tokenizer, its path, or 'byte'; None: that of `init`.
     mesh: devices; None: all, parameters sharded over them.
     template: settings of the reward template; None: those of `init`.
-    data: packing and reading: `row_length`, `read_threads`, `prefetch`, `on_bad_example`.
+    data: packing and reading: `row_length`, `compilation_steps`, `read_threads`, `prefetch`, `on_bad_example`.
     settings: seed, log, checkpointing and profiling of the run.
 
   Returns:
@@ -152,7 +152,7 @@ def train_reward_model(
   segments = _segments(train, open_template(template, tokenizer, config.known_vocab_size, name), data, args.loss)
   plan, steps = trainer.batch_plan(args, mesh), trainer.num_steps(args, len(segments))
   lengths.check_run(segments, plan, data, steps=steps, seed=seed)
-  pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed)
+  pack = pipeline.plan_packing(segments, plan, data.row_length, steps=steps, seed=seed, compilation_steps=data.compilation_steps)
   held_out = None if validation is None else _segments(validation, segments.template, data, args.loss, 'validation')
   validation_batches = None if held_out is None else PairValidation(held_out, plan, data.row_length, args.evaluate_examples)
   base = adapter_start(start, config, RewardModel.head, mesh, args.lora, tokenizer)

@@ -186,6 +186,7 @@ def test_a_value_for_a_section_is_refused():
     ({'synthesize__prefix_min_tokens': 20}, ['prefix_min_tokens (20)', 'prefix_max_tokens (12)']),
     ({'synthesize__policies': 50, 'synthesize__unseen_policies': 49}, ['unseen_policies (49)', 'policies (50)']),
     ({'synthesize__negatives': 3, 'stage': 'synthesize,sweep'}, ['synthesize.negatives is 3', 'set it to 1, or leave out the stage sweep']),
+    ({'ablation_learning_rate': 1e-3}, ['ablation_learning_rate is set', 'set ablations or equal_compute']),
     ({'model__frozen_layers': 2, 'finetune__lora__rank': 4}, ['model.frozen_layers is set', 'finetune.lora']),
     ({'synthesize__pool': 'x.json'}, ['synthesize.pool is set', "synthesize.world is 'ngram'; set it to 'pool'"]),
     ({'synthesize__near_duplicates': 0.5}, ['synthesize.near_duplicates is set', "synthesize.world is 'ngram'; set it to 'pool'"]),
@@ -315,6 +316,12 @@ def test_help_of_an_option_is_one_sentence_that_explains_none(name):
   assert about.help.endswith('.') and '\n' not in about.help and len(about.help) <= 180
   if hint not in (bool, int, float, str) and name in FIELDS and not name.startswith('rft.alarms.'):  # the section explains it
     assert 'None' in about.help or 'Required' in about.help
+
+
+@pytest.mark.parametrize('name', [*NAMES, *TUPLES])
+def test_no_option_has_the_name_of_a_method_of_the_config(name):
+  # Its flag would be refused: ConfigDict returns the method.
+  assert not hasattr(ml_collections.ConfigDict, name.rpartition('.')[2])
 
 
 def test_help_of_sections():

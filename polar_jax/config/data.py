@@ -70,5 +70,10 @@ class DataConfig:
   row_length: int | None = option(
     None, 'Tokens of a packed row, which holds as many triplets as fit. None: chosen from the lengths of the data.', min=8
   )
+  compilation_steps: float = option(
+    50.0,
+    'Cost of compiling a training step, in steps: with a smaller one, batches vary more in their number of rows, and have less padding.',
+    min=0,
+  )
   read_threads: int = option(2, 'Threads that prepare batches; 0: none, and no prefetching.', min=0)
   prefetch: int = option(4, 'Batches prepared ahead.', min=1)

@@ -222,6 +222,8 @@ def _check_together(c: Config) -> None:
     raise ConfigError(
       f'synthesize.negatives is {s.negatives}, but a sweep pre-trains on triplets; set it to 1, or leave out the stage sweep'
     )
+  if c.ablation_learning_rate is not None and not (c.ablations or c.equal_compute):
+    raise ConfigError('ablation_learning_rate is set, but no arm without pre-training is trained; set ablations or equal_compute to True')
   _check_rft(c.rft)
 
 

@@ -51,6 +51,11 @@ class Config:
   equal_compute: bool = option(
     False, 'Also fine-tune without pre-training on as many tokens as pre-training and fine-tuning read together.'
   )
+  ablation_learning_rate: float | None = option(
+    None,
+    'Learning rate of the fine-tunings without pre-training, whose reward head is new. None: finetune.learning_rate.',
+    exclusive_min=0,
+  )
   seeds: int = option(1, 'Fine-tune so many times, with the seeds `seed`, `seed` + 1, ...; accuracies are means over them.', min=1)
   checkpointing: CheckpointingConfig = section(CheckpointingConfig())
   mesh: MeshConfig = section(MeshConfig())

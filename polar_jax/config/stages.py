@@ -32,7 +32,12 @@ STAGE_TABLE = {
   'pretrain': Stage('Pre-train a reward model on triplets of policies, contrastively.', ('pretrain', *_TRAINING)),
   'finetune': Stage(
     'Fine-tune a reward model on ranked data.',
-    ('finetune', *_TRAINING, 'ablations', 'equal_compute', 'seeds', 'pretrain.start_from', 'pretrain.start_layers', 'synthesize.world'),
+    (
+      'finetune',
+      *_TRAINING,
+      *('ablations', 'equal_compute', 'ablation_learning_rate', 'seeds'),
+      *('pretrain.start_from', 'pretrain.start_layers', 'synthesize.world'),
+    ),
   ),
   'evaluate': Stage(
     'Evaluate the reward models of the workdir, or one on files and public benchmarks, next to heuristic baselines; or a policy on '

@@ -7,7 +7,7 @@ import dataclasses
 from polar_jax.config.base import option
 
 # Options of the world `files`, and those of pools that other worlds read.
-OF_FILES = ('files', 'triplet_words', 'correctness_pairs', 'held_out_policies', 'best_of')
+OF_FILES = ('files', 'triplet_words', 'train_policies', 'correctness_pairs', 'held_out_policies', 'best_of')
 READ_OF_POOLS = {
   'files': ('pairs_per_prompt', 'negatives', 'validation_share', 'unseen_share', 'exclude', 'exclude_near'),
   'ngram': ('negatives',),
@@ -89,6 +89,12 @@ class SynthesizeConfig(PoolConfig):
   )
   triplet_words: int | None = option(
     None, 'World files: words of an answer that triplets for training keep, its first ones. None: whole answers.', min=1
+  )
+  train_policies: int | None = option(
+    None,
+    'World files: policies of each file whose answers are in training triplets, those with several answers to a prompt first. None: all '
+    'that are not held out.',
+    min=2,
   )
   correctness_pairs: int = option(
     4, 'World files: most preferences of a right over a wrong answer that the marked answers to a prompt give. 0: none.', min=0

@@ -31,7 +31,7 @@ class EvaluateConfig:
     'Second systems for paired tests, separated by commas: reward models, or recorded rewards such as scores.jsonl.gz of another run. '
     'None: no second system.',
   )
-  items: int | None = option(None, 'Most items of each set that are scored, drawn at random. None: all.', min=2)
+  max_items: int | None = option(None, 'Most items of each set that are scored, drawn at random. None: all.', min=2)
   arm_items: int | None = option(
     None, 'Most items of each set that all arms of a workdir score, drawn at random; the first arm scores every item. None: all.', min=2
   )

@@ -20,8 +20,8 @@ LENGTH_MULTIPLE = 128
 SAMPLE_STEPS, SAMPLE_TRIPLETS = 16, 2_048
 # Number of row lengths to try, up to this many times the mean length of a triplet; packing hardly gets denser beyond it.
 _CANDIDATES, _MEAN_LENGTHS = 16, 8
-# Compiling a step takes about as long as running this many.
-_COMPILATION_STEPS = 50
+# Compiling a step takes about as long as running this many, unless `data.compilation_steps` says otherwise.
+COMPILATION_STEPS = 50.0
 
 
 class PackPlan(NamedTuple):
@@ -82,7 +82,9 @@ def interleave(rows: Sequence[list[int]], groups: int) -> list[list[int]]:
   return [row for first in range(groups) for row in rows[first::groups]]
 
 
-def plan(sample: Sequence[Sequence[int]], row_length: int, multiple: int, steps: int) -> PackPlan:
+def plan(
+  sample: Sequence[Sequence[int]], row_length: int, multiple: int, steps: int, compilation_steps: float = COMPILATION_STEPS
+) -> PackPlan:
   """Plan the rows of a run, from the lengths of the triplets of each step of a sample.
 
   The largest number of triplets in any row of the sample becomes a dimension of the batch, and a limit for all other rows.
@@ -92,11 +94,14 @@ def plan(sample: Sequence[Sequence[int]], row_length: int, multiple: int, steps:
     row_length: tokens of a row.
     multiple: divides the number of rows.
     steps: number of steps of the run.
+    compilation_steps: what compiling another number of rows costs, in steps.
   """
-  return _cheapest(sample, row_length, multiple, steps)[1]
+  return _cheapest(sample, row_length, multiple, steps, compilation_steps)[1]
 
 
-def choose_plan(sample: Sequence[Sequence[int]], longest: int, multiple: int, steps: int) -> PackPlan:
+def choose_plan(
+  sample: Sequence[Sequence[int]], longest: int, multiple: int, steps: int, compilation_steps: float = COMPILATION_STEPS
+) -> PackPlan:
   """Choose the cheapest plan over row lengths from the longest triplet up; the shorter row wins a tie.
 
   A batch of few rows packs well or badly by chance, and a slightly longer row can save a whole one.
@@ -106,15 +111,19 @@ def choose_plan(sample: Sequence[Sequence[int]], longest: int, multiple: int, st
     longest: length of the longest triplet of the data set.
     multiple: divides the number of rows.
     steps: number of steps of the run.
+    compilation_steps: what compiling another number of rows costs, in steps.
   """
   low = math.ceil(longest / LENGTH_MULTIPLE)
   mean = float(np.mean(np.concatenate([np.asarray(lengths) for lengths in sample])))
   high = max(low, math.ceil(_MEAN_LENGTHS * mean / LENGTH_MULTIPLE))
   lengths = sorted({int(n) * LENGTH_MULTIPLE for n in np.linspace(low, high, _CANDIDATES).round()})
-  return min((_cheapest(sample, row_length, multiple, steps) for row_length in lengths), key=lambda cost_and_plan: cost_and_plan[0])[1]
+  plans = (_cheapest(sample, row_length, multiple, steps, compilation_steps) for row_length in lengths)
+  return min(plans, key=lambda cost_and_plan: cost_and_plan[0])[1]
 
 
-def _cheapest(sample: Sequence[Sequence[int]], row_length: int, multiple: int, steps: int) -> tuple[float, PackPlan]:
+def _cheapest(
+  sample: Sequence[Sequence[int]], row_length: int, multiple: int, steps: int, compilation_steps: float
+) -> tuple[float, PackPlan]:
   """Return (token positions that a run of `steps` and its compilations cost, the plan) with the number of rows that costs least."""
   packed = [first_fit(lengths, row_length, len(lengths)) for lengths in sample]
   max_pairs = max(len(row) for rows in packed for row in rows)
@@ -122,6 +131,6 @@ def _cheapest(sample: Sequence[Sequence[int]], row_length: int, multiple: int, s
 
   def cost(candidate: PackPlan) -> float:
     rows = [candidate.rows_for(len(rows)) for rows in packed]
-    return row_length * (steps * float(np.mean(rows)) + _COMPILATION_STEPS * sum(set(rows)))
+    return row_length * (steps * float(np.mean(rows)) + compilation_steps * sum(set(rows)))
 
   return min((cost(candidate), candidate) for candidate in plans)

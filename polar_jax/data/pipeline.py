@@ -223,7 +223,14 @@ def text_rows(plan: BatchPlan) -> int:
 
 
 def plan_packing(
-  source: TripletSegments, plan: BatchPlan, row_length: int | None, *, steps: int, seed: int | None, once: bool = False
+  source: TripletSegments,
+  plan: BatchPlan,
+  row_length: int | None,
+  *,
+  steps: int,
+  seed: int | None,
+  once: bool = False,
+  compilation_steps: float = packing.COMPILATION_STEPS,
 ) -> PackPlan:
   """Plan the shape of packed batches from the first steps that `pair_batches` will produce for the same arguments.
 
@@ -234,6 +241,7 @@ def plan_packing(
     steps: number of steps of the run.
     seed: of the shuffle; None: file order.
     once: stop after the first epoch.
+    compilation_steps: what compiling another number of rows costs, in steps.
 
   Raises:
     UserError: a triplet of the sampled steps is longer than `row_length`.
@@ -244,8 +252,8 @@ def plan_packing(
   indices = [[index for index, _ in _indices(step, order, plan.size, limit)] for step in range(sampled)]
   lengths = [[_checked_length(i, t, limit_length) for i, t in zip(step, source.take(step), strict=True)] for step in indices]
   if row_length is None:
-    return packing.choose_plan(lengths, limit_length, plan.multiple, steps)
-  return packing.plan(lengths, row_length, plan.multiple, steps)
+    return packing.choose_plan(lengths, limit_length, plan.multiple, steps, compilation_steps)
+  return packing.plan(lengths, row_length, plan.multiple, steps, compilation_steps)
 
 
 def _longest(source: TripletSegments, indices: Sequence[int]) -> int:

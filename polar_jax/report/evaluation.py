@@ -176,7 +176,7 @@ def _truncated(name: str, found: Mapping[str, Any]) -> list[str]:
 def _drawn(name: str, found: Mapping[str, Any]) -> list[str]:
   if 'drawn_from' not in found:
     return []
-  return [f'{_name(name)} is a random part of its set: {found["items"]:,} of {found["drawn_from"]:,} items (`evaluate.items`).']
+  return [f'{_name(name)} is a random part of its set: {found["items"]:,} of {found["drawn_from"]:,} items (`evaluate.max_items`).']
 
 
 def _styles(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def is_requested(config: Config) -> bool:
     return True
   given = {'output': config.output} | {
     f'evaluate.{name}': getattr(config.evaluate, name)
-    for name in ('folder', 'scores', 'compare', 'training', 'near_duplicates', 'reference_file', 'embedding', 'language_model', 'items')
+    for name in ('folder', 'scores', 'compare', 'training', 'near_duplicates', 'reference_file', 'embedding', 'language_model', 'max_items')
   }
   useless = next((name for name, value in given.items() if value), None)
   if useless:
@@ -105,7 +105,7 @@ def run(context: Context) -> dict[str, Any]:
   if folder.exists() and not folder.is_dir():
     raise ConfigError(f'output {folder}: is a file; name a folder')
   whole = {one.name: one for one in read_sets(config, context.data / HELD_OUT)}
-  found = [_part(one, _drawn(one, config.evaluate.items)) for one in whole.values()]
+  found = [_part(one, _drawn(one, config.evaluate.max_items)) for one in whole.values()]
   _check_parts(config, [one.name for one in found])
   for one in found:
     _announce(context, one, len(whole[one.name].items))
@@ -122,7 +122,7 @@ def run(context: Context) -> dict[str, Any]:
   results = {}
   for part in scored:
     result = _measure(context, part) | _baselines(context, part, by_model) | _references(context, part)
-    if len(part.one.items) < len(whole[part.one.name].items) and config.evaluate.items:
+    if len(part.one.items) < len(whole[part.one.name].items) and config.evaluate.max_items:
       result['drawn_from'] = len(whole[part.one.name].items)
     result['duplicates'] = {'items': len(repeated[part.one.name]), 'of': repeated[part.one.name]}
     if others:
@@ -162,9 +162,9 @@ def check(config: Config) -> None:
 def _check_parts(config: Config, names: Sequence[str]) -> None:
   """Check the settings that draw items and choose sets, given the names of all sets."""
   recorded_files = [name for name in _listed(config.evaluate.compare) if name.endswith(readers.SUFFIXES)]
-  if config.evaluate.items and (config.evaluate.scores or recorded_files):
+  if config.evaluate.max_items and (config.evaluate.scores or recorded_files):
     of = config.evaluate.scores or recorded_files[0]
-    raise ConfigError(f'evaluate.items is set, but {of} has recorded rewards, which need no drawing; drop evaluate.items')
+    raise ConfigError(f'evaluate.max_items is set, but {of} has recorded rewards, which need no drawing; drop evaluate.max_items')
   unknown = [name for name in _listed(config.evaluate.arm_sets) if name not in names]
   if unknown:
     raise ConfigError(f'evaluate.arm_sets: there is no set {unknown[0]!r}; name some of: {", ".join(names)}')
@@ -227,7 +227,7 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _announce(context: Context, one: EvaluationSet, whole: int) -> None:
-  drawn = f' of {whole:,}, drawn at random (evaluate.items)' if len(one.items) < whole else ''
+  drawn = f' of {whole:,}, drawn at random (evaluate.max_items)' if len(one.items) < whole else ''
   context.log(f'{one.name}: {len(one.items):,} items{drawn}' + (f'; missing: {", ".join(one.missing)}' if one.missing else ''))
   if one.skipped:
     named = '; '.join(f'{where}: {reason}' for where, reason in one.skipped[:5])

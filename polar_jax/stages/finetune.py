@@ -17,11 +17,15 @@ def finetune(context: Context) -> dict[str, Any]:
 
   With `ablations` two more arms start from what pre-training started from: one without pre-training, and one that also never sees the
   reference, which makes it a classic reward model. With `equal_compute` another one without pre-training reads as many tokens as
-  pre-training and fine-tuning together, with the first seed alone. With `seeds` each of the other arms is trained so many times.
+  pre-training and fine-tuning together, with the first seed alone. With `seeds` each of the other arms is trained so many times. Arms
+  without pre-training have the learning rate `ablation_learning_rate`, if it is set.
   """
   config = context.config
   without_pretraining = dataclasses.replace(
-    config.finetune, start_from=config.pretrain.start_from, start_layers=config.pretrain.start_layers
+    config.finetune,
+    start_from=config.pretrain.start_from,
+    start_layers=config.pretrain.start_layers,
+    learning_rate=config.ablation_learning_rate or config.finetune.learning_rate,
   )
   runs: dict[str, Any] = {}
   for seed in range(config.seeds):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -142,11 +143,35 @@ def _held_out(files: Files, share: float, seed: int) -> set[str]:
   for row in files.answers:
     others.setdefault(row.of, set()).add(row.values['policy'])
   known = set().union(*several.values()) if several else set()
-  place = lambda name: hashlib.sha256(f'{seed}\0held out\0{name}'.encode('utf-8', 'surrogatepass')).digest()
+  place = functools.partial(_place, seed, 'held out')
   out: set[str] = set()
   for groups in (several.values(), [names - known for names in others.values()]):
     for names in groups:
       out.update(sorted(names, key=place)[: int(share * len(names))])
+  return out
+
+
+def _place(seed: int, purpose: str, name: str) -> bytes:
+  """Return what puts policies in an order that depends on nothing but the seed, the purpose and their names."""
+  return hashlib.sha256(f'{seed}\0{purpose}\0{name}'.encode('utf-8', 'surrogatepass')).digest()
+
+
+def _training_policies(files: Files, splits: Splits, most: int | None, seed: int) -> dict[str, set[str]]:
+  """Return, by set, the policies whose answers training triplets have: at most so many, those with several runs first.
+
+  The policies of a smaller number are among those of a larger one.
+  """
+  several: dict[str, set[str]] = {}
+  found: dict[str, set[str]] = {}
+  for row in files.triplets:
+    several.setdefault(row.of, set()).add(row.values['policy_a'])
+    found.setdefault(row.of, set()).update((row.values['policy_a'], row.values['policy_b']))
+  for row in files.answers:
+    found.setdefault(row.of, set()).add(row.values['policy'])
+  out = {}
+  for of, names in found.items():
+    order = sorted((name not in several.get(of, ()), _place(seed, 'training', name), name) for name in names - splits.held_out)
+    out[of] = {name for *_, name in order[:most]}
   return out
 
 
@@ -218,13 +243,16 @@ def triplets(files: Files, splits: Splits, config: SynthesizeConfig, seed: int) 
   """
   facts = {name: pairing.PolicyFacts(1.0, held_out=name in splits.held_out) for name in policies(files)}
   pairer = pairing.Pairer(facts, pairing.PairingRules(config.pairs_per_prompt, 0.0, seed, config.negatives))
+  read = _training_policies(files, splits, config.train_policies, seed)
   out: dict[str, list[Triplet]] = {}
   for (of, name), (prompt, samples) in _answers(files).items():
     split = splits.of(prompt)
     if split is None:
       continue
-    if split == 'train' and config.triplet_words is not None:
-      samples = {policy: _beginnings(texts, config.triplet_words) for policy, texts in samples.items()}
+    if split == 'train':
+      samples = {policy: texts for policy, texts in samples.items() if policy in read[of]}
+      if config.triplet_words is not None:
+        samples = {policy: _beginnings(texts, config.triplet_words) for policy, texts in samples.items()}
     candidates = [pairing.Candidate(policy, i, text) for policy, texts in samples.items() for i, text in enumerate(texts)]
     made = pairer.pair(PoolPrompt(f'{of}/{name}', prompt, INSTRUCTION, of, 0, split), candidates)
     for of_split, triples in made.triples.items():

@@ -27,7 +27,7 @@ from polar_jax.types import Triplet, UserError
 CARD, HELD_OUT = 'files.json', 'held_out'  # the folder is read by stage evaluate
 _FORMAT = 1  # to be raised when the same files and settings give other data
 _SIZES = ('train_examples', 'evaluation_examples', 'preference_examples', 'preference_evaluation_examples')
-_DRAWING = ('pairs_per_prompt', 'negatives', 'triplet_words', 'correctness_pairs', 'best_of')
+_DRAWING = ('pairs_per_prompt', 'negatives', 'triplet_words', 'train_policies', 'correctness_pairs', 'best_of')
 _SETTINGS = (*_DRAWING, 'validation_share', 'unseen_share', 'held_out_policies', 'exclude_near', *_SIZES)
 _TRIPLETS = 'Triplets of answers of language models: reference and chosen are of one policy, rejected is of another.'
 _PREFERENCES = 'Ranked answers of language models, with a reference.'

@@ -173,6 +173,17 @@ def test_a_compilation_costs_as_much_as_fifty_steps():
   assert [packing.plan(sample, 20, 1, steps).rows for steps in (106, 107, 108)] == [6, 4, 4]
 
 
+def test_cheap_compilations_give_rows_that_vary():
+  sample = [[10] * 8] * 15 + [[10] * 12]  # as above: now 4.125 a step and 2 (4 + 6), or 6 a step and 2 x 6
+  assert [packing.plan(sample, 20, 1, steps, 2.0).rows for steps in (4, 5)] == [6, 4]
+  lengths = [[400] * count for count in (8, 9, 11, 7, 8)]
+  plans = [packing.choose_plan(lengths, 500, 1, 20, cost) for cost in (50.0, 2.0)]
+  padding = [
+    sum(plan.row_length * plan.rows_for(len(packing.first_fit(step, plan.row_length, len(step)))) for step in lengths) for plan in plans
+  ]
+  assert padding[1] < 0.9 * padding[0]
+
+
 @pytest.mark.parametrize(('rows', 'needed', 'expected'), [(32, 33, 34), (13, 15, 15), (16, 17, 17), (31, 33, 33)])
 def test_rows_beyond_the_plan_come_in_sixteenths(rows, needed, expected):
   assert packing.PackPlan(128, rows, 4, 1).rows_for(needed) == expected
@@ -181,7 +192,7 @@ def test_rows_beyond_the_plan_come_in_sixteenths(rows, needed, expected):
 def test_sixteen_row_lengths_up_to_eight_mean_lengths_are_tried(monkeypatch):
   tried = []
 
-  def cheapest(sample, row_length, multiple, steps):
+  def cheapest(sample, row_length, multiple, steps, compilation_steps):
     tried.append(row_length)
     return 1.0, packing.PackPlan(row_length, 1, 1, multiple)
 

@@ -131,8 +131,8 @@ def test_a_model_on_own_files(tmp_path, world):
 @pytest.mark.usefixtures('root')
 def test_a_part_of_a_set_is_drawn_by_its_name(tmp_path, world, capsys):
   settings = {'checkpoint': str(world / 'reward'), 'input': ','.join(str(world / name) for name in FILES)}
-  some, every = [run(tmp_path / str(items), world, **settings, **{'evaluate.items': items}) for items in (3, 8)]
-  assert 'pairs: 3 items of 8, drawn at random (evaluate.items)' in capsys.readouterr().out
+  some, every = [run(tmp_path / str(items), world, **settings, **{'evaluate.max_items': items}) for items in (3, 8)]
+  assert 'pairs: 3 items of 8, drawn at random (evaluate.max_items)' in capsys.readouterr().out
   assert [found['items'] for found in some[1].values()] == [3, 2] and [found['items'] for found in every[1].values()] == [8, 2]
   assert [found.get('drawn_from') for found in (*some[1].values(), *every[1].values())] == [8, None, None, None]
   of_all = {(line['set'], line['id']): line['rewards'] for line in every[2]}
@@ -322,8 +322,8 @@ def test_the_categories_of_the_paper(tmp_path, world):
     ({'evaluate.compare': 'IN/reward,IN/./reward'}, 'evaluate.compare: two systems would be named .*reward'),
     ({'evaluate.language_model': 'IN/reward'}, 'evaluate.language_model .*: is not a language model, but a model with the head .reward.'),
     ({'evaluate.embedding': 'IN'}, "evaluate.embedding needs sentence-transformers; install it with: pip install 'polar_jax.embedding.'"),
-    ({'evaluate.items': 2, 'evaluate.compare': 'IN/other.jsonl'}, 'evaluate.items is set, but .*other.jsonl has recorded rewards'),
-    ({'evaluate.items': 2, 'evaluate.scores': 'IN/other.jsonl'}, 'evaluate.items is set, but .*other.jsonl has recorded rewards'),
+    ({'evaluate.max_items': 2, 'evaluate.compare': 'IN/other.jsonl'}, 'evaluate.max_items is set, but .*other.jsonl has recorded rewards'),
+    ({'evaluate.max_items': 2, 'evaluate.scores': 'IN/other.jsonl'}, 'evaluate.max_items is set, but .*other.jsonl has recorded rewards'),
     ({'evaluate.arm_sets': 'pairs,other'}, "evaluate.arm_sets: there is no set 'other'; name some of: pairs"),
     ({'evaluate.references': 'true,other'}, "evaluate.references: 'other' is unknown; name some of: true, none"),
     ({'evaluate.references': ' , '}, 'evaluate.references: is empty'),

@@ -301,5 +301,23 @@ def test_answers_are_cut_to_their_first_words_before_triplets_for_training_are_d
   assert all(text.endswith('cut off') for text in texts['validation'])
 
 
+def test_training_triplets_have_as_many_policies_as_are_asked_for_and_other_splits_all(given, tmp_path):
+  read = {}
+  for count in (2, 3, 7, None):
+    config = dataclasses.replace(CONFIG, files=','.join(map(str, given)), train_policies=count)
+    stage.synthesize(config, 3, tmp_path / str(count), lambda line: None)
+    triplets = list(open_triplets(tmp_path / str(count) / 'data' / 'triplets', 'train'))
+    names = {(t.category, t.metadata[name]) for t in triplets for name in ('reference_policy', 'rejected_policy')}
+    read[count] = {policy for of, policy in names if of == 'triplets'}
+  _, splits = splits_of(given)
+  assert [len(read[count]) for count in (2, 3, 7)] == [2, 3, 7] and not read[None] & splits.held_out
+  assert read[2] < read[3] < read[7] < read[None]
+  assert read[3] < set(SEVERAL) and set(SEVERAL) - splits.held_out < read[7]  # those with several answers first
+  held_out = [[path.read_bytes() for path in sorted((tmp_path / str(count) / 'data' / 'held_out').iterdir())] for count in (2, 7, None)]
+  assert held_out[0] == held_out[1] == held_out[2]
+  texts = [[t.chosen for t in open_triplets(tmp_path / str(count) / 'data' / 'triplets', 'validation')] for count in (2, None)]
+  assert texts[0] == texts[1]
+
+
 def test_beginnings_keep_white_space_and_drop_what_has_no_word():
   assert files_lib._beginnings([' a  b\n\nc d', ' a  b\n\nc', '  ', 'x'], 3) == [' a  b\n\nc', 'x']
