@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from polar_jax.config import ConfigError, parse
-from polar_jax.config.parsing import check_name
+from polar_jax.config.parsing import check_name, may_be_none
 from polar_jax.config.reference import help_text
 from polar_jax.config.renamed import present_names
 from polar_jax.config.stages import check_overrides
@@ -25,13 +26,16 @@ from polar_jax.types import UserError, one_line
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config file>.')
 _HELP = ('--help', '-help', '-h', '-?')
+_SETTING = re.compile(r'--?config\.([^=\s]+)=(.*)', re.DOTALL)
+_cleared: dict[str, None] = {}  # options that the command line sets to None
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """Parse flags as absl does, but print one line instead of a traceback for a bad command line or config file."""
   _print_help(argv[1:])
+  argv = _take_none(argv)
   try:
-    rest = flags.FLAGS(list(argv))
+    rest = flags.FLAGS(argv)
     if not flags.FLAGS['config'].present:
       _fail('--config=FILE is required, for example --config=configs/tiny.py; --help lists all settings')
     getattr(_CONFIG.value, 'keys', None)  # config_flags defers the error of an unreadable file until its config is used
@@ -45,6 +49,27 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   if len(rest) > 1:
     _fail(f'unexpected argument {rest[1]!r}; settings are given as --config.section.name=value')
   return rest
+
+
+def _take_none(argv: Sequence[str]) -> list[str]:
+  """Note the options that are set to None, and return the other arguments.
+
+  absl's parsers of numbers refuse the word, and take it for a text where the option is one.
+  """
+  _cleared.clear()
+  last = {found[1]: found[2] for argument in argv if (found := _SETTING.fullmatch(argument))}
+  _cleared.update(dict.fromkeys(name for name, value in last.items() if value == 'None' and may_be_none(name)))
+  is_left_out = lambda found: found and (found[1] in _cleared or (found[2] == 'None' and may_be_none(found[1])))
+  return [argument for argument in argv if not is_left_out(_SETTING.fullmatch(argument))]
+
+
+def _clear(config: ConfigDict, names: Iterable[str]) -> None:
+  """Set options to None, whatever type their values have."""
+  for name in names:
+    *sections, last = name.split('.')
+    section = functools.reduce(getattr, sections, config)
+    with section.ignore_type():
+      section[last] = None
 
 
 def _print_help(arguments: Sequence[str]) -> None:
@@ -146,8 +171,9 @@ def main(_: Sequence[str]) -> int:
     The exit status: 0 if done, or saved after SIGTERM; 1 after an error that a message explains; 2 for bad settings.
   """
   try:
+    _clear(_CONFIG.value, _cleared)
     config = parse(_CONFIG.value)
-    check_overrides(config, config_flags.get_override_values(flags.FLAGS['config']))
+    check_overrides(config, config_flags.get_override_values(flags.FLAGS['config']) | _cleared)
   except ConfigError as error:
     _fail(str(error))
   workdir = pathlib.Path(_WORKDIR.value or f'runs/{pathlib.Path(_config_file()).stem}')

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -72,7 +73,10 @@ def test_config_is_required(command):
     (['--config=absent.py'], 'absent.py'),
     (['--config=absent.py', '--config.stage=all'], 'absent.py'),
     (['--config=good.py', '--config.pretrain.stepz=5'], 'unknown setting pretrain.stepz; pretrain has: b1'),
-    (['--config=good.py', '--config.pretrain.steps=5', '--config.trian.steps=5'], 'unknown setting trian; the config has: ablations'),
+    (
+      ['--config=good.py', '--config.pretrain.steps=5', '--config.trian.steps=5'],
+      'unknown setting trian; the config has: ablation_learning_rate, ablations',
+    ),
     (['--config=good.py', '--config.train.steps=5'], 'unknown setting train.steps; it is called pretrain.steps now'),
     (['--config=good.py', '--config.rft.lam=0.9'], 'unknown setting rft.lam; it is called rft.gae_lambda now'),
     (['--config=good.py', '--config.pretrain.start_from=lm'], "pretrain.start_from is 'lm'; that stage is called 'pretrain_lm' now"),
@@ -100,6 +104,32 @@ def test_bad_command_line_is_one_line(command, arguments, expected):
 def test_bad_config_file_is_one_line(command, tmp_path, content, expected):
   (tmp_path / 'bad.py').write_text(content)
   assert expected in one_line(command('--config=bad.py'))
+
+
+def test_what_a_config_file_sets_can_be_none_on_the_command_line(command, tmp_path):
+  lines = ["checkpoint = 'a'", 'finetune.evaluate_every = 7', 'finetune.steps = 9', "data.preferences = 'b'", 'ablations = True']
+  (tmp_path / 'set.py').write_text(GOOD.replace('return config', ''.join(f'config.{line}\n  ' for line in lines) + 'return config'))
+  given = ['data.preferences=None', 'finetune.evaluate_every=None', 'finetune.clip_norm=None', 'seeds=2']
+  order = ['finetune.steps=None', 'finetune.steps=5', 'ablation_learning_rate=0.1', 'ablation_learning_rate=None']  # the last one counts
+  options = [f'--config.{setting}' for setting in given + order]
+  message = one_line(command('--config=set.py', '--config.stage=finetune', '--workdir=run', *options), status=1)
+  found = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert (found['checkpoint'], found['ablations'], found['seeds']) == ('a', True, 2)
+  assert found['data']['preferences'] is None and 'preferences' in message  # the workdir has none
+  assert (found['finetune']['evaluate_every'], found['finetune']['clip_norm'], found['finetune']['steps']) == (None, None, 5)
+  assert found['ablation_learning_rate'] is None
+
+
+@pytest.mark.parametrize(
+  ('setting', 'expected'),
+  [
+    ('seeds=None', '--config.seeds=None'),  # it has no None
+    ('pretrain.stepz=None', 'unknown setting pretrain.stepz; pretrain has: b1'),
+    ('sweep.ray_address=None', 'sweep.ray_address is set, but stage fit does not read section sweep'),
+  ],
+)
+def test_none_is_refused_where_it_means_nothing(command, setting, expected):
+  assert expected in one_line(command('--config=good.py', '--config.stage=fit', f'--config.{setting}'))
 
 
 @pytest.mark.long

@@ -68,6 +68,18 @@ def check_name(name: str) -> None:
     section = getattr(section, part)
 
 
+def may_be_none(name: str) -> bool:
+  """Return whether a dotted name is that of an option of which None is a value."""
+  section: Any = Config()
+  *parts, last = name.split('.')
+  for part in parts:
+    section = getattr(section, part, None)
+  if not dataclasses.is_dataclass(section):
+    return False
+  hint = typing.get_type_hints(type(section)).get(last)
+  return hint is not None and plain_type(hint)[1]
+
+
 def plain_type(hint: Any) -> tuple[type, bool]:
   """Return (type, whether None is allowed) for an annotation such as `int` or `int | None`."""
   args = [a for a in typing.get_args(hint) if a is not types.NoneType]

@@ -72,6 +72,7 @@ def config_of(folder, **changes):
   config.tokenizer.kind = 'checkpoint'
   config.pretrain.update({'start_from': str(folder / 'lm'), 'start_layers': 1, 'batch_size': 4, 'steps': 3, 'learning_rate': 1e-2})
   config.finetune.update({'start_from': 'pretrain', 'batch_size': 4, 'steps': 2, 'learning_rate': 1e-2})
+  config.ablation_learning_rate = 2e-2
   config.evaluate.bootstrap = 200
   config.ablations, config.equal_compute, config.seeds = True, True, 2
   for name, value in changes.items():
@@ -106,6 +107,18 @@ def test_every_arm_and_seed_is_a_run_and_all_are_in_one_table(workdir):
   assert list(of_set) == ARMS == list(sections.ARMS) and [len(of_set[arm].get('by_seed', [0])) for arm in ARMS] == [2, 2, 2, 1, 1]
   report = (workdir / 'report.md').read_text()
   assert '### Arms' in report and 'finetuned_at_equal_compute' in report and 'Means over up to 2 seeds' in report
+
+
+@pytest.mark.long
+def test_arms_without_pretraining_have_a_rate_of_their_own(workdir):
+  def rates(run):
+    records = map(json.loads, (workdir / run / 'metrics.jsonl').read_text().splitlines())
+    return [record['learning_rate'] for record in records if 'loss' in record]
+
+  main = np.array(rates('finetune'))
+  assert len(main) and max(main) > 0 and rates('finetune_seed_1') == main.tolist()
+  assert np.allclose(rates('finetune_only'), 2 * main) and np.allclose(rates('finetune_no_reference_seed_1'), 2 * main)
+  assert max(rates('finetune_equal_compute')) == pytest.approx(2e-2, rel=0.1) and max(rates('pretrain')) < 1.1e-2
 
 
 @pytest.mark.long
