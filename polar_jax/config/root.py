@@ -46,7 +46,8 @@ class Config:
   study: StudyConfig = section(StudyConfig())
   ablations: bool = option(
     False,
-    'Also fine-tune without pre-training and without the reference (Table 7 of the paper); rft: also with the rule as the only reward.',
+    'Also fine-tune without pre-training and without the reference (Table 7 of the paper); rft: also with the rule as the only reward, '
+    'and on the references.',
   )
   equal_compute: bool = option(
     False, 'Also fine-tune without pre-training on as many tokens as pre-training and fine-tuning read together.'

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from polar_jax.report import markdown, rft_plots, surveyed
+from polar_jax.report import markdown, rft_plots, rft_study, surveyed
 from polar_jax.report.plots import Records
 
 _SIGNS = {
@@ -26,6 +27,9 @@ _SIGNS = {
   'clip_fraction': 'clip fraction',
   'explained_variance': 'explained variance',
 }
+_MODEL = 'model'  # the arm of the reward model
+_MEASURED = {'rule': 'share that the rule marks correct', 'model': 'score of the reward model'}
+_SEED = re.compile(r'_?seed_\d+$')
 _FAR = 2.0  # beyond this factor between lengths, a regression within a batch cannot be extrapolated
 _EMPTY = 0.05  # share of responses
 
@@ -41,7 +45,8 @@ def runs(results: Mapping[str, Any]) -> list[str]:
   given = {name: run for name, run in results.get('runs', {}).items() if run}
   if not given:
     return []
-  out = ['### Runs', 'Training metrics are means over the last steps. Each column is a single run.', *_scalars(given), *_held_out(given)]
+  out = _over_seeds(given)
+  out += ['### Runs', 'Training metrics are means over the last steps. Each column is a single run.', *_scalars(given), *_held_out(given)]
   out += surveyed.section({f'{name}, {split}': found for name, run in given.items() for split, found in run.get('examples', {}).items()})
   lines = []
   for name, run in given.items():
@@ -49,6 +54,54 @@ def runs(results: Mapping[str, Any]) -> list[str]:
   for name, run in given.items():
     lines += _alarms(markdown.escape(name), run)
   return [*out, markdown.bullets(lines)] if lines else out
+
+
+def _over_seeds(given: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Return the table of what runs that differ in their seeds measured on held-out prompts, and how their arms compare."""
+  seeds: dict[str, list[Mapping[str, Any]]] = {}
+  for name, run in given.items():
+    seeds.setdefault(_SEED.sub('', name) or 'all', []).append(run)
+  if max(map(len, seeds.values())) < 2:
+    return []
+  measured: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+  for arm, of_seeds in seeds.items():
+    both = [(run.get('evaluation_before', {}), run.get('evaluation_after', {})) for run in of_seeds]
+    keys = [key for key in ('rule', 'model') if all(key in before and key in after for before, after in both)]
+    measured[arm] = {key: ([before[key] for before, _ in both], [after[key] for _, after in both]) for key in keys}
+  body = [
+    [markdown.escape(arm), _MEASURED[key], *map(markdown.spread, values), markdown.spread(_minus(values[1], values[0]), '+')]
+    for arm, of_arm in measured.items()
+    for key, values in of_arm.items()
+  ]
+  if not body:
+    return []
+  lines = []
+  for arm, of_arm in measured.items():
+    key = next(iter(of_arm), None)
+    if key is not None:
+      lines.append(rft_study.moved(f'{markdown.escape(arm)}: the {_MEASURED[key]}', '', _minus(*reversed(of_arm[key])), 1))
+  lines += _against(measured)
+  note = 'Means over seeds; brackets hold the lowest and the highest seed and are not confidence intervals. Greedy responses.'
+  return ['### Held-out prompts, by arm', note, markdown.table(['', '', 'before', 'after', 'change'], body), markdown.bullets(lines)]
+
+
+def _against(measured: Mapping[str, Mapping[str, tuple[list[float], list[float]]]]) -> list[str]:
+  """Return sentences on how the arm of the reward model ends, compared with the others by the rule; seeds are paired."""
+  main = measured.get(_MODEL, {}).get('rule')
+  out = []
+  for arm, values in measured.items():
+    if main and arm != _MODEL and 'rule' in values and len(values['rule'][1]) == len(main[1]):
+      differences = _minus(main[1], values['rule'][1])
+      higher = sum(difference > 0 for difference in differences)
+      out.append(
+        f'By the rule, {_MODEL} ends above {markdown.escape(arm)} in {higher} of {len(differences)} seeds: '
+        f'{rft_study.mean(differences)} on average.'
+      )
+  return out
+
+
+def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
+  return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def signs_of_hacking(records: Mapping[str, Records], figures: Mapping[str, str], *, of_other: str) -> list[str]:

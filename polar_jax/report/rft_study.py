@@ -110,10 +110,10 @@ def moved(what: str, unit: str, changes: Sequence[float], wanted: int) -> str:
     wanted: 1 if the metric should rise, -1 if it should fall.
   """
   verb, plain = ('rose', 'rise') if wanted > 0 else ('fell', 'fall')
-  good, n, mean = sum(wanted * change > 0 for change in changes), len(changes), f'{_mean(changes)}{unit}'
-  by_seed = f'by seed {min(changes):+.3g} to {max(changes):+.3g}, mean {mean}'
+  good, n, average = sum(wanted * change > 0 for change in changes), len(changes), f'{mean(changes)}{unit}'
+  by_seed = f'by seed {min(changes):+.3g} to {max(changes):+.3g}, mean {average}'
   if n == 1:
-    return f'{what} {verb} in the one run ({mean}); nothing is known of other seeds.' if good else f'{what} did NOT {plain} ({mean}).'
+    return f'{what} {verb} in the one run ({average}); nothing is known of other seeds.' if good else f'{what} did NOT {plain} ({average}).'
   if good == n:
     return f'{what} {verb} for each of {n} seeds ({by_seed}).'
   return f'{what} {verb} for only {good} of {n} seeds ({by_seed}).' if good else f'{what} did NOT {plain} for any of {n} seeds ({by_seed}).'
@@ -127,8 +127,8 @@ def below(what: str, other: str, differences: Sequence[float]) -> str:
     other: the other policy.
     differences: PPO minus the other policy, one number per seed.
   """
-  good, n, mean = sum(d < 0 for d in differences), len(differences), _mean(differences)
-  by_seed = f'difference {mean}' if n == 1 else f'difference by seed {min(differences):+.3g} to {max(differences):+.3g}, mean {mean}'
+  good, n, average = sum(d < 0 for d in differences), len(differences), mean(differences)
+  by_seed = f'difference {average}' if n == 1 else f'difference by seed {min(differences):+.3g} to {max(differences):+.3g}, mean {average}'
   if n == 1:
     return f'{what} is {"" if good else "NOT "}below that of `{other}` in the one run ({by_seed}).'
   if good == n:
@@ -138,15 +138,15 @@ def below(what: str, other: str, differences: Sequence[float]) -> str:
   return f'{what} is NOT below that of `{other}` for any of {n} seeds ({by_seed}).'
 
 
-def _mean(values: Sequence[float]) -> str:
+def mean(values: Sequence[float]) -> str:
   """Return the mean over seeds, of three or more with its 95% interval by Student's t."""
-  mean, n = float(np.mean(values)), len(values)
+  center, n = float(np.mean(values)), len(values)
   if n < _FOR_AN_INTERVAL:
-    return f'{mean:+.3g}'
+    return f'{center:+.3g}'
   from scipy import special  # not at the top: a report without a study needs no scipy
 
   reach = float(special.stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
-  return f'{mean:+.3g} [{mean - reach:+.3g}, {mean + reach:+.3g}]'
+  return f'{center:+.3g} [{center - reach:+.3g}, {center + reach:+.3g}]'
 
 
 def _warnings(before: Values, after: Values, changes: Values) -> list[str]:

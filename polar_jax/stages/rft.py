@@ -18,6 +18,7 @@ from polar_jax.ppo.rewards.http import HttpReward
 from polar_jax.ppo.rewards.python import PythonReward, load_function
 from polar_jax.ppo.rewards.sources import ModelReward, RewardSource, RewardSum, RuleReward
 from polar_jax.runtime.paths import path_of
+from polar_jax.stages import arms
 from polar_jax.stages.context import Context
 from polar_jax.types import Prompt
 
@@ -37,26 +38,42 @@ def check(config: Config) -> None:
 def rft(context: Context) -> dict[str, Any]:
   """Tune `rft.policy` on `data.prompts`, or on the prompts of the synthesize stage. Returns the section `rft` of the report.
 
-  With `ablations` and a rule, the policy is tuned a second time with the rule as its only reward.
+  With `ablations` the policy is also tuned on the references themselves, and with the rule as its only reward, if there is one; with
+  `study.seeds` each of them so many times.
 
   Raises:
     UserError: a setting, a file or an example cannot be used.
   """
-  config = context.config
-  check(config)
-  runs = {RFT: config.rft}
-  if config.ablations and config.rft.reward.rule:
-    rule_alone = dataclasses.replace(config.rft.reward, model_weight=0.0, rule_weight=1.0)
-    runs = {f'{RFT}/rule': dataclasses.replace(config.rft, reward=rule_alone), f'{RFT}/model': config.rft}
-  return {'rft': {'runs': {name.removeprefix(f'{RFT}/'): tune(context, name, options) for name, options in runs.items()}}}
+  check(context.config)
+  runs = runs_of(context.config)
+  return {'rft': {'runs': {name.removeprefix(f'{RFT}/'): tune(context, name, *of_run) for name, of_run in runs.items()}}}
 
 
-def tune(context: Context, name: str, options: RftConfig) -> dict[str, Any]:
-  """Tune the policy that `options` names in the run `name`. Returns its summary."""
+def runs_of(config: Config) -> dict[str, tuple[RftConfig, int]]:
+  """Return the runs of the stage in their order: name -> (options, number of the seed)."""
+  options, seeds = config.rft, config.study.seeds
+  if config.ablations and options.method == 'ppo':
+    several = {'supervised': _supervised(options), 'model': options}  # the shorter one first: it fails sooner
+    if options.reward.rule:
+      rule_alone = dataclasses.replace(options.reward, model_weight=0.0, rule_weight=1.0)
+      several['rule'] = dataclasses.replace(options, reward=rule_alone)
+    return {arms.seed_run(f'{RFT}/{name}', seed): (of_arm, seed) for seed in range(seeds) for name, of_arm in several.items()}
+  return {f'{RFT}/seed_{seed}': (options, seed) for seed in range(seeds)} if seeds > 1 else {RFT: (options, 0)}
+
+
+def _supervised(options: RftConfig) -> RftConfig:
+  """Return the options of as many updates that imitate the references, each of which a step reads once."""
+  each = options.mini_batch_size and max(options.mini_batch_size // options.num_generations, 1)
+  return dataclasses.replace(options, method='sft', num_generations=1, mini_batch_size=each)
+
+
+def tune(context: Context, name: str, options: RftConfig, seed: int = 0) -> dict[str, Any]:
+  """Tune the policy that `options` names in the run `name`, with a seed counted from that of the config. Returns its summary."""
   policy = policy_lib.check_policy(open_pretrained(context.checkpoint(options.policy)), 'rft.policy')
   prompts, held_out = read_prompts(context, 'train'), read_prompts(context, 'validation')
   reward = open_reward(context, options, prompts)
   arguments = context.run_arguments(name)
+  arguments['settings'] = dataclasses.replace(arguments['settings'], seed=context.config.seed + seed)
   result = api.train_policy(policy, prompts, reward, args=options, held_out=held_out or None, model=context.config.model, **arguments)
   return result.summary
 

@@ -33,6 +33,7 @@ from polar_jax.config import (
   RewardConfig,
   RftConfig,
   RolloutConfig,
+  StudyConfig,
   TemplateConfig,
   TokenizerConfig,
   TrainConfig,
@@ -506,3 +507,15 @@ def test_alarms_stop_a_run(world):
   made = context(world, 'alarm', log, alarms=alarms)
   summary = stage.rft(made)['rft']['runs']['rft']
   assert summary['steps'] < STEPS and summary['alarms'] and any('step 1:' in line for line in log)
+
+
+@pytest.mark.long
+def test_arms_and_seeds_are_tuned_one_after_the_other(world):
+  made = context(world, 'arms', steps=2)
+  made = dataclasses.replace(made, config=dataclasses.replace(made.config, ablations=True, study=StudyConfig(seeds=2)))
+  runs = stage.rft(made)['rft']['runs']
+  assert list(runs) == ['supervised', 'model', 'rule', 'supervised_seed_1', 'model_seed_1', 'rule_seed_1']
+  assert all('rule' in run['evaluation_after'] and 'model' in run['evaluation_after'] for name, run in runs.items() if 'rule' not in name)
+  assert runs['supervised']['nll'] > 0 and runs['supervised']['responses'] == 8 and runs['model']['responses'] == 16
+  first = [next(r for r in records_of(made.workdir / 'rft' / name) if 'nll' in r)['nll'] for name in ('supervised', 'supervised_seed_1')]
+  assert first[0] != first[1]  # of the first prompts, whose order is that of the seed

@@ -174,6 +174,24 @@ def test_runs_show_held_out_prompts_alarms_and_hacking(tmp_path, undrawn):
   assert 'did NOT rise: 10.0% to 10.0% (+0.0 points).' in text and 'but the rule did NOT: a sign of reward hacking.' in text
 
 
+def test_arms_with_seeds_are_compared_on_held_out_prompts(tmp_path, undrawn):
+  run = lambda before, after: {'evaluation_before': {'rule': before, 'model': -1.0}, 'evaluation_after': {'rule': after, 'model': 0.0}}
+  after = {'model': (0.4, 0.5, 0.3), 'rule': (0.3, 0.2, 0.3), 'supervised': (0.1, 0.6, 0.2)}
+  runs = {f'{arm}_seed_{i}' if i else arm: run((0.1, 0.2, 0.3)[i], value) for arm, of in after.items() for i, value in enumerate(of)}
+  text = written(tmp_path, {'rft': {'runs': runs}})
+  assert '| model | share that the rule marks correct | 0.200 [0.100, 0.300] | 0.400 [0.300, 0.500] | +0.200 [+0.000, +0.300] |' in text
+  assert '- model: the share that the rule marks correct rose for only 2 of 3 seeds' in text
+  assert '- By the rule, model ends above rule in 2 of 3 seeds: +0.133 [' in text
+  assert '- By the rule, model ends above supervised in 2 of 3 seeds: +0.1 [' in text
+  assert 'Held-out prompts, by arm' not in written(tmp_path / 'one', {'rft': {'runs': arms()}})
+
+
+def test_seeds_without_arms_are_one_line(tmp_path, undrawn):
+  run = {'evaluation_before': {'rule': 0.1}, 'evaluation_after': {'rule': 0.2}}
+  text = written(tmp_path, {'rft': {'runs': {'seed_0': run, 'seed_1': run}}})
+  assert '| all | share that the rule marks correct | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200] | +0.100 [+0.100, +0.100] |' in text
+
+
 def test_gap_and_gains_are_read_from_the_metrics(tmp_path, undrawn):
   write(tmp_path / 'a' / 'rft', metric_records(20, gap=1.5))
   text = written(tmp_path / 'a', {})
