@@ -26,7 +26,7 @@ from polar_jax.types import UserError, one_line
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, for example configs/tiny.py.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written and resumed from; default: runs/<name of the config file>.')
 _HELP = ('--help', '-help', '-h', '-?')
-_SETTING = re.compile(r'--?config\.([^=\s]+)=(.*)', re.DOTALL)
+_SETTING = re.compile(r'--?config\.([^=\s]+)(?:=(.*))?', re.DOTALL)
 _cleared: dict[str, None] = {}  # options that the command line sets to None
 
 
@@ -56,11 +56,15 @@ def _take_none(argv: Sequence[str]) -> list[str]:
 
   absl's parsers of numbers refuse the word, and take it for a text where the option is one.
   """
+  arguments = list(argv)
+  for i in reversed(range(1, len(arguments))):  # a name and its value may be two arguments
+    if arguments[i] == 'None' and _SETTING.fullmatch(arguments[i - 1]) and '=' not in arguments[i - 1]:
+      arguments[i - 1 : i + 1] = [f'{arguments[i - 1]}=None']
+  last = {found[1]: found[2] for argument in arguments if (found := _SETTING.fullmatch(argument))}
   _cleared.clear()
-  last = {found[1]: found[2] for argument in argv if (found := _SETTING.fullmatch(argument))}
   _cleared.update(dict.fromkeys(name for name, value in last.items() if value == 'None' and may_be_none(name)))
-  is_left_out = lambda found: found and (found[1] in _cleared or (found[2] == 'None' and may_be_none(found[1])))
-  return [argument for argument in argv if not is_left_out(_SETTING.fullmatch(argument))]
+  is_none = lambda found: found is not None and found[2] == 'None' and may_be_none(found[1])
+  return [argument for argument in arguments if not is_none(_SETTING.fullmatch(argument))]
 
 
 def _clear(config: ConfigDict, names: Iterable[str]) -> None:

@@ -111,13 +111,13 @@ def test_what_a_config_file_sets_can_be_none_on_the_command_line(command, tmp_pa
   (tmp_path / 'set.py').write_text(GOOD.replace('return config', ''.join(f'config.{line}\n  ' for line in lines) + 'return config'))
   given = ['data.preferences=None', 'finetune.evaluate_every=None', 'finetune.clip_norm=None', 'seeds=2']
   order = ['finetune.steps=None', 'finetune.steps=5', 'ablation_learning_rate=0.1', 'ablation_learning_rate=None']  # the last one counts
-  options = [f'--config.{setting}' for setting in given + order]
+  options = [*(f'--config.{setting}' for setting in given + order), '--config.checkpointing.folder', 'None']
   message = one_line(command('--config=set.py', '--config.stage=finetune', '--workdir=run', *options), status=1)
   found = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert (found['checkpoint'], found['ablations'], found['seeds']) == ('a', True, 2)
   assert found['data']['preferences'] is None and 'preferences' in message  # the workdir has none
   assert (found['finetune']['evaluate_every'], found['finetune']['clip_norm'], found['finetune']['steps']) == (None, None, 5)
-  assert found['ablation_learning_rate'] is None
+  assert found['ablation_learning_rate'] is None and found['checkpointing']['folder'] is None
 
 
 @pytest.mark.parametrize(
