@@ -16,6 +16,7 @@ _CAPTIONS = {
 }
 _DRAWN, _MOST = ('right', 'wrong', 'shuffled'), 4  # references of best-of-n in the figure
 _LONGEST = 40  # characters of a name
+_TOGETHER = 5  # sets in one panel, beyond which their lines cannot be told apart
 
 
 def section(evaluation: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:
@@ -72,11 +73,14 @@ def draw(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _calibration(sets: Mapping[str, Any]) -> dict[str, Any]:
+  """Return the lines of all sets in one panel, or in one of its own for each if there are many."""
   lines = {}
   for name, found in sets.items():
     bins = found['calibration']['bins']
     lines[_name(name)] = {'x': [100 * b['confidence'] for b in bins], 'y': [b['accuracy'] for b in bins]}
   perfect = {'x': [50, 100], 'y': [0.5, 1.0]}
+  if len(lines) > _TOGETHER:
+    return {name: {'perfect': perfect, 'model': line} for name, line in lines.items()}
   return {'calibration': {'perfect': perfect, **lines}}
 
 

@@ -49,7 +49,7 @@ def section(findings: list[Finding], figures: Mapping[str, str]) -> list[str]:
 def figure(findings: list[Finding]) -> Figure:
   """Draw a panel for each finding."""
   with plots.style():
-    drawn = plots.new_figure(3.3 * len(findings), 2.6)
+    drawn = plots.new_figure(max(3.3 * len(findings), 4.8), 2.6)
     for axes, finding in zip(drawn.subplots(1, len(findings), squeeze=False).flat, findings, strict=True):
       finding.draw(axes)
   return drawn
@@ -95,7 +95,7 @@ def _pretraining_by_set(sets: Mapping[str, Any]) -> Finding | None:
       bars = [[difference - low], [high - difference]]
       axes.errorbar([difference], [i], xerr=bars, fmt='o', markersize=3, capsize=2, color=_COLORS[bool(margin['low'] > 0)])
     axes.axvline(0, color='black', linestyle=':', linewidth=1)
-    axes.set(yticks=range(n), xlabel='points', title='with minus without pre-training')
+    axes.set(yticks=range(n), xlabel='points', title='gain by pre-training')
     axes.set_yticklabels(list(margins), fontsize=6)
 
   return Finding(text, draw)

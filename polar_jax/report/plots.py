@@ -107,14 +107,19 @@ def loss_curves(metrics: Mapping[str, Records]) -> Figure:
     raise ValueError('loss_curves: no stage has a record of metrics')
   cells, columns = _layout(metrics, stages)
   lines = len(cells) // columns
+  shown = set[tuple[str, ...]]()  # legends
   with style():
     figure = new_figure(max(3.2 * columns, 4.8), 2.6 * lines)
     axes = figure.subplots(lines, columns, squeeze=False)
     for ax, cell in zip(axes.flat, cells, strict=True):
       if cell is None:
         ax.set_axis_off()
-      else:
-        _curve(ax, cell[0], metrics[cell[0]], cell[1])
+        continue
+      _curve(ax, cell[0], metrics[cell[0]], cell[1])
+      labels = tuple(ax.get_legend_handles_labels()[1])
+      if labels and labels not in shown:  # one of each kind, because it hides a part of the lines
+        ax.legend()
+        shown.add(labels)
   return figure
 
 
@@ -156,7 +161,7 @@ def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
   Args:
     panels: title -> name of a line -> {x, y, and low and high if it has a band}, as fractions; lines are in the order of `_LINES`.
     x_label: of all panels.
-    y_label: of the first panel.
+    y_label: of the first panel of each line.
 
   Raises:
     ValueError: if there is no line.
@@ -164,9 +169,8 @@ def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
   if not any(panels.values()):
     raise ValueError('no line to draw')
   with style():
-    figure = new_figure(max(6.0 * len(panels), 6.4), 3.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for ax, (title, lines) in zip(axes.flat, panels.items(), strict=True):
+    figure, axes = _grid(len(panels), max(6.0 * min(len(panels), _COLUMNS), 6.4), 3.2)
+    for i, (ax, (title, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
       for color, (name, line) in zip(itertools.cycle(_LINES), lines.items(), strict=False):
         y = 100 * np.array(line['y'])
         ax.plot(line['x'], y, color=color, marker='o', markersize=3, linewidth=1.6, label=name)
@@ -176,8 +180,20 @@ def curves(panels: Mapping[str, Curves], x_label: str, y_label: str) -> Figure:
       ax.set_xlabel(x_label)
       ax.grid(alpha=0.25)
       ax.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))  # bands may be anywhere in the panel
-    axes[0, 0].set_ylabel(y_label)
+      if i % _COLUMNS == 0:
+        ax.set_ylabel(y_label)
   return figure
+
+
+def _grid(panels: int, width: float, line_height: float) -> tuple[Figure, list[Axes]]:
+  """Return a figure, and the axes of so many panels in lines of at most `_COLUMNS`."""
+  columns = min(panels, _COLUMNS)
+  lines = -(-panels // columns)
+  figure = new_figure(width, line_height * lines)
+  axes = figure.subplots(lines, columns, squeeze=False)
+  for ax in axes.flat[panels:]:
+    ax.remove()
+  return figure, list(axes.flat[:panels])
 
 
 def _layout(metrics: Mapping[str, Records], stages: Sequence[str]) -> tuple[list[tuple[str, str] | None], int]:
@@ -214,13 +230,11 @@ def _curve(ax: Axes, stage: str, records: Records, kind: str) -> None:
   if stage not in LANGUAGE_MODEL_STAGES:
     level, name = (math.log(2), 'ln 2') if kind == 'loss' else (_CHANCE, 'chance')
     ax.axhline(level, color='black', linestyle='--', linewidth=1, label=name)
-  ax.set_title(f'{stage.replace("_", " ")}: {kind}')
+  ax.set_title(f'{stage.replace("_", " ")}: {kind}', fontsize='medium')
   ax.set_xlabel('step')
   if kind == 'loss':
     ax.set_ylabel('nats')
   ax.grid(alpha=0.25)
-  if ax.get_legend_handles_labels()[0]:
-    ax.legend()
 
 
 def _baseline_bars(baselines: Mapping[str, Accuracy]) -> list[tuple[str, Accuracy, str]]:
@@ -239,9 +253,8 @@ def _bars(panels: Mapping[str, Sequence[tuple[str, Accuracy, str]]]) -> Figure:
   left = min(0.45, *(v['low'] - 0.02 for v in values))
   right = max(v['high'] for v in values)
   with style():
-    figure = new_figure(10 if len(panels) > 1 else 6.5, 1.1 + 0.36 * longest)
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for ax, (title, bars) in zip(axes.flat, panels.items(), strict=True):
+    figure, axes = _grid(len(panels), 10 if len(panels) > 1 else 6.5, 1.1 + 0.36 * longest)
+    for ax, (title, bars) in zip(axes, panels.items(), strict=True):
       for y, bar in enumerate(bars):
         _bar(ax, y, *bar)
       ax.axvline(_CHANCE, color='black', linewidth=1)

@@ -70,3 +70,11 @@ def test_figures_show_the_numbers():
   assert list(lines['calibration']['s'].get_xdata()) == pytest.approx([60, 90])
   assert list(lines['calibration']['perfect'].get_ydata()) == [50, 100]
   assert set(evaluation.draw({'sets': {'s': found()}})) == {'evaluation', 'calibration'}
+
+
+def test_many_sets_have_a_panel_of_calibration_each():
+  figure = evaluation.draw({'sets': {f's{i}': found() for i in range(6)}})['calibration']
+  assert [ax.get_title() for ax in figure.axes] == [f's{i}' for i in range(6)]
+  assert all([line.get_label() for line in ax.get_lines()] == ['perfect', 'model'] for ax in figure.axes)
+  (together,) = evaluation.draw({'sets': {f's{i}': found() for i in range(5)}})['calibration'].axes
+  assert len(together.get_lines()) == 6

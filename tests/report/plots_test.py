@@ -64,6 +64,27 @@ def test_every_split_has_a_panel_with_its_own_numbers():
   assert model == second.patches[0].get_facecolor() != words  # the model has one color in all panels
 
 
+def columns_of(figure):
+  return len({round(ax.get_position().x0, 3) for ax in figure.axes})
+
+
+def test_many_panels_are_several_lines():
+  names = [f'set_{i}' for i in range(7)]
+  figure = plots.accuracy_bars({name: accuracy(0.6, 0.55, 0.65) for name in names}, {})
+  assert [ax.get_title() for ax in figure.axes] == [name.replace('_', ' ') for name in names] and columns_of(figure) == 3
+  assert figure.get_size_inches()[1] > 2.5 * plots.accuracy_bars({'a': accuracy(0.6, 0.55, 0.65)}, {}).get_size_inches()[1]
+  line = {'x': [1, 2], 'y': [0.2, 0.4]}
+  figure = plots.curves({name: {'model': line} for name in names[:5]}, 'n', 'right, %')
+  assert [ax.get_ylabel() for ax in figure.axes] == ['right, %', '', '', 'right, %', ''] and columns_of(figure) == 3
+
+
+def test_a_legend_is_shown_once():
+  metrics = {f's{i}': [{'step': 0, 'loss': 1.0, 'accuracy': 0.5}, {'step': 1, 'loss': 1.0, 'accuracy': 0.5}] for i in range(4)}
+  figure = plots.loss_curves(metrics)
+  shown = [ax.get_title() for ax in figure.axes if ax.get_legend()]
+  assert shown == ['s0: loss', 's0: accuracy']
+
+
 def test_chance_is_marked_and_ticks_are_percent():
   (ax,) = plots.arm_bars({'a': accuracy(0.7, 0.6, 0.8)}, {}).axes
   vertical = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == line.get_xdata()[1] == 0.5]
