@@ -14,24 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
-from typing import Any
 
 import numpy as np
 import timing
+from runs import run_config
 
-_CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'tiny.py'
+_CONFIG = 'tiny.py'
 _BATCH = 32  # triplets of a step
-
-
-def run_stage(folder: pathlib.Path, **options: Any) -> None:
-  """Run a stage of the tiny config in a workdir."""
-  given = [f'--config.{name}={value}' for name, value in options.items()]
-  command = [sys.executable, '-m', 'polar_jax.main', f'--config={_CONFIG}', f'--workdir={folder}', *given]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f'{" ".join(command)}\nended with status {done.returncode}: {done.stderr.strip()[-500:]}')
 
 
 def synthesize(folder: pathlib.Path, negatives: int, examples: int) -> None:
@@ -44,7 +33,7 @@ def synthesize(folder: pathlib.Path, negatives: int, examples: int) -> None:
       'preference_examples': 8,
       'preference_evaluation_examples': 8,
     }
-    run_stage(folder, stage='synthesize', **{f'synthesize.{name}': value for name, value in names.items()})
+    run_config(_CONFIG, folder, {'stage': 'synthesize'} | {f'synthesize.{name}': value for name, value in names.items()})
 
 
 def tokens_of(base: pathlib.Path, negatives: int) -> float:
@@ -73,7 +62,8 @@ def train(folder: pathlib.Path, base: pathlib.Path, negatives: int, seed: int, o
     'loss.name': options.loss,
   }
   row_length = {} if negatives == 1 else {'data.row_length': 1_280}
-  run_stage(work, stage='pretrain', seed=seed, **{f'pretrain.{name}': value for name, value in settings.items()}, **row_length)
+  options_of_run = {f'pretrain.{name}': value for name, value in settings.items()} | row_length
+  run_config(_CONFIG, work, {'stage': 'pretrain', 'seed': seed} | options_of_run)
   summary = json.loads((work / 'pretrain' / 'summary.json').read_text())
   return {
     'accuracy': summary['validation_accuracy'],

@@ -6,8 +6,9 @@
 Pre-trains once as `configs/real.py` does, with the last of `--policies` and the first of `--layers` and `--steps`, and once more for each
 other value, the rest being equal. Policies are `synthesize.train_policies`; the smaller sets are parts of the larger ones, and those with
 several answers to a prompt come first. Prompts and policies that are held out are the same in all runs, and so are the rows that they are
-scored on. Intervals resample prompts; differences from the first run are paired. One seed each: the noise of training is not in the
-intervals. A run that has ended is not repeated. The last line is a JSON object.
+scored on; a run on fewer policies has seen only a part of those in rows without a held-out one.
+Intervals resample prompts; differences from the first run are paired. One seed each: the noise of training is not in the intervals. A run
+that has ended is not repeated. The last line is a JSON object.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timing
+from runs import run_config
 
-_CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 ALL = 'all'
 
 
@@ -52,19 +51,6 @@ def runs_of(policies: Sequence[str], layers: Sequence[int], steps: Sequence[int]
   return [*out, *(base._replace(layers=value) for value in layers[1:]), *(base._replace(steps=value) for value in steps[1:])]
 
 
-def call(config: str, workdir: pathlib.Path, options: Mapping[str, Any]) -> None:
-  """Run a config in a workdir.
-
-  Raises:
-    SystemExit: it failed; the message has the end of what it said.
-  """
-  given = [f'--config.{name}={value}' for name, value in options.items()]
-  command = [sys.executable, '-m', 'polar_jax.main', f'--config={_CONFIGS / config}', f'--workdir={workdir}', *given]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
-  if done.returncode:
-    raise SystemExit(f'{" ".join(command)}\nended with status {done.returncode}: {done.stderr.strip()[-500:]}')
-
-
 def train(run: Run, folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
   """Pre-train in a folder, and return the summary of the run."""
   synthesize = {
@@ -79,7 +65,7 @@ def train(run: Run, folder: pathlib.Path, options: argparse.Namespace) -> dict[s
   settings = {f'synthesize.{name}': value for name, value in synthesize.items()} | {
     f'pretrain.{name}': value for name, value in pretrain.items()
   }
-  call('real.py', folder, settings | {'stage': 'synthesize,pretrain', 'seed': options.seed, 'model.frozen_layers': run.layers // 2})
+  run_config('real.py', folder, settings | {'stage': 'synthesize,pretrain', 'seed': options.seed, 'model.frozen_layers': run.layers // 2})
   return json.loads((folder / 'pretrain' / 'summary.json').read_text())
 
 
@@ -90,7 +76,7 @@ def evaluate(runs: Sequence[Run], output: pathlib.Path) -> dict[str, Any]:
   options = {'checkpoint': first / 'pretrain', 'input': ','.join(sets), 'output': output / 'evaluation'}
   if others:
     options['evaluate.compare'] = ','.join(str(other / 'pretrain') for other in others)
-  call('evaluate.py', output / 'evaluate', options)
+  run_config('evaluate.py', output / 'evaluate', options)
   return json.loads((output / 'evaluation' / 'evaluation.json').read_text())['sets']
 
 

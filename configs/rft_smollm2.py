@@ -6,7 +6,7 @@
 Writes the problems, fine-tunes a reward model from the language model on correct and incorrect answers, and tunes the policy three times:
 on the worked answers, by the reward model's score against them, and by the rule that compares the last number. Held-out accuracy is
 `evaluation_rule`: 13.0% before, 57.0% after 40 steps by the reward model and 46.0% by the rule, on 200 problems (docs/rft_smollm2.md).
-Two CPU cores: about two hours. In 15 minutes: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
+Two CPU cores: two hours for the last two. Briefly: --config.finetune.steps=2 --config.rft.steps=2 --config.rft.evaluate_prompts=16
 """
 
 from polar_jax.config import ConfigError

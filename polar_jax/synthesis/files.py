@@ -135,13 +135,7 @@ def key(prompt: str) -> str:
 
 def _held_out(files: Files, share: float, seed: int) -> set[str]:
   """Return the policies that no training row may have: of each set, a share of those with several runs, and of the others."""
-  several: dict[str, set[str]] = {}
-  others: dict[str, set[str]] = {}
-  for row in files.triplets:
-    several.setdefault(row.of, set()).add(row.values['policy_a'])
-    others.setdefault(row.of, set()).add(row.values['policy_b'])
-  for row in files.answers:
-    others.setdefault(row.of, set()).add(row.values['policy'])
+  several, others = _policies_by_set(files)
   known = set().union(*several.values()) if several else set()
   place = functools.partial(_place, seed, 'held out')
   out: set[str] = set()
@@ -149,6 +143,18 @@ def _held_out(files: Files, share: float, seed: int) -> set[str]:
     for names in groups:
       out.update(sorted(names, key=place)[: int(share * len(names))])
   return out
+
+
+def _policies_by_set(files: Files) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+  """Return, by set, the policies with several runs for a prompt, and those of the other answers, who may be the same."""
+  several: dict[str, set[str]] = {}
+  others: dict[str, set[str]] = {}
+  for row in files.triplets:
+    several.setdefault(row.of, set()).add(row.values['policy_a'])
+    others.setdefault(row.of, set()).add(row.values['policy_b'])
+  for row in files.answers:
+    others.setdefault(row.of, set()).add(row.values['policy'])
+  return several, others
 
 
 def _place(seed: int, purpose: str, name: str) -> bytes:
@@ -161,16 +167,11 @@ def _training_policies(files: Files, splits: Splits, most: int | None, seed: int
 
   The policies of a smaller number are among those of a larger one.
   """
-  several: dict[str, set[str]] = {}
-  found: dict[str, set[str]] = {}
-  for row in files.triplets:
-    several.setdefault(row.of, set()).add(row.values['policy_a'])
-    found.setdefault(row.of, set()).update((row.values['policy_a'], row.values['policy_b']))
-  for row in files.answers:
-    found.setdefault(row.of, set()).add(row.values['policy'])
+  several, others = _policies_by_set(files)
   out = {}
-  for of, names in found.items():
-    order = sorted((name not in several.get(of, ()), _place(seed, 'training', name), name) for name in names - splits.held_out)
+  for of, names in others.items():  # a set of triplets has both
+    first = several.get(of, set())
+    order = sorted((name not in first, _place(seed, 'training', name), name) for name in (names | first) - splits.held_out)
     out[of] = {name for *_, name in order[:most]}
   return out
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
 import types
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / 'benchmarks'
-
 
 @pytest.fixture
-def adapters(monkeypatch):
-  monkeypatch.syspath_prepend(str(BENCHMARKS))
-  spec = importlib.util.spec_from_file_location('adapters', BENCHMARKS / 'adapters.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def adapters(load_benchmark):
+  return load_benchmark('adapters')
 
 
 def test_pairs_come_from_as_many_prompts_as_possible(adapters):

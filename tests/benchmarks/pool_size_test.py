@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pathlib
 import subprocess
 import types
 
 import pytest
 
-BENCHMARKS = pathlib.Path(__file__).parents[2] / 'benchmarks'
-
 
 @pytest.fixture
-def pool_size(monkeypatch):
-  monkeypatch.syspath_prepend(str(BENCHMARKS))
-  spec = importlib.util.spec_from_file_location('pool_size', BENCHMARKS / 'pool_size.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+def pool_size(load_benchmark):
+  return load_benchmark('pool_size')
 
 
 def test_runs_differ_from_the_first_in_one_value(pool_size):
@@ -58,4 +50,4 @@ def test_settings_are_those_of_the_run(pool_size, tmp_path, monkeypatch):
 
 def test_a_failed_run_ends_with_its_message(pool_size, tmp_path):
   with pytest.raises(SystemExit, match='ended with status'):
-    pool_size.call('real.py', tmp_path, {'no_such_option': 1})
+    pool_size.run_config('real.py', tmp_path, {'no_such_option': 1})
