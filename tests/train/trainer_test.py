@@ -157,6 +157,21 @@ def test_steps_that_exceed_the_plan_are_trained_whole_and_logged_once(tmp_path, 
     assert record == pytest.approx(other, rel=1e-4)
 
 
+@pytest.mark.parametrize('cost', [50.0, 2.0])
+def test_the_cost_of_a_compilation_is_that_of_the_config(tmp_path, make_context, monkeypatch, cost):
+  class Planned(Exception):
+    pass
+
+  def plan_packing(*_, compilation_steps, **__):
+    raise Planned(compilation_steps)
+
+  monkeypatch.setattr(pipeline, 'plan_packing', plan_packing)
+  context = make_context(tmp_path)
+  data = dataclasses.replace(context.config.data, compilation_steps=cost)
+  with pytest.raises(Planned, match=f'^{cost}$'):
+    pretrain(dataclasses.replace(context, config=dataclasses.replace(context.config, data=data)))
+
+
 def test_tokens_are_those_of_the_examples_read(finished):
   context = finished.context
   tokens = pipeline.TripletSegments(context.triplets('train'), context.template())
