@@ -26,5 +26,4 @@ def get_config():
   config.sweep.learning_rates = (2e-3,)
   config.sweep.width_exponent = 0.5
   config.sweep.seeds = (0, 1, 2)  # the best of three counts
-  config.sweep.backend = 'processes'
   return config

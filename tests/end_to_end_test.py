@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from polar_jax import runner, sharding
-from polar_jax.config import MeshConfig, parse
+from polar_jax.checkpoints import checkpointer
+from polar_jax.config import ConfigError, MeshConfig, parse
 from polar_jax.miniature import pool, study
+from polar_jax.model.heads import HEADS
+from polar_jax.model.language_model import LanguageModel
 from polar_jax.recipes import miniature
 from polar_jax.stages.context import Context
 
@@ -26,7 +31,7 @@ def small_config(**changes):
   config.pretrain_lm.steps = config.pretrain.steps = config.finetune.steps = 3
   config.pretrain_lm.batch_size = config.pretrain.batch_size = config.finetune.batch_size = 8
   config.pretrain.evaluate_examples = config.pretrain_lm.evaluate_examples = config.finetune.evaluate_examples = 8
-  config.study.update({'seeds': 2, 'start_steps': 2})
+  config.study.seeds = 2
   config.rft.update({'steps': 2, 'prompts_per_step': 4, 'mini_batch_size': 4, 'micro_batch_rows': 4, 'evaluate_prompts': 12})
   config.rft.rollout.update({'max_concurrent': 8})
   config.sweep.update({'sizes': ('8x1', '16x1', '32x1'), 'tokens': (1_500,), 'batches': (8,), 'backend': 'inline'})
@@ -80,6 +85,7 @@ def test_tuning_towards_a_policy_is_reported(workdir):
   rft = json.loads((workdir / 'report.json').read_text())['rft']
   figures = ('reward', 'target_nll', 'relative_nll')
   lists = [rft[f'{figure}_{when}'] for figure in figures for when in ('before', 'after')] + [rft['kl']]
+  assert len({target['name'] for target in rft['targets']}) == 2
   assert rft['seeds'] == 2 and all(len(values) == 2 and np.isfinite(values).all() for values in lists)
   assert set(rft['comparison']) == {'start', 'ppo', 'best_of_n', 'sft', 'target'}
   for seed in range(2):
@@ -92,18 +98,37 @@ def test_tuning_towards_a_policy_is_reported(workdir):
 
 
 def test_the_control_of_ppo_has_references_by_other_policies(workdir):
-  opened = study._open(Context(small_config(), workdir, sharding.make_mesh(MeshConfig()), lambda _: None))
-  prompts = [prompt for prompt, _ in study._prompts(opened, 'validation', 0)]
+  first, second = study._open(Context(small_config(), workdir, sharding.make_mesh(MeshConfig()), lambda _: None))
+  assert first.target.name != second.target.name and first.reward is second.reward
+  prompts = [prompt for prompt, _ in study._prompts(first, 'validation', 0)]
   assert len(prompts) > 30 and all(p.reference and p.other_reference for p in prompts)
   prefixes, own, other = (
-    [np.asarray(ids, np.int32) for ids in opened.tokenizer.encode_batch([str(getattr(p, name)) for p in prompts])]
+    [np.asarray(ids, np.int32) for ids in first.tokenizer.encode_batch([str(getattr(p, name)) for p in prompts])]
     for name in ('prompt', 'reference', 'other_reference')
   )
-  per_token = [pool.pool_logprobs([opened.target], prefixes, texts)[0] / [len(ids) for ids in texts] for texts in (own, other)]
+  per_token = [pool.pool_logprobs([first.target], prefixes, texts)[0] / [len(ids) for ids in texts] for texts in (own, other)]
   assert np.mean(per_token[0] > per_token[1]) > 0.9  # the target would not have written the others
   report = json.loads((workdir / 'report.json').read_text())['rft']['comparison']
   assert all(np.isfinite(values['reward_other']).all() and values['reward_other'] != values['reward'] for values in report.values())
   assert any('shuffled' in json.loads(line) for line in (workdir / 'rft/seed_0/metrics.jsonl').read_text().splitlines())
+
+
+def test_the_study_starts_from_a_language_model_of_the_miniature(workdir, tmp_path):
+  def opened(policy):
+    config = small_config()
+    config = dataclasses.replace(config, rft=dataclasses.replace(config.rft, policy=policy))
+    return study._open(Context(config, workdir, sharding.make_mesh(MeshConfig()), lambda _: None))
+
+  assert opened(str(workdir / 'sweep' / '8x1_lm'))[0].model.d_model == 8
+  with pytest.raises(ConfigError, match=r'rft\.policy .*/pretrain: has a reward head; only a language model can be a policy'):
+    opened('pretrain')
+  words = opened('pretrain_lm')[0].model
+  other = dataclasses.replace(words, vocab_size=24)
+  params = nnx.to_pure_dict(nnx.state(LanguageModel(other, rngs=nnx.Rngs(params=0)), nnx.Param))
+  fields = {f'model.{name}': value for name, value in dataclasses.asdict(other).items()}
+  checkpointer.save_params(tmp_path / 'other', params, {'objective': HEADS['lm'].objective, **fields})
+  with pytest.raises(ConfigError, match=f'has a vocabulary of 24 tokens, and the miniature one of {words.vocab_size}; set rft.policy'):
+    opened(str(tmp_path / 'other'))
 
 
 def test_a_law_of_few_runs_is_reported_with_a_warning(workdir):

@@ -15,6 +15,7 @@ from polar_jax.config import LossConfig, OptimizerConfig, current_name
 
 _STAGE_VALUES = {'lm': 'pretrain_lm'}  # stages that were renamed, as values of the two options below
 _STAGE_OPTIONS = ('start_from', 'rft.policy')
+_OF_THE_STUDY = ('study.', 'rft.start_steps')  # stored by earlier versions; they do not change what a run of rft trains
 # Digests that earlier versions did not store, or that a run has only if it has such data: compared only where both have one.
 _OPTIONAL = ('text', 'validation_text', 'validation_rows', 'chat')
 _EARLIER_DIGEST = re.compile(r'(\d+:)?[0-9a-f]{16}')
@@ -42,7 +43,7 @@ def translate(settings: Mapping[str, Any]) -> dict[str, Any]:
   if 'use_reference' in translated:
     own, of_template = translated.pop('use_reference'), translated.get('template.use_reference', True)
     translated['template.use_reference'] = own and of_template
-  return {name: value for name, value in translated.items() if not name.startswith('study.')}
+  return {name: value for name, value in translated.items() if not name.startswith(_OF_THE_STUDY)}
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,6 @@ _OPTIONS = {
   'rft.rows': 'rft.micro_batch_rows',
   'rft.lam': 'rft.gae_lambda',
   'rft.seeds': 'study.seeds',
-  'rft.start_steps': 'study.start_steps',
   'rft.reward.rows': 'rft.reward.rows_per_batch',
   'rft.rollout.slots': 'rft.rollout.max_concurrent',
 }

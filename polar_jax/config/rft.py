@@ -158,4 +158,3 @@ class StudyConfig:
   """Repeated runs of rft, and the study that it is in the miniature, where the likelihood of the target policy is known."""
 
   seeds: int = option(1, 'Independent runs, with the seeds `seed`, `seed` + 1, ...', min=1)
-  start_steps: int = option(100, 'Miniature: training steps of the language model that each run starts from.', min=1)

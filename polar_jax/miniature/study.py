@@ -1,11 +1,12 @@
 """A controlled study of reinforcement fine-tuning: in the miniature's world the target policy has an exact likelihood.
 
-A small language model learns one corpus. It is then tuned towards a policy of the pool that learned another one: the references are
-samples of that target, the reward is the miniature's reward model, and neither ever sees a likelihood. PPO is compared with best-of-n
-from the same start and with supervised fine-tuning on the same references by the same trainer. All are measured on prompts that no
-stage has seen: by the negative log-likelihood of the responses under the target's smoothed, untruncated distribution, in nats per
-token, and by its difference from the mean over the pool, since repetitive text is likely under every policy. Responses that the target
-finds likely need not be what it writes, so their token frequencies are compared with those of its own responses as well.
+The miniature's language model, which has read documents by many policies of the pool, is tuned towards one of them, another in every
+seed: the references are samples of that target, the reward is the miniature's reward model, and neither ever sees a likelihood. PPO is
+compared with best-of-n from the same start and with supervised fine-tuning on the same references by the same trainer. All are measured
+on prompts that no stage has seen: by the negative log-likelihood of the responses under the target's smoothed, untruncated
+distribution, in nats per token, and by its difference from the mean over the pool, since repetitive text is likely under every policy.
+Responses that the target finds likely need not be what it writes, so their token frequencies are compared with those of its own
+responses as well.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy as np
 
 from polar_jax.checkpoints import pretrained, run_folder
 from polar_jax.config import ConfigError, ModelConfig, RftConfig
-from polar_jax.data import identity, layout, pipeline, text
+from polar_jax.data import identity, layout
 from polar_jax.data.tokenizer import Tokenizer
 from polar_jax.miniature import ngram, pool, triplets, vocabulary, world
 from polar_jax.ppo import experience, metrics
+from polar_jax.ppo import policy as policy_lib
 from polar_jax.ppo import trainer as ppo_trainer
 from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
@@ -34,11 +36,8 @@ from polar_jax.ppo.run import Run
 from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import Context
-from polar_jax.stages.pretrain_lm import language_model_run
-from polar_jax.train import trainer
 from polar_jax.types import Prompt, Rollouts
 
-START_CORPUS, TARGET_CORPUS = 'docstrings', 'source'
 _CONCURRENT_SEEDS = 2
 BEST_OF = 8  # responses that best-of-n chooses from
 # Streams of random numbers, distinct from those of the synthesize stage and of PPO's steps.
@@ -48,24 +47,26 @@ METRICS = ('reward', 'reward_other', 'target_nll', 'relative_nll', 'divergence',
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """Everything that all seeds share.
+  """What a seed needs; all but the target is shared by all seeds.
 
   Attributes:
     context: config, workdir and devices.
+    start: folder of the language model that every run starts from.
+    model: its shape.
     target: the policy to approach.
     policies: the pool, including the target; `relative_nll` is relative to its mean.
     pieces: object (V,), the text of every token.
     tokenizer: of the language model.
-    model: shape of the language model.
     reward: the reward of PPO.
   """
 
   context: Context
+  start: pathlib.Path
+  model: ModelConfig
   target: ngram.NgramPolicy
   policies: Sequence[ngram.NgramPolicy]
   pieces: np.ndarray
   tokenizer: Tokenizer
-  model: ModelConfig
   reward: RewardSum
 
   @property
@@ -82,30 +83,27 @@ def rft(context: Context) -> dict[str, Any]:
   """
   if context.config.rft.lora.rank:
     raise ConfigError('rft.lora.rank is set, but the study of the miniature tunes all parameters; set it to None')
-  study = _open(context)
-  p = study.target.params
-  context.log(f'rft: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}')
-  by_seed = _all_seeds(study)
+  studies = _open(context)
+  by_seed = _all_seeds(studies)
   comparison = {name: {m: [seed[name][m] for seed in by_seed] for m in METRICS if m in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
   for metric in ('reward', 'reward_other', 'target_nll', 'relative_nll', 'divergence', 'length', 'distinct_2'):
     out |= {f'{metric}_before': comparison['start'][metric], f'{metric}_after': comparison['ppo'][metric]}
-  return {'rft': out | {'comparison': comparison, 'target': p.to_json(), 'start_corpus': START_CORPUS, 'best_of': BEST_OF}}
+  return {'rft': out | {'comparison': comparison, 'targets': [s.target.params.to_json() for s in studies], 'best_of': BEST_OF}}
 
 
-def _all_seeds(study: Study) -> list[dict[str, dict[str, float]]]:
+def _all_seeds(studies: Sequence[Study]) -> list[dict[str, dict[str, float]]]:
   """Return the metrics of every seed.
 
   The first seed runs alone and compiles the shared programs. On one device the others then run two at a time, because a small model
   leaves half of the device idle; they are independent of each other.
   """
-  seeds = range(study.context.config.study.seeds)
-  if study.context.mesh.size > 1:  # threads that start collectives in different orders would deadlock
-    return [_one_seed(study, seed) for seed in seeds]
-  first = _one_seed(study, seeds[0])
+  if studies[0].context.mesh.size > 1:  # threads that start collectives in different orders would deadlock
+    return [_one_seed(study, seed) for seed, study in enumerate(studies)]
+  first = _one_seed(studies[0], 0)
   with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(_CONCURRENT_SEEDS) as threads:
     try:
-      return [first, *threads.map(lambda seed: _one_seed(study, seed), seeds[1:])]
+      return [first, *threads.map(_one_seed, studies[1:], range(1, len(studies)))]
     except StopRequested:
       raise Preempted('rft', 'while policies were compared; their runs are saved') from None
     except BaseException:
@@ -113,50 +111,64 @@ def _all_seeds(study: Study) -> list[dict[str, dict[str, float]]]:
       raise
 
 
-def choose_target(policies: Sequence[ngram.NgramPolicy]) -> ngram.NgramPolicy:
-  """Return the policy of the highest order and lowest temperature on the target's corpus, which is the most distinctive one."""
-  known = [p for p in policies if not p.params.held_out and p.params.corpus == TARGET_CORPUS]
-  order = max(p.params.order for p in known)
-  return min((p for p in known if p.params.order == order), key=lambda p: p.params.temperature)
+def choose_targets(policies: Sequence[ngram.NgramPolicy], count: int) -> list[ngram.NgramPolicy]:
+  """Return the target of each seed: of every corpus in turn, the most distinctive policy that is not one yet.
+
+  Distinctive are a high order and then a low temperature. Held-out policies and twins are not chosen.
+
+  Raises:
+    ConfigError: there are fewer policies than seeds.
+  """
+  known = [p for p in policies if not p.params.held_out and p.params.twin_of is None]
+  if count > len(known):
+    raise ConfigError(f'study.seeds is {count}, but the pool has {len(known)} policies to tune towards, and every seed takes another')
+  by_corpus: dict[str, list[ngram.NgramPolicy]] = {}
+  for policy in sorted(known, key=lambda p: (-p.params.order, p.params.temperature)):
+    by_corpus.setdefault(policy.params.corpus, []).append(policy)
+  rounds = itertools.zip_longest(*(by_corpus[corpus] for corpus in sorted(by_corpus)))
+  return [policy for one_of_each in rounds for policy in one_of_each if policy is not None][:count]
 
 
-def _open(context: Context) -> Study:
-  """Open the pool, the reward and the tokenizer of the workdir."""
+def _open(context: Context) -> list[Study]:
+  """Open the pool, the policy to start from, the reward and the tokenizer. Returns the study of each seed.
+
+  Raises:
+    ConfigError: `rft.policy` is not a language model of the miniature.
+  """
   policies = world.load_pool(context.workdir)
   pieces = vocabulary.Vocabulary(context.data / 'tokenizer.json').pieces
+  start = context.checkpoint(context.config.rft.policy)
+  opened = policy_lib.check_policy(pretrained.open_pretrained(start), 'rft.policy')
+  if opened.model.vocab_size != len(pieces):
+    raise ConfigError(
+      f'rft.policy {start}: has a vocabulary of {opened.model.vocab_size} tokens, and the miniature one of {len(pieces)}; '
+      "set rft.policy to 'pretrain_lm' or to another language model of the miniature"
+    )
   known = [Prompt(t.prompt, t.reference) for t in context.triplets('validation')]
   reward = rft_stage.open_reward(context, context.config.rft, known)
-  tokenizer = context.tokenizer()
-  return Study(context, choose_target(policies), policies, pieces, tokenizer, context.model_config(tokenizer), reward)
+  targets = choose_targets(policies, context.config.study.seeds)
+  return [Study(context, start, opened.model, target, policies, pieces, context.tokenizer(), reward) for target in targets]
 
 
 def _one_seed(study: Study, seed: int) -> dict[str, dict[str, float]]:
   """Return the metrics of the initial policy, PPO, supervised fine-tuning, best-of-n and the target itself, on the same unseen prompts."""
-  context, c = study.context, study.config
+  context, c, p = study.context, study.config, study.target.params
+  context.log(
+    f'rft: seed {seed}: target {p.name}: order {p.order}, corpus {p.corpus}, temperature {p.temperature:.2f}, top-p {p.top_p:.2f}'
+  )
   folder = f'rft/seed_{seed}'
-  start = _train_start(study, seed, f'{folder}/start')
   tuning, held_out = _prompts(study, 'validation', seed), _prompts(study, 'unseen_prompts', seed, c.evaluate_prompts)
-  ppo = _tuning_run(study, folder, c, seed, tuning, start)
+  ppo = _tuning_run(study, folder, c, seed, tuning)
   ppo_trainer.train(ppo)
   supervised = dataclasses.replace(c, method='sft', track_kl=False)
-  sft = _tuning_run(study, f'{folder}/sft', supervised, seed, tuning, start)
+  sft = _tuning_run(study, f'{folder}/sft', supervised, seed, tuning)
   ppo_trainer.train(sft)
-  evaluator = _Evaluator(study, ppo, held_out, _load(start, study))
+  evaluator = _Evaluator(study, ppo, held_out)
   policies = {'ppo': evaluator.sample(_load(ppo.home, study)), 'sft': evaluator.sample(_load(sft.home, study))}
   measured = evaluator.measure({'start': evaluator.sample(evaluator.start), **policies, 'best_of_n': evaluator.best_of(BEST_OF)})
   for name, values in measured.items():
     context.log(f'rft: seed {seed}: {name}: ' + ', '.join(f'{k} {v:.3f}' for k, v in values.items()))
   return measured
-
-
-def _train_start(study: Study, seed: int, name: str) -> pathlib.Path:
-  """Train the language model of the other corpus. Returns its folder."""
-  context, lm = study.context, dataclasses.replace(study.context.config.pretrain_lm, steps=study.context.config.study.start_steps)
-  streams = text.load_streams(context.data / text.STREAMS)
-  windows = pipeline.TextWindows(streams['train'][START_CORPUS], lm.sequence_length, seed)
-  run = language_model_run(context, name, dataclasses.replace(lm, start_from='scratch'), study.tokenizer, windows, None, seed)
-  trainer.train(run)
-  return run.home
 
 
 def _prompts(study: Study, split: str, seed: int, max_prompts: int | None = None) -> PolicyPrompts:
@@ -180,7 +192,7 @@ def _prompts(study: Study, split: str, seed: int, max_prompts: int | None = None
   return PolicyPrompts(prompts, study.tokenizer, None, study.config.rollout.max_prompt, bos=False, log=study.context.log)
 
 
-def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: PolicyPrompts, start: pathlib.Path) -> Run:
+def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: PolicyPrompts) -> Run:
   """Return a run that tunes the initial policy with `config`.
 
   Args:
@@ -189,7 +201,6 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
     config: options of PPO or of supervised fine-tuning.
     seed: of sampling and prompt order.
     tuning: training prompts.
-    start: folder of the language model to start from.
   """
   context = study.context
   rows = {'rows': identity.prompts_digest([tuning[i][0] for i in range(len(tuning))], with_metadata=False)}
@@ -208,7 +219,7 @@ def _tuning_run(study: Study, name: str, config: RftConfig, seed: int, tuning: P
     tokenizer=study.tokenizer,
     stop_ids=(vocabulary.EOS_ID,),
     reward=study.reward,
-    initial_params=lambda: _load(start, study),
+    initial_params=lambda: _load(study.start, study),
     fingerprint=run_folder.policy_settings(config, study.model, study.tokenizer, seed, rows),
     log=context.log,
   )
@@ -237,8 +248,8 @@ def _load(folder: pathlib.Path, study: Study) -> dict[str, Any]:
 class _Evaluator:
   """Measures policies on the same prompts with the same random numbers."""
 
-  def __init__(self, study: Study, run: Run, held_out: PolicyPrompts, start: dict[str, Any]):
-    self.start = start
+  def __init__(self, study: Study, run: Run, held_out: PolicyPrompts):
+    self.start = _load(study.start, study)
     self._study, self._run = study, run
     chosen = [held_out[i] for i in range(len(held_out))]
     self._prompts, self._ids = [p for p, _ in chosen], [i for _, i in chosen]

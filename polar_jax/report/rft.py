@@ -2,7 +2,7 @@
 
   study        `seeds`, the number of runs; METRIC_before, METRIC_after and `kl`: one number per seed;
                comparison[POLICY][METRIC]: one number per seed, policies start, ppo, best_of_n, sft, target;
-               `target`, the policy that wrote every reference; `best_of`, the number of samples of best-of-n
+               `targets`, the policy that wrote the references of each seed; `best_of`, the number of samples of best-of-n
   other runs   runs[RUN]: numbers of the run, `evaluation_before` and `evaluation_after` on held-out prompts, `alarms`
 
 Metrics: reward; target_nll, in nats per token; relative_nll, the same minus the mean over the pool; kl to the initial policy, in nats per
@@ -84,7 +84,7 @@ def section(
     *rft_study.before_and_after(results),
     *rft_study.comparison(results, figures),
     *rft_runs.runs(results),
-    *rft_runs.signs_of_hacking(runs or {}, figures, of_other='policy' if 'target' in results else 'prompt'),
+    *rft_runs.signs_of_hacking(runs or {}, figures, of_other='policy' if 'targets' in results else 'prompt'),
     *_samples(samples),
   ]
   return ['## Reinforcement fine-tuning', *parts] if parts else []

@@ -52,10 +52,18 @@ def before_and_after(results: Mapping[str, Any]) -> list[str]:
     return []
   n = results.get('seeds', max(len(numbers) for values in (before, after) for numbers in values.values()))
   seeds = 'One run.' if n == 1 else f'Means over {n} seeds; brackets hold the lowest and the highest seed and are not confidence intervals.'
-  out = ['### Before and after', seeds, markdown.table(['', 'before', 'after', 'change'], body)]
+  out = ['### Before and after', seeds + _targets(results), markdown.table(['', 'before', 'after', 'change'], body)]
   lines = [moved(what, unit, changes[key], wanted) for key, what, unit, wanted in _WANTED if key in changes]
   lines += _warnings(before, after, changes)
   return [*out, markdown.bullets(lines)] if lines else out
+
+
+def _targets(results: Mapping[str, Any]) -> str:
+  targets = results.get('targets', [])
+  described = ', '.join(f'{t["name"]} ({t["corpus"]}, temperature {t["temperature"]:.2f})' for t in targets)
+  if len(targets) < 2:
+    return f' The target is the policy {described}.' if targets else ''
+  return f' Every run is tuned towards another policy of the pool: {described}.'
 
 
 def comparison(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]:

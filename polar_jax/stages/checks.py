@@ -83,12 +83,11 @@ def _check_evaluate(context: Context, earlier: Sequence[str]) -> None:
 
 def _check_rft(context: Context, earlier: Sequence[str]) -> None:
   config, options = context.config, context.config.rft
-  if _in_miniature(context, config.data.prompts, earlier):
-    return
-  _check_start(context, options.policy, rft_stage.RFT, earlier)
+  is_study = _in_miniature(context, config.data.prompts, earlier)
+  _check_start(context, options.policy, None if is_study else rft_stage.RFT, earlier)
   if options.reward.source == 'model' and options.reward.model_weight:
     _check_start(context, options.reward.checkpoint, None, earlier)
-  if not _is_written(context, config.data.prompts, earlier):
+  if not is_study and not _is_written(context, config.data.prompts, earlier):
     for split in ('train', 'validation'):
       prompts = rft_stage.read_prompts(context, split)
       if options.reward.rule and options.method != 'sft':

@@ -234,8 +234,9 @@ def test_means_of_three_seeds_and_more_have_an_interval():
 def test_the_other_references_of_the_study_are_those_of_other_policies(tmp_path, undrawn):
   for seed in range(2):
     write(tmp_path / 'rft' / f'seed_{seed}', metric_records(20, gap=-0.1))
-  target = {'target': {'name': 'p7', 'order': 4}}
-  text = written(tmp_path, {'rft': {**study(), **target}})
+  targets = [{'name': 'p7', 'corpus': 'source', 'temperature': 0.71}, {'name': 'p9', 'corpus': 'comments', 'temperature': 0.8}]
+  text = written(tmp_path, {'rft': {**study(), 'targets': targets}})
+  assert 'Every run is tuned towards another policy of the pool: p7 (source, temperature 0.71), p9 (comments, temperature 0.80).' in text
   assert 'do NOT score higher with their own reference than with that of another policy: seed 0, seed 1.' in text
   assert 'The score rose on average by 0.9; under the references of other policies, by 0.9: most of the rise does not come from' in text
 

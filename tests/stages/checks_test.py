@@ -98,6 +98,17 @@ def test_checkpoints_to_start_from(make, tmp_path):
     checks.check(make(rft=RftConfig(policy='pretrain_lm', reward=RewardConfig(checkpoint='elsewhere'))), ('pretrain_lm', 'rft'))
 
 
+@pytest.mark.parametrize('missing', ['policy', 'reward'])
+def test_checkpoints_that_the_study_of_the_miniature_starts_from(make, missing):
+  chosen = {'policy': 'pretrain_lm', 'reward': RewardConfig(checkpoint='pretrain')}
+  changes = {'policy': 'elsewhere', 'reward': RewardConfig(checkpoint='elsewhere')}
+  stages = ('synthesize', 'pretrain_lm', 'pretrain', 'rft')
+  of = lambda options: make(data=DataConfig(), tokenizer=TokenizerConfig(kind='trained'), rft=RftConfig(**options))
+  checks.check(of(chosen), stages)
+  with pytest.raises(ConfigError, match=r'no checkpoint to start from in .*elsewhere'):
+    checks.check(of(chosen | {missing: changes[missing]}), stages)
+
+
 def test_prompts_that_a_rule_cannot_judge(make, tmp_path):
   rft = RftConfig(policy='pretrain_lm', reward=RewardConfig(checkpoint='pretrain', rule='last_number'))
   prompts = write(tmp_path / 'prompts', train=[GOOD], validation=[GOOD, {**GOOD, 'reference': 'none'}])
