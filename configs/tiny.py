@@ -2,7 +2,7 @@
 
   python -m polar_jax.main --config=configs/tiny.py
 
-Two CPU cores, offline, ten to twenty minutes: a policy pool, triplets, a language model that has read text by many authors, contrastive
+Two CPU cores, offline, 12 minutes: a policy pool, triplets, a language model that has read text by many authors, contrastive
 pre-training, fine-tuning with two ablations, evaluation, PPO towards five policies of the pool in turn, a sweep of three sizes (which
 shows how scaling laws are fitted but is too small for one), and a report in runs/tiny. docs/miniature.md has its results.
 """

@@ -143,8 +143,12 @@ def _compute(scaling: Mapping[str, Any]) -> Finding | None:
     return None
   falls, fits = law['high'] < 0, law['r2'] >= _FITS_WELL
   answer = 'yes' if falls and fits else 'it falls, but not as a power law' if falls else 'not shown, the interval of the exponent has 0'
-  held_out = law.get('held_out')
-  further = '' if not held_out else f' The largest size is {"" if held_out["within"] else "NOT "}within its prediction from the others.'
+  held_out = {'': law.get('held_out'), ' with a floor': scaling.get('floored', {}).get('C', {}).get('held_out')}
+  further = ''.join(
+    f' The largest size is {"" if found["within"] else "NOT "}within its prediction from the others{form}.'
+    for form, found in held_out.items()
+    if found
+  )
   text = (
     f'**Does loss follow compute?** {answer[0].upper()}{answer[1:]}: L(C) = {law["beta"]:.3g} C^{law["alpha"]:.4f} '
     f'[{law["low"]:.4f}, {law["high"]:.4f}], R2 {law["r2"]:.3f}, {law["n"]} points.{further}'

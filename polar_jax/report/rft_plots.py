@@ -80,6 +80,7 @@ def dashboard(runs: Mapping[str, Records]) -> Figure:
       ax.set_axis_off()
     for i, panel in enumerate(panels):
       _draw_panel(axes.flat[i], panel, runs)
+      axes.flat[i].locator_params(axis='x', integer=True)
       if i // columns == lines - 1:
         axes.flat[i].set_xlabel('step')
     _legend_of_runs(figure, runs)

@@ -36,6 +36,20 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
     for name, meaning in _LAWS.items()
     if (law := results.get(name))
   ]
+  floored = results.get('floored', {})
+  body += [
+    [
+      f'{law["irreducible"]:.4g} + beta X^alpha, {name}',
+      'as above',
+      f'{law["alpha"]:.4f}',
+      '-',
+      f'{law["beta"]:.4g}',
+      f'{law["r2"]:.4f}',
+      str(law['n']),
+    ]
+    for name in _LAWS
+    if (law := floored.get(name))
+  ]
   out = ['## Scaling laws', markdown.table(head, body)]
   out += markdown.figure(figures, 'scaling', 'Loss against parameters and against training FLOPs')
   if body:
@@ -43,7 +57,8 @@ def section(results: Mapping[str, Any], figures: Mapping[str, str]) -> list[str]
       "Intervals of alpha are over the fitted runs (the wider of Student's t and a studentized bootstrap of the residuals). They do not "
       'resample the validation examples that each loss is a mean over.'
     )
-  out += [sentence for name in _LAWS if (sentence := _held_out(results.get(name, {}), name))]
+  out += [sentence for name in _LAWS if (sentence := _held_out(results.get(name, {}), f'L({name})'))]
+  out += [sentence for name in _LAWS if (sentence := _held_out(floored.get(name, {}), f'L({name}) with a floor'))]
   if forms := results.get('forms'):
     sentence = compare_forms(forms)
     out.append(f'{sentence[0].upper()}{sentence[1:]}.')
@@ -57,7 +72,7 @@ def _held_out(law: Mapping[str, Any], name: str) -> str:
   if not held_out:
     return ''
   return (
-    f'The loss of the largest size, predicted from the others by L({name}), is {held_out["predicted"]:.4f} '
+    f'The loss of the largest size, predicted from the others by {name}, is {held_out["predicted"]:.4f} '
     f'[{held_out["low"]:.4f}, {held_out["high"]:.4f}]; the measured loss is {held_out["loss"]:.4f}, '
     f'{"within" if held_out["within"] else "**not** within"} the interval.'
   )

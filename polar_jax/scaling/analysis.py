@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from polar_jax.scaling import fit, laws
-from polar_jax.scaling.fit import FitError, PowerFit
+from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
 
 _FOR_A_FLOOR = 4  # sizes that determine a law with a floor
@@ -25,8 +26,10 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
     seed: of the bootstrap.
 
   Returns:
-    Always `N` and `C`: {alpha, beta, r2, low, high, n, noise, held_out, ...}. With enough runs also `floored`, `joint`, `forms`
-    (how well each form predicts further sizes), `learning_rate` and `batch`; `left_out` has the reason for each one that is missing.
+    Always `N` and `C`: {alpha, beta, r2, low, high, n, noise, held_out, ...}. With enough runs also `floored` (N and, with enough of
+    them, C: {alpha, beta, irreducible, r2, n, held_out}), `joint`, `forms` (how well each form predicts further sizes), `learning_rate`
+    and `batch`; `left_out` has the reason for each one that is missing. `held_out` compares the largest size with its prediction from
+    all others.
 
   Raises:
     FitError: the runs do not determine L(N) and L(C).
@@ -34,9 +37,10 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
   longest, envelope = rows.longest(), rows.envelope()
   by_size = _power_law(longest, longest.parameters, seed, 'parameters')
   by_flops = _power_law(envelope, envelope.flops, seed, 'flops')
+  power = lambda x, loss, at: fit.fit_power_law(x, loss, seed).predict(at)
   out: dict[str, Any] = {
-    'N': by_size | {'held_out': _held_out(rows, 'N', seed)},
-    'C': by_flops | {'held_out': _held_out(rows, 'C', seed)},
+    'N': by_size | {'held_out': _held_out(rows, 'N', power)},
+    'C': by_flops | {'held_out': _held_out(rows, 'C', power)},
     'rows': len(rows),
     'sizes': len(longest),
   }
@@ -44,7 +48,7 @@ def analyze(rows: Results, seed: int = 0) -> dict[str, Any]:
     out['forms'] = forms
   best, left_out = rows.best(), {}
   optional = {
-    'floored': lambda: {'N': dataclasses.asdict(fit.fit_floored(longest.parameters, longest.loss))},
+    'floored': lambda: _floored(rows),
     'joint': lambda: dataclasses.asdict(fit.fit_joint(best.parameters, best.tokens, best.loss)),
     'learning_rate': lambda: _tuned(rows, 'learning_rate', degree=4),
     'batch': lambda: _tuned(rows, 'batch', degree=2),
@@ -75,19 +79,29 @@ def describe(analysis: dict[str, Any]) -> list[str]:
       f'fit: L({name}) = {law["beta"]:.4g} * {name}^{law["alpha"]:.5f}, 95% interval [{law["low"]:.5f}, {law["high"]:.5f}], '
       f'R2 {law["r2"]:.4f}, n = {law["n"]} ({meaning})'
     )
-    held_out = law['held_out']
-    if held_out:
-      lines.append(
-        f'fit: L({name}) fitted without the largest size predicts {held_out["predicted"]:.4f} '
-        f'[{held_out["low"]:.4f}, {held_out["high"]:.4f}] for it; measured {held_out["loss"]:.4f}, '
-        f'{"within" if held_out["within"] else "NOT within"} the interval'
-      )
+    lines += _describe_held_out(f'L({name})', law)
+  for name, law in analysis.get('floored', {}).items():
+    lines.append(
+      f'fit: with a floor, L({name}) = {law["irreducible"]:.4g} + {law["beta"]:.4g} * {name}^{law["alpha"]:.5f}, R2 {law["r2"]:.4f}, '
+      f'n = {law["n"]}'
+    )
+    lines += _describe_held_out(f'L({name}) with a floor', law)
   if forms := analysis.get('forms'):
     lines.append(f'fit: {compare_forms(forms)}')
   if analysis['sizes'] < FEW_SIZES:
     lines.append(f'fit: {analysis["sizes"]} sizes prove nothing: this demonstrates the method, not a law')
   lines += [f'fit: skipped {_TITLES[name]}: {reason}' for name, reason in analysis['left_out'].items()]
   return lines
+
+
+def _describe_held_out(name: str, law: dict[str, Any]) -> list[str]:
+  held_out = law['held_out']
+  if not held_out:
+    return []
+  return [
+    f'fit: {name}, fitted without the largest size, predicts {held_out["predicted"]:.4f} [{held_out["low"]:.4f}, {held_out["high"]:.4f}] '
+    f'for it; measured {held_out["loss"]:.4f}, {"within" if held_out["within"] else "NOT within"} the interval'
+  ]
 
 
 def compare_forms(forms: dict[str, Any]) -> str:
@@ -141,20 +155,40 @@ def _power_law(rows: Results, x: np.ndarray, seed: int, name: str) -> dict[str, 
   return numbers | {'residuals': list(law.residuals), 'x': x.tolist(), 'loss': rows.loss.tolist()}
 
 
-def _held_out(rows: Results, law: str, seed: int) -> dict[str, Any] | None:
-  """Compare the largest size with the prediction of a law fitted to all others; None if they are too few."""
+def _floored(rows: Results) -> dict[str, Any]:
+  """Return the laws with a floor: that of parameters, and that of FLOPs if the envelope determines one."""
+  longest, envelope = rows.longest(), rows.envelope()
+  law = lambda x, loss, name: dataclasses.asdict(fit.fit_floored(x, loss)) | {'held_out': _held_out(rows, name, fit.predict_floored)}
+  out = {'N': law(longest.parameters, longest.loss, 'N')}
+  with contextlib.suppress(FitError):
+    out['C'] = law(envelope.flops, envelope.loss, 'C')
+  return out
+
+
+def _held_out(
+  rows: Results,
+  law: str,
+  predict: Callable[[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray, float], tuple[float, float, float]],
+) -> dict[str, Any] | None:
+  """Compare the largest size with its prediction from all others; None if they are too few.
+
+  Args:
+    rows: the runs.
+    law: 'N' or 'C'.
+    predict: (X, losses, X of the largest) -> (loss, low, high).
+  """
   largest = rows.parameters.max()
   others = rows.rows(np.flatnonzero(rows.parameters < largest))
   if len(np.unique(others.parameters)) < 3:
     return None
   own = rows.rows(np.flatnonzero(rows.parameters == largest)).longest()
   source = others.longest() if law == 'N' else others.envelope()
+  column = lambda table: table.parameters if law == 'N' else table.flops
+  x, loss = float(column(own)[0]), float(own.loss[0])
   try:
-    fitted: PowerFit = fit.fit_power_law(source.parameters if law == 'N' else source.flops, source.loss, seed)
+    predicted, low, high = predict(column(source), source.loss, x)
   except FitError:
     return None
-  x, loss = float(own.parameters[0] if law == 'N' else own.flops[0]), float(own.loss[0])
-  predicted, low, high = fitted.predict(x)
   return {'x': x, 'loss': loss, 'predicted': predicted, 'low': low, 'high': high, 'within': bool(low <= loss <= high)}
 
 

@@ -25,6 +25,8 @@ _HUBER = 1.345  # standard deviations beyond which the loss is linear: 95% as ef
 _NOISE_FLOOR = 1e-12  # of log L: rounding error of data without noise
 _RESAMPLES = 2_000
 _STARTS = 6
+_SEARCH_ERROR = 1e-6  # of log L, where the search for the law with a floor ends
+_FARTHEST = 5.0  # of log L: an interval beyond is as good as none
 
 
 class FitError(UserError):
@@ -160,6 +162,43 @@ def fit_floored(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndar
   )
 
 
+def predict_floored(x: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray, at: float) -> tuple[float, float, float]:
+  """Return (loss, low, high) of one more run at `at`, by the law with an irreducible loss that is fitted to the runs.
+
+  The loss is that of the robust fit. The interval is by likelihood: it holds every loss that, as one more run, would raise the least sum
+  of squared errors of log L by no more than t^2 s^2 (Student's t with n - 3 degrees of freedom, s^2 the mean square of the errors). For a
+  law that is linear in its parameters this is the prediction interval of regression. Here it also holds the laws without a floor, and is
+  wide above if the runs are compatible with a floor that they have not come near to.
+
+  Args:
+    x, loss: as for `fit_floored`, of at least four runs.
+    at: where to predict.
+
+  Raises:
+    FitError: as `fit_floored`.
+  """
+  log_x, log_loss = _log_columns(x, loss, min_distinct=4)
+  center, free = log_x.mean(), len(log_x) - 3
+  more_x = np.append(log_x, np.log(at)) - center
+
+  def squares(centered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, float]:
+    p, residuals = _fit_sum_of_powers(centered[:, None], values, robust=False)
+    return p, float(np.sum(residuals**2))
+
+  p, alone = squares(log_x - center, log_loss)
+  allowed = stats.t.ppf((1 + LEVEL) / 2, free) ** 2 * max(alone / free, _SEARCH_ERROR**2)
+  excess = lambda log_y: squares(more_x, np.append(log_loss, log_y))[1] - alone - allowed
+  middle = float(np.logaddexp(p[0], p[1] - p[2] * more_x[-1]))  # of the least squares: one more run there would not raise their sum
+  ends = []
+  for sign in (-1.0, 1.0):
+    reach = 0.02
+    while excess(middle + sign * reach) < 0 and reach < _FARTHEST:
+      reach *= 2
+    ends.append(middle + sign * reach if reach >= _FARTHEST else optimize.brentq(excess, middle, middle + sign * reach, xtol=1e-5))
+  loss_there = float(fit_floored(x, loss)(at))
+  return loss_there, min(loss_there, float(np.exp(ends[0]))), max(loss_there, float(np.exp(ends[1])))
+
+
 def fit_joint(
   parameters: Sequence[float] | np.ndarray, tokens: Sequence[float] | np.ndarray, loss: Sequence[float] | np.ndarray
 ) -> JointFit:
@@ -185,15 +224,16 @@ def fit_joint(
   )
 
 
-def _fit_sum_of_powers(centered_nK: np.ndarray, log_loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _fit_sum_of_powers(centered_nK: np.ndarray, log_loss: np.ndarray, robust: bool = True) -> tuple[np.ndarray, np.ndarray]:
   """Fit L = E + sum over k of A_k * X_k^-a_k.
 
-  Given the exponents the law is linear in E and A. Huber's loss is therefore minimized from the best points of a grid of exponents,
+  Given the exponents the law is linear in E and A. The loss is therefore minimized from the best points of a grid of exponents,
   each with its best non-negative E and A.
 
   Args:
     centered_nK: log X minus its mean, one column for each k.
     log_loss: (n,).
+    robust: minimize Huber's loss; False: the squared errors of log L.
 
   Returns:
     ((log E, log A_0, a_0, log A_1, a_1, ...), residuals of log L).
@@ -220,10 +260,11 @@ def _fit_sum_of_powers(centered_nK: np.ndarray, log_loss: np.ndarray) -> tuple[n
     return np.column_stack([share[:, 0], by_power])
 
   grid = itertools.product(np.geomspace(0.01, 2.0, 30 if powers == 1 else 12), repeat=powers)
-  starts = sorted((start(exponents) for exponents in grid), key=lambda s: s[0])[:_STARTS]
+  starts = sorted((start(exponents) for exponents in grid), key=lambda s: s[0])[: _STARTS if robust else 2]
   spread = float(np.median(np.abs(residuals(starts[0][1]))))
   cut = max(_HUBER * spread / float(stats.norm.ppf(0.75)), 1e-9)
-  fits = [optimize.least_squares(residuals, p, jacobian, loss='huber', f_scale=cut, x_scale='jac', max_nfev=500) for _, p in starts]
+  kind = 'huber' if robust else 'linear'
+  fits = [optimize.least_squares(residuals, p, jacobian, loss=kind, f_scale=cut, x_scale='jac', max_nfev=500) for _, p in starts]
   best = min(fits, key=lambda f: float(f.cost)).x
   return best, -residuals(best)
 

@@ -44,6 +44,10 @@ def law(**changes):
     ({'rft': {'reward_before': 1.0, 'reward_after': 0.5}}, 'policy?** No. The reward: -0.5 (in the one run).'),
     ({'scaling': {'C': law()}}, 'compute?** Yes: L(C) = 2.4 C^-0.0400 [-0.0500, -0.0300], R2 0.990, 12 points. The largest size is within'),
     ({'scaling': {'C': law(held_out=HELD_OUT | {'within': False})}}, 'The largest size is NOT within'),
+    (
+      {'scaling': {'C': law(held_out=HELD_OUT | {'within': False}), 'floored': {'C': law()}}},
+      'NOT within its prediction from the others. The largest size is within its prediction from the others with a floor.',
+    ),
     ({'scaling': {'C': law(r2=0.8, held_out=None)}}, 'compute?** It falls, but not as a power law: '),
     ({'scaling': {'C': law(high=0.01)}}, 'compute?** Not shown, the interval of the exponent has 0: '),
   ],

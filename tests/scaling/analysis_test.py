@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scaling_runs import SIZES, sweep
 
-from polar_jax.scaling import analysis, results
+from polar_jax.scaling import analysis, fit, results
 from polar_jax.scaling.analysis import analyze
 from polar_jax.scaling.fit import FitError
 from polar_jax.scaling.results import Results
@@ -39,6 +39,9 @@ def test_forms_are_compared_by_what_they_predict_of_further_sizes():
   assert forms['power']['error'] == pytest.approx(abs(np.log(forms['power']['predicted'][0] / longest.loss[4])))
   assert forms['floored']['predicted'] == [pytest.approx(longest.loss[4], rel=1e-3)]
   assert forms['floored']['error'] < 1e-3 < forms['power']['error']
+  floored = found['floored']['N']['held_out']
+  assert floored['predicted'] == pytest.approx(longest.loss[4], rel=1e-3) and floored['low'] < floored['loss'] < floored['high']
+  assert any(line.startswith('fit: L(N) with a floor, fitted without the largest size, predicts') for line in analysis.describe(found))
   (line,) = [line for line in analysis.describe(found) if 'predicted from all that are smaller' in line]
   assert line.startswith('fit: the largest size, predicted') and 'law with a floor 0.' in line
   few = rows.rows(np.flatnonzero(rows.parameters < longest.parameters[4]))
@@ -93,7 +96,8 @@ def test_batch_sizes_are_compared_at_the_same_learning_rate():
 def test_the_largest_size_is_held_out_only_if_three_others_are_left():
   for count, held_out in ((3, False), (4, True)):
     rows = sweep().rows(np.flatnonzero(sweep().parameters <= SIZES[count - 1] * 1.001))
-    found = analysis._held_out(rows, 'N', 0), analysis._held_out(rows, 'C', 0)
+    power = lambda x, loss, at: fit.fit_power_law(x, loss).predict(at)
+    found = analysis._held_out(rows, 'N', power), analysis._held_out(rows, 'C', power)
     assert [one is not None for one in found] == [held_out, held_out]
   own, envelope = rows.longest(), rows.rows(np.flatnonzero(rows.parameters < SIZES[3] * 0.999)).envelope()
   assert (found[0]['x'], found[1]['x']) == (own.parameters[-1], own.flops[-1]) and found[0]['loss'] == found[1]['loss'] == own.loss[-1]

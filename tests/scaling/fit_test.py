@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from polar_jax.scaling import fit
 from polar_jax.scaling.fit import FitError
@@ -209,6 +209,34 @@ def test_floored_law_fits_a_pure_law():
   x, loss = runs(10)
   found = fit.fit_floored(x, loss)
   assert found.beta * x**found.alpha + found.irreducible == pytest.approx(loss, rel=1e-4)
+
+
+def test_prediction_with_a_floor_is_that_of_regression_where_the_law_is_linear():
+  """With the exponent known, E + beta z is linear; the interval of a steep law over a wide range comes near to that of log L."""
+  x, rng = np.geomspace(1e3, 1e7, 12), np.random.default_rng(0)
+  loss = (0.3 + 30 * x**-0.5) * np.exp(rng.normal(0, 0.01, 12))
+  predicted, low, high = fit.predict_floored(x, loss, 1e9)  # there only the floor is left
+  found = fit.fit_floored(x, loss)
+  assert predicted == pytest.approx(found(1e9)) and low < predicted < high
+  # Gauss-Newton about the least-squares fit, by numerical derivatives.
+  p, _ = optimize.curve_fit(lambda x, e, b, a: np.log(e + b * x**a), x, np.log(loss), p0=(0.3, 30, -0.5))
+  f = lambda p, x: np.log(p[0] + p[1] * np.asarray(x) ** p[2])
+  columns = np.stack([(f(p + h, x) - f(p - h, x)) / (2 * h.sum()) for h in np.diag(1e-5 * np.abs(p))], axis=1)
+  here = np.array([(f(p + h, 1e9) - f(p - h, 1e9)) / (2 * h.sum()) for h in np.diag(1e-5 * np.abs(p))])
+  variance = np.sum((f(p, x) - np.log(loss)) ** 2) / 9
+  reach = stats.t.ppf(0.975, 9) * np.sqrt(variance * (1 + here @ np.linalg.solve(columns.T @ columns, here)))
+  assert np.log(high / low) == pytest.approx(2 * reach, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('floor', [0.0, 0.1])
+def test_prediction_with_a_floor_holds_one_more_run(floor):
+  x, inside = np.geomspace(1e4, 4e5, 9), 0
+  for seed in range(60):
+    loss = (floor + 5 * np.append(x, 1e6) ** -0.25) * np.exp(np.random.default_rng(seed).normal(0, 0.03, 10))
+    _, low, high = fit.predict_floored(x, loss[:9], 1e6)
+    inside += low <= loss[9] <= high
+  assert inside >= 54  # 57 expected
 
 
 def test_joint_law_is_recovered():
