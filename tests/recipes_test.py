@@ -132,3 +132,10 @@ def test_the_sweep_spans_a_factor_of_thirty_in_parameters():
     for size in config.sweep.sizes
   ]
   assert len(sizes) >= 5 and sizes == sorted(sizes) and sizes[-1].total > 30 * sizes[0].total
+
+
+@pytest.mark.parametrize('name', ['tiny', 'small'])
+def test_the_largest_size_of_the_miniature_needs_no_language_model_of_its_own(name):
+  config = parse(load(name))
+  cells = grid.cells_of(config)
+  assert grid.model_of(config, cells[-1].size) == config.model and len(cells) == 3
