@@ -157,4 +157,6 @@ class RftConfig:
 class StudyConfig:
   """Repeated runs of rft, and the study that it is in the miniature, where the likelihood of the target policy is known."""
 
-  seeds: int = option(1, 'Independent runs, with the seeds `seed`, `seed` + 1, ...; in the miniature each is tuned towards another policy.', min=1)
+  seeds: int = option(
+    1, 'Independent runs, with the seeds `seed`, `seed` + 1, ...; in the miniature each is tuned towards another policy.', min=1
+  )
