@@ -9,7 +9,7 @@ from polar_jax.recipes import miniature
 
 
 def get_config():
-  config = miniature('mini_small', train_examples=500_000, preference_examples=8_000)
+  config = miniature('mini_small', train_examples=260_000, preference_examples=8_000)
   config.synthesize.policies = 384
   config.synthesize.unseen_policies = 64
   config.synthesize.documents = 80_000
