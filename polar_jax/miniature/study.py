@@ -146,8 +146,8 @@ def _open(context: Context) -> list[Study]:
     )
   known = [Prompt(t.prompt, t.reference) for t in context.triplets('validation')]
   reward = rft_stage.open_reward(context, context.config.rft, known)
-  targets = choose_targets(policies, context.config.study.seeds)
-  return [Study(context, start, opened.model, target, policies, pieces, context.tokenizer(), reward) for target in targets]
+  targets, tokenizer = choose_targets(policies, context.config.study.seeds), context.tokenizer()
+  return [Study(context, start, opened.model, target, policies, pieces, tokenizer, reward) for target in targets]
 
 
 def _one_seed(study: Study, seed: int) -> dict[str, dict[str, float]]:
