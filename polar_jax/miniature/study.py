@@ -11,7 +11,6 @@ responses as well.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
 import pathlib
@@ -33,12 +32,10 @@ from polar_jax.ppo.prompts import PolicyPrompts
 from polar_jax.ppo.rewards.sources import RewardSum
 from polar_jax.ppo.rollout import RolloutEngine
 from polar_jax.ppo.run import Run
-from polar_jax.runtime.preemption import Preempted, SigtermFlag, StopRequested
 from polar_jax.stages import rft as rft_stage
 from polar_jax.stages.context import Context
 from polar_jax.types import Prompt, Rollouts
 
-_CONCURRENT_SEEDS = 2
 BEST_OF = 8  # responses that best-of-n chooses from
 # Streams of random numbers, distinct from those of the synthesize stage and of PPO's steps.
 _STREAM_REFERENCES, _STREAM_EVALUATION = 30, 1_000_000_000
@@ -84,31 +81,12 @@ def rft(context: Context) -> dict[str, Any]:
   if context.config.rft.lora.rank:
     raise ConfigError('rft.lora.rank is set, but the study of the miniature tunes all parameters; set it to None')
   studies = _open(context)
-  by_seed = _all_seeds(studies)
+  by_seed = [_one_seed(study, seed) for seed, study in enumerate(studies)]
   comparison = {name: {m: [seed[name][m] for seed in by_seed] for m in METRICS if m in by_seed[0][name]} for name in by_seed[0]}
   out: dict[str, Any] = {'seeds': len(by_seed), 'kl': comparison['ppo']['kl']}
   for metric in ('reward', 'reward_other', 'target_nll', 'relative_nll', 'divergence', 'length', 'distinct_2'):
     out |= {f'{metric}_before': comparison['start'][metric], f'{metric}_after': comparison['ppo'][metric]}
   return {'rft': out | {'comparison': comparison, 'targets': [s.target.params.to_json() for s in studies], 'best_of': BEST_OF}}
-
-
-def _all_seeds(studies: Sequence[Study]) -> list[dict[str, dict[str, float]]]:
-  """Return the metrics of every seed.
-
-  The first seed runs alone and compiles the shared programs. On one device the others then run two at a time, because a small model
-  leaves half of the device idle; they are independent of each other.
-  """
-  if studies[0].context.mesh.size > 1:  # threads that start collectives in different orders would deadlock
-    return [_one_seed(study, seed) for seed, study in enumerate(studies)]
-  first = _one_seed(studies[0], 0)
-  with SigtermFlag() as stop, concurrent.futures.ThreadPoolExecutor(_CONCURRENT_SEEDS) as threads:
-    try:
-      return [first, *threads.map(_one_seed, studies[1:], range(1, len(studies)))]
-    except StopRequested:
-      raise Preempted('rft', 'while policies were compared; their runs are saved') from None
-    except BaseException:
-      stop.set()  # the others save and stop too
-      raise
 
 
 def choose_targets(policies: Sequence[ngram.NgramPolicy], count: int) -> list[ngram.NgramPolicy]:
